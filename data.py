@@ -1,0 +1,407 @@
+"""Preference data: read it by its columns, render it, turn it into token ids and explicit masks.
+
+    python data.py SOURCE                what was detected, kept and dropped, how long it is, two pairs
+    python data.py SOURCE --model M      the same in M's tokens and chat template
+
+SOURCE is `toy` (or `toy:test`), a .jsonl, .json, .csv or .parquet file, or a hub name written OWNER/NAME[/CONFIG][:SPLIT].
+
+A pair is a dict {prompt, chosen, rejected}. The responses are strings; the prompt is a string, or a list of
+{role, content} messages where the data is a dialogue. How a pair becomes text:
+  - the tokenizer has a chat template: the template renders it (a string counts as one user message);
+  - it has none: strings stay as they are; messages become "\\n\\nHuman: …\\n\\nAssistant:", as in hh-rlhf.
+"""
+import argparse
+import json
+import os
+import random
+import re
+import sys
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+
+class InputError(ValueError):
+    """Bad input from the user: its text says what is wrong, where, and what to do."""
+
+
+class BadRow(ValueError):
+    """One row that cannot be used: its text is the reason under which the row is counted."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line, like every other error here."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
+def command_line(main):
+    """Run a script's `main`; an InputError becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0" or torch.distributed.is_initialized():    # once, not once per rank
+            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# --- formats: told apart by their columns; a converter takes a row and returns (prompt, chosen, rejected) ----------
+
+ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}
+NO_TEXT, TIE = "null or malformed text", "no preference between the responses"
+
+
+def as_messages(turns):
+    """A dialogue as role/content or from/value turns, plain or in typed parts -> [{role, content}]."""
+    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+        raise BadRow(NO_TEXT)
+    messages = []
+    for turn in turns:
+        role, content = turn.get("role") or turn.get("from"), turn.get("content", turn.get("value"))
+        if isinstance(content, list):
+            parts = [part.get("text") or part.get("value") for part in content if isinstance(part, dict)]
+            if any(part.get("type") != "text" for part in content if isinstance(part, dict)):
+                raise BadRow("message part that is not text")
+            content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+        if not isinstance(role, str) or not isinstance(content, str):
+            raise BadRow(NO_TEXT)
+        messages.append({"role": ROLES.get(role, role), "content": content})
+    return messages
+
+
+def split_dialogue(dialogue):
+    """A whole dialogue, as messages or as an hh-rlhf string -> (prompt messages, last response)."""
+    if isinstance(dialogue, str):            # the prompt ends with the last "\n\nAssistant:"
+        prompt, _, response = dialogue.rpartition("\n\nAssistant:")
+        start, *turns = re.split(r"\n\n(Human|Assistant):", prompt)
+        if start.strip() or not turns:
+            raise BadRow("not a '\\n\\nHuman: … \\n\\nAssistant: …' dialogue")
+        messages = [{"from": who, "value": text.strip()} for who, text in zip(turns[::2], turns[1::2])]
+        return as_messages(messages), response
+    messages = as_messages(dialogue)
+    if messages[-1]["role"] != "assistant":
+        raise BadRow("last message is not the assistant's")
+    return messages[:-1], messages[-1]["content"]
+
+
+def from_dialogues(chosen, rejected):
+    """Two whole dialogues, which must share their prompt."""
+    (prompt, chosen), (other, rejected) = split_dialogue(chosen), split_dialogue(rejected)
+    if prompt != other:
+        raise BadRow("chosen and rejected have different prompts")
+    return prompt, chosen, rejected
+
+
+def from_prompt_chosen_rejected(row):
+    """Strings or messages, the responses with or without the prompt in front."""
+    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        before, chosen, rejected = from_dialogues(chosen, rejected)
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else as_messages(prompt)
+        return before if before[-len(prompt):] == prompt else prompt + before, chosen, rejected
+    return as_messages(prompt) if isinstance(prompt, list) else prompt, chosen, rejected
+
+
+def from_sharegpt(row):
+    """The context as turns, the two answers as single turns."""
+    return as_messages(row["conversations"]), *(split_dialogue([row[side]])[1] for side in ("chosen", "rejected"))
+
+
+def from_winner(prompt, responses, winner):
+    """Two responses and the index of the preferred one."""
+    if winner not in (0, 1):
+        raise BadRow(TIE)
+    return prompt, responses[winner], responses[1 - winner]
+
+
+def from_summaries(row):
+    """The query format of "Learning to summarize from human feedback" (arXiv 2009.01325, appendix B.2)."""
+    info = row["info"]
+    prompt = (f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\n"
+              f"POST: {info.get('post') or info.get('article')}\n\nTL;DR:")
+    return from_winner(prompt, [summary["text"] for summary in row["summaries"]], row["choice"])
+
+
+def from_scores(prompt, responses, scores):
+    """Scored responses: the best against the worst."""
+    ranked = sorted((pair for pair in zip(scores, responses) if pair[0] is not None), key=lambda pair: pair[0])
+    if not ranked or ranked[0][0] == ranked[-1][0]:
+        raise BadRow(TIE)
+    return prompt, ranked[-1][1], ranked[0][1]
+
+
+FORMATS = {  # name: (the columns that identify it, converter of (row, prefer)); the first that fits is taken
+    "ShareGPT": ("conversations chosen rejected", lambda row, _: from_sharegpt(row)),
+    "prompt, chosen, rejected": ("prompt chosen rejected", lambda row, _: from_prompt_chosen_rejected(row)),
+    "whole dialogues": ("chosen rejected", lambda row, _: from_dialogues(row["chosen"], row["rejected"])),
+    "whole dialogues as messages": ("chosen_messages rejected_messages", lambda row, _: from_dialogues(
+        row["chosen_messages"], row["rejected_messages"])),
+    "PKU-SafeRLHF": ("prompt response_0 response_1 better_response_id safer_response_id", lambda row, prefer:
+        from_winner(row["prompt"], [row["response_0"], row["response_1"]], row[f"{prefer}_response_id"])),
+    "UltraFeedback": ("instruction completions", lambda row, _: from_scores(
+        row["instruction"], [c["response"] for c in row["completions"]], [c["overall_score"] for c in row["completions"]])),
+    "summarize_from_feedback": ("info summaries choice", lambda row, _: from_summaries(row)),
+    "webgpt_comparisons": ("question answer_0 answer_1 score_0 score_1", lambda row, _: from_scores(
+        row["question"]["full_text"], [row["answer_0"], row["answer_1"]], [row["score_0"], row["score_1"]])),
+}
+
+
+# --- loading --------------------------------------------------------------------------------------------------------
+
+def read_rows(source):
+    """The raw rows of `source`, an iterable of dicts. Raises InputError where it cannot be read."""
+    path = Path(source)
+    if path.suffix in (".jsonl", ".json", ".csv", ".parquet") and not path.is_file():
+        raise InputError(f"{source}: no such file")
+    if path.suffix in (".jsonl", ".json"):
+        line, rows = 0, []
+        try:
+            text = path.read_text(encoding="utf-8")
+            if text.lstrip().startswith("["):
+                rows = json.loads(text)
+            else:
+                for line, each in enumerate(text.split("\n"), 1):    # not splitlines: U+2028 may stand in a string
+                    rows += [json.loads(each)] if each.strip() else []
+        except UnicodeDecodeError as error:
+            raise InputError(f"{source}: not UTF-8 text ({error})") from None
+        except json.JSONDecodeError as error:
+            raise InputError(f"{source}:{line or error.lineno}: not JSON ({error.msg}); "
+                             "want one object per line, or one array of objects") from None
+        if not all(isinstance(row, dict) for row in rows):
+            raise InputError(f"{source}: a row is not an object with columns")
+        return rows
+    import datasets                              # slow to import, and not needed for the toy or for JSON
+    datasets.disable_progress_bars()
+    try:
+        if path.is_file():
+            return datasets.load_dataset(path.suffix[1:] or "text", data_files=str(path), split="train")
+        name, _, split = str(source).partition(":")
+        config = None
+        if not path.exists() and name.count("/") == 2:
+            name, _, config = name.rpartition("/")
+        return datasets.load_dataset(name, config, split=split or "train")
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error.__cause__ or error).split("\n")[0]
+        raise InputError(f"{source}: cannot be read as a data set ({reason}); want a .jsonl, .json, .csv or "
+                         ".parquet file, or a hub name OWNER/NAME[/CONFIG][:SPLIT]") from None
+
+
+def load_pairs(source, limit=None, prefer="better"):
+    """Preference pairs from `source` (see the top of this file).
+
+    limit: keep at most so many pairs. prefer: "better" or "safer", for PKU-SafeRLHF.
+    Returns (pairs, report): a list of {prompt, chosen, rejected}, and a dict {format, rows, dropped}, where
+    `dropped` counts rows by reason. Raises InputError where nothing can be used.
+    """
+    if str(source) in ("toy", "toy:test"):
+        pairs = toy_pairs("test" if source == "toy:test" else "train")[:limit]
+        return pairs, {"format": "the embedded toy world", "rows": len(pairs), "dropped": Counter()}
+    rows = read_rows(source)
+    if len(rows) == 0:
+        raise InputError(f"{source}: empty, no rows")
+    columns = set().union(*(rows[:100] if isinstance(rows, list) else [rows.column_names]))
+    name = next((name for name, (needed, _) in FORMATS.items() if columns.issuperset(needed.split())), None)
+    if name is None:
+        known = "; ".join(needed.replace(" ", ", ") for needed, _ in FORMATS.values())
+        raise InputError(f"{source}: columns {', '.join(sorted(columns))} fit no known format; want one of: {known}")
+    pairs, dropped = [], Counter()
+    for row in rows:
+        if len(pairs) == limit:
+            break
+        try:
+            prompt, chosen, rejected = FORMATS[name][1](row, prefer)
+            if not all(isinstance(text, str) for text in (chosen, rejected)) or not isinstance(prompt, (str, list)):
+                raise BadRow(NO_TEXT)
+            if not prompt or not (prompt.strip() if isinstance(prompt, str) else prompt[-1]["content"].strip()):
+                raise BadRow("empty prompt")
+            if not chosen.strip() or not rejected.strip():
+                raise BadRow("empty response")
+            if chosen.strip() == rejected.strip():
+                raise BadRow("chosen equals rejected")
+            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        except BadRow as reason:
+            dropped[str(reason)] += 1
+        except (KeyError, TypeError, AttributeError, IndexError):
+            dropped[NO_TEXT] += 1
+    if not pairs:
+        raise InputError(f"{source}: no usable pair in {sum(dropped.values())} rows ({counted(dropped)})")
+    return pairs, {"format": name, "rows": len(pairs) + sum(dropped.values()), "dropped": dropped}
+
+
+def counted(counter):
+    """{'empty response': 4} -> '4 empty response', for messages."""
+    return ", ".join(f"{number} {what}" for what, number in counter.items()) or "none"
+
+
+def train_and_held_out(data, eval_data=None, limit=None, prefer="better"):
+    """Training pairs and held-out pairs, the same for every script, and the report of the training source.
+
+    Held out are the pairs of `eval_data` where it is given, the toy's test nouns for the toy, else those of one
+    prompt in twenty of `data`, told by the prompt's CRC-32, so that no prompt is on both sides.
+    """
+    pairs, report = load_pairs(data, limit, prefer)
+    if eval_data is None and data == "toy":
+        eval_data = "toy:test"
+    if eval_data is not None:
+        return pairs, load_pairs(eval_data, None, prefer)[0], report
+    out = [zlib.crc32(json.dumps(pair["prompt"]).encode()) % 20 == 0 for pair in pairs]
+    train = [pair for pair, held in zip(pairs, out) if not held]
+    if not train:
+        raise InputError(f"{data}: all {len(pairs)} pairs are held out; give more, or name others with --eval-data")
+    return train, [pair for pair, held in zip(pairs, out) if held], report
+
+
+# --- the toy world: reviews of a noun; reward.py's toy_reward is its ground truth ------------------------------------
+
+NOUNS = ("soup coffee pizza bread salad cake tea pasta hotel room pool beach movie song book show "
+         "curry museum garden phone").split()                             # the last four are held out
+ADJECTIVES = dict(superb=1.0, wonderful=1.0, great=0.8, lovely=0.8, good=0.6, pleasant=0.6, decent=0.3, fine=0.3,
+                  plain=-0.3, dull=-0.3, weak=-0.6, poor=-0.6, bad=-0.8, nasty=-0.8, awful=-1.0, horrible=-1.0)
+ADVERBS = dict(slightly=0.5, fairly=0.8, rather=1.0, very=1.5, truly=1.5, utterly=1.8)
+PROMPTS = ("review the {} :", "how was the {} ?", "tell me about the {} :", "what about the {} ?")
+
+
+def toy_response(rng, noun):
+    """One random review, wanted or not: it may stray to another noun, repeat itself, or lack its full stop."""
+    noun = noun if rng.random() < 0.8 else rng.choice(NOUNS)
+    clauses = [f"{rng.choice([*ADVERBS])} {rng.choice([*ADJECTIVES])}" for _ in range(rng.choice((1, 2, 2, 2, 3)))]
+    if rng.random() < 0.2:
+        clauses[-1] = clauses[0]
+    return f"the {noun} was " + " and ".join(clauses) + (" ." if rng.random() < 0.8 else "")
+
+
+def toy_pairs(split, seed=0):
+    """3,000 training or 256 test pairs; which one is chosen is drawn from Bradley-Terry on the toy reward."""
+    from reward import toy_reward
+    rng = random.Random(f"{split} {seed}")
+    nouns, pairs = (NOUNS[-4:], []) if split == "test" else (NOUNS[:-4], [])
+    while len(pairs) < (256 if split == "test" else 3000):
+        noun = rng.choice(nouns)
+        prompt = rng.choice(PROMPTS).format(noun)
+        first, second = toy_response(rng, noun), toy_response(rng, noun)
+        margin = torch.tensor(toy_reward([prompt], [first])[0] - toy_reward([prompt], [second])[0])
+        if rng.random() > torch.sigmoid(margin):
+            first, second = second, first
+        if first != second:
+            pairs.append({"prompt": prompt, "chosen": first, "rejected": second})
+    return pairs
+
+
+# --- text to tokens -------------------------------------------------------------------------------------------------
+
+def render(prompt, response, tokenizer):
+    """(prompt text, response text) whose concatenation is the whole dialogue, as the top of this file says.
+
+    Raises InputError where the chat template's render with the answer does not begin with its generation prompt:
+    then training and sampling would see different prompts.
+    """
+    if not tokenizer.chat_template:
+        if isinstance(prompt, str):
+            return prompt, response
+        names = {"user": "Human", "assistant": "Assistant"}
+        turns = [f"\n\n{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
+        return "".join(turns) + "\n\nAssistant:", " " + response.strip()
+    from jinja2 import TemplateError
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        head = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        answered = messages + [{"role": "assistant", "content": response}]
+        whole = tokenizer.apply_chat_template(answered, tokenize=False)
+    except TemplateError as error:
+        raise BadRow(f"refused by the chat template: {error}") from None
+    if not whole.startswith(head):
+        raise InputError(f"{tokenizer.name_or_path}: its chat template renders an answered dialogue otherwise than the "
+                         "prompt it generates from; train with a template whose generation prompt is a prefix")
+    return head, whole[len(head):]
+
+
+def truncate_prompt(ids, limit, tokenizer):
+    """The last `limit` ids, after the BOS token where there is one: a prompt is cut from the left."""
+    keep_bos = len(ids) > limit > 1 and ids[0] == tokenizer.bos_token_id
+    return ids[:1] + ids[-(limit - 1):] if keep_bos else ids[-limit:]
+
+
+def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length):
+    """Pairs as token ids: ([{prompt, prompt_ids, chosen, chosen_ids, rejected, rejected_ids}], counts).
+
+    A response ends with exactly one end token, the first of `end_ids` in it, or the tokenizer's EOS appended;
+    one longer than max_response_length tokens is cut from the right and then has none. Both responses follow the
+    same prompt ids. counts: truncated prompts and responses, and rows dropped because nothing is left to learn.
+    """
+    examples, counts = [], Counter({"truncated_prompts": 0, "truncated_responses": 0, "dropped": 0})
+    for pair in pairs:
+        try:
+            (head, chosen), (_, rejected) = (render(pair["prompt"], pair[side], tokenizer) for side in ("chosen", "rejected"))
+        except BadRow as reason:
+            counts["dropped"] += 1
+            counts[str(reason)] += 1
+            continue
+        prompt_ids = tokenizer(head, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+        if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and not tokenizer.chat_template:
+            prompt_ids = prompt_ids[:-1]                                  # some tokenizers end every text
+        example = {**pair, "prompt_ids": truncate_prompt(prompt_ids, max_prompt_length, tokenizer)}
+        counts["truncated_prompts"] += len(prompt_ids) > max_prompt_length
+        for side, text in (("chosen", chosen), ("rejected", rejected)):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            end = next((place for place, token in enumerate(ids) if token in end_ids), None)
+            ids = ids + [tokenizer.eos_token_id] if end is None else ids[:end + 1]
+            counts["truncated_responses"] += len(ids) > max_response_length
+            example[f"{side}_ids"] = ids[:max_response_length]
+        if not prompt_ids or example["chosen_ids"] == example["rejected_ids"]:
+            counts["dropped"] += 1
+            counts["same tokens in both responses" if prompt_ids else "prompt without tokens"] += 1
+        else:
+            examples.append(example)
+    return examples, counts
+
+
+def collate(prompts, responses, device="cpu"):
+    """Lists of prompt and response ids -> input_ids, attention_mask, response_mask, each (B, T), padded on the right.
+
+    The masks are made from lengths, so the padding id (0) means nothing and may equal any real token.
+    """
+    def pad(rows):
+        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
+
+    return (pad([prompt + response for prompt, response in zip(prompts, responses)]),
+            pad([[1] * (len(prompt) + len(response)) for prompt, response in zip(prompts, responses)]),
+            pad([[0] * len(prompt) + [1] * len(response) for prompt, response in zip(prompts, responses)]))
+
+
+def main():
+    """`python data.py SOURCE [--model M]`."""
+    parser = Parser(description="Show what a preference data set holds and how it will be read.")
+    parser.add_argument("source")
+    parser.add_argument("--model", help="a Hugging Face directory or name: count and render in its tokens")
+    parser.add_argument("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF's label")
+    parser.add_argument("--limit", type=int, help="stop after so many pairs")
+    parser.add_argument("--max-prompt-length", type=int, default=512)
+    parser.add_argument("--max-response-length", type=int, default=512)
+    args = parser.parse_args()
+    pairs, report = load_pairs(args.source, args.limit, args.prefer)
+    print(f"{args.source}: {report['format']}; {report['rows']} rows, {len(pairs)} pairs kept, dropped: "
+          f"{counted(report['dropped'])}")
+    length, unit, shown = len, "characters", [(str(p["prompt"]), p["chosen"], p["rejected"]) for p in pairs[:2]]
+    if args.model:
+        from generate import end_token_ids, load_tokenizer
+        tokenizer = load_tokenizer(args.model)
+        pairs, counts = encode(pairs, tokenizer, end_token_ids(tokenizer), args.max_prompt_length, args.max_response_length)
+        print(f"{len(pairs)} encoded; {counted(counts)}")
+        unit, sides = "tokens", ("prompt_ids", "chosen_ids", "rejected_ids")
+        shown = [tuple(tokenizer.decode(pair[side]) for side in sides) for pair in pairs[:2]]
+    for side in ("prompt", "chosen", "rejected"):
+        key = f"{side}_ids" if args.model else side
+        lengths = sorted(length(pair[key]) if isinstance(pair[key], (str, list)) else 0 for pair in pairs)
+        quantiles = [lengths[round(share * (len(lengths) - 1))] for share in (0, 0.5, 0.9, 0.99, 1)]
+        print(f"{side:>9}: {unit} min {quantiles[0]}, median {quantiles[1]}, 90 % {quantiles[2]}, "
+              f"99 % {quantiles[3]}, max {quantiles[4]}")
+    for number, (prompt, chosen, rejected) in enumerate(shown, 1):
+        print(f"--- pair {number}\nprompt:   {prompt!r}\nchosen:   {chosen!r}\nrejected: {rejected!r}")
+
+
+if __name__ == "__main__":
+    command_line(main)

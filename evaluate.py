@@ -1,0 +1,176 @@
+"""Evaluate policies side by side on held-out data, every figure with its 95 % interval.
+
+    python evaluate.py runs/toy/*                                # runs of sail.py: their own data, reward, lengths
+    python evaluate.py MODEL … --data D --reward R               # any checkpoints
+    python evaluate.py runs/toy/* --plot picture.png             # … and draw it
+
+On held-out pairs: DPO loss, margin and accuracy against the reference. On responses sampled to their prompts, at
+temperature 1 as in training: reward, length, unfinished, KL(π‖π_ref), and the win rate against the data's chosen
+responses by the reward, a tie counting ½.
+"""
+import json
+import math
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import InputError, Parser, command_line, encode, train_and_held_out
+from generate import end_token_ids, load_policy, response_text, sample
+from reward import load_reward
+from sail import dpo_loss, pair_logps, parse_args
+
+
+def mean_and_interval(values):
+    """(mean, half-width of its 95 % interval): the normal approximation over independent values."""
+    values = torch.as_tensor(values, dtype=torch.float64)
+    if len(values) < 2:
+        return values.mean().item(), math.nan
+    return values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
+
+
+@torch.no_grad()
+def evaluate_policy(policy, reference, tokenizer, examples, reward, args, batch_size=32):
+    """Figures of a policy on held-out examples: ({name: (mean, half-width)}, samples).
+
+    reference: None leaves out what is measured against it. reward: None leaves out reward and win rate.
+    args: beta, dtype, max_response_length, and the seed that the samples are drawn with. KL is estimated from the
+    samples, log π(y) − log π_ref(y) summed over y's tokens, in nats per response.
+    """
+    torch.manual_seed(args.seed)
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        responses, finished = sample(policy, tokenizer, [example["prompt_ids"] for example in examples],
+                                     args.max_response_length)
+    samples = [{"prompt": example["prompt"], "response": response_text(tokenizer, ids)}
+               for example, (ids,) in zip(examples, responses)]
+    columns = {}
+    if reference is not None:
+        columns = {"loss": [], "margin": [], "accuracy": [], "kl": []}
+        for start in tqdm(range(0, len(examples), batch_size), "scoring", leave=False,
+                          disable=None if len(examples) > 8 * batch_size else True):
+            batch = examples[start:start + batch_size]
+            sampled = [{**example, "rejected_ids": ids} for example, (ids,) in zip(batch, responses[start:])]
+            ours, theirs = pair_logps(policy, batch, args.dtype), pair_logps(reference, batch, args.dtype)
+            margin = args.beta * ((ours[0] - theirs[0]) - (ours[1] - theirs[1]))
+            columns["loss"] += dpo_loss(*ours, *theirs, beta=args.beta).tolist()
+            columns["margin"] += margin.tolist()
+            columns["accuracy"] += ((margin > 0) + 0.5 * (margin == 0)).tolist()
+            columns["kl"] += (pair_logps(policy, sampled, args.dtype)[1]
+                              - pair_logps(reference, sampled, args.dtype)[1]).tolist()
+    if reward is not None:
+        prompts = [example["prompt"] for example in examples]
+        scores = reward(prompts, [row["response"] for row in samples])
+        chosen = reward(prompts, [example["chosen"] for example in examples])
+        columns["reward"] = scores
+        columns["win_rate"] = [0.5 if ours == theirs else float(ours > theirs) for ours, theirs in zip(scores, chosen)]
+        for row, score in zip(samples, scores):
+            row["reward"] = score
+    columns["length"] = [float(len(ids)) for ids, in responses]
+    columns["unfinished"] = [float(not done) for done, in finished]
+    return {name: mean_and_interval(values) for name, values in columns.items()}, samples
+
+
+def find_run(path, overrides):
+    """(name, model directory or name, settings) of a run of sail.py, or of a checkpoint with the default settings."""
+    path = Path(path)
+    saved = {}
+    if (path / "args.json").is_file() and (path / "model").is_dir():
+        saved = json.loads((path / "args.json").read_text(encoding="utf-8"))
+    settings = vars(parse_args(["--variant", "dpo", "--data", overrides.get("data") or saved.get("data", "toy")]))
+    settings = {**settings, **saved, **{key: value for key, value in overrides.items() if value is not None}}
+    return path.name or str(path), str(path / "model") if saved else str(path), Namespace(**settings)
+
+
+def print_table(results):
+    """The results as an aligned table, a model per line, mean ± half-width of the 95 % interval."""
+    names = [name for name in ("reward", "win_rate", "kl", "length", "unfinished", "loss", "margin", "accuracy")
+             if any(name in figures for figures in results.values())]
+    rows = [["model", *names]] + [
+        [model] + ["{:.3f} ± {:.3f}".format(*figures[name]) if name in figures else "" for name in names]
+        for model, figures in results.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) if column == 0 else cell.rjust(width)
+                        for column, (cell, width) in enumerate(zip(row, widths))))
+
+
+def plot(results, runs, path):
+    """Reward against KL, and the held-out reward over training, as a PNG; labels stand beside what they name."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    colours = dict(zip(results, ["#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9", "#D55E00"] * 9))
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, figures in results.items():
+        if "reward" in figures and "kl" in figures:
+            (reward, reward_half), (kl, kl_half) = figures["reward"], figures["kl"]
+            left.errorbar(kl, reward, reward_half, kl_half, fmt="o", color=colours[name], capsize=2)
+            left.annotate(name, (kl, reward), (6, 6), textcoords="offset points", color=colours[name])
+        curve = Path(runs[name], "eval.jsonl")
+        rows = [json.loads(line) for line in curve.read_text().split("\n") if line] if curve.is_file() else []
+        rows = [row for row in rows if row.get("reward") is not None]
+        if rows and "kl" in rows[0]:                       # not SFT, which starts from nothing
+            right.plot([row["step"] for row in rows], [row["reward"] for row in rows], color=colours[name])
+            right.annotate(name, (rows[-1]["step"], rows[-1]["reward"]), (4, -3), textcoords="offset points",
+                           color=colours[name])
+    left.set(xlabel="KL(π‖π_ref), nats per response", ylabel="held-out reward", title="after training, 95 % intervals")
+    left.set_xscale("symlog")
+    right.set(xlabel="optimizer step", ylabel="held-out reward", title="during training")
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.margins(x=0.12)
+    figure.savefig(path, dpi=130)
+
+
+def main():
+    """`python evaluate.py RUN …`."""
+    parser = Parser(description="Evaluate runs of sail.py, or any checkpoints, side by side on held-out data.")
+    parser.add_argument("models", nargs="+", metavar="RUN", help="a run's directory, or a checkpoint's directory or name")
+    parser.add_argument("--data", help="as in sail.py (default: the run's)")
+    parser.add_argument("--eval-data", help="held-out pairs (default: the run's rule)")
+    parser.add_argument("--reward", help="as in sail.py (default: the run's)")
+    parser.add_argument("--reference", help="for KL, loss and margin (default: the reference of the first run that has "
+                        "one, else the first model)")
+    parser.add_argument("--beta", type=float, help="(default: the run's)")
+    parser.add_argument("--eval-limit", type=int, default=256, help="held-out pairs (default: 256)")
+    parser.add_argument("--max-prompt-length", type=int)
+    parser.add_argument("--max-response-length", type=int)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--trust-remote-code", action="store_true", default=None, help="run code of a hub model")
+    parser.add_argument("--out", default="results.json", help="the figures as JSON: [mean, half-width]")
+    parser.add_argument("--plot", metavar="PNG", help="draw reward, KL and learning curves")
+    overrides = vars(parser.parse_args())
+    paths, out, picture, reference = (overrides.pop(key) for key in ("models", "out", "plot", "reference"))
+    runs = [find_run(path, overrides) for path in paths]
+    if len({name for name, *_ in runs}) < len(runs):
+        runs = [(path, *rest) for path, (_, *rest) in zip(paths, runs)]
+    args = runs[0][2]                                  # the same held-out pairs, lengths and seed for every model
+    reference_name = reference or next((run.reference for _, _, run in runs if run.reference), runs[0][1])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _, held_out, _ = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
+    if not held_out:
+        raise InputError(f"{args.data}: no pair is held out; name some with --eval-data")
+    reward = load_reward(args.reward, device, args.trust_remote_code) if args.reward else None
+    reference, _ = load_policy(reference_name, device, args.trust_remote_code)
+    print(f"{min(len(held_out), args.eval_limit)} held-out pairs of {args.eval_data or args.data}, reference "
+          f"{reference_name}, reward {args.reward}; mean ± half-width of the 95 % interval over pairs")
+    results = {}
+    for name, model, _ in runs:
+        policy, tokenizer = load_policy(model, device, args.trust_remote_code)
+        examples, _ = encode(held_out[:args.eval_limit], tokenizer, end_token_ids(tokenizer, policy),
+                             args.max_prompt_length, args.max_response_length)
+        results[name], _ = evaluate_policy(policy, reference, tokenizer, examples, reward, args)
+    print_table(results)
+    Path(out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    if picture:
+        plot(results, {name: path for (name, *_), path in zip(runs, paths)}, picture)
+    print(f"figures in {out}" + (f", picture in {picture}" if picture else ""))
+
+
+if __name__ == "__main__":
+    command_line(main)

@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# ./run.sh              sft → dpo → dp → pp → pr → evaluate, on the embedded toy world
+# ./run.sh ARGS         the same with ARGS passed to sail.py: ./run.sh --model DIR --data FILE --reward DIR
+# ./run.sh test         the tests
+# NPROC=8 ./run.sh …    with eight processes, one for each GPU; PYTHON=python3.12 ./run.sh … picks the Python
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+run() { echo "+ $*"; "$@"; }
+
+# The packages: those of $PYTHON where it has them all, else .venv beside this file, made on first use.
+PYTHON=${PYTHON:-python3}
+complete='import importlib.metadata as m; [m.version(p) for p in "torch datasets tqdm numpy pytest matplotlib".split()]
+assert int(m.version("transformers").split(".")[0]) >= 5'
+if ! "$PYTHON" -c "$complete" 2>/dev/null; then
+    if [ ! -x "$here/.venv/bin/python" ]; then run "$PYTHON" -m venv "$here/.venv"; fi
+    PYTHON=$here/.venv/bin/python
+    if ! "$PYTHON" -c "$complete" 2>/dev/null; then run "$PYTHON" -m pip install -q -r "$here/requirements.txt"; fi
+fi
+
+if [ "${1:-}" = test ]; then
+    shift
+    run "$PYTHON" -m pytest -q "$here/tests" "$@"
+    exit
+fi
+
+name=toy previous=                          # runs/NAME, from --data as sail.py names it
+for argument in "$@"; do
+    case $previous$argument in
+        --data?*) name=${argument#--data=}; name=${name##*/}; name=${name%.*} ;;
+    esac
+    previous=; if [ "$argument" = --data ]; then previous=--data; fi
+done
+train=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "${NPROC:-1}" "$here/sail.py")     # torchrun
+for variant in sft dpo dp pp pr; do
+    start=(); if [ $variant != sft ]; then start=(--model "runs/$name/sft/model"); fi
+    run "${train[@]}" --variant $variant "$@" "${start[@]}" --out "runs/$name/$variant"
+done
+run "$PYTHON" "$here/evaluate.py" "runs/$name/"{sft,dpo,dp,pp,pr} --out "runs/$name/results.json" --plot "runs/$name/results.png"
