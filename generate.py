@@ -43,8 +43,6 @@ def load_policy(name, device="cpu", trust_remote_code=False):
     no probability, in sampling and in scoring alike. Raises InputError where there is nothing to load.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()                                            # of loading and saving weights
     name = toy_checkpoint() if name == "toy" else name
     tokenizer = load_tokenizer(name, trust_remote_code)
     try:
@@ -57,6 +55,8 @@ def load_policy(name, device="cpu", trust_remote_code=False):
 
 def prepare(model, tokenizer, name="model"):
     """Switch dropout off for good and mask the ids beyond the tokenizer's; returns the model."""
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()                                # of weights being loaded or saved
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -120,6 +120,22 @@ def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, t
     rows = [row[:end] for row, end in zip(rows, ends)]
     groups = [slice(start, start + num_responses) for start in range(0, len(rows), num_responses)]
     return [rows[group] for group in groups], [[end is not None for end in ends[group]] for group in groups]
+
+
+def roll_out(policy, tokenizer, pairs, max_response_length, temperature=1.0, dtype="float32"):
+    """Give every pair flagged on_policy two fresh samples of the policy in place of the data's responses.
+
+    Changes the pairs: chosen and rejected, as ids and text, and `unfinished`, how many of the two. Two equal samples
+    stay a pair: without such pairs the expectation would be another one.
+    """
+    fresh = [pair for pair in pairs if pair["on_policy"]]
+    if fresh:
+        with torch.autocast(policy.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            prompts = [pair["prompt_ids"] for pair in fresh]
+            responses, finished = sample(policy, tokenizer, prompts, max_response_length, 2, temperature)
+        for pair, (first, second), done in zip(fresh, responses, finished):
+            pair.update(chosen_ids=first, rejected_ids=second, unfinished=2 - sum(done),
+                        chosen=response_text(tokenizer, first), rejected=response_text(tokenizer, second))
 
 
 def response_text(tokenizer, ids):

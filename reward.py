@@ -105,6 +105,27 @@ def load_classifier(name, device="cpu", trust_remote_code=False, batch_size=32):
     return score
 
 
+def label_by_reward(pairs, reward, preference="hard"):
+    """Put the fresh pairs into the reward's order and label them. Changes the pairs.
+
+    Their `preference` P(chosen ≻ rejected) becomes 1, or ½ for a tie; "soft": σ(reward difference). Adds `rewards`,
+    in the new order, and `tie`.
+    """
+    fresh = [pair for pair in pairs if pair["on_policy"]]
+    if not fresh:
+        return
+    scores = reward([pair["prompt"] for pair in fresh] * 2,
+                    [pair[side] for side in ("chosen", "rejected") for pair in fresh])
+    for pair, first, second in zip(fresh, scores, scores[len(fresh):]):
+        if second > first:                      # swapping the responses and the label changes nothing but their names
+            pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
+            pair["chosen_ids"], pair["rejected_ids"] = pair["rejected_ids"], pair["chosen_ids"]
+        gap = abs(first - second)
+        hard = 0.5 if gap == 0 else 1.0
+        pair.update(preference=1 / (1 + math.exp(-gap)) if preference == "soft" else hard, tie=gap == 0,
+                    rewards=[max(first, second), min(first, second)])
+
+
 def toy_reward(prompts, responses):
     """The toy world's ground truth: what a review of the prompt's noun is worth, in reward units.
 

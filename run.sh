@@ -32,7 +32,7 @@ for argument in "$@"; do
 done
 train=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "${NPROC:-1}" "$here/sail.py")     # torchrun
 for variant in sft dpo dp pp pr; do
-    start=(); if [ $variant != sft ]; then start=(--model "runs/$name/sft/model"); fi
-    run "${train[@]}" --variant $variant "$@" "${start[@]}" --out "runs/$name/$variant"
+    if [ $variant = dpo ]; then set -- "$@" --model "runs/$name/sft/model"; fi         # the last --model counts
+    run "${train[@]}" --variant $variant "$@" --out "runs/$name/$variant"
 done
 run "$PYTHON" "$here/evaluate.py" "runs/$name/"{sft,dpo,dp,pp,pr} --out "runs/$name/results.json" --plot "runs/$name/results.png"

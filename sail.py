@@ -42,11 +42,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import InputError, Parser, collate, command_line, counted, encode, train_and_held_out
-from generate import end_token_ids, load_policy, response_text, sample, toy_checkpoint, toy_model
-from reward import load_reward
+from generate import end_token_ids, load_policy, roll_out, toy_checkpoint, toy_model
+from reward import label_by_reward, load_reward
 
 # --- log-probabilities and losses ------------------------------------------------------------------------------------
 
@@ -149,39 +150,6 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
 
 
 # --- one training step -----------------------------------------------------------------------------------------------
-
-
-def roll_out(policy, tokenizer, pairs, args):
-    """The pairs whose responses are to come from the policy, with two fresh samples in place of the data's.
-
-    Pairs of two equal samples stay in: without them the expectation would be another one.
-    """
-    fresh = [pair for pair in pairs if pair["on_policy"]]
-    if not fresh:
-        return pairs
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        responses, finished = sample(policy, tokenizer, [pair["prompt_ids"] for pair in fresh],
-                                     args.max_response_length, 2, args.temperature)
-    for pair, (first, second), done in zip(fresh, responses, finished):
-        pair.update(chosen_ids=first, rejected_ids=second, unfinished=2 - sum(done),
-                    chosen=response_text(tokenizer, first), rejected=response_text(tokenizer, second))
-    return pairs
-
-
-def label_by_reward(pairs, reward, preference):
-    """Fresh pairs in the reward's order, with P(chosen ≻ rejected): 1, or ½ for a tie; soft: σ of the difference."""
-    fresh = [pair for pair in pairs if pair["on_policy"] and not pair["self_labelled"]]
-    prompts = [pair["prompt"] for pair in fresh]
-    scores = reward(prompts * 2, [pair[side] for side in ("chosen", "rejected") for pair in fresh]) if fresh else []
-    for pair, first, second in zip(fresh, scores, scores[len(fresh):]):
-        if second > first:                                # swapping both and the label changes nothing but the names
-            for key in ("chosen", "chosen_ids"):
-                other = key.replace("chosen", "rejected")
-                pair[key], pair[other] = pair[other], pair[key]
-        gap = abs(first - second)
-        pair["preference"] = 1 / (1 + math.exp(-gap)) if preference == "soft" else 0.5 if gap == 0 else 1.0
-        pair.update(rewards=[max(first, second), min(first, second)], tie=gap == 0)
-    return pairs
 
 
 def pair_logps(model, pairs, dtype="float32"):
@@ -299,7 +267,7 @@ def count(pairs):
     return Counter(
         pairs=len(pairs), tokens=sum(2 * len(pair["prompt_ids"]) + sum(len(pair[s]) for s in sides) for pair in pairs),
         fresh=len(fresh), unfinished=sum(pair["unfinished"] for pair in fresh),
-        fresh_tokens=sum(len(pair[side]) for pair in fresh for side in sides),
+        chosen_tokens=sum(len(pair["chosen_ids"]) for pair in pairs), fresh_tokens=sum(len(pair[side]) for pair in fresh for side in sides),
         reward=sum(sum(pair.get("rewards", [])) for pair in fresh), ties=sum(pair.get("tie", 0) for pair in fresh))
 
 
@@ -310,7 +278,8 @@ def record_of(step, totals, args, **rest):
 
     labelled_by_reward = args.variant == "pr"
     return {
-        "step": step, **{name: mean(name) for name in ("loss", "margin", "accuracy", "chosen_logps", "rejected_logps")},
+        "step": step, "loss": mean("loss", "chosen_tokens" if args.variant == "sft" else "pairs"),
+        **{name: mean(name) for name in ("margin", "accuracy", "chosen_logps", "rejected_logps")},
         "kl": mean("kl", "on_policy"), "reward": mean("reward", "fresh", 2) if labelled_by_reward else None,
         "response_length": mean("fresh_tokens", "fresh", 2), "unfinished": mean("unfinished", "fresh", 2),
         "on_policy": mean("on_policy"), "self_labelled": mean("self_labelled"),
@@ -388,14 +357,42 @@ def progress_line(record, steps):
     return f"step {record['step']}/{steps} | " + " | ".join(fields)
 
 
-def evaluate_now(step, policy, reference, tokenizer, reward, held_out, args, out):
-    """Evaluate on the held-out pairs; write eval.jsonl and eight samples; return one readable line."""
+def evaluate_now(policy, reference, tokenizer, reward, held_out, args, out, step):
+    """Evaluate on the held-out pairs; append to eval.jsonl, and eight samples to samples.jsonl; print a line."""
     from evaluate import evaluate_policy
     figures, samples = evaluate_policy(policy, reference, tokenizer, held_out, reward, args)
     write_line(out, "eval", {"step": step, **{name: mean for name, (mean, _) in figures.items()}})
     for row in samples[:8]:
         write_line(out, "samples", {"step": step, **row})
-    return f"eval {step} | " + " | ".join(f"{name} {mean:.3f} ± {half:.3f}" for name, (mean, half) in figures.items())
+    tqdm.write(f"eval {step} | " + " | ".join(f"{name} {mean:.3f}" for name, (mean, _) in figures.items()))
+
+
+def start_files(out, args):
+    """Make the run's directory, save its arguments and empty its logs."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n", encoding="utf-8")
+    for name in ("metrics", "eval", "samples"):
+        (out / f"{name}.jsonl").write_text("")
+
+
+def make_optimizer(policy, steps, args):
+    """(optimizer, scheduler): linear warm-up, then constant or cosine."""
+    optimizers = {"adamw": partial(torch.optim.AdamW, weight_decay=0.0), "rmsprop": torch.optim.RMSprop}
+    optimizer = optimizers[args.optimizer](policy.parameters(), lr=args.learning_rate)
+    warmup = max(1, steps // 10 if args.warmup_steps is None else args.warmup_steps)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1, (done + 1) / warmup) * (
+        (1 + math.cos(math.pi * done / steps)) / 2 if args.schedule == "cosine" else 1))
+
+
+def update(policy, optimizer, scheduler, max_grad_norm):
+    """One optimizer step, unless the gradient is not finite; (gradient norm before clipping, learning rate)."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm).item()
+    learning_rate = scheduler.get_last_lr()[0]
+    if math.isfinite(grad_norm):              # the same on every rank: all step or none
+        optimizer.step()
+        scheduler.step()
+    optimizer.zero_grad()
+    return grad_norm, learning_rate
 
 
 def train(args):
@@ -405,42 +402,30 @@ def train(args):
     total, steps = plan(len(examples), args)
     if min(args.batch_size, total) < world:
         raise InputError(f"{world} processes cannot share batches of {min(args.batch_size, total)} pairs")
-    out = Path(args.out)
+    out, own = Path(args.out), int(total * Fraction(str(args.mix)))
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n", encoding="utf-8")
-        for name in ("metrics", "eval", "samples"):
-            (out / f"{name}.jsonl").write_text("")
-        own = int(total * Fraction(str(args.mix)))
+        start_files(out, args)
         print(f"{args.data}: {len(examples)} pairs to train on, {len(held_out)} held out; {counted(counts)}\n"
               f"{args.variant}: {total - own} offline pairs + {own} on the variant's route = {total} pairs, "
-              f"{steps} steps of {math.ceil(total / steps)}, {world} process{'es' * (world > 1)} -> {out}", flush=True)
-
-    model = policy
-    if world > 1:
-        model = torch.nn.parallel.DistributedDataParallel(policy, broadcast_buffers=False)
-    optimizers = {"adamw": partial(torch.optim.AdamW, weight_decay=0.0), "rmsprop": torch.optim.RMSprop}
-    optimizer = optimizers[args.optimizer](policy.parameters(), lr=args.learning_rate)
-    warmup = steps // 10 if args.warmup_steps is None else args.warmup_steps
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1, (done + 1) / max(1, warmup)) * (
-        (1 + math.cos(math.pi * done / steps)) / 2 if args.schedule == "cosine" else 1))
-    baseline = utility(torch.zeros(()), args.beta, args.loss_type)          # of T2: the running mean of past pairs' f
+              f"{steps} steps of {math.ceil(total / steps)}, processes: {world} -> {out}", flush=True)
+    model = DistributedDataParallel(policy, broadcast_buffers=False) if world > 1 else policy
+    optimizer, scheduler = make_optimizer(policy, steps, args)
+    baseline = utility(torch.zeros(()), args.beta, args.loss_type).item()   # of T2: a running mean of past pairs' f
     skipped = skipped_in_a_row = 0
-    held = policy, reference, tokenizer, reward, held_out, args, out
+    evaluate_at = partial(evaluate_now, policy, reference, tokenizer, reward, held_out, args, out)
     if rank == 0 and held_out and args.eval_every:
-        tqdm.write(evaluate_now(0, *held))
+        evaluate_at(0)
     for step in tqdm(range(1, steps + 1), args.variant, disable=None if rank == 0 else True):
         started = time.perf_counter()
         torch.manual_seed((args.seed * 2**30 + step) * 2**10 + rank)        # a rollout depends on nothing else
-        # 1. draw pairs
-        pairs = draw_pairs(examples, step, steps, total, args)
-        n_pairs, n_tokens = len(pairs), sum(len(pair["chosen_ids"]) for pair in pairs)
-        # 2. roll out this rank's share
-        pairs = roll_out(policy, tokenizer, pairs[rank::world], args)
-        # 3. label
+        # 1. draw the global batch; take this rank's share
+        batch = draw_pairs(examples, step, steps, total, args)
+        pairs, n_pairs, n_tokens = batch[rank::world], len(batch), sum(len(pair["chosen_ids"]) for pair in batch)
+        # 2. roll out, 3. label
+        roll_out(policy, tokenizer, pairs, args.max_response_length, args.temperature, args.dtype)
         if args.variant == "pr":
-            pairs = label_by_reward(pairs, reward, args.preference)
-        # 4. log-probabilities, loss, gradient: the mean over all ranks' pairs (DDP averages over ranks, hence `world`)
+            label_by_reward(pairs, reward, args.preference)
+        # 4. log-probabilities, loss, gradient: a mean over all ranks' pairs (DDP divides by `world`; undo that)
         if args.variant == "sft":
             losses_of, scale = partial(sft_losses, model, args=args), world / n_tokens
         else:
@@ -448,32 +433,24 @@ def train(args):
             scale = world / n_pairs
         totals = accumulate_gradients(model, losses_of, pairs, args.micro_batch_size or len(pairs), scale)
         totals = sum_over_ranks(Counter({**totals, **count(pairs)}), device)
-        # 5. step, all ranks or none
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), args.max_grad_norm).item()
-        learning_rate = scheduler.get_last_lr()[0]
-        if math.isfinite(grad_norm):
-            optimizer.step()
-            scheduler.step()
-            skipped_in_a_row = 0
-        else:
-            skipped, skipped_in_a_row = skipped + 1, skipped_in_a_row + 1
-            if skipped_in_a_row == 10:
-                raise InputError(f"step {step}: ten non-finite gradients in a row; lower --learning-rate or look at "
-                                 f"{out}/metrics.jsonl")
-        optimizer.zero_grad()
+        # 5. step
+        grad_norm, learning_rate = update(policy, optimizer, scheduler, args.max_grad_norm)
+        skipped_in_a_row = 0 if math.isfinite(grad_norm) else skipped_in_a_row + 1
+        skipped += skipped_in_a_row > 0
+        if skipped_in_a_row == 10:
+            raise InputError(f"step {step}: ten non-finite gradients in a row; lower --learning-rate, and see "
+                             f"{out}/metrics.jsonl")
         if totals["on_policy"] and math.isfinite(totals["on_policy_loss"]):
-            baseline = baseline + 0.1 * (-totals["on_policy_loss"] / totals["on_policy"] - baseline)
+            baseline += 0.1 * (-totals["on_policy_loss"] / totals["on_policy"] - baseline)
         # 6. log, evaluate
         if rank == 0:
             record = record_of(step, totals, args, grad_norm=grad_norm, learning_rate=learning_rate, skipped=skipped,
                                **counts, seconds=time.perf_counter() - started)
-            if args.variant == "sft":
-                record["loss"] = totals["loss"] / n_tokens
             write_line(out, "metrics", record)
             if step % args.log_every == 0 or step in (1, steps):
                 tqdm.write(progress_line(record, steps))
             if held_out and (step == steps or args.eval_every and step % args.eval_every == 0):
-                tqdm.write(evaluate_now(step, *held))
+                evaluate_at(step)
     if rank == 0:
         save_model(policy, tokenizer, out / "model")
         print(f"saved {out}/model", flush=True)
