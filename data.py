@@ -3,7 +3,8 @@
     python data.py SOURCE                what was detected, kept and dropped, how long it is, two pairs
     python data.py SOURCE --model M      the same in M's tokens and chat template
 
-SOURCE is `toy` (or `toy:test`), a .jsonl, .json, .csv or .parquet file, or a hub name written OWNER/NAME[/CONFIG][:SPLIT].
+SOURCE is `toy` (or `toy:test`), a .jsonl, .json, .csv or .parquet file, or a hub name written
+OWNER/NAME[/CONFIG][:SPLIT].
 
 A pair is a dict {prompt, chosen, rejected}. The responses are strings; the prompt is a string, or a list of
 {role, content} messages where the data is a dialogue. How a pair becomes text:
@@ -44,12 +45,13 @@ def command_line(main):
     try:
         main()
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0" or torch.distributed.is_initialized():    # once, not once per rank
+        # once, not once per rank
+        if os.environ.get("RANK", "0") == "0" or torch.distributed.is_initialized():
             print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
 
 
-# --- formats: told apart by their columns; a converter takes a row and returns (prompt, chosen, rejected) ----------
+# --- formats: told apart by their columns; a converter takes a row and returns (prompt, chosen, rejected) ---
 
 ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}
 NO_TEXT, TIE = "null or malformed text", "no preference between the responses"
@@ -108,7 +110,8 @@ def from_prompt_chosen_rejected(row):
 
 def from_sharegpt(row):
     """The context as turns, the two answers as single turns."""
-    return as_messages(row["conversations"]), *(split_dialogue([row[side]])[1] for side in ("chosen", "rejected"))
+    return as_messages(row["conversations"]), *(
+        split_dialogue([row[side]])[1] for side in ("chosen", "rejected"))
 
 
 def from_winner(prompt, responses, winner):
@@ -128,7 +131,8 @@ def from_summaries(row):
 
 def from_scores(prompt, responses, scores):
     """Scored responses: the best against the worst."""
-    ranked = sorted((pair for pair in zip(scores, responses) if pair[0] is not None), key=lambda pair: pair[0])
+    ranked = sorted((pair for pair in zip(scores, responses) if pair[0] is not None),
+                    key=lambda pair: pair[0])
     if not ranked or ranked[0][0] == ranked[-1][0]:
         raise BadRow(TIE)
     return prompt, ranked[-1][1], ranked[0][1]
@@ -143,14 +147,15 @@ FORMATS = {  # name: (the columns that identify it, converter of (row, prefer));
     "PKU-SafeRLHF": ("prompt response_0 response_1 better_response_id safer_response_id", lambda row, prefer:
         from_winner(row["prompt"], [row["response_0"], row["response_1"]], row[f"{prefer}_response_id"])),
     "UltraFeedback": ("instruction completions", lambda row, _: from_scores(
-        row["instruction"], [c["response"] for c in row["completions"]], [c["overall_score"] for c in row["completions"]])),
+        row["instruction"], [c["response"] for c in row["completions"]],
+        [c["overall_score"] for c in row["completions"]])),
     "summarize_from_feedback": ("info summaries choice", lambda row, _: from_summaries(row)),
     "webgpt_comparisons": ("question answer_0 answer_1 score_0 score_1", lambda row, _: from_scores(
         row["question"]["full_text"], [row["answer_0"], row["answer_1"]], [row["score_0"], row["score_1"]])),
 }
 
 
-# --- loading --------------------------------------------------------------------------------------------------------
+# --- loading ------------------------------------------------------------------------------------------------
 
 def read_rows(source):
     """The raw rows of `source`, an iterable of dicts. Raises InputError where it cannot be read."""
@@ -164,7 +169,8 @@ def read_rows(source):
             if text.lstrip().startswith("["):
                 rows = json.loads(text)
             else:
-                for line, each in enumerate(text.split("\n"), 1):    # not splitlines: U+2028 may stand in a string
+                # not splitlines: U+2028 may stand in a string
+                for line, each in enumerate(text.split("\n"), 1):
                     rows += [json.loads(each)] if each.strip() else []
         except UnicodeDecodeError as error:
             raise InputError(f"{source}: not UTF-8 text ({error})") from None
@@ -207,16 +213,19 @@ def load_pairs(source, limit=None, prefer="better"):
     name = next((name for name, (needed, _) in FORMATS.items() if columns.issuperset(needed.split())), None)
     if name is None:
         known = "; ".join(needed.replace(" ", ", ") for needed, _ in FORMATS.values())
-        raise InputError(f"{source}: columns {', '.join(sorted(columns))} fit no known format; want one of: {known}")
+        raise InputError(f"{source}: columns {', '.join(sorted(columns))} fit no known format; "
+                         f"want one of: {known}")
     pairs, dropped = [], Counter()
     for row in rows:
         if len(pairs) == limit:
             break
         try:
             prompt, chosen, rejected = FORMATS[name][1](row, prefer)
-            if not all(isinstance(text, str) for text in (chosen, rejected)) or not isinstance(prompt, (str, list)):
+            if (not all(isinstance(text, str) for text in (chosen, rejected))
+                    or not isinstance(prompt, (str, list))):
                 raise BadRow(NO_TEXT)
-            if not prompt or not (prompt.strip() if isinstance(prompt, str) else prompt[-1]["content"].strip()):
+            if not prompt or not (prompt.strip() if isinstance(prompt, str)
+                                  else prompt[-1]["content"].strip()):
                 raise BadRow("empty prompt")
             if not chosen.strip() or not rejected.strip():
                 raise BadRow("empty response")
@@ -240,8 +249,8 @@ def counted(counter):
 def train_and_held_out(data, eval_data=None, limit=None, prefer="better"):
     """Training pairs and held-out pairs, the same for every script, and the report of the training source.
 
-    Held out are the pairs of `eval_data` where it is given, the toy's test nouns for the toy, else those of one
-    prompt in twenty of `data`, told by the prompt's CRC-32, so that no prompt is on both sides.
+    Held out are the pairs of `eval_data` where it is given, the toy's test nouns for the toy, else those of
+    one prompt in twenty of `data`, told by the prompt's CRC-32, so that no prompt is on both sides.
     """
     pairs, report = load_pairs(data, limit, prefer)
     if eval_data is None and data == "toy":
@@ -251,24 +260,28 @@ def train_and_held_out(data, eval_data=None, limit=None, prefer="better"):
     out = [zlib.crc32(json.dumps(pair["prompt"]).encode()) % 20 == 0 for pair in pairs]
     train = [pair for pair, held in zip(pairs, out) if not held]
     if not train:
-        raise InputError(f"{data}: all {len(pairs)} pairs are held out; give more, or name others with --eval-data")
+        raise InputError(f"{data}: all {len(pairs)} pairs are held out; give more, or name others with "
+                         "--eval-data")
     return train, [pair for pair, held in zip(pairs, out) if held], report
 
 
-# --- the toy world: reviews of a noun; reward.py's toy_reward is its ground truth ------------------------------------
+# --- the toy world: reviews of a noun; reward.py's toy_reward is its ground truth ---------------------------
 
 NOUNS = ("soup coffee pizza bread salad cake tea pasta hotel room pool beach movie song book show "
          "curry museum garden phone").split()                             # the last four are held out
-ADJECTIVES = dict(superb=1.0, wonderful=1.0, great=0.8, lovely=0.8, good=0.6, pleasant=0.6, decent=0.3, fine=0.3,
-                  plain=-0.3, dull=-0.3, weak=-0.6, poor=-0.6, bad=-0.8, nasty=-0.8, awful=-1.0, horrible=-1.0)
+ADJECTIVES = dict(
+    superb=1.0, wonderful=1.0, great=0.8, lovely=0.8, good=0.6, pleasant=0.6, decent=0.3, fine=0.3,
+    plain=-0.3, dull=-0.3, weak=-0.6, poor=-0.6, bad=-0.8, nasty=-0.8, awful=-1.0, horrible=-1.0)
 ADVERBS = dict(slightly=0.5, fairly=0.8, rather=1.0, very=1.5, truly=1.5, utterly=1.8)
 PROMPTS = ("review the {} :", "how was the {} ?", "tell me about the {} :", "what about the {} ?")
 
 
 def toy_response(rng, noun):
-    """One random review, wanted or not: it may stray to another noun, repeat itself, or lack its full stop."""
+    """One random review, wanted or not: it may stray to another noun, repeat itself,
+    or lack its full stop."""
     noun = noun if rng.random() < 0.8 else rng.choice(NOUNS)
-    clauses = [f"{rng.choice([*ADVERBS])} {rng.choice([*ADJECTIVES])}" for _ in range(rng.choice((1, 2, 2, 2, 3)))]
+    clauses = [f"{rng.choice([*ADVERBS])} {rng.choice([*ADJECTIVES])}"
+               for _ in range(rng.choice((1, 2, 2, 2, 3)))]
     if rng.random() < 0.2:
         clauses[-1] = clauses[0]
     return f"the {noun} was " + " and ".join(clauses) + (" ." if rng.random() < 0.8 else "")
@@ -291,13 +304,13 @@ def toy_pairs(split, seed=0):
     return pairs
 
 
-# --- text to tokens -------------------------------------------------------------------------------------------------
+# --- text to tokens -----------------------------------------------------------------------------------------
 
 def render(prompt, response, tokenizer):
     """(prompt text, response text) whose concatenation is the whole dialogue, as the top of this file says.
 
-    Raises InputError where the chat template's render with the answer does not begin with its generation prompt:
-    then training and sampling would see different prompts.
+    Raises InputError where the chat template's render with the answer does not begin with its generation
+    prompt: then training and sampling would see different prompts.
     """
     if not tokenizer.chat_template:
         if isinstance(prompt, str):
@@ -314,8 +327,9 @@ def render(prompt, response, tokenizer):
     except TemplateError as error:
         raise BadRow(f"refused by the chat template: {error}") from None
     if not whole.startswith(head):
-        raise InputError(f"{tokenizer.name_or_path}: its chat template renders an answered dialogue otherwise than the "
-                         "prompt it generates from; train with a template whose generation prompt is a prefix")
+        raise InputError(f"{tokenizer.name_or_path}: its chat template renders an answered dialogue "
+                         "otherwise than the prompt it generates from; train with a template whose "
+                         "generation prompt is a prefix")
     return head, whole[len(head):]
 
 
@@ -328,14 +342,16 @@ def truncate_prompt(ids, limit, tokenizer):
 def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length):
     """Pairs as token ids: ([{prompt, prompt_ids, chosen, chosen_ids, rejected, rejected_ids}], counts).
 
-    A response ends with exactly one end token, the first of `end_ids` in it, or the tokenizer's EOS appended;
-    one longer than max_response_length tokens is cut from the right and then has none. Both responses follow the
-    same prompt ids. counts: truncated prompts and responses, and rows dropped because nothing is left to learn.
+    A response ends with exactly one end token, the first of `end_ids` in it, or the tokenizer's EOS
+    appended; one longer than max_response_length tokens is cut from the right and then has none. Both
+    responses follow the same prompt ids. counts: truncated prompts and responses, and rows dropped because
+    nothing is left to learn.
     """
     examples, counts = [], Counter({"truncated_prompts": 0, "truncated_responses": 0, "dropped": 0})
     for pair in pairs:
         try:
-            (head, chosen), (_, rejected) = (render(pair["prompt"], pair[side], tokenizer) for side in ("chosen", "rejected"))
+            (head, chosen), (_, rejected) = (render(pair["prompt"], pair[side], tokenizer)
+                                             for side in ("chosen", "rejected"))
         except BadRow as reason:
             counts["dropped"] += 1
             counts[str(reason)] += 1
@@ -356,11 +372,14 @@ def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length):
             counts["same tokens in both responses" if prompt_ids else "prompt without tokens"] += 1
         else:
             examples.append(example)
+    if not examples:
+        raise InputError(f"none of {len(pairs)} pairs has anything to learn as tokens: {counted(+counts)}")
     return examples, counts
 
 
 def collate(prompts, responses, device="cpu"):
-    """Lists of prompt and response ids -> input_ids, attention_mask, response_mask, each (B, T), padded on the right.
+    """Lists of prompt and response ids -> input_ids, attention_mask, response_mask, each
+    (B, T), padded on the right.
 
     The masks are made from lengths, so the padding id (0) means nothing and may equal any real token.
     """
@@ -377,7 +396,8 @@ def main():
     parser = Parser(description="Show what a preference data set holds and how it will be read.")
     parser.add_argument("source")
     parser.add_argument("--model", help="a Hugging Face directory or name: count and render in its tokens")
-    parser.add_argument("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF's label")
+    parser.add_argument("--prefer", choices=["better", "safer"], default="better",
+                        help="PKU-SafeRLHF's label")
     parser.add_argument("--limit", type=int, help="stop after so many pairs")
     parser.add_argument("--max-prompt-length", type=int, default=512)
     parser.add_argument("--max-response-length", type=int, default=512)
@@ -385,11 +405,13 @@ def main():
     pairs, report = load_pairs(args.source, args.limit, args.prefer)
     print(f"{args.source}: {report['format']}; {report['rows']} rows, {len(pairs)} pairs kept, dropped: "
           f"{counted(report['dropped'])}")
-    length, unit, shown = len, "characters", [(str(p["prompt"]), p["chosen"], p["rejected"]) for p in pairs[:2]]
+    length, unit, shown = len, "characters", [
+        (str(p["prompt"]), p["chosen"], p["rejected"]) for p in pairs[:2]]
     if args.model:
         from generate import end_token_ids, load_tokenizer
         tokenizer = load_tokenizer(args.model)
-        pairs, counts = encode(pairs, tokenizer, end_token_ids(tokenizer), args.max_prompt_length, args.max_response_length)
+        pairs, counts = encode(pairs, tokenizer, end_token_ids(tokenizer), args.max_prompt_length,
+                               args.max_response_length)
         print(f"{len(pairs)} encoded; {counted(counts)}")
         unit, sides = "tokens", ("prompt_ids", "chosen_ids", "rejected_ids")
         shown = [tuple(tokenizer.decode(pair[side]) for side in sides) for pair in pairs[:2]]

@@ -1,12 +1,12 @@
 """Evaluate policies side by side on held-out data, every figure with its 95 % interval.
 
-    python evaluate.py runs/toy/*                                # runs of sail.py: their own data, reward, lengths
-    python evaluate.py MODEL … --data D --reward R               # any checkpoints
-    python evaluate.py runs/toy/* --plot picture.png             # … and draw it
+    python evaluate.py runs/toy/*                        # runs of sail.py: their own data, reward, lengths
+    python evaluate.py MODEL … --data D --reward R       # any checkpoints
+    python evaluate.py runs/toy/* --plot picture.png     # … and draw it
 
-On held-out pairs: DPO loss, margin and accuracy against the reference. On responses sampled to their prompts, at
-temperature 1 as in training: reward, length, unfinished, KL(π‖π_ref), and the win rate against the data's chosen
-responses by the reward, a tie counting ½.
+On held-out pairs: DPO loss, margin and accuracy against the reference. On responses sampled to their prompts,
+at temperature 1 as in training: reward, length, unfinished, KL(π‖π_ref), and the win rate against the data's
+chosen responses by the reward, a tie counting ½.
 """
 import json
 import math
@@ -35,8 +35,8 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, batch_
     """Figures of a policy on held-out examples: ({name: (mean, half-width)}, samples).
 
     reference: None leaves out what is measured against it. reward: None leaves out reward and win rate.
-    args: beta, dtype, max_response_length, and the seed that the samples are drawn with. KL is estimated from the
-    samples, log π(y) − log π_ref(y) summed over y's tokens, in nats per response.
+    args: beta, dtype, max_response_length, and the seed that the samples are drawn with. KL is estimated from
+    the samples, log π(y) − log π_ref(y) summed over y's tokens, in nats per response.
     """
     torch.manual_seed(args.seed)
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -63,7 +63,8 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, batch_
         scores = reward(prompts, [row["response"] for row in samples])
         chosen = reward(prompts, [example["chosen"] for example in examples])
         columns["reward"] = scores
-        columns["win_rate"] = [0.5 if ours == theirs else float(ours > theirs) for ours, theirs in zip(scores, chosen)]
+        columns["win_rate"] = [0.5 if ours == theirs else float(ours > theirs)
+                               for ours, theirs in zip(scores, chosen)]
         for row, score in zip(samples, scores):
             row["reward"] = score
     columns["length"] = [float(len(ids)) for ids, in responses]
@@ -72,20 +73,22 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, batch_
 
 
 def find_run(path, overrides):
-    """(name, model directory or name, settings) of a run of sail.py, or of a checkpoint with the default settings."""
+    """(name, model directory or name, settings) of a run of sail.py, or of a checkpoint
+    with the default settings."""
     path = Path(path)
     saved = {}
     if (path / "args.json").is_file() and (path / "model").is_dir():
         saved = json.loads((path / "args.json").read_text(encoding="utf-8"))
-    settings = vars(parse_args(["--variant", "dpo", "--data", overrides.get("data") or saved.get("data", "toy")]))
+    settings = vars(parse_args(
+        ["--variant", "dpo", "--data", overrides.get("data") or saved.get("data", "toy")]))
     settings = {**settings, **saved, **{key: value for key, value in overrides.items() if value is not None}}
     return path.name or str(path), str(path / "model") if saved else str(path), Namespace(**settings)
 
 
 def print_table(results):
     """The results as an aligned table, a model per line, mean ± half-width of the 95 % interval."""
-    names = [name for name in ("reward", "win_rate", "kl", "length", "unfinished", "loss", "margin", "accuracy")
-             if any(name in figures for figures in results.values())]
+    names = [name for name in ("reward", "win_rate", "kl", "length", "unfinished", "loss", "margin",
+                               "accuracy") if any(name in figures for figures in results.values())]
     rows = [["model", *names]] + [
         [model] + ["{:.3f} ± {:.3f}".format(*figures[name]) if name in figures else "" for name in names]
         for model, figures in results.items()]
@@ -96,12 +99,14 @@ def print_table(results):
 
 
 def plot(results, runs, path):
-    """Reward against KL, and the held-out reward over training, as a PNG; labels stand beside what they name."""
+    """Reward against KL, and the held-out reward over training, as a PNG; labels stand
+    beside what they name."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError("--plot needs matplotlib: pip install matplotlib") from None
-    colours = dict(zip(results, ["#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9", "#D55E00"] * 9))
+    colours = dict(zip(results, ["#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9",
+                                 "#D55E00"] * 9))
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for name, figures in results.items():
@@ -116,7 +121,8 @@ def plot(results, runs, path):
             right.plot([row["step"] for row in rows], [row["reward"] for row in rows], color=colours[name])
             right.annotate(name, (rows[-1]["step"], rows[-1]["reward"]), (4, -3), textcoords="offset points",
                            color=colours[name])
-    left.set(xlabel="KL(π‖π_ref), nats per response", ylabel="held-out reward", title="after training, 95 % intervals")
+    left.set(xlabel="KL(π‖π_ref), nats per response", ylabel="held-out reward",
+             title="after training, 95 % intervals")
     left.set_xscale("symlog")
     right.set(xlabel="optimizer step", ylabel="held-out reward", title="during training")
     for axes in (left, right):
@@ -128,20 +134,23 @@ def plot(results, runs, path):
 
 def main():
     """`python evaluate.py RUN …`."""
-    parser = Parser(description="Evaluate runs of sail.py, or any checkpoints, side by side on held-out data.")
-    parser.add_argument("models", nargs="+", metavar="RUN", help="a run's directory, or a checkpoint's directory or name")
+    parser = Parser(
+        description="Evaluate runs of sail.py, or any checkpoints, side by side on held-out data.")
+    parser.add_argument("models", nargs="+", metavar="RUN",
+                        help="a run's directory, or a checkpoint's directory or name")
     parser.add_argument("--data", help="as in sail.py (default: the run's)")
     parser.add_argument("--eval-data", help="held-out pairs (default: the run's rule)")
     parser.add_argument("--reward", help="as in sail.py (default: the run's)")
-    parser.add_argument("--reference", help="for KL, loss and margin (default: the reference of the first run that has "
-                        "one, else the first model)")
+    parser.add_argument("--reference", help="for KL, loss and margin (default: the reference of the first "
+                        "run that has one, else the first model)")
     parser.add_argument("--beta", type=float, help="(default: the run's)")
     parser.add_argument("--eval-limit", type=int, default=256, help="held-out pairs (default: 256)")
     parser.add_argument("--max-prompt-length", type=int)
     parser.add_argument("--max-response-length", type=int)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trust-remote-code", action="store_true", default=None, help="run code of a hub model")
+    parser.add_argument("--trust-remote-code", action="store_true", default=None,
+                        help="run code of a hub model")
     parser.add_argument("--out", default="results.json", help="the figures as JSON: [mean, half-width]")
     parser.add_argument("--plot", metavar="PNG", help="draw reward, KL and learning curves")
     overrides = vars(parser.parse_args())
@@ -149,7 +158,7 @@ def main():
     runs = [find_run(path, overrides) for path in paths]
     if len({name for name, *_ in runs}) < len(runs):
         runs = [(path, *rest) for path, (_, *rest) in zip(paths, runs)]
-    args = runs[0][2]                                  # the same held-out pairs, lengths and seed for every model
+    args = runs[0][2]                           # the same held-out pairs, lengths and seed for every model
     reference_name = reference or next((run.reference for _, _, run in runs if run.reference), runs[0][1])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _, held_out, _ = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)

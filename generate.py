@@ -1,9 +1,10 @@
 """Policies: load one, and sample from it exactly the distribution that sail.py scores.
 
-    python generate.py --model M --data D --out responses.jsonl     # one line per prompt: prompt, response, tokens, …
+    python generate.py --model M --data D --out responses.jsonl     # one line per prompt: prompt, response,
+                                                                      tokens, …
 
-SAIL's second term is the score of the distribution that was sampled from, so `sample` draws from the full softmax,
-whatever the checkpoint's generation_config says, and hands on the very ids it drew.
+SAIL's second term is the score of the distribution that was sampled from, so `sample` draws from the full
+softmax, whatever the checkpoint's generation_config says, and hands on the very ids it drew.
 """
 import json
 import os
@@ -21,7 +22,8 @@ TOY_SFT = Path("runs/toy/sft")          # where `sail.py --variant sft` puts the
 
 
 def load_tokenizer(name, trust_remote_code=False):
-    """The tokenizer of a Hugging Face directory or hub name, or of `toy`. Raises InputError where it has none, or no EOS."""
+    """The tokenizer of a Hugging Face directory or hub name, or of `toy`. Raises InputError where
+    it has none, or no EOS."""
     from transformers import AutoTokenizer
     if name == "toy":
         return toy_tokenizer()
@@ -31,7 +33,8 @@ def load_tokenizer(name, trust_remote_code=False):
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: no tokenizer to load ({first_line(error)})") from None
     if tokenizer.eos_token_id is None:
-        raise InputError(f"{name}: its tokenizer has no end-of-sequence token; set eos_token in tokenizer_config.json")
+        raise InputError(f"{name}: its tokenizer has no end-of-sequence token; set eos_token in "
+                         "tokenizer_config.json")
     return tokenizer
 
 
@@ -39,15 +42,17 @@ def load_policy(name, device="cpu", trust_remote_code=False):
     """A causal language model with float32 weights and no dropout, and its tokenizer: (model, tokenizer).
 
     name: a Hugging Face directory or hub name; `toy` for the toy world's SFT model, trained on first use.
-    A local directory is loaded without the network. Ids that the tokenizer cannot produce (padded vocabularies) get
-    no probability, in sampling and in scoring alike. Raises InputError where there is nothing to load.
+    A local directory is loaded without the network. Ids that the tokenizer cannot produce (padded
+    vocabularies) get no probability, in sampling and in scoring alike. Raises InputError where there is
+    nothing to load.
     """
     from transformers import AutoModelForCausalLM
     name = toy_checkpoint() if name == "toy" else name
     tokenizer = load_tokenizer(name, trust_remote_code)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=trust_remote_code, local_files_only=Path(name).is_dir())
+            name, dtype=torch.float32, trust_remote_code=trust_remote_code,
+            local_files_only=Path(name).is_dir())
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: no causal language model to load ({first_line(error)})") from None
     return prepare(model, tokenizer, name).to(device), tokenizer
@@ -64,7 +69,8 @@ def prepare(model, tokenizer, name="model"):
             module.attention_dropout = 0.0
     known, head = max(tokenizer.get_vocab().values()) + 1, model.get_output_embeddings()
     if head.weight.shape[0] < known:
-        raise InputError(f"{name}: the tokenizer has {known} ids, the model only {head.weight.shape[0]}; wrong tokenizer?")
+        raise InputError(f"{name}: the tokenizer has {known} ids, the model only {head.weight.shape[0]}; "
+                         "wrong tokenizer?")
     if head.weight.shape[0] > known:
         def mask_unknown(_, __, logits):
             return logits.index_fill(-1, torch.arange(known, logits.shape[-1], device=logits.device),
@@ -90,12 +96,14 @@ def end_token_ids(tokenizer, model=None):
 
 
 @torch.no_grad()
-def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, temperature=1.0, batch_size=64):
+def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, temperature=1.0,
+           batch_size=64):
     """Draw `num_responses` responses to each prompt from the model's full softmax at `temperature`.
 
     prompt_ids: a list of lists of token ids, unpadded. Returns (responses, finished), lists with a list of
-    num_responses entries per prompt: the generated ids, up to and with the first end token; and whether there is
-    one. A response that reaches max_response_length without it gets none. Uses torch's global random state.
+    num_responses entries per prompt: the generated ids, up to and with the first end token; and whether
+    there is one. A response that reaches max_response_length without it gets none. Uses torch's global
+    random state.
     """
     from transformers import GenerationConfig
     end_ids = end_token_ids(tokenizer, model)
@@ -105,15 +113,18 @@ def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, t
         max_new_tokens=max_response_length, eos_token_id=sorted(end_ids), pad_token_id=tokenizer.eos_token_id)
     rows = []
     try:
-        model.generation_config = GenerationConfig()      # or its top_k, penalties, … would fill in what is unset
+        model.generation_config = GenerationConfig()  # or its top_k, penalties, … would fill in what is unset
         for start in tqdm(range(0, len(prompt_ids), batch_size), "generating", leave=False,
                           disable=None if len(prompt_ids) > batch_size else True):
             prompts = [torch.tensor(ids) for ids in prompt_ids[start:start + batch_size]]
-            tokens = pad_sequence(prompts, batch_first=True, padding_side="left").to(model.device)      # (B, P)
-            mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True, padding_side="left")
-            output = model.generate(input_ids=tokens, attention_mask=mask.to(model.device), generation_config=sampling)
-            assert torch.equal(output[::num_responses, :tokens.shape[1]], tokens), "a response lost its prompt"
-            rows += output[:, tokens.shape[1]:].tolist()                                                # (B·n, R)
+            tokens = pad_sequence(prompts, batch_first=True, padding_side="left").to(model.device)    # (B, P)
+            mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True,
+                                padding_side="left")
+            output = model.generate(input_ids=tokens, attention_mask=mask.to(model.device),
+                                    generation_config=sampling)
+            assert torch.equal(output[::num_responses, :tokens.shape[1]],
+                               tokens), "a response lost its prompt"
+            rows += output[:, tokens.shape[1]:].tolist()                                            # (B·n, R)
     finally:
         model.generation_config = own_config
     ends = [next((place + 1 for place, token in enumerate(row) if token in end_ids), None) for row in rows]
@@ -125,8 +136,8 @@ def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, t
 def roll_out(policy, tokenizer, pairs, max_response_length, temperature=1.0, dtype="float32"):
     """Give every pair flagged on_policy two fresh samples of the policy in place of the data's responses.
 
-    Changes the pairs: chosen and rejected, as ids and text, and `unfinished`, how many of the two. Two equal samples
-    stay a pair: without such pairs the expectation would be another one.
+    Changes the pairs: chosen and rejected, as ids and text, and `unfinished`, how many of the two. Two equal
+    samples stay a pair: without such pairs the expectation would be another one.
     """
     fresh = [pair for pair in pairs if pair["on_policy"]]
     if fresh:
@@ -143,40 +154,46 @@ def response_text(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-# --- the toy world's policy ------------------------------------------------------------------------------------------
+# --- the toy world's policy ---------------------------------------------------------------------------------
 
 def toy_tokenizer():
     """A word-level tokenizer over the toy grammar."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     words = [*NOUNS, *ADJECTIVES, *ADVERBS, "the", "was", "and", "."]
-    words = ["<pad>", "<eos>", "<unk>"] + list(dict.fromkeys(words + [w for p in PROMPTS for w in p.split() if w != "{}"]))
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    words = ["<pad>", "<eos>", "<unk>"] + list(dict.fromkeys(
+        words + [w for p in PROMPTS for w in p.split() if w != "{}"]))
+    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)},
+                                           unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
-                                   clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
+                                   unk_token="<unk>", clean_up_tokenization_spaces=False)
 
 
 def toy_model(seed=0):
-    """The toy's policy before any training: (a two-layer Llama of about 0.3 M random parameters, its tokenizer)."""
+    """The toy's policy before any training: (a two-layer Llama of about 0.3 M random
+    parameters, its tokenizer)."""
     from transformers import LlamaConfig, LlamaForCausalLM
     tokenizer = toy_tokenizer()
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=112, intermediate_size=288, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=128, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id))
+        vocab_size=len(tokenizer), hidden_size=112, intermediate_size=288, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=128, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id))
     return prepare(model, tokenizer).eval(), tokenizer
 
 
 def toy_checkpoint():
-    """The directory of the toy's SFT model; trains it with `sail.py --variant sft` where it is missing, and says so."""
+    """The directory of the toy's SFT model; trains it with `sail.py --variant sft` where it
+    is missing, and says so."""
     if not (TOY_SFT / "model").is_dir() and int(os.environ.get("RANK", 0)) == 0:
         print(f"toy: no SFT model in {TOY_SFT}/model yet; training it, once", flush=True)
         alone = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
         script = Path(__file__).with_name("sail.py")
-        if subprocess.run([sys.executable, script, "--variant", "sft", "--out", TOY_SFT], env=alone).returncode:
-            raise InputError(f"the toy's SFT model could not be trained: run `python {script} --variant sft` to see why")
+        if subprocess.run([sys.executable, script, "--variant", "sft", "--out", TOY_SFT],
+                          env=alone).returncode:
+            raise InputError(f"the toy's SFT model could not be trained: run `python {script} --variant sft` "
+                             "to see why")
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
     return str(TOY_SFT / "model")
@@ -187,25 +204,29 @@ def main():
     parser = Parser(description="Sample a response to each prompt of a data set.")
     parser.add_argument("--model", default="toy", help="a Hugging Face directory or name, or toy (default)")
     parser.add_argument("--data", default="toy:test", help="as in data.py (default: toy:test)")
-    parser.add_argument("--out", default="responses.jsonl", help="JSON lines: prompt, response, tokens, finished")
+    parser.add_argument("--out", default="responses.jsonl",
+                        help="JSON lines: prompt, response, tokens, finished")
     parser.add_argument("--limit", type=int, help="use the first LIMIT pairs")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--batch-size", type=int, default=64, help="prompts generated together")
     parser.add_argument("--max-prompt-length", type=int, default=512)
     parser.add_argument("--max-response-length", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a hub model")
+    parser.add_argument("--trust-remote-code", action="store_true",
+                        help="run code that comes with a hub model")
     args = parser.parse_args()
     pairs, _ = load_pairs(args.data, args.limit)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_policy(args.model, device, args.trust_remote_code)
-    examples, _ = encode(pairs, tokenizer, end_token_ids(tokenizer, model), args.max_prompt_length, args.max_response_length)
+    # The data's own responses are not used here: no limit, so that none is dropped for being cut short.
+    examples, _ = encode(pairs, tokenizer, end_token_ids(tokenizer, model), args.max_prompt_length, 10**9)
     torch.manual_seed(args.seed)
     responses, finished = sample(model, tokenizer, [example["prompt_ids"] for example in examples],
                                  args.max_response_length, 1, args.temperature, args.batch_size)
     with open(args.out, "w", encoding="utf-8") as file:
         for example, (ids,), (done,) in zip(examples, responses, finished):
-            row = {"prompt": example["prompt"], "response": response_text(tokenizer, ids), "tokens": len(ids), "finished": done}
+            row = {"prompt": example["prompt"], "response": response_text(tokenizer, ids),
+                   "tokens": len(ids), "finished": done}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
     print(f"{len(examples)} responses in {args.out}, {sum(done for done, in finished)} of them finished")
 

@@ -1,9 +1,10 @@
 """Rewards: a callable (prompts, responses) -> floats, one per response; higher is better.
 
-    python reward.py --reward R --responses responses.jsonl --out scored.jsonl    # adds a "reward" to every line
+    python reward.py --reward R --responses responses.jsonl --out scored.jsonl # adds a "reward" to every line
 
-R is `toy`; `FILE.py:FUNCTION`, your own callable; or the directory or hub name of a sequence classifier with one
-logit. A prompt is what data.py gives: a string, or a list of {role, content} messages where the data is a dialogue.
+R is `toy`; `FILE.py:FUNCTION`, your own callable; or the directory or hub name of a sequence classifier
+with one logit. A prompt is what data.py gives: a string, or a list of {role, content} messages where the
+data is a dialogue.
 """
 import importlib.util
 import json
@@ -20,8 +21,8 @@ from data import ADJECTIVES, ADVERBS, NOUNS, InputError, Parser, command_line, r
 def load_reward(name, device="cpu", trust_remote_code=False):
     """The reward called `name` (see the top of this file), checked at every call.
 
-    Returns reward(prompts, responses) -> list of floats. Loading raises InputError where there is nothing to load;
-    a call raises InputError where the scores are not one finite number per response.
+    Returns reward(prompts, responses) -> list of floats. Loading raises InputError where there is nothing to
+    load; a call raises InputError where the scores are not one finite number per response.
     """
     if name == "toy":
         score = toy_reward
@@ -35,12 +36,15 @@ def load_reward(name, device="cpu", trust_remote_code=False):
         try:
             scores = [float(value) for value in scores]
         except (TypeError, ValueError):
-            raise InputError(f"reward {name}: returned {type(scores).__name__}, want a list of numbers") from None
+            raise InputError(f"reward {name}: returned {type(scores).__name__}, want a list of "
+                             "numbers") from None
         if len(scores) != len(responses):
-            raise InputError(f"reward {name}: returned {len(scores)} scores for {len(responses)} responses; want one each")
+            raise InputError(f"reward {name}: returned {len(scores)} scores for {len(responses)} responses; "
+                             "want one each")
         for value, response in zip(scores, responses):
             if not math.isfinite(value):
-                raise InputError(f"reward {name}: returned {value} for the response {response[:60]!r}; want finite numbers")
+                raise InputError(f"reward {name}: returned {value} for the response {response[:60]!r}; "
+                                 "want finite numbers")
         return scores
 
     return reward
@@ -60,7 +64,8 @@ def load_function(name):
 
 
 def load_classifier(name, device="cpu", trust_remote_code=False, batch_size=32):
-    """A sequence classifier with one logit as a reward; its own tokenizer and chat template render the dialogue.
+    """A sequence classifier with one logit as a reward; its own tokenizer and chat
+    template render the dialogue.
 
     Dialogues longer than the classifier takes are cut from the left. Scores do not depend on batch mates.
     """
@@ -71,9 +76,11 @@ def load_classifier(name, device="cpu", trust_remote_code=False, batch_size=32):
         model = AutoModelForSequenceClassification.from_pretrained(name, **local).to(device).eval()
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
-        raise InputError(f"reward {name}: not `toy`, not FILE.py:FUNCTION, no classifier to load ({reason})") from None
+        raise InputError(f"reward {name}: not `toy`, not FILE.py:FUNCTION, no classifier to load "
+                         f"({reason})") from None
     if model.config.num_labels != 1:
-        raise InputError(f"reward {name}: has {model.config.num_labels} logits per response; want a model with one")
+        raise InputError(f"reward {name}: has {model.config.num_labels} logits per response; "
+                         "want a model with one")
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**9))
     own_pad = model.config.pad_token_id
 
@@ -90,8 +97,8 @@ def load_classifier(name, device="cpu", trust_remote_code=False, batch_size=32):
         for start in tqdm(range(0, len(rows), batch_size), "scoring", leave=False,
                           disable=None if len(rows) > 4 * batch_size else True):
             batch = order[start:start + batch_size]
-            # A decoder is scored at its last token that is not config.pad_token_id. Where the checkpoint names
-            # none, any id that ends no row of this batch points at every row's true last token.
+            # A decoder is scored at its last token that is not config.pad_token_id. Where the checkpoint
+            # names none, any id that ends no row of this batch points at every row's true last token.
             last = {rows[row][-1].item() for row in batch}
             pad = own_pad if own_pad is not None else next(i for i in range(len(last) + 1) if i not in last)
             model.config.pad_token_id = pad
@@ -108,8 +115,8 @@ def load_classifier(name, device="cpu", trust_remote_code=False, batch_size=32):
 def label_by_reward(pairs, reward, preference="hard"):
     """Put the fresh pairs into the reward's order and label them. Changes the pairs.
 
-    Their `preference` P(chosen ≻ rejected) becomes 1, or ½ for a tie; "soft": σ(reward difference). Adds `rewards`,
-    in the new order, and `tie`.
+    Their `preference` P(chosen ≻ rejected) becomes 1, or ½ for a tie; "soft": σ(reward difference). Adds
+    `rewards`, in the new order, and `tie`.
     """
     fresh = [pair for pair in pairs if pair["on_policy"]]
     if not fresh:
@@ -117,7 +124,7 @@ def label_by_reward(pairs, reward, preference="hard"):
     scores = reward([pair["prompt"] for pair in fresh] * 2,
                     [pair[side] for side in ("chosen", "rejected") for pair in fresh])
     for pair, first, second in zip(fresh, scores, scores[len(fresh):]):
-        if second > first:                      # swapping the responses and the label changes nothing but their names
+        if second > first:            # swapping the responses and the label changes nothing but their names
             pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
             pair["chosen_ids"], pair["rejected_ids"] = pair["rejected_ids"], pair["chosen_ids"]
         gap = abs(first - second)
@@ -140,7 +147,8 @@ def toy_reward(prompts, responses):
         words, topic = response.split(), set(prompt.split()) & set(NOUNS)
         opinions = [ADJECTIVES[word] * ADVERBS.get(before, 1.0) for before, word in zip([""] + words, words)
                     if word in ADJECTIVES]
-        nouns, described = set(words) & set(NOUNS), [word for word in words if word in ADJECTIVES or word in ADVERBS]
+        nouns, described = set(words) & set(NOUNS), [
+            word for word in words if word in ADJECTIVES or word in ADVERBS]
         scores.append(sum(opinions[:2])
                       + 0.5 * len(nouns & topic) - 0.5 * len(nouns - topic)
                       - 0.5 * (len(described) - len(set(described)))
@@ -152,21 +160,25 @@ def toy_reward(prompts, responses):
 def main():
     """`python reward.py --reward R --responses FILE --out FILE`."""
     parser = Parser(description="Score a file of responses, as generate.py writes it.")
-    parser.add_argument("--reward", default="toy", help="toy, FILE.py:FUNCTION, or a classifier's directory or name")
+    parser.add_argument("--reward", default="toy",
+                        help="toy, FILE.py:FUNCTION, or a classifier's directory or name")
     parser.add_argument("--responses", default="responses.jsonl", help="JSON lines with prompt and response")
     parser.add_argument("--out", default="scored.jsonl", help="the same lines with a reward")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with a hub model")
+    parser.add_argument("--trust-remote-code", action="store_true",
+                        help="run code that comes with a hub model")
     args = parser.parse_args()
     rows = read_rows(args.responses)
     if not rows or any("prompt" not in row or not isinstance(row.get("response"), str) for row in rows):
-        raise InputError(f"{args.responses}: want JSON lines with prompt and response, as generate.py writes them")
+        raise InputError(f"{args.responses}: want JSON lines with prompt and response, as generate.py writes "
+                         "them")
     reward = load_reward(args.reward, "cuda" if torch.cuda.is_available() else "cpu", args.trust_remote_code)
     scores = reward([row["prompt"] for row in rows], [row["response"] for row in rows])
     with open(args.out, "w", encoding="utf-8") as file:
         for row, value in zip(rows, scores):
             file.write(json.dumps({**row, "reward": value}, ensure_ascii=False) + "\n")
     mean = sum(scores) / len(scores)
-    print(f"{len(rows)} responses scored in {args.out}: mean {mean:.3f}, min {min(scores):.3f}, max {max(scores):.3f}")
+    print(f"{len(rows)} responses scored in {args.out}: mean {mean:.3f}, min {min(scores):.3f}, "
+          f"max {max(scores):.3f}")
 
 
 if __name__ == "__main__":

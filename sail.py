@@ -1,8 +1,9 @@
 """SAIL: self-improving efficient online alignment of language models (arXiv 2406.15567), from scratch.
 
-Online alignment is bilevel: a reward r is fitted on pairs that the policy produced, and the policy is the best
-response to r under a KL penalty. That best response is known, r = β log π/π_ref + const, so r can be put out of the
-problem, and the policy is left in three places of one objective: inside, in the responses, and in the labels.
+Online alignment is bilevel: a reward r is fitted on pairs that the policy produced, and the policy is the
+best response to r under a KL penalty. That best response is known, r = β log π/π_ref + const, so r can be
+put out of the problem, and the policy is left in three places of one objective: inside, in the responses,
+and in the labels.
 
     J(θ) = E_x E_{(y1,y2) ~ π_θ} E_{(w,l) ~ label} [ f(u) ],     f = log σ,
     u    = β [ (log π_θ(y_w) − log π_ref(y_w)) − (log π_θ(y_l) − log π_ref(y_l)) ]
@@ -11,18 +12,21 @@ problem, and the policy is left in three places of one objective: inside, in the
        + E[ f · ∇(log π_θ(y_1|x) + log π_θ(y_2|x)) ]    T2   because the responses come from the policy
        + E[ f · ∇ log σ(u_12) ]                         T3   because the label comes from the policy
 
-DPO keeps T1. SAIL-DP adds T3 (data's responses, own labels), SAIL-PR adds T2 (own responses, a reward's labels),
-SAIL-PP adds both. `sail_loss` below is all of it.
+DPO keeps T1. SAIL-DP adds T3 (data's responses, own labels), SAIL-PR adds T2 (own responses, a reward's
+labels), SAIL-PP adds both. `sail_loss` below is all of it.
 
-    python sail.py --variant pr                                                  # the embedded toy world, on a CPU
-    python sail.py --variant pr --model M --data D --reward R                    # your own, on one GPU if there is one
-    torchrun --nproc_per_node 8 sail.py --variant pr …                           # eight GPUs
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 sail.py …     # two nodes
+    python sail.py --variant pr                                         # the embedded toy world, on a CPU
+    python sail.py --variant pr --model M --data D --reward R           # your own, on one GPU if there is one
+    torchrun --nproc_per_node 8 sail.py --variant pr …                  # eight GPUs
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d \
+        --rdzv_endpoint HOST:29500 sail.py …                            # two nodes
 
 What differs from the paper's text, on purpose:
-  1. The label is summed out instead of sampled: the same gradient on average with less noise (--label sampled).
+  1. The label is summed out instead of sampled: the same gradient on average with
+     less noise (--label sampled).
   2. T2 has a baseline, a mean of f over other pairs, which changes its noise and not its expectation.
-  3. Responses are sampled at temperature 1 from the untruncated softmax: the distribution that T2 is the score of.
+  3. Responses are sampled at temperature 1 from the untruncated softmax: the
+     distribution that T2 is the score of.
   4. AdamW and full fine-tuning by default; the authors used RMSprop and LoRA.
 
 Shapes: B pairs, T tokens of prompt and response with padding, V vocabulary, N scored tokens in a batch.
@@ -49,19 +53,23 @@ from data import InputError, Parser, collate, command_line, counted, encode, tra
 from generate import end_token_ids, load_policy, roll_out, toy_checkpoint, toy_model
 from reward import label_by_reward, load_reward
 
-# --- log-probabilities and losses ------------------------------------------------------------------------------------
+# --- log-probabilities and losses ---------------------------------------------------------------------------
 
 
 def sequence_logps(model, input_ids, attention_mask, response_mask):
-    """log π(y|x): the log-probabilities of each row's response tokens, summed. Returns (B,), float32 at least.
+    """log π(y|x): the log-probabilities of each row's response tokens, summed.
+    Returns (B,), float32 at least.
 
-    input_ids, attention_mask, response_mask: (B, T), padded on either side; response_mask is 1 on the response's
-    tokens, its end token included. Only the positions that predict these are projected onto the vocabulary.
+    input_ids, attention_mask, response_mask: (B, T), padded on either side; response_mask is 1 on the
+    response's tokens, its end token included. Only the positions that predict these are projected onto
+    the vocabulary.
     """
     scored = response_mask[:, 1:].bool()                            # (B, T−1): position t predicts token t+1
     position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)     # (B, T): padding does not move a token
-    head = getattr(model, "module", model).get_output_embeddings()  # (a DDP wrapper holds the model in .module)
-    select = head.register_forward_pre_hook(lambda _, hidden: (hidden[0][:, :-1][scored],))   # (B, T, H) -> (N, H)
+    # (a DDP wrapper holds the model in .module)
+    head = getattr(model, "module", model).get_output_embeddings()
+    select = head.register_forward_pre_hook(                        # (B, T, H) -> (N, H)
+        lambda _, hidden: (hidden[0][:, :-1][scored],))
     try:
         logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
                        use_cache=False).logits                      # (N, V)
@@ -75,8 +83,8 @@ def sequence_logps(model, input_ids, attention_mask, response_mask):
 def utility(margin, beta, loss_type):
     """f(u), what a pair of margin u = β·(log-ratio of chosen − log-ratio of rejected) is worth; (B,) -> (B,).
 
-    sigmoid: log σ(u), DPO (arXiv 2305.18290). ipo: −(u/β − 1/(2β))², IPO (2310.12036), log-ratios summed over tokens.
-    hinge: −max(0, 1 − u), SLiC (2305.10425).
+    sigmoid: log σ(u), DPO (arXiv 2305.18290). ipo: −(u/β − 1/(2β))², IPO (2310.12036), log-ratios summed over
+    tokens. hinge: −max(0, 1 − u), SLiC (2305.10425).
     """
     if loss_type == "sigmoid":
         return F.logsigmoid(margin)
@@ -89,7 +97,8 @@ def utility(margin, beta, loss_type):
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *,
              beta=0.1, loss_type="sigmoid"):
-    """DPO's loss (arXiv 2305.18290, eq. 7) per pair, (B,). All arguments (B,): log π(y|x) summed over y's tokens."""
+    """DPO's loss (arXiv 2305.18290, eq. 7) per pair, (B,). All arguments (B,): log π(y|x)
+    summed over y's tokens."""
     margin = beta * ((policy_chosen_logps - reference_chosen_logps)
                      - (policy_rejected_logps - reference_rejected_logps))
     return -utility(margin, beta, loss_type)
@@ -97,20 +106,26 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
 
 def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
               preference=None, on_policy=None, self_labelled=None, *,
-              beta=0.1, response_coef=1.0, label_coef=1.0, loss_type="sigmoid", baseline=None, label_draws=None):
-    """SAIL's loss for every variant (arXiv 2406.15567, section 4): a pair is where its responses and its label come from.
+              beta=0.1, response_coef=1.0, label_coef=1.0, loss_type="sigmoid", baseline=None,
+              label_draws=None):
+    """SAIL's loss for every variant (arXiv 2406.15567, section 4): a pair is where its
+    responses and its label come from.
 
-    *_logps        (B,)  log π(y|x) summed over y's tokens; the policy's with gradient, the reference's without
+    *_logps        (B,)  log π(y|x) summed over y's tokens; the policy's with
+                         gradient, the reference's without
     preference     (B,)  P(chosen ≻ rejected) according to the data or the reward; None: 1
     on_policy      (B,)  bool: both responses were sampled from the policy as it is now → T2; None: nowhere
-    self_labelled  (B,)  bool: the label is the policy's own, P = σ(u), whatever `preference` says → T3; None: nowhere
-    baseline       b of T2, () or (B,); must not depend on the pair's own responses. None: the mean utility of the
-                   other on-policy pairs of this call, or f(0) where there is no other
-    label_draws    (B,)  uniform in [0, 1): the label is drawn with them, as in the paper; None: it is summed out
+    self_labelled  (B,)  bool: the label is the policy's own, P = σ(u), whatever
+                         `preference` says → T3; None: nowhere
+    baseline       b of T2, () or (B,); must not depend on the pair's own responses. None: the mean utility of
+                   the other on-policy pairs of this call, or f(0) where there is no other
+    label_draws    (B,)  uniform in [0, 1): the label is drawn with them, as in the
+                         paper; None: it is summed out
 
-    With both coefficients 1 the gradient's expectation is ∇J exactly; 0 switches a term off. Returns (losses, metrics):
-    losses (B,), whose value is minus the pair's utility and whose gradient is −(T1 + response_coef·T2 + label_coef·T3);
-    metrics, detached means over the pairs. To train on the mean, divide losses.sum() by B yourself.
+    With both coefficients 1 the gradient's expectation is ∇J exactly; 0 switches a term off. Returns (losses,
+    metrics): losses (B,), whose value is minus the pair's utility and whose gradient is −(T1 +
+    response_coef·T2 + label_coef·T3); metrics, detached means over the pairs. To train on the mean, divide
+    losses.sum() by B yourself.
     """
     margin = beta * ((policy_chosen_logps - reference_chosen_logps)
                      - (policy_rejected_logps - reference_rejected_logps))                      # u (B,)
@@ -119,29 +134,30 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
     self_labelled = nowhere if self_labelled is None else self_labelled.bool()
 
     p = torch.ones_like(margin) if preference is None else preference.to(margin.dtype)
-    p = torch.where(self_labelled, torch.sigmoid(margin), p).detach()        # detached: T3 is its gradient, not T1
+    p = torch.where(self_labelled, torch.sigmoid(margin), p).detach()  # detached: T3 is its gradient, not T1
     if label_draws is not None:
         p = (label_draws.to(p.dtype) < p).to(p.dtype)
 
     f_chosen, f_rejected = utility(margin, beta, loss_type), utility(-margin, beta, loss_type)  # f₊, f₋ (B,)
-    mean_f = p * f_chosen + (1 - p) * f_rejected                             # F̄; with p held, its gradient is T1
+    mean_f = p * f_chosen + (1 - p) * f_rejected                      # F̄; with p held, its gradient is T1
 
-    f = mean_f.detach()                                                      # detached: T2 moves the sampling, not f
+    f = mean_f.detach()                                               # detached: T2 moves the sampling, not f
     if baseline is None:
         others = on_policy.sum() - 1
         f_zero = utility(torch.zeros_like(f), beta, loss_type)
         baseline = torch.where(others > 0, ((f * on_policy).sum() - f) / others.clamp(min=1), f_zero)
     T2 = torch.where(on_policy, f - baseline, 0) * (policy_chosen_logps + policy_rejected_logps)
 
-    T3 = (p * f_chosen.detach() * F.logsigmoid(margin)                       # detached: T3 moves the label, not f
+    T3 = (p * f_chosen.detach() * F.logsigmoid(margin)                # detached: T3 moves the label, not f
           + (1 - p) * f_rejected.detach() * F.logsigmoid(-margin))
     T3 = torch.where(self_labelled, T3, 0)
 
     corrections = response_coef * T2 + label_coef * T3
-    losses = -(mean_f + (corrections - corrections.detach()))                # corrections: a gradient, but no value
+    losses = -(mean_f + (corrections - corrections.detach()))         # corrections: a gradient, but no value
 
     u, ahead = margin.detach(), (margin.detach() > 0) + 0.5 * (margin.detach() == 0)
-    past = torch.minimum(f_chosen, f_rejected).detach() * label_coef < -1    # there T3 outweighs T1 on that label
+    # there T3 outweighs T1 on that label
+    past = torch.minimum(f_chosen, f_rejected).detach() * label_coef < -1
     metrics = {
         "loss": losses, "margin": (2 * p - 1) * u, "accuracy": p * ahead + (1 - p) * (1 - ahead),
         "chosen_logps": policy_chosen_logps, "rejected_logps": policy_rejected_logps,
@@ -149,20 +165,22 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
     return losses, {name: value.detach().to(margin.dtype).mean() for name, value in metrics.items()}
 
 
-# --- one training step -----------------------------------------------------------------------------------------------
+# --- one training step --------------------------------------------------------------------------------------
 
 
 def pair_logps(model, pairs, dtype="float32"):
     """(chosen_logps, rejected_logps), each (B,), from one forward of both."""
     device = next(model.parameters()).device
     prompts = [pair["prompt_ids"] for pair in pairs] * 2
-    batch = collate(prompts, [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs], device)
+    batch = collate(prompts, [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs],
+                    device)
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         return sequence_logps(model, *batch).chunk(2)
 
 
 def preference_losses(policy, reference, pairs, args, baseline=None):
-    """`sail_loss` of the pairs: (losses (B,), metrics). Adds to its metrics KL(π‖π_ref) and loss on fresh pairs."""
+    """`sail_loss` of the pairs: (losses (B,), metrics). Adds to its metrics KL(π‖π_ref)
+    and loss on fresh pairs."""
     chosen, rejected = pair_logps(policy, pairs, args.dtype)
     with torch.no_grad():
         reference_chosen, reference_rejected = pair_logps(reference, pairs, args.dtype)
@@ -173,7 +191,8 @@ def preference_losses(policy, reference, pairs, args, baseline=None):
     losses, metrics = sail_loss(
         chosen, rejected, reference_chosen, reference_rejected, column("preference"), column("on_policy"),
         column("self_labelled"), beta=args.beta, response_coef=args.response_coef, label_coef=args.label_coef,
-        loss_type=args.loss_type, baseline=baseline, label_draws=column("draw") if args.label == "sampled" else None)
+        loss_type=args.loss_type, baseline=baseline,
+        label_draws=column("draw") if args.label == "sampled" else None)
     with torch.no_grad():
         log_ratio = (chosen + rejected - reference_chosen - reference_rejected) / 2
         metrics["kl"] = (log_ratio * column("on_policy")).mean()
@@ -191,11 +210,12 @@ def sft_losses(policy, pairs, args):
 
 
 def accumulate_gradients(policy, losses_of, pairs, micro_batch_size, scale):
-    """Back-propagate scale·Σ losses, `micro_batch_size` pairs at a time. Returns the metrics' sums over the pairs."""
+    """Back-propagate scale·Σ losses, `micro_batch_size` pairs at a time. Returns the
+    metrics' sums over the pairs."""
     totals = Counter()
     for start in range(0, len(pairs), micro_batch_size):
         micro = pairs[start:start + micro_batch_size]
-        policy.require_backward_grad_sync = start + micro_batch_size >= len(pairs)    # DDP: once, with the last
+        policy.require_backward_grad_sync = start + micro_batch_size >= len(pairs)  # DDP: once, with the last
         losses, metrics = losses_of(micro)
         (scale * losses.sum()).backward()
         for name, value in metrics.items():
@@ -203,7 +223,7 @@ def accumulate_gradients(policy, losses_of, pairs, micro_batch_size, scale):
     return totals
 
 
-# --- the run: which pairs, how many steps, on which ranks, into which files ------------------------------------------
+# --- the run: which pairs, how many steps, on which ranks, into which files ---------------------------------
 
 VARIANTS = {  # where the route's responses and label come from, and the authors' example settings for it
     "sft": dict(on_policy=False, self_labelled=False, mix=0.0, response_coef=0.0, label_coef=0.0),
@@ -216,27 +236,31 @@ DEFAULTS = dict(epochs=1.0, batch_size=32, learning_rate=1e-6, eval_every=100, m
                 max_response_length=512)
 TOY_DEFAULTS = dict(epochs=3.0, batch_size=48, learning_rate=2e-4, eval_every=20, max_prompt_length=8,
                     max_response_length=24, reward="toy")
-SFT_DEFAULTS = {False: dict(learning_rate=2e-5), True: dict(epochs=4.0, learning_rate=1e-3)}     # by "is it the toy?"
+SFT_DEFAULTS = {False: dict(learning_rate=2e-5),                        # by "is it the toy?"
+                True: dict(epochs=4.0, learning_rate=1e-3)}
 
 
 def plan(n_pairs, args):
-    """(pairs in all, optimizer steps): every offline pair is seen `epochs` times, the route's own come on top."""
+    """(pairs in all, optimizer steps): every offline pair is seen `epochs` times, the
+    route's own come on top."""
     if args.steps:
         return args.steps * args.batch_size, args.steps
-    mix, offline = Fraction(str(args.mix)), Fraction(str(args.epochs)) * n_pairs
+    mix, offline = Fraction(str(args.mix)), int(args.epochs * n_pairs)
     total = int(offline if mix == 1 else offline / (1 - mix))
     return total, math.ceil(total / args.batch_size)
 
 
 @lru_cache(maxsize=4)
 def order_of(n_pairs, seed, route, epoch):
-    """The order in which an epoch visits the pairs; the route's own stream is shuffled apart from the offline one."""
+    """The order in which an epoch visits the pairs; the route's own stream is shuffled
+    apart from the offline one."""
     generator = torch.Generator().manual_seed((seed * 2 + route) * 2**20 + epoch)
     return torch.randperm(n_pairs, generator=generator).tolist()
 
 
 def draw_pairs(examples, step, steps, total, args):
-    """The pairs of one global batch, flagged with their route; the same on every rank. Batches differ by one at most."""
+    """The pairs of one global batch, flagged with their route; the same on every rank. Batches
+    differ by one at most."""
     mix, variant = Fraction(str(args.mix)), VARIANTS[args.variant]
     generator = torch.Generator().manual_seed(args.seed * 2**30 + step)
     pairs = []
@@ -265,10 +289,13 @@ def count(pairs):
     fresh = [pair for pair in pairs if pair["on_policy"]]
     sides = ("chosen_ids", "rejected_ids")
     return Counter(
-        pairs=len(pairs), tokens=sum(2 * len(pair["prompt_ids"]) + sum(len(pair[s]) for s in sides) for pair in pairs),
+        pairs=len(pairs),
+        tokens=sum(2 * len(pair["prompt_ids"]) + sum(len(pair[s]) for s in sides) for pair in pairs),
         fresh=len(fresh), unfinished=sum(pair["unfinished"] for pair in fresh),
-        chosen_tokens=sum(len(pair["chosen_ids"]) for pair in pairs), fresh_tokens=sum(len(pair[side]) for pair in fresh for side in sides),
-        reward=sum(sum(pair.get("rewards", [])) for pair in fresh), ties=sum(pair.get("tie", 0) for pair in fresh))
+        chosen_tokens=sum(len(pair["chosen_ids"]) for pair in pairs),
+        fresh_tokens=sum(len(pair[side]) for pair in fresh for side in sides),
+        reward=sum(sum(pair.get("rewards", [])) for pair in fresh),
+        ties=sum(pair.get("tie", 0) for pair in fresh))
 
 
 def record_of(step, totals, args, **rest):
@@ -300,7 +327,8 @@ def join_processes():
 
 
 def load_everything(args, device):
-    """(policy, reference, tokenizer, reward, examples, held-out examples, counts), checked against each other."""
+    """(policy, reference, tokenizer, reward, examples, held-out examples, counts),
+    checked against each other."""
     train, held_out, report = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
     reward = load_reward(args.reward, device, args.trust_remote_code) if args.reward else None
     if args.variant == "sft" and args.model == "toy":
@@ -310,8 +338,9 @@ def load_everything(args, device):
         policy, tokenizer = load_policy(args.model, device, args.trust_remote_code)
     positions = getattr(policy.config, "max_position_embeddings", None) or 10**9
     if args.max_prompt_length + args.max_response_length > positions:
-        raise InputError(f"{args.model} takes {positions} tokens, --max-prompt-length {args.max_prompt_length} and "
-                         f"--max-response-length {args.max_response_length} make more; lower them")
+        raise InputError(
+            f"{args.model} takes {positions} tokens, --max-prompt-length {args.max_prompt_length} and "
+            f"--max-response-length {args.max_response_length} make more; lower them")
     reference = None
     if args.variant != "sft":
         args.reference = args.reference or args.model
@@ -320,12 +349,14 @@ def load_everything(args, device):
         else:
             reference, other = load_policy(args.reference, device, args.trust_remote_code)
             if other.get_vocab() != tokenizer.get_vocab():
-                raise InputError(f"--reference {args.reference} has another vocabulary than --model {args.model}")
+                raise InputError(f"--reference {args.reference} has another vocabulary than "
+                                 f"--model {args.model}")
         reference.requires_grad_(False)
     lengths = end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length
     examples, counts = encode(train, tokenizer, *lengths)
     held_out = encode(held_out[:args.eval_limit], tokenizer, *lengths)[0] if held_out else []
-    counts = {"dropped": sum(report["dropped"].values()) + counts.pop("dropped"), **report["dropped"], **counts}
+    counts = {"dropped": sum(report["dropped"].values()) + counts.pop("dropped"), **report["dropped"],
+              **counts}
     return policy.to(device), reference, tokenizer, reward, examples, held_out, counts
 
 
@@ -344,7 +375,8 @@ def save_model(policy, tokenizer, directory):
 
 def write_line(out, name, row):
     """Append a row to out/name.jsonl; what is not a finite number is written as null."""
-    row = {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+    row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+           for key, value in row.items()}
     with open(out / f"{name}.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -352,13 +384,16 @@ def write_line(out, name, row):
 def progress_line(record, steps):
     """A record as one readable line."""
     shown = {"loss": "{:.4f}", "margin": "{:.3f}", "accuracy": "{:.2f}", "reward": "{:.2f}", "kl": "{:.2f}",
-             "response_length": "{:.1f}", "grad_norm": "{:.2f}", "learning_rate": "{:.1e}", "seconds": "{:.2f}"}
-    fields = [f"{name} {form.format(record[name])}" for name, form in shown.items() if record.get(name) is not None]
+             "response_length": "{:.1f}", "grad_norm": "{:.2f}", "learning_rate": "{:.1e}",
+             "seconds": "{:.2f}"}
+    fields = [f"{name} {form.format(record[name])}" for name, form in shown.items()
+              if record.get(name) is not None]
     return f"step {record['step']}/{steps} | " + " | ".join(fields)
 
 
 def evaluate_now(policy, reference, tokenizer, reward, held_out, args, out, step):
-    """Evaluate on the held-out pairs; append to eval.jsonl, and eight samples to samples.jsonl; print a line."""
+    """Evaluate on the held-out pairs; append to eval.jsonl, and eight samples to
+    samples.jsonl; print a line."""
     from evaluate import evaluate_policy
     figures, samples = evaluate_policy(policy, reference, tokenizer, held_out, reward, args)
     write_line(out, "eval", {"step": step, **{name: mean for name, (mean, _) in figures.items()}})
@@ -380,12 +415,14 @@ def make_optimizer(policy, steps, args):
     optimizers = {"adamw": partial(torch.optim.AdamW, weight_decay=0.0), "rmsprop": torch.optim.RMSprop}
     optimizer = optimizers[args.optimizer](policy.parameters(), lr=args.learning_rate)
     warmup = max(1, steps // 10 if args.warmup_steps is None else args.warmup_steps)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1, (done + 1) / warmup) * (
-        (1 + math.cos(math.pi * done / steps)) / 2 if args.schedule == "cosine" else 1))
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: min(1, (done + 1) / warmup) * (
+            (1 + math.cos(math.pi * done / steps)) / 2 if args.schedule == "cosine" else 1))
 
 
 def update(policy, optimizer, scheduler, max_grad_norm):
-    """One optimizer step, unless the gradient is not finite; (gradient norm before clipping, learning rate)."""
+    """One optimizer step, unless the gradient is not finite; (gradient norm before
+    clipping, learning rate)."""
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm).item()
     learning_rate = scheduler.get_last_lr()[0]
     if math.isfinite(grad_norm):              # the same on every rank: all step or none
@@ -396,7 +433,8 @@ def update(policy, optimizer, scheduler, max_grad_norm):
 
 
 def train(args):
-    """The whole run: load, loop, save. Raises InputError on bad input and after ten non-finite gradients in a row."""
+    """The whole run: load, loop, save. Raises InputError on bad input and after ten
+    non-finite gradients in a row."""
     rank, world, device = join_processes()
     policy, reference, tokenizer, reward, examples, held_out, counts = load_everything(args, device)
     total, steps = plan(len(examples), args)
@@ -410,22 +448,25 @@ def train(args):
               f"{steps} steps of {math.ceil(total / steps)}, processes: {world} -> {out}", flush=True)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if world > 1 else policy
     optimizer, scheduler = make_optimizer(policy, steps, args)
-    baseline = utility(torch.zeros(()), args.beta, args.loss_type).item()   # of T2: a running mean of past pairs' f
+    # of T2: a running mean of past pairs' f
+    baseline = utility(torch.zeros(()), args.beta, args.loss_type).item()
     skipped = skipped_in_a_row = 0
     evaluate_at = partial(evaluate_now, policy, reference, tokenizer, reward, held_out, args, out)
     if rank == 0 and held_out and args.eval_every:
         evaluate_at(0)
     for step in tqdm(range(1, steps + 1), args.variant, disable=None if rank == 0 else True):
         started = time.perf_counter()
-        torch.manual_seed((args.seed * 2**30 + step) * 2**10 + rank)        # a rollout depends on nothing else
+        torch.manual_seed((args.seed * 2**30 + step) * 2**10 + rank)    # a rollout depends on nothing else
         # 1. draw the global batch; take this rank's share
         batch = draw_pairs(examples, step, steps, total, args)
-        pairs, n_pairs, n_tokens = batch[rank::world], len(batch), sum(len(pair["chosen_ids"]) for pair in batch)
+        pairs, n_pairs, n_tokens = (batch[rank::world], len(batch),
+                                    sum(len(pair["chosen_ids"]) for pair in batch))
         # 2. roll out, 3. label
         roll_out(policy, tokenizer, pairs, args.max_response_length, args.temperature, args.dtype)
         if args.variant == "pr":
             label_by_reward(pairs, reward, args.preference)
-        # 4. log-probabilities, loss, gradient: a mean over all ranks' pairs (DDP divides by `world`; undo that)
+        # 4. log-probabilities, loss, gradient: a mean over all ranks' pairs
+        #    (DDP divides by `world`; undo that)
         if args.variant == "sft":
             losses_of, scale = partial(sft_losses, model, args=args), world / n_tokens
         else:
@@ -438,14 +479,14 @@ def train(args):
         skipped_in_a_row = 0 if math.isfinite(grad_norm) else skipped_in_a_row + 1
         skipped += skipped_in_a_row > 0
         if skipped_in_a_row == 10:
-            raise InputError(f"step {step}: ten non-finite gradients in a row; lower --learning-rate, and see "
-                             f"{out}/metrics.jsonl")
+            raise InputError(f"step {step}: ten non-finite gradients in a row; lower --learning-rate, and "
+                             f"see {out}/metrics.jsonl")
         if totals["on_policy"] and math.isfinite(totals["on_policy_loss"]):
             baseline += 0.1 * (-totals["on_policy_loss"] / totals["on_policy"] - baseline)
         # 6. log, evaluate
         if rank == 0:
-            record = record_of(step, totals, args, grad_norm=grad_norm, learning_rate=learning_rate, skipped=skipped,
-                               **counts, seconds=time.perf_counter() - started)
+            record = record_of(step, totals, args, grad_norm=grad_norm, learning_rate=learning_rate,
+                               skipped=skipped, **counts, seconds=time.perf_counter() - started)
             write_line(out, "metrics", record)
             if step % args.log_every == 0 or step in (1, steps):
                 tqdm.write(progress_line(record, steps))
@@ -463,57 +504,70 @@ def parse_args(argv=None):
     """The command line, checked and completed with the defaults that depend on data and variant."""
     parser = Parser(description="Train a language model on preferences: SFT, DPO and SAIL's DP, PP and PR.")
     add = parser.add_argument_group("method").add_argument
-    add("--variant", choices=[*VARIANTS], default="pr", help="sft; dpo; dp: data's responses, own labels; pp: own "
-        "responses, own labels; pr: own responses, labels from --reward (default)")
-    add("--mix", type=float, help="fraction of pairs on the variant's route, the rest is plain DPO on the data (default: "
-        "the authors' example settings, dp 0.4, pp 0.3, pr 0.3); 1: fully online")
-    add("--response-coef", type=float, help="weight of T2 (default: the authors' example settings, pp 0.2, pr 0.3); "
-        "0 with pr: online (iterative) DPO")
-    add("--label-coef", type=float, help="weight of T3 (default: the authors' example settings, dp 0.2, pp 0.2)")
-    add("--label", choices=["expected", "sampled"], default="expected", help="sum the label out (default), or draw it "
-        "as in the paper")
-    add("--preference", choices=["hard", "soft"], default="hard", help="pr's label: 1, or ½ for a tie, by the reward's "
-        "order (default), or σ of the reward difference")
+    add("--variant", choices=[*VARIANTS], default="pr", help="sft; dpo; dp: data's responses, own labels; "
+        "pp: own responses, own labels; pr: own responses, labels from --reward (default)")
+    add("--mix", type=float, help="fraction of pairs on the variant's route, the rest is plain DPO on the "
+        "data (default: the authors' example settings, dp 0.4, pp 0.3, pr 0.3); 1: fully online")
+    add("--response-coef", type=float, help="weight of T2 (default: the authors' example settings, pp 0.2, "
+        "pr 0.3); 0 with pr: online (iterative) DPO")
+    add("--label-coef", type=float,
+        help="weight of T3 (default: the authors' example settings, dp 0.2, pp 0.2)")
+    add("--label", choices=["expected", "sampled"], default="expected", help="sum the label out (default), "
+        "or draw it as in the paper")
+    add("--preference", choices=["hard", "soft"], default="hard", help="pr's label: 1, or ½ for a tie, by "
+        "the reward's order (default), or σ of the reward difference")
     add("--beta", type=float, default=0.1, help="KL weight (default: 0.1, the authors')")
-    add("--loss-type", choices=["sigmoid", "ipo", "hinge"], default="sigmoid", help="the utility f (default: sigmoid)")
+    add("--loss-type", choices=["sigmoid", "ipo", "hinge"], default="sigmoid",
+        help="the utility f (default: sigmoid)")
     add = parser.add_argument_group("models and data").add_argument
-    add("--model", default="toy", help="a Hugging Face directory or hub name, or toy (default): the embedded world's "
-        "SFT model, trained on first use; for sft, its random start")
+    add("--model", default="toy", help="a Hugging Face directory or hub name, or toy (default): the embedded "
+        "world's SFT model, trained on first use; for sft, its random start")
     add("--reference", help="the frozen reference (default: --model as loaded)")
     add("--data", default="toy", help="toy (default), a .jsonl, .json, .csv or .parquet file, or a hub name "
         "OWNER/NAME[/CONFIG][:SPLIT]; see data.py")
-    add("--eval-data", help="held-out pairs (default: toy:test for the toy, else one prompt in twenty of --data)")
-    add("--prefer", choices=["better", "safer"], default="better", help="which of PKU-SafeRLHF's labels to train on")
-    add("--reward", help="toy, FILE.py:FUNCTION, or a one-logit classifier's directory or hub name; see reward.py")
+    add("--eval-data",
+        help="held-out pairs (default: toy:test for the toy, else one prompt in twenty of --data)")
+    add("--prefer", choices=["better", "safer"], default="better",
+        help="which of PKU-SafeRLHF's labels to train on")
+    add("--reward",
+        help="toy, FILE.py:FUNCTION, or a one-logit classifier's directory or hub name; see reward.py")
     add("--limit", type=int, help="use at most so many pairs")
     add("--max-prompt-length", type=int, help="tokens; longer prompts are cut from the left (512; toy 8)")
-    add("--max-response-length", type=int, help="tokens; longer responses are cut from the right (512; toy 24)")
-    add("--temperature", type=float, default=1.0, help="of the rollouts; T2 is the score at 1, so it needs 1 (default)")
+    add("--max-response-length", type=int,
+        help="tokens; longer responses are cut from the right (512; toy 24)")
+    add("--temperature", type=float, default=1.0,
+        help="of the rollouts; T2 is the score at 1, so it needs 1 (default)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a hub model")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=float, help="times every offline pair is seen, whatever the mix; self-made pairs come on top "
-        "(1; toy 3, toy sft 4)")
+    add("--epochs", type=float, help="times every offline pair is seen, whatever the mix; self-made pairs "
+        "come on top (1; toy 3, toy sft 4)")
     add("--steps", type=int, help="optimizer steps, instead of --epochs")
     add("--batch-size", type=int, help="pairs per optimizer step, over all processes (32; toy 48)")
     add("--micro-batch-size", type=int, help="pairs per forward (default: all of a process's share at once)")
-    add("--learning-rate", type=float, help="(1e-6, sft 2e-5; toy 2e-4, sft 1e-3; the authors: 1e-5, sft 2e-5)")
+    add("--learning-rate", type=float,
+        help="(1e-6, sft 2e-5; toy 2e-4, sft 1e-3; the authors: 1e-5, sft 2e-5)")
     add("--warmup-steps", type=int, help="of linear warm-up (default: a tenth of the steps)")
-    add("--schedule", choices=["constant", "cosine"], default="constant", help="after the warm-up (default: constant)")
-    add("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="rmsprop is the authors' (default: adamw)")
+    add("--schedule", choices=["constant", "cosine"], default="constant",
+        help="after the warm-up (default: constant)")
+    add("--optimizer", choices=["adamw", "rmsprop"], default="adamw",
+        help="rmsprop is the authors' (default: adamw)")
     add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm (default: 1)")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the arithmetic; weights stay float32")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32",
+        help="of the arithmetic; weights stay float32")
     add("--seed", type=int, default=0)
     add = parser.add_argument_group("output").add_argument
-    add("--out", help="directory for args.json, metrics.jsonl, eval.jsonl, samples.jsonl and model/; what an earlier "
-        "run left there is replaced (default: runs/DATA/VARIANT)")
+    add("--out", help="directory for args.json, metrics.jsonl, eval.jsonl, samples.jsonl and model/; what an "
+        "earlier run left there is replaced (default: runs/DATA/VARIANT)")
     add("--log-every", type=int, default=10, help="steps between printed lines; metrics.jsonl has every step")
-    add("--eval-every", type=int, help="steps between evaluations on held-out pairs (100; toy 20); 0: only at the end")
+    add("--eval-every", type=int, help="steps between evaluations on held-out pairs (100; toy 20); 0: only "
+        "at the end")
     add("--eval-limit", type=int, default=128, help="held-out pairs to evaluate on (default: 128)")
     args = parser.parse_args(argv)
 
     toy, sft = args.data == "toy", args.variant == "sft"
     defaults = {**DEFAULTS, **(TOY_DEFAULTS if toy else {}), **(SFT_DEFAULTS[toy] if sft else {}),
-                "mix": VARIANTS[args.variant]["mix"], "response_coef": VARIANTS[args.variant]["response_coef"],
+                "mix": VARIANTS[args.variant]["mix"],
+                "response_coef": VARIANTS[args.variant]["response_coef"],
                 "label_coef": VARIANTS[args.variant]["label_coef"],
                 "out": str(Path("runs", run_name(args.data), args.variant))}
     for name, value in defaults.items():
@@ -528,9 +582,11 @@ def parse_args(argv=None):
         parser.error("argument --temperature: T2 is the score of samples at temperature 1; leave it, or set "
                      "--response-coef 0")
     if args.variant == "pr" and args.mix > 0 and not args.reward:
-        parser.error("argument --reward: pr needs one to label its samples; toy, FILE.py:FUNCTION or a classifier")
+        parser.error("argument --reward: pr needs one to label its samples; toy, FILE.py:FUNCTION or a "
+                     "classifier")
     for name in ("beta", "temperature", "batch_size", "epochs", "learning_rate", "max_prompt_length",
-                 "max_response_length", "steps", "micro_batch_size", "limit", "log_every", "max_grad_norm", "eval_limit"):
+                 "max_response_length", "steps", "micro_batch_size", "limit", "log_every", "max_grad_norm",
+                 "eval_limit"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             parser.error(f"argument --{name.replace('_', '-')}: {value} is not above 0")
@@ -538,7 +594,8 @@ def parse_args(argv=None):
 
 
 def run_name(data):
-    """The directory under runs/ for a data source: a file's stem, or the hub name with its slashes replaced."""
+    """The directory under runs/ for a data source: a file's stem, or the hub name
+    with its slashes replaced."""
     return Path(data).stem if Path(data).suffix else data.replace("/", "-").replace(":", "-")
 
 

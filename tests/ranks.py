@@ -1,0 +1,51 @@
+"""Run by torchrun from test_train.py: the gradient of one global batch, shared by the ranks, into a file."""
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+import torch
+from conftest import tiny_model
+from torch.nn.parallel import DistributedDataParallel
+
+import sail
+from sail import accumulate_gradients, join_processes, parse_args, preference_losses
+
+
+def pairs_of(n, variant):
+    """n pairs of random tokens, every second on the variant's route, as after rolling out and labelling."""
+    generator = torch.Generator().manual_seed(7)
+
+    def ids(longest):
+        length = int(torch.randint(1, longest, (), generator=generator))
+        return torch.randint(5, 261, (length,), generator=generator).tolist()
+
+    on_policy, self_labelled = (sail.VARIANTS[variant][flag] for flag in ("on_policy", "self_labelled"))
+    return [{"prompt_ids": ids(6), "chosen_ids": ids(9), "rejected_ids": ids(9), "draw": 0.3 + 0.05 * k,
+             "preference": 0.5 if on_policy and k == 2 else 1.0, "on_policy": on_policy and k % 2 == 0,
+             "self_labelled": self_labelled and k % 2 == 0} for k in range(n)]
+
+
+def batch_gradient(n, variant, micro_batch_size, rank=0, world=1, label="expected"):
+    """The gradient that sail.py's loop would step with, flattened, and the batch's summed metrics."""
+    args = parse_args(["--variant", variant, "--label", label])
+    policy, reference = tiny_model(seed=1), tiny_model(seed=2)
+    model = DistributedDataParallel(policy, broadcast_buffers=False) if world > 1 else policy
+    losses_of = partial(preference_losses, model, reference, args=args, baseline=-0.6)
+    totals = accumulate_gradients(model, losses_of, pairs_of(n, variant)[rank::world], micro_batch_size, world / n)
+    return torch.cat([p.grad.flatten() for p in policy.parameters()]), sail.sum_over_ranks(totals, "cpu")
+
+
+if __name__ == "__main__":
+    rank, world, _ = join_processes()
+    results = {}
+    for variant, n, label in (("dpo", 8, "expected"), ("dpo", 7, "expected"), ("dp", 8, "expected"),
+                              ("dp", 7, "expected"), ("dp", 7, "sampled"), ("pr", 7, "expected")):
+        gradient, totals = batch_gradient(n, variant, 2, rank, world, label)
+        results[f"{variant} {n} {label}"] = gradient.tolist(), totals
+    if rank == 0:
+        Path(sys.argv[1]).write_text(json.dumps(results))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()

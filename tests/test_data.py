@@ -1,0 +1,186 @@
+"""Reading preference data by its columns, rendering, truncation, masks; rewards on it."""
+import json
+
+import pytest
+import torch
+from conftest import TEMPLATE, byte_tokenizer
+
+import data
+from data import InputError, collate, encode, load_pairs, render, train_and_held_out
+
+USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
+GOOD, BAD = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad"}
+TYPED = [{"role": role, "content": [{"type": "text", "value": text}]} for role, text in (("user", "Q"), ("assistant", "good"))]
+HH = "\n\nHuman: Q\n\nAssistant: A\n\nHuman: more\n\nAssistant:"
+HH_PROMPT = [USER, ASSISTANT, {"role": "user", "content": "more"}]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("row, prompt, chosen, rejected", [
+    (dict(prompt="Q", chosen="good", rejected="bad"), "Q", "good", "bad"),
+    (dict(prompt="Q", chosen=[USER, GOOD], rejected=[USER, BAD]), [USER], "good", "bad"),
+    (dict(prompt="Q", chosen=[GOOD], rejected=[BAD]), [USER], "good", "bad"),
+    (dict(prompt=[USER], chosen=[GOOD], rejected=[BAD]), [USER], "good", "bad"),
+    (dict(prompt=[USER], chosen=[USER, GOOD], rejected=[USER, BAD]), [USER], "good", "bad"),
+    (dict(chosen=[USER, GOOD], rejected=[USER, BAD]), [USER], "good", "bad"),
+    (dict(chosen=HH + " good", rejected=HH + " bad"), HH_PROMPT, " good", " bad"),
+    (dict(chosen_messages=TYPED, rejected_messages=[USER, BAD]), [USER], "good", "bad"),
+    (dict(conversations=[{"from": "system", "value": "S"}, {"from": "human", "value": "Q"}],
+          chosen={"from": "gpt", "value": "good"}, rejected={"from": "gpt", "value": "bad"}),
+     [{"role": "system", "content": "S"}, USER], "good", "bad"),
+    (dict(prompt="Q", response_0="bad", response_1="good", better_response_id=1, safer_response_id=0), "Q", "good", "bad"),
+    (dict(instruction="Q", completions=[dict(response="bad", overall_score=2.0), dict(response="good", overall_score=8.5),
+                                        dict(response="so so", overall_score=5), dict(response="?", overall_score=None)]),
+     "Q", "good", "bad"),
+    (dict(info=dict(post="P", title="T", subreddit="s"), summaries=[dict(text=" bad"), dict(text=" good")], choice=1),
+     "SUBREDDIT: r/s\n\nTITLE: T\n\nPOST: P\n\nTL;DR:", " good", " bad"),
+    (dict(question=dict(full_text="Q"), answer_0="good", answer_1="bad", score_0=0.5, score_1=-0.5), "Q", "good", "bad"),
+])
+def test_every_format_is_told_by_its_columns(tmp_path, row, prompt, chosen, rejected):
+    pairs, report = load_pairs(write(tmp_path / "any.jsonl", [row]))
+    assert pairs == [{"prompt": prompt, "chosen": chosen, "rejected": rejected}] and report["rows"] == 1
+
+
+def test_pku_can_prefer_the_safer_response(tmp_path):
+    row = dict(prompt="Q", response_0="zero", response_1="one", better_response_id=1, safer_response_id=0)
+    assert load_pairs(write(tmp_path / "x.jsonl", [row]), prefer="safer")[0][0]["chosen"] == "zero"
+
+
+def test_unusable_rows_are_dropped_and_counted_by_reason(tmp_path):
+    rows = [dict(chosen=HH + " good", rejected=HH + " bad"), dict(chosen=HH + " good", rejected=HH + " "),
+            dict(chosen=HH + " same", rejected=HH + " same"), dict(chosen=None, rejected=HH + " bad"),
+            dict(chosen=HH + " a", rejected="\n\nHuman: other\n\nAssistant: b"), dict(chosen="no dialogue", rejected="x"),
+            dict(chosen=3, rejected=[USER, BAD]), dict(chosen=[USER, USER], rejected=[USER, BAD])]
+    pairs, report = load_pairs(write(tmp_path / "x.jsonl", rows))
+    assert len(pairs) == 1 and report["rows"] == 8
+    assert report["dropped"] == {
+        "empty response": 1, "chosen equals rejected": 1, data.NO_TEXT: 2, "last message is not the assistant's": 1,
+        "chosen and rejected have different prompts": 1, "not a '\\n\\nHuman: … \\n\\nAssistant: …' dialogue": 1}
+
+
+def test_ties_and_non_text_parts_are_dropped(tmp_path):
+    picture = [{"role": "user", "content": [{"type": "image", "value": "…"}]}, GOOD]
+    for row in (dict(question=dict(full_text="Q"), answer_0="a", answer_1="b", score_0=0, score_1=0),
+                dict(prompt="Q", response_0="a", response_1="b", better_response_id=-1, safer_response_id=0),
+                dict(chosen=picture, rejected=[USER, BAD])):
+        with pytest.raises(InputError, match="no usable pair in 1 rows"):
+            load_pairs(write(tmp_path / "x.jsonl", [row]))
+
+
+def test_files_of_every_kind_give_the_same_pairs(tmp_path):
+    import datasets
+    rows = [dict(prompt="line\u2028separator", chosen="a\nb", rejected="c"), dict(prompt="Q, 2", chosen="d", rejected="e")]
+    jsonl = load_pairs(write(tmp_path / "x.jsonl", rows))[0]
+    (tmp_path / "x.json").write_text(json.dumps(rows))
+    datasets.Dataset.from_list(rows).to_csv(str(tmp_path / "x.csv"))
+    datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "x.parquet"))
+    assert jsonl == rows
+    for kind in ("json", "csv", "parquet"):
+        assert load_pairs(str(tmp_path / f"x.{kind}"))[0] == rows
+
+
+def test_the_limit_counts_kept_pairs(tmp_path):
+    rows = [dict(prompt="Q", chosen="a", rejected="")] + [dict(prompt="Q", chosen="a", rejected=str(i)) for i in range(9)]
+    pairs, report = load_pairs(write(tmp_path / "x.jsonl", rows), limit=3)
+    assert [pair["rejected"] for pair in pairs] == ["0", "1", "2"] and report["rows"] == 4
+
+
+def test_held_out_prompts_are_never_trained_on(tmp_path):
+    rows = [dict(prompt=f"question {i // 3}", chosen="a", rejected=f"b{i}") for i in range(600)]
+    train, held_out, _ = train_and_held_out(write(tmp_path / "x.jsonl", rows))
+    assert len(train) + len(held_out) == 600 and 5 < len(held_out) < 60
+    assert not {pair["prompt"] for pair in train} & {pair["prompt"] for pair in held_out}
+    train, held_out, _ = train_and_held_out("toy")
+    nouns = [{word for pair in pairs for word in pair["prompt"].split()} & set(data.NOUNS) for pairs in (train, held_out)]
+    assert len(nouns[0]) == 16 and len(nouns[1]) == 4 and not nouns[0] & nouns[1]
+
+
+def test_the_toy_corpus_is_the_same_every_time_and_prefers_the_better_review():
+    from reward import toy_reward
+    pairs = load_pairs("toy")[0]
+    assert pairs == load_pairs("toy")[0] and len(pairs) == 3000
+    gaps = [toy_reward([p["prompt"]], [p["chosen"]])[0] - toy_reward([p["prompt"]], [p["rejected"]])[0] for p in pairs]
+    agree = [gap > 0 for gap in gaps if gap]
+    bradley_terry = torch.sigmoid(torch.tensor(gaps).abs()).mean()
+    assert sum(agree) / len(agree) == pytest.approx(bradley_terry.item(), abs=0.03)
+
+
+# --- text and tokens
+
+def encode_one(pair, tokenizer, prompt_limit=100, response_limit=100, end_ids=(1,)):
+    examples, counts = encode([pair], tokenizer, set(end_ids), prompt_limit, response_limit)
+    return examples[0], counts
+
+
+def test_without_a_template_strings_stay_and_messages_become_the_plain_dialogue():
+    tokenizer = byte_tokenizer()
+    assert render("Say: ", "yes", tokenizer) == ("Say: ", "yes")
+    head, tail = render(HH_PROMPT, " good", tokenizer)
+    assert head + tail == HH + " good" and tail == " good"
+
+
+def test_with_a_template_prompt_and_response_are_the_whole_render():
+    tokenizer = byte_tokenizer(TEMPLATE)
+    example, _ = encode_one({"prompt": "Q", "chosen": "good", "rejected": "bad"}, tokenizer)
+    whole = tokenizer.apply_chat_template([USER, GOOD], tokenize=True, return_dict=False)
+    assert example["prompt_ids"] + example["chosen_ids"] == whole
+    assert example["chosen_ids"].count(1) == 1 and example["chosen_ids"][-1] == 1         # one end token, the template's
+    assert 3 not in example["chosen_ids"] and example["prompt_ids"][-1] == 3              # the header is in the prompt
+
+
+def test_a_template_whose_generation_prompt_is_no_prefix_is_refused():
+    thinking = TEMPLATE.replace("<|assistant|>{% endif", "<|assistant|>think{% endif")
+    tokenizer = byte_tokenizer(thinking)
+    with pytest.raises(InputError, match="chat template"):
+        render("Q", "good", tokenizer)
+
+
+def test_a_row_that_the_template_refuses_is_dropped():
+    tokenizer = byte_tokenizer("{{ raise_exception('no system turns') }}")
+    with pytest.raises(InputError, match="no system turns"):
+        encode([{"prompt": "Q", "chosen": "good", "rejected": "bad"}], tokenizer, {1}, 9, 9)
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_bos_is_there_once_where_the_tokenizer_has_one_and_never_before_the_response(bos):
+    example, _ = encode_one({"prompt": "Q", "chosen": "good", "rejected": "bad"}, byte_tokenizer(bos=bos))
+    assert (example["prompt_ids"] + example["chosen_ids"]).count(4) == int(bos)
+    assert None not in example["prompt_ids"] and example["chosen_ids"][-1] == 1 and 4 not in example["chosen_ids"]
+
+
+def test_prompts_are_cut_from_the_left_and_responses_from_the_right_without_an_end_token():
+    tokenizer = byte_tokenizer(bos=True)
+    pair = {"prompt": "0123456789", "chosen": "abcdefgh", "rejected": "xy"}
+    example, counts = encode_one(pair, tokenizer, 4, 5)
+    assert tokenizer.decode(example["prompt_ids"]) == "<bos>789"
+    assert tokenizer.decode(example["chosen_ids"]) == "abcde" and tokenizer.decode(example["rejected_ids"]) == "xy<eos>"
+    assert counts["truncated_prompts"] == 1 and counts["truncated_responses"] == 1 and counts["dropped"] == 0
+
+
+def test_pairs_that_truncation_makes_equal_are_dropped_and_counted():
+    pairs = [{"prompt": "Q", "chosen": "same start, good", "rejected": "same start, bad"},
+             {"prompt": "Q", "chosen": "good", "rejected": "bad"}]
+    examples, counts = encode(pairs, byte_tokenizer(), {1}, 9, 9)
+    assert len(examples) == 1 and counts["dropped"] == 1 and counts["same tokens in both responses"] == 1
+
+
+def test_collation_gives_explicit_masks():
+    ids, attention, response = collate([[5, 6], [7]], [[1], [8, 9, 1]])
+    assert ids.tolist() == [[5, 6, 1, 0], [7, 8, 9, 1]]
+    assert attention.tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert response.tolist() == [[0, 0, 1, 0], [0, 1, 1, 1]]
+
+
+def test_the_command_line_shows_format_counts_lengths_and_pairs(tmp_path, monkeypatch, capsys, checkpoint):
+    path = write(tmp_path / "x.jsonl", [dict(prompt="Q", chosen="good", rejected="bad"),
+                                        dict(prompt="Q", chosen="good", rejected="")])
+    for more in ([], ["--model", str(checkpoint)]):
+        monkeypatch.setattr("sys.argv", ["data.py", path, *more])
+        data.main()
+        shown = capsys.readouterr().out
+        assert "2 rows, 1 pairs kept, dropped: 1 empty response" in shown and "good" in shown
+        assert ("tokens" in shown and "<|user|>" in shown) if more else "characters" in shown

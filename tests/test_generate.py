@@ -1,0 +1,126 @@
+"""Sampling matches scoring: the distribution, the ids, the end tokens."""
+import json
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_model
+from transformers import GenerationConfig
+
+import generate
+from data import InputError, collate
+from generate import end_token_ids, load_policy, prepare, roll_out, sample
+from sail import sequence_logps
+
+
+def three_token_model():
+    """(model over <pad>, <eos>, a, its tokenizer): every next token has the same logits, whatever came before."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    core = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2}, unk_token="<pad>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>", pad_token="<pad>")
+    return tiny_model(vocab_size=3, seed=3), tokenizer
+
+
+def test_sample_frequencies_fit_the_softmax_whatever_the_generation_config_says():
+    model, tokenizer = three_token_model()
+    model.generation_config = GenerationConfig(do_sample=True, top_k=1, temperature=0.1, top_p=0.3, repetition_penalty=5.0,
+                                               min_p=0.4, eos_token_id=1, pad_token_id=0, suppress_tokens=[0])
+    own = model.generation_config
+    torch.manual_seed(0)
+    n = 20_000
+    responses, _ = sample(model, tokenizer, [[2, 2]], 2, num_responses=n)
+    outcomes = [(1,)] + [(first, second) for first in (0, 2) for second in (0, 1, 2)]      # all there are in two tokens
+    counts = torch.tensor([sum(tuple(ids) == outcome for ids in responses[0]) for outcome in outcomes]).double()
+    with torch.no_grad():
+        logps = sequence_logps(model, *collate([[2, 2]] * 7, [list(outcome) for outcome in outcomes])).double()
+    expected = n * logps.exp()
+    assert counts.sum() == n and expected.sum().item() == pytest.approx(n, rel=1e-5)
+    assert ((counts - expected) ** 2 / expected).sum() < 22.46                             # χ², 6 degrees, p = 0.001
+    assert model.generation_config is own
+
+
+def test_another_temperature_is_another_distribution():
+    model, tokenizer = three_token_model()
+    torch.manual_seed(0)
+    responses, _ = sample(model, tokenizer, [[2]], 1, num_responses=5000, temperature=0.25)
+    logits = model(torch.tensor([[2]])).logits[0, -1]
+    shares = torch.tensor([sum(ids == [token] for ids in responses[0]) for token in range(3)]) / 5000
+    torch.testing.assert_close(shares, (logits / 0.25).softmax(-1).detach(), rtol=0, atol=0.03)
+
+
+def test_a_response_ends_with_its_first_end_token_or_is_counted_unfinished():
+    model, tokenizer = three_token_model()
+    torch.manual_seed(1)
+    responses, finished = sample(model, tokenizer, [[2], [2, 2, 2]], 4, num_responses=50)
+    rows = [row for group in responses for row in group]
+    done = [flag for group in finished for flag in group]
+    assert 0 < sum(done) < 100
+    for row, flag in zip(rows, done):
+        assert row.count(1) == int(flag)
+        assert row[-1] == 1 if flag else len(row) == 4
+
+
+def test_trained_ids_are_generated_ids_also_where_text_does_not_round_trip():
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    prepare(model, tokenizer)
+    drawn = []
+    original = model.generate
+    model.generate = lambda **kwargs: drawn.append(original(**kwargs)) or drawn[-1]
+    pairs = [{"prompt_ids": [10 + i] * (i + 1), "on_policy": i != 1, "chosen_ids": [1], "rejected_ids": [1],
+              "chosen": "", "rejected": ""} for i in range(3)]
+    torch.manual_seed(0)
+    roll_out(model, tokenizer, pairs, 12)
+    rows = drawn[0][:, 3:].tolist()
+    trained = [pairs[0]["chosen_ids"], pairs[0]["rejected_ids"], pairs[2]["chosen_ids"], pairs[2]["rejected_ids"]]
+    assert [row[:len(ids)] for row, ids in zip(rows, trained)] == trained and all(trained)
+    assert any(tokenizer(tokenizer.decode(ids))["input_ids"] != ids for ids in trained)     # bytes that are not UTF-8
+    assert pairs[1]["chosen_ids"] == [1]                                                    # not flagged: untouched
+
+
+def test_each_prompt_gets_its_own_samples_whatever_the_batching():
+    """A model that repeats the last prompt token shows whose sample is whose."""
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(torch.randn(261, 32).sign() * 3)
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    prompts = [[50 + i] * (1 + i % 3) for i in range(7)]
+    responses, _ = sample(model, tokenizer, prompts, 3, num_responses=2, batch_size=3)
+    assert [group for group in responses] == [[[50 + i] * 3] * 2 for i in range(7)]
+
+
+def test_ids_beyond_the_tokenizers_are_never_sampled():
+    model, tokenizer = tiny_model(vocab_size=2000), byte_tokenizer()
+    prepare(model, tokenizer)
+    responses, _ = sample(model, tokenizer, [[5]], 8, num_responses=100)
+    assert max(max(row) for row in responses[0]) < 261
+
+
+def test_end_tokens_are_the_tokenizers_and_the_checkpoints_special_ones():
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    model.generation_config.eos_token_id = [1, 2, 77]          # <eos>, a special token, a letter
+    assert end_token_ids(tokenizer, model) == {1, 2}
+    assert end_token_ids(tokenizer) == {1}
+
+
+def test_a_model_smaller_than_its_tokenizer_is_refused():
+    with pytest.raises(InputError, match="261 ids"):
+        prepare(tiny_model(vocab_size=100), byte_tokenizer())
+
+
+def test_the_command_line_writes_one_row_per_prompt(checkpoint, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "responses.jsonl"
+    monkeypatch.setattr("sys.argv", ["generate.py", "--model", str(checkpoint), "--data", "toy:test", "--limit", "5",
+                                     "--max-response-length", "6", "--out", str(out)])
+    generate.main()
+    rows = [json.loads(line) for line in out.read_text().split("\n") if line]
+    assert len(rows) == 5 and all(set(row) == {"prompt", "response", "tokens", "finished"} for row in rows)
+    assert all(1 <= row["tokens"] <= 6 for row in rows) and "5 responses" in capsys.readouterr().out
+
+
+def test_a_policy_loads_as_float32_without_touching_the_network(checkpoint):
+    policy, tokenizer = load_policy(str(checkpoint))
+    assert next(policy.parameters()).dtype == torch.float32 and tokenizer.chat_template

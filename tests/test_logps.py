@@ -1,0 +1,130 @@
+"""sequence_logps against a slow float64 computation, and what must not change it."""
+import copy
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_model
+
+from data import collate
+from generate import prepare
+from sail import sequence_logps
+
+FAMILIES = ["llama", "gpt2", "qwen2"]
+PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17]]
+RESPONSES = [[20, 21, 1], [30, 31, 32, 33, 34, 1], [0, 41]]     # the last holds the padding id 0 as a real token
+
+
+def slow_logps(model, prompts, responses):
+    """One row at a time, one token at a time, in float64, through the plain forward."""
+    model = copy.deepcopy(model).double()
+    sums = []
+    for prompt, response in zip(prompts, responses):
+        total = 0.0
+        for place, token in enumerate(response):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + response[:place]])).logits[0, -1]
+            total += (logits[token] - logits.exp().sum().log()).item()
+        sums.append(total)
+    return torch.tensor(sums, dtype=torch.float32)
+
+
+def padded(prompts, responses, left, extra=0):
+    """input_ids, attention_mask, response_mask with `extra` columns of noise as padding on one side."""
+    width = extra + max(len(prompt + response) for prompt, response in zip(prompts, responses))
+    columns = [], [], []
+    for prompt, response in zip(prompts, responses):
+        gap = width - len(prompt + response)
+        rows = prompt + response, [1] * len(prompt + response), [0] * len(prompt) + [1] * len(response)
+        for column, row, filler in zip(columns, rows, (7, 0, 0)):
+            column.append([filler] * gap + row if left else row + [filler] * gap)
+    return [torch.tensor(column) for column in columns]
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right-padded", "left-padded"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_equals_a_float64_computation_token_by_token(family, left):
+    model = tiny_model(family)
+    exact = slow_logps(model, PROMPTS, RESPONSES)
+    with torch.no_grad():
+        ours = sequence_logps(model, *padded(PROMPTS, RESPONSES, left))
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, exact, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_and_batch_mates_change_nothing(family):
+    model = tiny_model(family)
+    with torch.no_grad():
+        alone = torch.cat([sequence_logps(model, *padded([prompt], [response], False))
+                           for prompt, response in zip(PROMPTS, RESPONSES)])
+        for left in (False, True):
+            for extra in (0, 1, 60):
+                together = sequence_logps(model, *padded(PROMPTS, RESPONSES, left, extra))
+                torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+def test_extreme_padding_gives_finite_values_and_gradients():
+    model = tiny_model()
+    logps = sequence_logps(model, *padded([[5]], [[1]], True, 200))
+    logps.sum().backward()
+    assert logps.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+def test_a_row_without_response_has_log_probability_zero():
+    model = tiny_model()
+    ids, attention, response = padded(PROMPTS, RESPONSES, False)
+    response[1] = 0
+    logps = sequence_logps(model, ids, attention, response)
+    assert logps[1] == 0 and (logps[[0, 2]] < 0).all()
+
+
+def test_only_response_positions_are_projected_onto_the_vocabulary():
+    model, seen = tiny_model(), []
+    model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(tuple(logits.shape)))
+    sequence_logps(model, *collate(PROMPTS, RESPONSES))
+    assert seen == [(sum(len(response) for response in RESPONSES), 261)]
+    assert model(torch.tensor([[5, 6]])).logits.shape == (1, 2, 261)      # and the model is left as it was
+
+
+def test_the_gradient_is_that_of_the_plain_forward():
+    model = tiny_model()
+    ids, attention, response = collate(PROMPTS, RESPONSES)
+    logps = model(input_ids=ids, attention_mask=attention).logits.log_softmax(-1)[:, :-1]
+    plain = (logps.gather(-1, ids[:, 1:, None]).squeeze(-1) * response[:, 1:]).sum()
+    expected = torch.autograd.grad(plain, list(model.parameters()))
+    ours = torch.autograd.grad(sequence_logps(model, ids, attention, response).sum(), list(model.parameters()))
+    for one, other in zip(ours, expected):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_half_precision_models_are_summed_in_float32():
+    model = tiny_model(vocab_size=261).bfloat16()
+    batch = collate(PROMPTS, RESPONSES)
+    with torch.no_grad():
+        ours = sequence_logps(model, *batch)
+        logits = model(input_ids=batch[0], attention_mask=batch[1]).logits[:, :-1].double()    # the same bf16 logits
+    exact = (logits.log_softmax(-1).gather(-1, batch[0][:, 1:, None]).squeeze(-1) * batch[2][:, 1:]).sum(-1)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-3)
+
+
+def test_float64_models_stay_in_float64():
+    model = tiny_model().double()
+    assert sequence_logps(model, *collate(PROMPTS, RESPONSES)).dtype == torch.float64
+
+
+@pytest.mark.parametrize("family, dropouts", [
+    ("gpt2", dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)), ("llama", dict(attention_dropout=0.5))])
+def test_two_forwards_in_train_mode_are_identical(family, dropouts):
+    model = prepare(tiny_model(family, **dropouts), byte_tokenizer()).train()
+    batch = collate(PROMPTS, RESPONSES)
+    assert torch.equal(sequence_logps(model, *batch), sequence_logps(model, *batch))
+
+
+def test_ids_beyond_the_tokenizers_have_no_probability():
+    model = prepare(tiny_model(vocab_size=300), byte_tokenizer())        # 261 ids known
+    with torch.no_grad():
+        logits = model(torch.tensor([[5, 6]])).logits
+        ours = sequence_logps(model, *collate([[5]], [[6]]))
+    assert logits.softmax(-1)[..., 261:].sum() == 0
+    assert ours.item() == pytest.approx(logits[0, 0, :261].log_softmax(-1)[6].item(), abs=1e-5)

@@ -1,0 +1,250 @@
+"""sail_loss against enumeration in float64: the gradient of every variant, term by term."""
+import inspect
+import itertools
+import math
+
+import pytest
+import torch
+
+import sail
+from sail import dpo_loss, sail_loss, utility
+
+K, BETA = 4, 0.5
+LOSS_TYPES = ["sigmoid", "ipo", "hinge"]
+ROUTES = {"dpo": (False, False), "dp": (False, True), "pp": (True, True), "pr": (True, False)}
+PAIRS = torch.tensor(list(itertools.product(range(K), range(K))))                    # every (y1, y2), (K², 2)
+
+
+def softmax_policy(n=K, seed=0):
+    """(logits with grad, reference log-probs, P(i ≻ j) by some reward, data's pair distribution), float64."""
+    generator = torch.Generator().manual_seed(seed)
+    logits, reference, reward = (torch.randn(n, dtype=torch.float64, generator=generator) for _ in range(3))
+    preference = torch.sigmoid(2 * (reward[:, None] - reward[None, :]))
+    data = torch.rand(n, n, dtype=torch.float64, generator=generator)
+    return logits.requires_grad_(), reference.log_softmax(0), preference, data / data.sum()
+
+
+def exact_objective(route, logits, reference, preference, data, loss_type):
+    """J, summed over every pair of responses and both labels; autograd gives its whole gradient."""
+    on_policy, self_labelled = ROUTES[route]
+    logps = logits.log_softmax(0)
+    ratio = logps - reference
+    u = BETA * (ratio[:, None] - ratio[None, :])
+    pair = (logps[:, None] + logps[None, :]).exp() if on_policy else data
+    label = torch.sigmoid(u) if self_labelled else preference
+    return (pair * (label * utility(u, BETA, loss_type) + (1 - label) * utility(-u, BETA, loss_type))).sum()
+
+
+def call(route, logits, reference, preference, pairs=PAIRS, **options):
+    """sail_loss on the given pairs of responses: (losses, metrics)."""
+    on_policy, self_labelled = ROUTES[route]
+    logps, first, second = logits.log_softmax(0), pairs[:, 0], pairs[:, 1]
+    flags = torch.full((len(pairs),), on_policy), torch.full((len(pairs),), self_labelled)
+    return sail_loss(logps[first], logps[second], reference[first], reference[second], preference[first, second],
+                     *flags, **{"beta": BETA, **options})
+
+
+def pair_weights(route, logits, data, pairs=PAIRS):
+    """The probability of each pair, as numbers: the expectation is over samples, not differentiated."""
+    probability = logits.detach().softmax(0)
+    joint = probability[:, None] * probability[None, :] if ROUTES[route][0] else data
+    return joint[pairs[:, 0], pairs[:, 1]]
+
+
+def gradient(value, logits):
+    return torch.autograd.grad(value, logits, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("baseline", [0.0, -0.7])
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_expected_gradient_is_that_of_the_objective(route, baseline, loss_type):
+    logits, reference, preference, data = softmax_policy()
+    losses, _ = call(route, logits, reference, preference, loss_type=loss_type, baseline=baseline)
+    estimate = gradient(-(pair_weights(route, logits, data) * losses).sum(), logits)
+    exact = gradient(exact_objective(route, logits, reference, preference, data, loss_type), logits)
+    assert exact.norm() > 1e-3
+    torch.testing.assert_close(estimate, exact, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("route", ["dp", "pp", "pr"])
+def test_a_drawn_label_gives_the_same_gradient_on_average(route):
+    logits, reference, preference, data = softmax_policy(seed=1)
+    _, self_labelled = ROUTES[route]
+    ratio = logits.detach().log_softmax(0) - reference
+    p = torch.sigmoid(BETA * (ratio[:, None] - ratio[None, :])) if self_labelled else preference
+    p, weights = p[PAIRS[:, 0], PAIRS[:, 1]], pair_weights(route, logits, data)
+    total = 0
+    for draw, chance in ((0.0, p), (1 - 1e-12, 1 - p)):              # label 1 has probability p, label 0 the rest
+        losses, _ = call(route, logits, reference, preference, baseline=-0.7,
+                         label_draws=torch.full((len(PAIRS),), draw, dtype=torch.float64))
+        total = total - (weights * chance * losses).sum()
+    exact = gradient(exact_objective(route, logits, reference, preference, data, "sigmoid"), logits)
+    torch.testing.assert_close(gradient(total, logits), exact, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("route", ["pp", "pr"])
+def test_the_leave_one_out_baseline_leaves_the_expectation_alone(route):
+    logits, reference, preference, data = softmax_policy(n=3)
+    pairs = torch.tensor(list(itertools.product(range(3), range(3))))
+    weights, total = pair_weights(route, logits, data, pairs), 0
+    for first, second in itertools.product(range(9), range(9)):                      # all 81 batches of two pairs
+        losses, _ = call(route, logits, reference, preference, pairs[[first, second]])
+        total = total - weights[first] * weights[second] * losses.mean()
+    exact = gradient(exact_objective(route, logits, reference, preference, data, "sigmoid"), logits)
+    torch.testing.assert_close(gradient(total, logits), exact, rtol=0, atol=1e-10)
+
+
+def test_the_leave_one_out_baseline_is_the_mean_of_the_others():
+    u = torch.tensor([0.3, -1.0, 2.0], dtype=torch.float64)
+    chosen = (u / BETA).clone().requires_grad_()
+    zero, on = torch.zeros(3, dtype=torch.float64), torch.tensor([True, False, True])
+
+    def gradients(**options):
+        losses, _ = sail_loss(chosen, zero, zero, zero, None, on, beta=BETA, label_coef=0.0, **options)
+        return torch.autograd.grad(losses.sum(), chosen)[0]
+
+    f = torch.nn.functional.logsigmoid(u)
+    torch.testing.assert_close(gradients(), gradients(baseline=torch.stack([f[2], zero[0], f[0]])))
+    assert not torch.allclose(gradients(), gradients(baseline=f.mean()))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_a_single_on_policy_pair_has_the_indifferent_utility_as_baseline(loss_type):
+    logits, reference, preference, _ = softmax_policy()
+    alone, _ = call("pr", logits, reference, preference, PAIRS[1:2], loss_type=loss_type)
+    f_zero = {"sigmoid": -math.log(2), "ipo": -1 / (4 * BETA**2), "hinge": -1.0}[loss_type]
+    given, _ = call("pr", logits, reference, preference, PAIRS[1:2], loss_type=loss_type, baseline=f_zero)
+    torch.testing.assert_close(gradient(alone.sum(), logits), gradient(given.sum(), logits))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_loss_has_the_value_of_the_utility_whatever_the_coefficients(route, loss_type):
+    logits, reference, preference, _ = softmax_policy()
+    losses, metrics = call(route, logits, reference, preference, loss_type=loss_type, response_coef=3.0, label_coef=2.0)
+    ratio = (logits.log_softmax(0) - reference).detach()
+    u = BETA * (ratio[PAIRS[:, 0]] - ratio[PAIRS[:, 1]])
+    p = torch.sigmoid(u) if ROUTES[route][1] else preference[PAIRS[:, 0], PAIRS[:, 1]]
+    expected = -(p * utility(u, BETA, loss_type) + (1 - p) * utility(-u, BETA, loss_type))
+    torch.testing.assert_close(losses.detach(), expected, rtol=0, atol=1e-12)
+    assert metrics["loss"].item() == pytest.approx(expected.mean().item())
+    assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_the_utilities_have_their_published_values():
+    u = torch.tensor([0.4, -2.0], dtype=torch.float64)
+    assert utility(u, 0.1, "sigmoid").tolist() == pytest.approx([math.log(1 / (1 + math.exp(-x))) for x in (0.4, -2)])
+    assert utility(u, 0.1, "ipo").tolist() == pytest.approx([-(4 - 5) ** 2, -(-20 - 5) ** 2])
+    assert utility(u, 0.1, "hinge").tolist() == pytest.approx([-0.6, -3.0])
+    with pytest.raises(ValueError):
+        utility(u, 0.1, "nonsense")
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_without_flags_it_is_dpo_exactly(loss_type):
+    torch.manual_seed(0)
+    ours = [torch.randn(5, requires_grad=True) for _ in range(2)]
+    theirs = [torch.randn(5) for _ in range(2)]
+    plain = dpo_loss(*ours, *theirs, beta=0.3, loss_type=loss_type)
+    sail_losses, _ = sail_loss(*ours, *theirs, beta=0.3, loss_type=loss_type)
+    assert torch.equal(plain, sail_losses)
+    for one, other in zip(torch.autograd.grad(plain.sum(), ours), torch.autograd.grad(sail_losses.sum(), ours)):
+        assert torch.equal(one, other)
+
+
+def test_dpo_equals_a_hand_computed_example():
+    logps = [torch.tensor([x]) for x in (-1.0, -2.0, -1.5, -1.8)]
+    margin = 0.1 * ((-1.0 - -1.5) - (-2.0 - -1.8))                   # 0.07
+    assert dpo_loss(*logps, beta=0.1).item() == pytest.approx(-math.log(1 / (1 + math.exp(-margin))), abs=1e-6)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_swapping_the_pair_and_its_label_changes_nothing(route):
+    logits, reference, preference, _ = softmax_policy()
+    one, metrics = call(route, logits, reference, preference, PAIRS)
+    other, swapped_metrics = call(route, logits, reference, preference, PAIRS.flip(1))    # preferenceᵀ = 1 − preference
+    torch.testing.assert_close(one, other)
+    torch.testing.assert_close(gradient(one.sum(), logits), gradient(other.sum(), logits))
+    assert metrics["accuracy"] == pytest.approx(swapped_metrics["accuracy"])
+    assert metrics["margin"] == pytest.approx(swapped_metrics["margin"])
+
+
+def test_a_self_labelled_pair_does_not_look_at_the_given_preference():
+    logits, reference, preference, _ = softmax_policy()
+    one, _ = call("dp", logits, reference, preference)
+    other, _ = call("dp", logits, reference, torch.ones_like(preference))
+    assert torch.equal(one, other)
+
+
+def test_the_corrections_are_exactly_zero_where_their_flag_is_off():
+    logits, reference, preference, _ = softmax_policy()
+    logps = logits.log_softmax(0)
+    columns = [logps[PAIRS[:, 0]], logps[PAIRS[:, 1]], reference[PAIRS[:, 0]], reference[PAIRS[:, 1]]]
+    flagged = torch.arange(len(PAIRS)) % 2 == 0
+
+    def rest(response_coef, label_coef):
+        losses, _ = sail_loss(*columns, None, flagged, flagged, beta=BETA, response_coef=response_coef,
+                              label_coef=label_coef)
+        return gradient(losses[~flagged].sum(), logits)
+
+    plain, _ = sail_loss(*columns, beta=BETA)
+    assert torch.equal(rest(5.0, 5.0), gradient(plain[~flagged].sum(), logits))
+    losses, _ = sail_loss(*columns, None, flagged, flagged, beta=BETA, response_coef=5.0, label_coef=5.0)
+    assert not torch.allclose(gradient(losses[flagged].sum(), logits), gradient(plain[flagged].sum(), logits))
+
+
+def test_relabelling_alone_teaches_nothing_and_T3_is_the_negative_entropy():
+    logits, reference, preference, _ = softmax_policy()
+    without, _ = call("dp", logits, reference, preference, label_coef=0.0)
+    assert gradient(without.sum(), logits).abs().max() < 1e-14
+    with_t3, _ = call("dp", logits, reference, preference, label_coef=1.0)
+    ratio = logits.log_softmax(0) - reference
+    q = torch.sigmoid(BETA * (ratio[PAIRS[:, 0]] - ratio[PAIRS[:, 1]]))
+    entropy = -(q * q.log() + (1 - q) * (1 - q).log())
+    torch.testing.assert_close(gradient(with_t3.sum(), logits), gradient(entropy.sum(), logits), rtol=0, atol=1e-12)
+
+
+def test_the_coefficients_scale_their_term_and_nothing_else():
+    logits, reference, preference, _ = softmax_policy()
+
+    def of(response_coef, label_coef):
+        losses, _ = call("pp", logits, reference, preference, response_coef=response_coef, label_coef=label_coef,
+                         baseline=-0.5)
+        return gradient(losses.sum(), logits)
+
+    T1, T2, T3 = of(0, 0), of(1, 0) - of(0, 0), of(0, 1) - of(0, 0)
+    torch.testing.assert_close(of(0.3, 0.2), T1 + 0.3 * T2 + 0.2 * T3)
+    assert T2.norm() > 1e-3 and T3.norm() > 1e-3
+
+
+def test_the_pairs_whose_label_T3_reverses_are_counted():
+    u, zero = torch.tensor([0.1, 6.0, -6.0, 6.0]), torch.zeros(4)
+    own = torch.tensor([True, True, True, False])
+    _, metrics = sail_loss(u, zero, zero, zero, None, None, own, beta=1.0, label_coef=0.2)    # 1/0.2 = 5 < 6
+    assert metrics["label_reversed"].item() == 0.5 and metrics["self_labelled"].item() == 0.75
+    _, metrics = sail_loss(u, zero, zero, zero, None, None, own, beta=1.0, label_coef=0.1)    # 1/0.1 = 10
+    assert metrics["label_reversed"].item() == 0
+
+
+def test_the_metrics_equal_a_hand_computed_example():
+    u, zero = torch.tensor([2.0, -1.0, 0.0]), torch.zeros(3)
+    _, metrics = sail_loss(u, zero, zero - 1, zero - 1, torch.tensor([1.0, 0.0, 0.5]), beta=1.0)
+    assert metrics["margin"].item() == pytest.approx((2.0 + 1.0 + 0.0) / 3)
+    assert metrics["accuracy"].item() == pytest.approx((1 + 1 + 0.5) / 3)
+    assert metrics["chosen_logps"].item() == pytest.approx(1 / 3) and metrics["rejected_logps"].item() == 0
+
+
+def test_the_loss_can_be_pasted():
+    """Its source and what it calls run in a namespace that holds torch and F alone, with the same numbers."""
+    import torch.nn.functional as F
+    namespace = {"torch": torch, "F": F}
+    exec(inspect.getsource(sail.utility) + "\n\n" + inspect.getsource(sail.sail_loss), namespace)
+    logits, reference, preference, _ = softmax_policy()
+    logps = logits.log_softmax(0)
+    columns = [logps[PAIRS[:, 0]], logps[PAIRS[:, 1]], reference[PAIRS[:, 0]], reference[PAIRS[:, 1]]]
+    flags = torch.arange(len(PAIRS)) % 2 == 0, torch.arange(len(PAIRS)) % 3 == 0
+    ours, metrics = sail_loss(*columns, None, *flags)
+    pasted, pasted_metrics = namespace["sail_loss"](*columns, None, *flags)
+    assert torch.equal(ours, pasted) and metrics == pasted_metrics
+    assert torch.equal(gradient(ours.sum(), logits), gradient(pasted.sum(), logits))

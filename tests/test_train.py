@@ -1,0 +1,184 @@
+"""The loop: its budget, its gradient whatever the micro-batches and ranks, its files, its determinism."""
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEMPLATE, byte_tokenizer, tiny_model
+from ranks import batch_gradient
+
+import sail
+from generate import load_policy, toy_model
+from sail import draw_pairs, parse_args, plan, train
+
+ROOT = Path(sail.__file__).parent
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """An untrained toy model, saved: training starts from it in seconds."""
+    path = tmp_path_factory.mktemp("base")
+    for part in toy_model(seed=5):
+        part.save_pretrained(path)
+    return str(path)
+
+
+def run(base, out, *more):
+    """Train on the toy for a few steps; returns metrics.jsonl as rows without their seconds."""
+    train(parse_args(["--model", base, "--steps", "3", "--batch-size", "10", "--limit", "60", "--out", str(out),
+                      "--eval-limit", "4", *more]))
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"}
+            for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- budget and batches
+
+@pytest.mark.parametrize("mix", [0.0, 0.1, 0.3, 1 / 3, 0.7, 0.999])
+@pytest.mark.parametrize("n, epochs", [(7, 1), (100, 3), (33, 2.5)])
+def test_every_offline_pair_is_seen_epochs_times_whatever_the_mix(n, epochs, mix):
+    args = parse_args(["--variant", "dp", "--mix", str(mix), "--epochs", str(epochs), "--batch-size", "10"])
+    total, steps = plan(n, args)
+    examples = [{"id": place} for place in range(n)]
+    batches = [draw_pairs(examples, step, steps, total, args) for step in range(1, steps + 1)]
+    offline = [pair["id"] for batch in batches for pair in batch if not pair["self_labelled"]]
+    own = [pair["id"] for batch in batches for pair in batch if pair["self_labelled"]]
+    assert len(offline) == int(epochs * n) and len(offline) + len(own) == total
+    assert sorted(offline[:n]) == list(range(n)) and sorted(own[:n]) == list(range(n))[:len(own)] or len(own) < n
+    assert max(map(len, batches)) <= 10 and max(map(len, batches)) - min(map(len, batches)) <= 1
+    assert total == pytest.approx(int(epochs * n) / (1 - mix), abs=1 / (1 - mix))
+
+
+def test_mix_one_is_epochs_of_the_prompts_on_the_variants_route():
+    args = parse_args(["--variant", "pr", "--mix", "1", "--epochs", "2", "--batch-size", "10"])
+    total, steps = plan(25, args)
+    assert (total, steps) == (50, 5)
+    pairs = [pair for step in range(1, 6) for pair in draw_pairs([{"id": i} for i in range(25)], step, 5, 50, args)]
+    assert all(pair["on_policy"] for pair in pairs) and sorted(pair["id"] for pair in pairs[:25]) == list(range(25))
+
+
+def test_the_epochs_are_shuffled_differently_and_by_the_seed():
+    def ids(seed):
+        args = parse_args(["--variant", "dpo", "--epochs", "2", "--batch-size", "50", "--seed", str(seed)])
+        return [pair["id"] for step in (1, 2) for pair in draw_pairs([{"id": i} for i in range(50)], step, 2, 100, args)]
+
+    assert ids(0) == ids(0) != ids(1) and ids(0)[:50] != ids(0)[50:] and ids(0) != sorted(ids(0))
+
+
+# --- gradients
+
+@pytest.mark.parametrize("variant", ["dpo", "dp", "pp", "pr"])
+def test_the_gradient_does_not_depend_on_the_micro_batches(variant):
+    whole, totals = batch_gradient(8, variant, 8)
+    assert whole.norm() > 1e-3
+    for size in (1, 2, 3):
+        gradient, again = batch_gradient(8, variant, size)
+        torch.testing.assert_close(gradient, whole, rtol=0, atol=1e-6)
+        assert again == pytest.approx(dict(totals), abs=1e-3)
+
+
+def test_two_ranks_give_the_gradient_of_one_process_also_on_uneven_shares(tmp_path):
+    out = tmp_path / "gradients.json"
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                    ROOT / "tests/ranks.py", out], check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for case, (shared, totals) in json.loads(out.read_text()).items():
+        variant, n, label = case.split()
+        gradient, alone = batch_gradient(int(n), variant, 2, label=label)
+        torch.testing.assert_close(torch.tensor(shared), gradient, rtol=0, atol=1e-6, msg=case)
+        assert totals == pytest.approx(dict(alone), abs=1e-3), case
+
+
+def test_sft_is_the_mean_negative_log_likelihood_per_token(base, tmp_path):
+    row = run(base, tmp_path, "--variant", "sft", "--steps", "1", "--learning-rate", "1e-9")[0]
+    assert row["loss"] == pytest.approx(math.log(57), rel=0.2) and row["margin"] is None      # 57 words, untrained
+
+
+# --- runs
+
+@pytest.mark.parametrize("variant", ["sft", "dpo", "dp", "pp", "pr"])
+def test_a_run_repeats_bit_for_bit_and_leaves_its_files(base, tmp_path, variant):
+    more = ["--variant", variant, "--mix", "0.5"] if variant not in ("sft", "dpo") else ["--variant", variant]
+    rows = run(base, tmp_path / "a", *more, "--max-response-length", "8")
+    assert rows == run(base, tmp_path / "b", *more, "--max-response-length", "8")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    wanted = """step loss margin accuracy chosen_logps rejected_logps kl reward response_length unfinished on_policy
+                self_labelled grad_norm learning_rate tokens dropped truncated_prompts truncated_responses"""
+    assert set(wanted.split()) <= set(rows[0])
+    if variant != "sft":
+        assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)          # policy = reference at the start
+    assert rows[0]["on_policy"] == (0.5 if variant in ("pp", "pr") else 0 if variant != "sft" else None)
+    assert rows[0]["self_labelled"] == (0.5 if variant in ("dp", "pp") else 0 if variant != "sft" else None)
+    assert (rows[0]["reward"] is not None) == (variant == "pr")
+    policy, tokenizer = load_policy(str(tmp_path / "a/model"))
+    start, _ = load_policy(base)
+    assert any(not torch.equal(one, other) for one, other in zip(policy.parameters(), start.parameters()))
+    assert json.loads((tmp_path / "a/args.json").read_text())["variant"] == variant
+    samples = [json.loads(line) for line in (tmp_path / "a/samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 8 and all("response" in row for row in samples)      # four held-out prompts, twice
+    assert not (tmp_path / "a/model.writing").exists() and not (tmp_path / "a/model.old").exists()
+
+
+def test_iterative_dpo_fully_online_soft_labels_drawn_labels_and_another_optimizer_run(base, tmp_path):
+    rows = run(base, tmp_path, "--variant", "pr", "--mix", "1", "--response-coef", "0", "--temperature", "0.7", "--preference",
+               "soft", "--label", "sampled", "--optimizer", "rmsprop", "--schedule", "cosine", "--micro-batch-size", "3")
+    assert all(row["on_policy"] == 1 and row["loss"] is not None for row in rows)
+
+
+def test_bfloat16_autocast_keeps_float32_weights(base, tmp_path):
+    rows = run(base, tmp_path, "--variant", "pr", "--dtype", "bfloat16")
+    assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert next(load_policy(str(tmp_path / "model"))[0].parameters()).dtype == torch.float32
+
+
+def test_parameters_move_at_a_learning_rate_of_5e_7(base, tmp_path):
+    run(base, tmp_path, "--variant", "dpo", "--learning-rate", "5e-7", "--steps", "1")
+    policy, start = load_policy(str(tmp_path / "model"))[0], load_policy(base)[0]
+    moved = [(one != other).float().mean() for one, other in zip(policy.parameters(), start.parameters())]
+    assert sum(moved) / len(moved) > 0.5
+
+
+def test_the_warm_up_is_linear_and_then_constant(base, tmp_path):
+    rows = run(base, tmp_path, "--variant", "dpo", "--steps", "6", "--warmup-steps", "4", "--learning-rate", "1e-4")
+    assert [row["learning_rate"] for row in rows] == pytest.approx([2.5e-5, 5e-5, 7.5e-5, 1e-4, 1e-4, 1e-4])
+
+
+def test_non_finite_gradients_are_skipped_counted_and_stop_the_run_after_ten(base, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def poisoned(*args, **options):
+        losses, metrics = original(*args, **options)
+        return losses * math.nan, metrics
+
+    original = sail.preference_losses
+    monkeypatch.setattr(sail, "preference_losses", poisoned)
+    rows = run(base, tmp_path / "few", "--variant", "dpo", "--steps", "4")
+    assert [row["skipped"] for row in rows] == [1, 2, 3, 4]
+    policy, start = load_policy(str(tmp_path / "few/model"))[0], load_policy(base)[0]
+    assert all(torch.equal(one, other) for one, other in zip(policy.parameters(), start.parameters()))
+    with pytest.raises(sail.InputError, match="step 10: ten non-finite"):
+        run(base, tmp_path / "many", "--variant", "dpo", "--steps", "20")
+
+
+def test_another_reference_is_used_and_never_moves(base, tmp_path):
+    other = tmp_path / "other"
+    for part in toy_model(seed=6):
+        part.save_pretrained(other)
+    before = {path.name: path.read_bytes() for path in other.iterdir()}
+    rows = run(base, tmp_path / "run", "--variant", "dpo", "--reference", str(other))
+    assert rows[0]["loss"] != pytest.approx(math.log(2), abs=1e-4)
+    assert before == {path.name: path.read_bytes() for path in other.iterdir()}
+
+
+def test_pr_learns_the_toy_reward(tmp_path, monkeypatch):
+    """From the command line, start to end: SFT on first use, then PR, which gains reward on nouns it never saw."""
+    monkeypatch.chdir(tmp_path)
+    finished = subprocess.run([sys.executable, ROOT / "sail.py", "--variant", "pr", "--epochs", "1.5"], text=True,
+                              capture_output=True, timeout=280)
+    assert finished.returncode == 0, finished.stderr
+    assert "training it, once" in finished.stdout and "steps of 48" in finished.stdout
+    curve = [json.loads(line)["reward"] for line in Path("runs/toy/pr/eval.jsonl").read_text().splitlines()]
+    assert curve[-1] - curve[0] > 1.0
