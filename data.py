@@ -182,6 +182,7 @@ def read_rows(source):
         return rows
     import datasets                              # slow to import, and not needed for the toy or for JSON
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)    # its errors are told below, in one line
     try:
         if path.is_file():
             return datasets.load_dataset(path.suffix[1:] or "text", data_files=str(path), split="train")

@@ -49,19 +49,33 @@ def load_policy(name, device="cpu", trust_remote_code=False):
     from transformers import AutoModelForCausalLM
     name = toy_checkpoint() if name == "toy" else name
     tokenizer = load_tokenizer(name, trust_remote_code)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, trust_remote_code=trust_remote_code,
-            local_files_only=Path(name).is_dir())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name}: no causal language model to load ({first_line(error)})") from None
+    model = load_weights(AutoModelForCausalLM, name, trust_remote_code, dtype=torch.float32)
     return prepare(model, tokenizer, name).to(device), tokenizer
+
+
+def load_weights(auto_class, name, trust_remote_code=False, **options):
+    """auto_class.from_pretrained(name), without the network for a local directory.
+
+    Raises InputError where there is no such model, or where some of its weights are missing from the checkpoint:
+    transformers would make them up.
+    """
+    from transformers.utils import logging
+    logging.set_verbosity_error()                         # its report of missing weights is told below, in one line
+    logging.disable_progress_bar()                        # of loading, and later of saving
+    try:
+        model, loading = auto_class.from_pretrained(
+            name, trust_remote_code=trust_remote_code, local_files_only=Path(name).is_dir(),
+            output_loading_info=True, **options)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: no model for {auto_class.__name__[12:]} to load ({first_line(error)})") from None
+    if loading["missing_keys"]:
+        raise InputError(f"{name}: as a model for {auto_class.__name__[12:]} it lacks the weights "
+                         f"{', '.join(sorted(loading['missing_keys'])[:3])}; want a trained one")
+    return model
 
 
 def prepare(model, tokenizer, name="model"):
     """Switch dropout off for good and mask the ids beyond the tokenizer's; returns the model."""
-    from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()                                # of weights being loaded or saved
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0

@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import ADJECTIVES, ADVERBS, NOUNS, InputError, Parser, command_line, read_rows, render
+from generate import first_line, load_weights
 
 
 def load_reward(name, device="cpu", trust_remote_code=False):
@@ -70,14 +71,13 @@ def load_classifier(name, device="cpu", trust_remote_code=False, batch_size=32):
     Dialogues longer than the classifier takes are cut from the left. Scores do not depend on batch mates.
     """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    local = {"trust_remote_code": trust_remote_code, "local_files_only": Path(name).is_dir()}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **local)
-        model = AutoModelForSequenceClassification.from_pretrained(name, **local).to(device).eval()
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code, local_files_only=Path(name).is_dir())
     except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"reward {name}: not `toy`, not FILE.py:FUNCTION, no classifier to load "
-                         f"({reason})") from None
+        raise InputError(f"reward {name}: not `toy`, not FILE.py:FUNCTION, and no classifier to load "
+                         f"({first_line(error)})") from None
+    model = load_weights(AutoModelForSequenceClassification, name, trust_remote_code).to(device).eval()
     if model.config.num_labels != 1:
         raise InputError(f"reward {name}: has {model.config.num_labels} logits per response; "
                          "want a model with one")

@@ -124,8 +124,8 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
 
     With both coefficients 1 the gradient's expectation is ∇J exactly; 0 switches a term off. Returns (losses,
     metrics): losses (B,), whose value is minus the pair's utility and whose gradient is −(T1 +
-    response_coef·T2 + label_coef·T3); metrics, detached means over the pairs. To train on the mean, divide
-    losses.sum() by B yourself.
+    response_coef·T2 + label_coef·T3); metrics, detached means over the pairs. margin and accuracy are in the
+    label's sense; label_reversed is the share of pairs, self-labelled ones, where T3 has turned a label round.
     """
     margin = beta * ((policy_chosen_logps - reference_chosen_logps)
                      - (policy_rejected_logps - reference_rejected_logps))                      # u (B,)
@@ -156,8 +156,7 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
     losses = -(mean_f + (corrections - corrections.detach()))         # corrections: a gradient, but no value
 
     u, ahead = margin.detach(), (margin.detach() > 0) + 0.5 * (margin.detach() == 0)
-    # there T3 outweighs T1 on that label
-    past = torch.minimum(f_chosen, f_rejected).detach() * label_coef < -1
+    past = torch.minimum(f_chosen, f_rejected).detach() * label_coef < -1    # 1 + label_coef·f, T3's weight, < 0
     metrics = {
         "loss": losses, "margin": (2 * p - 1) * u, "accuracy": p * ahead + (1 - p) * (1 - ahead),
         "chosen_logps": policy_chosen_logps, "rejected_logps": policy_rejected_logps,
@@ -362,6 +361,8 @@ def load_everything(args, device):
 
 def save_model(policy, tokenizer, directory):
     """save_pretrained into `directory`, written aside and renamed: what stands there is whole, old or new."""
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
     aside, old = directory.with_name("model.writing"), directory.with_name("model.old")
     for leftover in (aside, old):
         shutil.rmtree(leftover, ignore_errors=True)
