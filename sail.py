@@ -38,6 +38,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -444,10 +445,13 @@ def train(args):
     out, own = Path(args.out), int(total * Fraction(str(args.mix)))
     if rank == 0:
         start_files(out, args)
-        print(f"{args.data}: {len(examples)} pairs to train on, {len(held_out)} held out; {counted(counts)}\n"
+        print(f"{args.data}: {len(examples)} pairs to train on, {len(held_out)} to evaluate on; {counted(counts)}\n"
               f"{args.variant}: {total - own} offline pairs + {own} on the variant's route = {total} pairs, "
               f"{steps} steps of {math.ceil(total / steps)}, processes: {world} -> {out}", flush=True)
-    model = DistributedDataParallel(policy, broadcast_buffers=False) if world > 1 else policy
+    model = policy
+    if world > 1:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):    # of the option's new name in 2.13
+            model = DistributedDataParallel(policy, broadcast_buffers=False)
     optimizer, scheduler = make_optimizer(policy, steps, args)
     # of T2: a running mean of past pairs' f
     baseline = utility(torch.zeros(()), args.beta, args.loss_type).item()

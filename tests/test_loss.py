@@ -109,6 +109,15 @@ def test_the_leave_one_out_baseline_is_the_mean_of_the_others():
     assert not torch.allclose(gradients(), gradients(baseline=f.mean()))
 
 
+def test_a_pair_worth_exactly_the_baseline_has_no_T2():
+    chosen = torch.zeros(4, dtype=torch.float64, requires_grad=True)           # u = 0: every pair is worth f(0)
+    rest = [torch.zeros(4, dtype=torch.float64)] * 3
+    for options in ({}, {"baseline": -math.log(2)}):
+        losses, _ = sail_loss(chosen, *rest, None, torch.ones(4), response_coef=7.0, **options)
+        plain = dpo_loss(chosen, *rest)
+        torch.testing.assert_close(torch.autograd.grad(losses.sum(), chosen), torch.autograd.grad(plain.sum(), chosen))
+
+
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
 def test_a_single_on_policy_pair_has_the_indifferent_utility_as_baseline(loss_type):
     logits, reference, preference, _ = softmax_policy()

@@ -163,6 +163,42 @@ def test_non_finite_gradients_are_skipped_counted_and_stop_the_run_after_ten(bas
         run(base, tmp_path / "many", "--variant", "dpo", "--steps", "20")
 
 
+def launched(base, out, *more):
+    """The same run as run(), on two ranks of torchrun."""
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                    ROOT / "sail.py", "--model", base, "--steps", "3", "--batch-size", "7", "--limit", "60", "--out", out,
+                    "--eval-limit", "4", *more], check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize("variant", ["sft", "dp"])
+def test_a_run_on_two_ranks_is_that_of_one_process(base, tmp_path, variant):
+    more = ["--variant", variant, "--learning-rate", "1e-3"]
+    alone = run(base, tmp_path / "one", *more, "--batch-size", "7", "--micro-batch-size", "2")
+    for one, two in zip(alone, launched(base, tmp_path / "two", *more), strict=True):
+        measured = {key: value for key, value in one.items() if value is not None}
+        assert set(two) == set(one) and {key: two[key] for key in measured} == pytest.approx(measured, rel=1e-3, abs=1e-5)
+
+
+def test_ranks_draw_different_samples_and_a_rerun_repeats_them(base, tmp_path):
+    more = ["--variant", "pr", "--mix", "1", "--max-response-length", "12"]
+    rows = launched(base, tmp_path / "two", *more)
+    assert rows == launched(base, tmp_path / "again", *more)
+    assert rows[0]["reward"] != run(base, tmp_path / "one", *more, "--batch-size", "7")[0]["reward"]
+
+
+def test_the_gradient_is_that_of_the_mean_loss(base, tmp_path):
+    more = ["--variant", "dp", "--reference", base, "--steps", "1", "--batch-size", "10", "--limit", "60"]
+    row = run(base, tmp_path, *more)[0]
+    args = parse_args(["--model", base, *more])
+    policy, reference, _, _, examples, _, _ = sail.load_everything(args, "cpu")
+    losses, _ = sail.preference_losses(policy, reference, draw_pairs(examples, 1, 1, 10, args), args, baseline=0.0)
+    losses.mean().backward()
+    norm = torch.stack([p.grad.norm() for p in policy.parameters()]).norm().item()
+    assert row["grad_norm"] == pytest.approx(norm, rel=1e-4) and row["loss"] == pytest.approx(losses.mean().item())
+
+
 def test_another_reference_is_used_and_never_moves(base, tmp_path):
     other = tmp_path / "other"
     for part in toy_model(seed=6):
