@@ -307,13 +307,13 @@ def toy_pairs(split, seed=0):
 
 # --- text to tokens -----------------------------------------------------------------------------------------
 
-def render(prompt, response, tokenizer):
+def render(prompt, response, tokenizer=None):
     """(prompt text, response text) whose concatenation is the whole dialogue, as the top of this file says.
 
     Raises InputError where the chat template's render with the answer does not begin with its generation
     prompt: then training and sampling would see different prompts.
     """
-    if not tokenizer.chat_template:
+    if tokenizer is None or not tokenizer.chat_template:
         if isinstance(prompt, str):
             return prompt, response
         names = {"user": "Human", "assistant": "Assistant"}
@@ -406,24 +406,25 @@ def main():
     pairs, report = load_pairs(args.source, args.limit, args.prefer)
     print(f"{args.source}: {report['format']}; {report['rows']} rows, {len(pairs)} pairs kept, dropped: "
           f"{counted(report['dropped'])}")
-    length, unit, shown = len, "characters", [
-        (str(p["prompt"]), p["chosen"], p["rejected"]) for p in pairs[:2]]
     if args.model:
         from generate import end_token_ids, load_tokenizer
         tokenizer = load_tokenizer(args.model)
-        pairs, counts = encode(pairs, tokenizer, end_token_ids(tokenizer), args.max_prompt_length,
-                               args.max_response_length)
-        print(f"{len(pairs)} encoded; {counted(counts)}")
-        unit, sides = "tokens", ("prompt_ids", "chosen_ids", "rejected_ids")
-        shown = [tuple(tokenizer.decode(pair[side]) for side in sides) for pair in pairs[:2]]
-    for side in ("prompt", "chosen", "rejected"):
-        key = f"{side}_ids" if args.model else side
-        lengths = sorted(length(pair[key]) if isinstance(pair[key], (str, list)) else 0 for pair in pairs)
-        quantiles = [lengths[round(share * (len(lengths) - 1))] for share in (0, 0.5, 0.9, 0.99, 1)]
-        print(f"{side:>9}: {unit} min {quantiles[0]}, median {quantiles[1]}, 90 % {quantiles[2]}, "
-              f"99 % {quantiles[3]}, max {quantiles[4]}")
-    for number, (prompt, chosen, rejected) in enumerate(shown, 1):
-        print(f"--- pair {number}\nprompt:   {prompt!r}\nchosen:   {chosen!r}\nrejected: {rejected!r}")
+        examples, counts = encode(pairs, tokenizer, end_token_ids(tokenizer), args.max_prompt_length,
+                                  args.max_response_length)
+        print(f"{len(examples)} encoded; {counted(counts)}")
+        unit, show = "tokens", tokenizer.decode
+        rows = [[example[f"{side}_ids"] for side in ("prompt", "chosen", "rejected")] for example in examples]
+    else:
+        unit, show = "characters", str
+        rows = [[*render(pair["prompt"], pair["chosen"]), render(pair["prompt"], pair["rejected"])[1]]
+                for pair in pairs]
+    for side, column in zip(("prompt", "chosen", "rejected"), zip(*rows)):
+        lengths, shares = torch.tensor([float(len(each)) for each in column]), torch.tensor([0, 0.5, 0.9, 0.99, 1])
+        low, median, most, nearly_all, high = lengths.quantile(shares, interpolation="nearest").int().tolist()
+        print(f"{side:>9}: {unit} min {low}, median {median}, 90 % {most}, 99 % {nearly_all}, max {high}")
+    for number, row in enumerate(rows[:2], 1):
+        print(f"--- pair {number}\nprompt:   {show(row[0])!r}\nchosen:   {show(row[1])!r}\n"
+              f"rejected: {show(row[2])!r}")
 
 
 if __name__ == "__main__":

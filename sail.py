@@ -284,13 +284,13 @@ def sum_over_ranks(totals, device):
     return Counter(dict(zip(names, values.tolist())))
 
 
-def count(pairs):
+def count(pairs, variant):
     """What a step worked on, as sums: pairs, tokens, and the samples' number, length, reward, …"""
     fresh = [pair for pair in pairs if pair["on_policy"]]
-    sides = ("chosen_ids", "rejected_ids")
+    sides = ("chosen_ids",) if variant == "sft" else ("chosen_ids", "rejected_ids")
     return Counter(
         pairs=len(pairs),
-        tokens=sum(2 * len(pair["prompt_ids"]) + sum(len(pair[s]) for s in sides) for pair in pairs),
+        tokens=sum(len(pair["prompt_ids"]) + len(pair[side]) for pair in pairs for side in sides),
         fresh=len(fresh), unfinished=sum(pair["unfinished"] for pair in fresh),
         chosen_tokens=sum(len(pair["chosen_ids"]) for pair in pairs),
         fresh_tokens=sum(len(pair[side]) for pair in fresh for side in sides),
@@ -324,6 +324,12 @@ def join_processes():
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return rank, world, device
+
+
+def shared_by_ranks(policy):
+    """The policy in DistributedDataParallel, which averages the gradients over the ranks."""
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):    # torch 2.13 renames the option
+        return DistributedDataParallel(policy, broadcast_buffers=False)
 
 
 def load_everything(args, device):
@@ -383,14 +389,17 @@ def write_line(out, name, row):
         file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
-def progress_line(record, steps):
-    """A record as one readable line."""
+def log(out, record, steps, log_every):
+    """Append a step's record to metrics.jsonl; print every log_every-th, the first and the last as a line."""
+    write_line(out, "metrics", record)
+    if record["step"] % log_every and record["step"] not in (1, steps):
+        return
     shown = {"loss": "{:.4f}", "margin": "{:.3f}", "accuracy": "{:.2f}", "reward": "{:.2f}", "kl": "{:.2f}",
              "response_length": "{:.1f}", "grad_norm": "{:.2f}", "learning_rate": "{:.1e}",
              "seconds": "{:.2f}"}
     fields = [f"{name} {form.format(record[name])}" for name, form in shown.items()
               if record.get(name) is not None]
-    return f"step {record['step']}/{steps} | " + " | ".join(fields)
+    tqdm.write(f"step {record['step']}/{steps} | " + " | ".join(fields))
 
 
 def evaluate_now(policy, reference, tokenizer, reward, held_out, args, out, step):
@@ -404,8 +413,9 @@ def evaluate_now(policy, reference, tokenizer, reward, held_out, args, out, step
     tqdm.write(f"eval {step} | " + " | ".join(f"{name} {mean:.3f}" for name, (mean, _) in figures.items()))
 
 
-def start_files(out, args):
-    """Make the run's directory, save its arguments and empty its logs."""
+def start(out, args, summary):
+    """Say what the run will do, make its directory, save its arguments and empty its logs."""
+    print(summary, flush=True)
     out.mkdir(parents=True, exist_ok=True)
     (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n", encoding="utf-8")
     for name in ("metrics", "eval", "samples"):
@@ -444,17 +454,12 @@ def train(args):
         raise InputError(f"{world} processes cannot share batches of {min(args.batch_size, total)} pairs")
     out, own = Path(args.out), int(total * Fraction(str(args.mix)))
     if rank == 0:
-        start_files(out, args)
-        print(f"{args.data}: {len(examples)} pairs to train on, {len(held_out)} to evaluate on; {counted(counts)}\n"
-              f"{args.variant}: {total - own} offline pairs + {own} on the variant's route = {total} pairs, "
-              f"{steps} steps of {math.ceil(total / steps)}, processes: {world} -> {out}", flush=True)
-    model = policy
-    if world > 1:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):    # of the option's new name in 2.13
-            model = DistributedDataParallel(policy, broadcast_buffers=False)
+        start(out, args, f"{args.data}: {len(examples)} pairs to train on, {len(held_out)} to evaluate on; "
+              f"{counted(counts)}\n{args.variant}: {total - own} offline pairs + {own} on the variant's route = "
+              f"{total} pairs, {steps} steps of {math.ceil(total / steps)}, processes: {world} -> {out}")
+    model = shared_by_ranks(policy) if world > 1 else policy
     optimizer, scheduler = make_optimizer(policy, steps, args)
-    # of T2: a running mean of past pairs' f
-    baseline = utility(torch.zeros(()), args.beta, args.loss_type).item()
+    baseline = utility(torch.zeros(()), args.beta, args.loss_type).item()    # T2's: past pairs' f, a running mean
     skipped = skipped_in_a_row = 0
     evaluate_at = partial(evaluate_now, policy, reference, tokenizer, reward, held_out, args, out)
     if rank == 0 and held_out and args.eval_every:
@@ -464,21 +469,20 @@ def train(args):
         torch.manual_seed((args.seed * 2**30 + step) * 2**10 + rank)    # a rollout depends on nothing else
         # 1. draw the global batch; take this rank's share
         batch = draw_pairs(examples, step, steps, total, args)
-        pairs, n_pairs, n_tokens = (batch[rank::world], len(batch),
-                                    sum(len(pair["chosen_ids"]) for pair in batch))
+        pairs = batch[rank::world]
         # 2. roll out, 3. label
         roll_out(policy, tokenizer, pairs, args.max_response_length, args.temperature, args.dtype)
         if args.variant == "pr":
             label_by_reward(pairs, reward, args.preference)
-        # 4. log-probabilities, loss, gradient: a mean over all ranks' pairs
-        #    (DDP divides by `world`; undo that)
+        # 4. log-probabilities, loss, gradient of the mean over the global batch (DDP divides by `world`)
         if args.variant == "sft":
-            losses_of, scale = partial(sft_losses, model, args=args), world / n_tokens
+            losses_of = partial(sft_losses, model, args=args)
+            scale = world / sum(len(pair["chosen_ids"]) for pair in batch)
         else:
             losses_of = partial(preference_losses, model, reference, args=args, baseline=baseline)
-            scale = world / n_pairs
+            scale = world / len(batch)
         totals = accumulate_gradients(model, losses_of, pairs, args.micro_batch_size or len(pairs), scale)
-        totals = sum_over_ranks(Counter({**totals, **count(pairs)}), device)
+        totals = sum_over_ranks(Counter({**totals, **count(pairs, args.variant)}), device)
         # 5. step
         grad_norm, learning_rate = update(policy, optimizer, scheduler, args.max_grad_norm)
         skipped_in_a_row = 0 if math.isfinite(grad_norm) else skipped_in_a_row + 1
@@ -492,9 +496,7 @@ def train(args):
         if rank == 0:
             record = record_of(step, totals, args, grad_norm=grad_norm, learning_rate=learning_rate,
                                skipped=skipped, **counts, seconds=time.perf_counter() - started)
-            write_line(out, "metrics", record)
-            if step % args.log_every == 0 or step in (1, steps):
-                tqdm.write(progress_line(record, steps))
+            log(out, record, steps, args.log_every)
             if held_out and (step == steps or args.eval_every and step % args.eval_every == 0):
                 evaluate_at(step)
     if rank == 0:
@@ -581,6 +583,8 @@ def parse_args(argv=None):
 
     if not 0 <= args.mix <= 1:
         parser.error(f"argument --mix: {args.mix} is not a fraction; want 0 to 1")
+    if not 0 <= args.seed < 2**20:
+        parser.error(f"argument --seed: {args.seed} is not in 0 … {2**20 - 1}")
     if args.mix > 0 and args.variant in ("sft", "dpo"):
         parser.error(f"argument --mix: {args.variant} has no route of its own; take dp, pp or pr")
     if args.temperature != 1 and VARIANTS[args.variant]["on_policy"] and args.response_coef:
