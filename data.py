@@ -12,7 +12,9 @@ A pair is a dict {prompt, chosen, rejected}. The responses are strings; the prom
   - it has none: strings stay as they are; messages become "\\n\\nHuman: …\\n\\nAssistant:", as in hh-rlhf.
 """
 import argparse
+import csv
 import json
+import math
 import os
 import random
 import re
@@ -40,14 +42,28 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or float from `low` to `high`, and finite."""
+    def convert(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not in {low:g} … {high:g}")
+        return value
+
+    convert.__name__ = kind.__name__           # argparse names it where `text` is no number at all
+    return convert
+
+
 def command_line(main):
-    """Run a script's `main`; an InputError becomes one line on stderr and exit status 2."""
+    """Run a script's `main`; bad input, or a file that cannot be read or written, becomes one line on stderr and
+    exit status 2."""
     try:
         main()
-    except InputError as error:
-        # once, not once per rank
+    except (InputError, OSError) as error:
+        # Before the processes have met they all fail alike, and rank 0 speaks; later, whoever fails.
         if os.environ.get("RANK", "0") == "0" or torch.distributed.is_initialized():
-            print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+            message = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
+            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -99,13 +115,16 @@ def from_dialogues(chosen, rejected):
 
 
 def from_prompt_chosen_rejected(row):
-    """Strings or messages, the responses with or without the prompt in front."""
+    """Strings, or messages: then the responses come with or without the prompt in front."""
     prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+    if isinstance(prompt, list):
+        prompt = as_messages(prompt)
     if isinstance(chosen, list) and isinstance(rejected, list):
         before, chosen, rejected = from_dialogues(chosen, rejected)
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else as_messages(prompt)
-        return before if before[-len(prompt):] == prompt else prompt + before, chosen, rejected
-    return as_messages(prompt) if isinstance(prompt, list) else prompt, chosen, rejected
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if before:                             # the prompt again; only a system turn may be missing from it
+            prompt = [turn for turn in prompt[:1] if turn["role"] == "system" and turn != before[0]] + before
+    return prompt, chosen, rejected
 
 
 def from_sharegpt(row):
@@ -116,9 +135,9 @@ def from_sharegpt(row):
 
 def from_winner(prompt, responses, winner):
     """Two responses and the index of the preferred one."""
-    if winner not in (0, 1):
+    if str(winner) not in ("0", "1"):
         raise BadRow(TIE)
-    return prompt, responses[winner], responses[1 - winner]
+    return prompt, responses[int(winner)], responses[1 - int(winner)]
 
 
 def from_summaries(row):
@@ -131,8 +150,8 @@ def from_summaries(row):
 
 def from_scores(prompt, responses, scores):
     """Scored responses: the best against the worst."""
-    ranked = sorted((pair for pair in zip(scores, responses) if pair[0] is not None),
-                    key=lambda pair: pair[0])
+    ranked = sorted(((float(score), text) for score, text in zip(scores, responses) if score is not None),
+                    key=lambda scored: scored[0])
     if not ranked or ranked[0][0] == ranked[-1][0]:
         raise BadRow(TIE)
     return prompt, ranked[-1][1], ranked[0][1]
@@ -162,10 +181,15 @@ def read_rows(source):
     path = Path(source)
     if path.suffix in (".jsonl", ".json", ".csv", ".parquet") and not path.is_file():
         raise InputError(f"{source}: no such file")
+    if path.is_file() and path.suffix not in (".jsonl", ".json", ".csv", ".parquet"):
+        raise InputError(f"{source}: want a file that ends in .jsonl, .json, .csv or .parquet")
+    if path.suffix == ".csv":
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file))
     if path.suffix in (".jsonl", ".json"):
         line, rows = 0, []
         try:
-            text = path.read_text(encoding="utf-8")
+            text = path.read_text(encoding="utf-8-sig")
             if text.lstrip().startswith("["):
                 rows = json.loads(text)
             else:
@@ -185,13 +209,13 @@ def read_rows(source):
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)    # its errors are told below, in one line
     try:
         if path.is_file():
-            return datasets.load_dataset(path.suffix[1:] or "text", data_files=str(path), split="train")
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
         name, _, split = str(source).partition(":")
         config = None
         if not path.exists() and name.count("/") == 2:
             name, _, config = name.rpartition("/")
         return datasets.load_dataset(name, config, split=split or "train")
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error.__cause__ or error).split("\n")[0]
         raise InputError(f"{source}: cannot be read as a data set ({reason}); want a .jsonl, .json, .csv or "
                          ".parquet file, or a hub name OWNER/NAME[/CONFIG][:SPLIT]") from None
@@ -232,10 +256,11 @@ def load_pairs(source, limit=None, prefer="better"):
                 raise BadRow("empty response")
             if chosen.strip() == rejected.strip():
                 raise BadRow("chosen equals rejected")
+            json.dumps([prompt, chosen, rejected], ensure_ascii=False).encode()      # half a surrogate pair is no text
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
         except BadRow as reason:
             dropped[str(reason)] += 1
-        except (KeyError, TypeError, AttributeError, IndexError):
+        except (KeyError, TypeError, AttributeError, IndexError, UnicodeEncodeError):
             dropped[NO_TEXT] += 1
     if not pairs:
         raise InputError(f"{source}: no usable pair in {sum(dropped.values())} rows ({counted(dropped)})")
@@ -328,9 +353,11 @@ def render(prompt, response, tokenizer=None):
     except TemplateError as error:
         raise BadRow(f"refused by the chat template: {error}") from None
     if not whole.startswith(head):
-        raise InputError(f"{tokenizer.name_or_path}: its chat template renders an answered dialogue "
-                         "otherwise than the prompt it generates from; train with a template whose "
-                         "generation prompt is a prefix")
+        raise InputError(f"{tokenizer.name_or_path}: its chat template renders an answered dialogue otherwise than the "
+                         "prompt it generates from; train with a template whose generation prompt is a prefix")
+    header, answer, _ = whole[len(head):].partition(response.strip())
+    if answer and header.strip() and head == tokenizer.apply_chat_template(messages, tokenize=False):
+        head += header                # the template knows no generation prompt: the answer's header is the prompt's
     return head, whole[len(head):]
 
 
@@ -399,9 +426,9 @@ def main():
     parser.add_argument("--model", help="a Hugging Face directory or name: count and render in its tokens")
     parser.add_argument("--prefer", choices=["better", "safer"], default="better",
                         help="PKU-SafeRLHF's label")
-    parser.add_argument("--limit", type=int, help="stop after so many pairs")
-    parser.add_argument("--max-prompt-length", type=int, default=512)
-    parser.add_argument("--max-response-length", type=int, default=512)
+    parser.add_argument("--limit", type=number(int, 1), help="stop after so many pairs")
+    parser.add_argument("--max-prompt-length", type=number(int, 1), default=512)
+    parser.add_argument("--max-response-length", type=number(int, 1), default=512)
     args = parser.parse_args()
     pairs, report = load_pairs(args.source, args.limit, args.prefer)
     print(f"{args.source}: {report['format']}; {report['rows']} rows, {len(pairs)} pairs kept, dropped: "
@@ -422,10 +449,11 @@ def main():
         lengths, shares = torch.tensor([float(len(each)) for each in column]), torch.tensor([0, 0.5, 0.9, 0.99, 1])
         low, median, most, nearly_all, high = lengths.quantile(shares, interpolation="nearest").int().tolist()
         print(f"{side:>9}: {unit} min {low}, median {median}, 90 % {most}, 99 % {nearly_all}, max {high}")
-    for number, row in enumerate(rows[:2], 1):
-        print(f"--- pair {number}\nprompt:   {show(row[0])!r}\nchosen:   {show(row[1])!r}\n"
+    for place, row in enumerate(rows[:2], 1):
+        print(f"--- pair {place}\nprompt:   {show(row[0])!r}\nchosen:   {show(row[1])!r}\n"
               f"rejected: {show(row[2])!r}")
 
 
 if __name__ == "__main__":
-    command_line(main)
+    import data                       # the module that generate.py imports too, so that there is one InputError
+    data.command_line(data.main)

@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import InputError, Parser, command_line, encode, train_and_held_out
-from generate import end_token_ids, load_policy, response_text, sample
+from data import InputError, Parser, command_line, encode, number, train_and_held_out
+from generate import check_lengths, end_token_ids, load_policy, response_text, sample
 from reward import load_reward
 from sail import dpo_loss, pair_logps, parse_args
 
@@ -61,7 +61,7 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, batch_
     if reward is not None:
         prompts = [example["prompt"] for example in examples]
         scores = reward(prompts, [row["response"] for row in samples])
-        chosen = reward(prompts, [example["chosen"] for example in examples])
+        chosen = reward(prompts, [response_text(tokenizer, example["chosen_ids"]) for example in examples])
         columns["reward"] = scores
         columns["win_rate"] = [0.5 if ours == theirs else float(ours > theirs)
                                for ours, theirs in zip(scores, chosen)]
@@ -129,7 +129,7 @@ def plot(results, runs, path):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.12)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=130, format="png")
 
 
 def main():
@@ -143,12 +143,12 @@ def main():
     parser.add_argument("--reward", help="as in sail.py (default: the run's)")
     parser.add_argument("--reference", help="for KL, loss and margin (default: the reference of the first "
                         "run that has one, else the first model)")
-    parser.add_argument("--beta", type=float, help="(default: the run's)")
-    parser.add_argument("--eval-limit", type=int, default=256, help="held-out pairs (default: 256)")
-    parser.add_argument("--max-prompt-length", type=int)
-    parser.add_argument("--max-response-length", type=int)
+    parser.add_argument("--beta", type=number(float, 1e-9), help="(default: the run's)")
+    parser.add_argument("--eval-limit", type=number(int, 1), default=256, help="held-out pairs (default: 256)")
+    parser.add_argument("--max-prompt-length", type=number(int, 1))
+    parser.add_argument("--max-response-length", type=number(int, 1))
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=number(int, 0, 2**20), default=0)
     parser.add_argument("--trust-remote-code", action="store_true", default=None,
                         help="run code of a hub model")
     parser.add_argument("--out", default="results.json", help="the figures as JSON: [mean, half-width]")
@@ -165,17 +165,25 @@ def main():
     if not held_out:
         raise InputError(f"{args.data}: no pair is held out; name some with --eval-data")
     reward = load_reward(args.reward, device, args.trust_remote_code) if args.reward else None
-    reference, _ = load_policy(reference_name, device, args.trust_remote_code)
+    reference, reference_tokenizer = load_policy(reference_name, device, args.trust_remote_code)
+    for file in filter(None, (out, picture)):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
     print(f"{min(len(held_out), args.eval_limit)} held-out pairs of {args.eval_data or args.data}, reference "
           f"{reference_name}, reward {args.reward}; mean ± half-width of the 95 % interval over pairs")
     results = {}
     for name, model, _ in runs:
         policy, tokenizer = load_policy(model, device, args.trust_remote_code)
+        check_lengths(policy, model, args.max_prompt_length, args.max_response_length)
+        if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
+            raise InputError(f"{model} has another vocabulary than the reference {reference_name}; "
+                             "evaluate it by itself")
         examples, _ = encode(held_out[:args.eval_limit], tokenizer, end_token_ids(tokenizer, policy),
                              args.max_prompt_length, args.max_response_length)
         results[name], _ = evaluate_policy(policy, reference, tokenizer, examples, reward, args)
     print_table(results)
-    Path(out).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    finite = {name: {key: [value if math.isfinite(value) else None for value in figure]
+                     for key, figure in figures.items()} for name, figures in results.items()}
+    Path(out).write_text(json.dumps(finite, indent=1) + "\n", encoding="utf-8")
     if picture:
         plot(results, {name: path for (name, *_), path in zip(runs, paths)}, picture)
     print(f"figures in {out}" + (f", picture in {picture}" if picture else ""))

@@ -7,6 +7,7 @@ SAIL's second term is the score of the distribution that was sampled from, so `s
 softmax, whatever the checkpoint's generation_config says, and hands on the very ids it drew.
 """
 import json
+import math
 import os
 import subprocess
 import sys
@@ -16,14 +17,17 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import (ADJECTIVES, ADVERBS, NOUNS, PROMPTS, InputError, Parser, command_line, encode, load_pairs)
+from data import (ADJECTIVES, ADVERBS, NOUNS, PROMPTS, BadRow, InputError, Parser, command_line, encode,
+                  load_pairs, number, render)
 
-TOY_SFT = Path("runs/toy/sft")          # where `sail.py --variant sft` puts the toy's SFT model
+TOY_SFT = Path("runs/toy-sft")          # the toy's SFT model, trained on first use
 
 
-def load_tokenizer(name, trust_remote_code=False):
-    """The tokenizer of a Hugging Face directory or hub name, or of `toy`. Raises InputError where
-    it has none, or no EOS."""
+def load_tokenizer(name, trust_remote_code=False, ends=True):
+    """The tokenizer of a Hugging Face directory or hub name, or of `toy`.
+
+    Raises InputError where there is none, or, with `ends`, where it has no end-of-sequence token.
+    """
     from transformers import AutoTokenizer
     if name == "toy":
         return toy_tokenizer()
@@ -32,7 +36,7 @@ def load_tokenizer(name, trust_remote_code=False):
             name, trust_remote_code=trust_remote_code, local_files_only=Path(name).is_dir())
     except (OSError, ValueError) as error:
         raise InputError(f"{name}: no tokenizer to load ({first_line(error)})") from None
-    if tokenizer.eos_token_id is None:
+    if ends and tokenizer.eos_token_id is None:
         raise InputError(f"{name}: its tokenizer has no end-of-sequence token; set eos_token in "
                          "tokenizer_config.json")
     return tokenizer
@@ -59,6 +63,7 @@ def load_weights(auto_class, name, trust_remote_code=False, **options):
     Raises InputError where there is no such model, or where some of its weights are missing from the checkpoint:
     transformers would make them up.
     """
+    from safetensors import SafetensorError
     from transformers.utils import logging
     logging.set_verbosity_error()                         # its report of missing weights is told below, in one line
     logging.disable_progress_bar()                        # of loading, and later of saving
@@ -66,7 +71,7 @@ def load_weights(auto_class, name, trust_remote_code=False, **options):
         model, loading = auto_class.from_pretrained(
             name, trust_remote_code=trust_remote_code, local_files_only=Path(name).is_dir(),
             output_loading_info=True, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{name}: no model for {auto_class.__name__[12:]} to load ({first_line(error)})") from None
     if loading["missing_keys"]:
         raise InputError(f"{name}: as a model for {auto_class.__name__[12:]} it lacks the weights "
@@ -79,8 +84,9 @@ def prepare(model, tokenizer, name="model"):
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name_of, value in vars(module).items():
+            if "drop" in name_of and isinstance(value, float):       # for torch.nn.functional.dropout
+                setattr(module, name_of, 0.0)
     known, head = max(tokenizer.get_vocab().values()) + 1, model.get_output_embeddings()
     if head.weight.shape[0] < known:
         raise InputError(f"{name}: the tokenizer has {known} ids, the model only {head.weight.shape[0]}; "
@@ -98,15 +104,32 @@ def first_line(error):
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
+def check_lengths(model, name, max_prompt_length, max_response_length):
+    """Raise InputError where prompt and response together are longer than the model's positions."""
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if max_prompt_length + max_response_length > positions:
+        raise InputError(f"{name} takes {positions} tokens, --max-prompt-length {max_prompt_length} and "
+                         f"--max-response-length {max_response_length} make more; lower them")
+
+
 def end_token_ids(tokenizer, model=None):
-    """The ids that end a response: the tokenizer's EOS, and those the checkpoint's generation_config adds.
+    """The ids that end a response: the tokenizer's EOS, the special token with which the chat template closes an
+    answer, and those that the checkpoint's generation_config adds.
 
     The latter count only where they are special tokens: a config that was never told its tokenizer names a
     default id, which may be any word.
     """
+    special, ids = tokenizer.added_tokens_decoder, {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        try:
+            _, _, closing = render("question", "answer", tokenizer)[1].rpartition("answer")
+            tokens = tokenizer(closing, add_special_tokens=False)["input_ids"]
+            ids.update([token for token in tokens if token in special and special[token].special][:1])
+        except BadRow:
+            pass                                          # a template that refuses this dialogue tells nothing
     extra = model.generation_config.eos_token_id if model is not None else None
     extra = extra if isinstance(extra, list) else [extra]
-    return {tokenizer.eos_token_id, *(token for token in extra if token in tokenizer.added_tokens_decoder)}
+    return ids | {token for token in extra if token in special}
 
 
 @torch.no_grad()
@@ -220,18 +243,20 @@ def main():
     parser.add_argument("--data", default="toy:test", help="as in data.py (default: toy:test)")
     parser.add_argument("--out", default="responses.jsonl",
                         help="JSON lines: prompt, response, tokens, finished")
-    parser.add_argument("--limit", type=int, help="use the first LIMIT pairs")
-    parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--batch-size", type=int, default=64, help="prompts generated together")
-    parser.add_argument("--max-prompt-length", type=int, default=512)
-    parser.add_argument("--max-response-length", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=number(int, 1), help="use the first LIMIT pairs")
+    parser.add_argument("--temperature", type=number(float, 1e-3), default=1.0)
+    parser.add_argument("--batch-size", type=number(int, 1), default=64, help="prompts generated together")
+    parser.add_argument("--max-prompt-length", type=number(int, 1), default=512)
+    parser.add_argument("--max-response-length", type=number(int, 1), default=128)
+    parser.add_argument("--seed", type=number(int, 0, 2**20), default=0)
     parser.add_argument("--trust-remote-code", action="store_true",
                         help="run code that comes with a hub model")
     args = parser.parse_args()
     pairs, _ = load_pairs(args.data, args.limit)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_policy(args.model, device, args.trust_remote_code)
+    check_lengths(model, args.model, args.max_prompt_length, args.max_response_length)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     # The data's own responses are not used here: no limit, so that none is dropped for being cut short.
     examples, _ = encode(pairs, tokenizer, end_token_ids(tokenizer, model), args.max_prompt_length, 10**9)
     torch.manual_seed(args.seed)

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import ADJECTIVES, ADVERBS, NOUNS, InputError, Parser, command_line, read_rows, render
-from generate import first_line, load_weights
+from generate import load_tokenizer, load_weights
 
 
 def load_reward(name, device="cpu", trust_remote_code=False):
@@ -58,7 +58,10 @@ def load_function(name):
         raise InputError(f"reward {name}: no such file {path}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (SyntaxError, ImportError, NameError) as error:
+        raise InputError(f"reward {name}: {path} does not import ({error})") from None
     if not callable(getattr(module, function, None)):
         raise InputError(f"reward {name}: {path} defines no function {function}")
     return getattr(module, function)
@@ -68,15 +71,12 @@ def load_classifier(name, device="cpu", trust_remote_code=False, batch_size=32):
     """A sequence classifier with one logit as a reward; its own tokenizer and chat
     template render the dialogue.
 
-    Dialogues longer than the classifier takes are cut from the left. Scores do not depend on batch mates.
+    Dialogues longer than the classifier takes lose tokens on the left. Scores do not depend on batch mates.
     """
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, trust_remote_code=trust_remote_code, local_files_only=Path(name).is_dir())
-    except (OSError, ValueError) as error:
-        raise InputError(f"reward {name}: not `toy`, not FILE.py:FUNCTION, and no classifier to load "
-                         f"({first_line(error)})") from None
+    from jinja2 import TemplateError
+    from transformers import AutoModelForSequenceClassification
+    tokenizer = load_tokenizer(name, trust_remote_code, ends=False)
+    tokenizer.truncation_side = "left"
     model = load_weights(AutoModelForSequenceClassification, name, trust_remote_code).to(device).eval()
     if model.config.num_labels != 1:
         raise InputError(f"reward {name}: has {model.config.num_labels} logits per response; "
@@ -86,8 +86,16 @@ def load_classifier(name, device="cpu", trust_remote_code=False, batch_size=32):
 
     def ids_of(prompt, response):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        text = "".join(render(messages, response, tokenizer))
-        return tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"][-limit:]
+        if not tokenizer.chat_template:
+            text = "".join(render(messages, response))
+        else:
+            answered = messages + [{"role": "assistant", "content": response}]
+            try:
+                text = tokenizer.apply_chat_template(answered, tokenize=False)
+            except TemplateError as error:
+                raise InputError(f"reward {name}: its chat template refuses a dialogue ({error})") from None
+        return tokenizer(text, add_special_tokens=not tokenizer.chat_template, truncation=True,
+                         max_length=limit)["input_ids"]
 
     @torch.no_grad()
     def score(prompts, responses):
@@ -142,6 +150,8 @@ def toy_reward(prompts, responses):
       ending      +0.5 for one full stop, at the end
       length      −0.3 for every word past the ninth
     """
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        raise InputError("reward toy: scores reviews of the toy's nouns; name the reward of your data with --reward")
     scores = []
     for prompt, response in zip(prompts, responses):
         words, topic = response.split(), set(prompt.split()) & set(NOUNS)
@@ -168,10 +178,12 @@ def main():
                         help="run code that comes with a hub model")
     args = parser.parse_args()
     rows = read_rows(args.responses)
-    if not rows or any("prompt" not in row or not isinstance(row.get("response"), str) for row in rows):
+    if not rows or not all(isinstance(row.get("prompt"), (str, list)) and isinstance(row.get("response"), str)
+                           for row in rows):
         raise InputError(f"{args.responses}: want JSON lines with prompt and response, as generate.py writes "
                          "them")
     reward = load_reward(args.reward, "cuda" if torch.cuda.is_available() else "cpu", args.trust_remote_code)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     scores = reward([row["prompt"] for row in rows], [row["response"] for row in rows])
     with open(args.out, "w", encoding="utf-8") as file:
         for row, value in zip(rows, scores):

@@ -26,7 +26,8 @@ fi
 name=toy previous=                          # runs/NAME, from --data as sail.py names it
 for argument in "$@"; do
     case $previous$argument in
-        --data?*) name=${argument#--data=}; name=${name##*/}; name=${name%.*} ;;
+        --data?*) name=${argument#--data=}
+                  if [ -e "$name" ]; then name=$(basename "${name%.*}"); else name=${name//[\/:]/-}; fi ;;
     esac
     previous=; if [ "$argument" = --data ]; then previous=--data; fi
 done

@@ -50,8 +50,8 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import InputError, Parser, collate, command_line, counted, encode, train_and_held_out
-from generate import end_token_ids, load_policy, roll_out, toy_checkpoint, toy_model
+from data import InputError, Parser, collate, command_line, counted, encode, number, train_and_held_out
+from generate import check_lengths, end_token_ids, load_policy, roll_out, toy_checkpoint, toy_model
 from reward import label_by_reward, load_reward
 
 # --- log-probabilities and losses ---------------------------------------------------------------------------
@@ -342,11 +342,7 @@ def load_everything(args, device):
     else:
         args.model = toy_checkpoint() if args.model == "toy" else args.model
         policy, tokenizer = load_policy(args.model, device, args.trust_remote_code)
-    positions = getattr(policy.config, "max_position_embeddings", None) or 10**9
-    if args.max_prompt_length + args.max_response_length > positions:
-        raise InputError(
-            f"{args.model} takes {positions} tokens, --max-prompt-length {args.max_prompt_length} and "
-            f"--max-response-length {args.max_response_length} make more; lower them")
+    check_lengths(policy, args.model, args.max_prompt_length, args.max_response_length)
     reference = None
     if args.variant != "sft":
         args.reference = args.reference or args.model
@@ -450,8 +446,9 @@ def train(args):
     rank, world, device = join_processes()
     policy, reference, tokenizer, reward, examples, held_out, counts = load_everything(args, device)
     total, steps = plan(len(examples), args)
-    if min(args.batch_size, total) < world:
-        raise InputError(f"{world} processes cannot share batches of {min(args.batch_size, total)} pairs")
+    if total // max(steps, 1) < world:
+        raise InputError(f"{total} pairs in {steps} steps are too few for {world} process(es); more --epochs, or a "
+                         "larger --batch-size")
     out, own = Path(args.out), int(total * Fraction(str(args.mix)))
     if rank == 0:
         start(out, args, f"{args.data}: {len(examples)} pairs to train on, {len(held_out)} to evaluate on; "
@@ -513,17 +510,17 @@ def parse_args(argv=None):
     add = parser.add_argument_group("method").add_argument
     add("--variant", choices=[*VARIANTS], default="pr", help="sft; dpo; dp: data's responses, own labels; "
         "pp: own responses, own labels; pr: own responses, labels from --reward (default)")
-    add("--mix", type=float, help="fraction of pairs on the variant's route, the rest is plain DPO on the "
+    add("--mix", type=number(float, 0, 1), help="fraction of dp's, pp's and pr's pairs on the variant's route, the rest is plain DPO on the "
         "data (default: the authors' example settings, dp 0.4, pp 0.3, pr 0.3); 1: fully online")
-    add("--response-coef", type=float, help="weight of T2 (default: the authors' example settings, pp 0.2, "
+    add("--response-coef", type=number(float, 0), help="weight of T2 (default: the authors' example settings, pp 0.2, "
         "pr 0.3); 0 with pr: online (iterative) DPO")
-    add("--label-coef", type=float,
+    add("--label-coef", type=number(float, 0),
         help="weight of T3 (default: the authors' example settings, dp 0.2, pp 0.2)")
     add("--label", choices=["expected", "sampled"], default="expected", help="sum the label out (default), "
         "or draw it as in the paper")
     add("--preference", choices=["hard", "soft"], default="hard", help="pr's label: 1, or ½ for a tie, by "
         "the reward's order (default), or σ of the reward difference")
-    add("--beta", type=float, default=0.1, help="KL weight (default: 0.1, the authors')")
+    add("--beta", type=number(float, 1e-12), default=0.1, help="KL weight (default: 0.1, the authors')")
     add("--loss-type", choices=["sigmoid", "ipo", "hinge"], default="sigmoid",
         help="the utility f (default: sigmoid)")
     add = parser.add_argument_group("models and data").add_argument
@@ -538,37 +535,37 @@ def parse_args(argv=None):
         help="which of PKU-SafeRLHF's labels to train on")
     add("--reward",
         help="toy, FILE.py:FUNCTION, or a one-logit classifier's directory or hub name; see reward.py")
-    add("--limit", type=int, help="use at most so many pairs")
-    add("--max-prompt-length", type=int, help="tokens; longer prompts are cut from the left (512; toy 8)")
-    add("--max-response-length", type=int,
+    add("--limit", type=number(int, 1), help="use at most so many pairs")
+    add("--max-prompt-length", type=number(int, 1), help="tokens; longer prompts are cut from the left (512; toy 8)")
+    add("--max-response-length", type=number(int, 1),
         help="tokens; longer responses are cut from the right (512; toy 24)")
-    add("--temperature", type=float, default=1.0,
+    add("--temperature", type=number(float, 1e-12), default=1.0,
         help="of the rollouts; T2 is the score at 1, so it needs 1 (default)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a hub model")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=float, help="times every offline pair is seen, whatever the mix; self-made pairs "
+    add("--epochs", type=number(float, 1e-12), help="times every offline pair is seen, whatever the mix; self-made pairs "
         "come on top (1; toy 3, toy sft 4)")
-    add("--steps", type=int, help="optimizer steps, instead of --epochs")
-    add("--batch-size", type=int, help="pairs per optimizer step, over all processes (32; toy 48)")
-    add("--micro-batch-size", type=int, help="pairs per forward (default: all of a process's share at once)")
-    add("--learning-rate", type=float,
+    add("--steps", type=number(int, 1), help="optimizer steps, instead of --epochs")
+    add("--batch-size", type=number(int, 1), help="pairs per optimizer step, over all processes (32; toy 48)")
+    add("--micro-batch-size", type=number(int, 1), help="pairs per forward (default: all of a process's share at once)")
+    add("--learning-rate", type=number(float, 1e-12),
         help="(1e-6, sft 2e-5; toy 2e-4, sft 1e-3; the authors: 1e-5, sft 2e-5)")
-    add("--warmup-steps", type=int, help="of linear warm-up (default: a tenth of the steps)")
+    add("--warmup-steps", type=number(int, 0), help="of linear warm-up (default: a tenth of the steps)")
     add("--schedule", choices=["constant", "cosine"], default="constant",
         help="after the warm-up (default: constant)")
     add("--optimizer", choices=["adamw", "rmsprop"], default="adamw",
         help="rmsprop is the authors' (default: adamw)")
-    add("--max-grad-norm", type=float, default=1.0, help="clip the gradient to this norm (default: 1)")
+    add("--max-grad-norm", type=number(float, 1e-12), default=1.0, help="clip the gradient to this norm (default: 1)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32",
         help="of the arithmetic; weights stay float32")
-    add("--seed", type=int, default=0)
+    add("--seed", type=number(int, 0, 2**20), default=0)
     add = parser.add_argument_group("output").add_argument
     add("--out", help="directory for args.json, metrics.jsonl, eval.jsonl, samples.jsonl and model/; what an "
         "earlier run left there is replaced (default: runs/DATA/VARIANT)")
-    add("--log-every", type=int, default=10, help="steps between printed lines; metrics.jsonl has every step")
-    add("--eval-every", type=int, help="steps between evaluations on held-out pairs (100; toy 20); 0: only "
+    add("--log-every", type=number(int, 1), default=10, help="steps between printed lines; metrics.jsonl has every step")
+    add("--eval-every", type=number(int, 0), help="steps between evaluations on held-out pairs (100; toy 20); 0: only "
         "at the end")
-    add("--eval-limit", type=int, default=128, help="held-out pairs to evaluate on (default: 128)")
+    add("--eval-limit", type=number(int, 1), default=128, help="held-out pairs to evaluate on (default: 128)")
     args = parser.parse_args(argv)
 
     toy, sft = args.data == "toy", args.variant == "sft"
@@ -581,31 +578,20 @@ def parse_args(argv=None):
         if getattr(args, name, None) is None:
             setattr(args, name, value)
 
-    if not 0 <= args.mix <= 1:
-        parser.error(f"argument --mix: {args.mix} is not a fraction; want 0 to 1")
-    if not 0 <= args.seed < 2**20:
-        parser.error(f"argument --seed: {args.seed} is not in 0 … {2**20 - 1}")
-    if args.mix > 0 and args.variant in ("sft", "dpo"):
-        parser.error(f"argument --mix: {args.variant} has no route of its own; take dp, pp or pr")
+    if args.variant in ("sft", "dpo"):
+        args.mix = 0.0                              # they have no route of their own
     if args.temperature != 1 and VARIANTS[args.variant]["on_policy"] and args.response_coef:
         parser.error("argument --temperature: T2 is the score of samples at temperature 1; leave it, or set "
                      "--response-coef 0")
     if args.variant == "pr" and args.mix > 0 and not args.reward:
         parser.error("argument --reward: pr needs one to label its samples; toy, FILE.py:FUNCTION or a "
                      "classifier")
-    for name in ("beta", "temperature", "batch_size", "epochs", "learning_rate", "max_prompt_length",
-                 "max_response_length", "steps", "micro_batch_size", "limit", "log_every", "max_grad_norm",
-                 "eval_limit"):
-        value = getattr(args, name)
-        if value is not None and not 0 < value < math.inf:
-            parser.error(f"argument --{name.replace('_', '-')}: {value} is not above 0")
     return args
 
 
 def run_name(data):
-    """The directory under runs/ for a data source: a file's stem, or the hub name
-    with its slashes replaced."""
-    return Path(data).stem if Path(data).suffix else data.replace("/", "-").replace(":", "-")
+    """The directory under runs/ for a data source: a file's stem, or a hub name with - for / and :."""
+    return Path(data).stem if Path(data).exists() else data.replace("/", "-").replace(":", "-")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,8 @@ def write(path, rows):
     (dict(prompt="Q", chosen=[GOOD], rejected=[BAD]), [USER], "good", "bad"),
     (dict(prompt=[USER], chosen=[GOOD], rejected=[BAD]), [USER], "good", "bad"),
     (dict(prompt=[USER], chosen=[USER, GOOD], rejected=[USER, BAD]), [USER], "good", "bad"),
+    (dict(prompt=[dict(role="system", content="S"), USER], chosen=[USER, GOOD], rejected=[USER, BAD]),
+     [dict(role="system", content="S"), USER], "good", "bad"),
     (dict(chosen=[USER, GOOD], rejected=[USER, BAD]), [USER], "good", "bad"),
     (dict(chosen=HH + " good", rejected=HH + " bad"), HH_PROMPT, " good", " bad"),
     (dict(chosen_messages=TYPED, rejected_messages=[USER, BAD]), [USER], "good", "bad"),
@@ -83,6 +85,21 @@ def test_files_of_every_kind_give_the_same_pairs(tmp_path):
         assert load_pairs(str(tmp_path / f"x.{kind}"))[0] == rows
 
 
+def test_csv_text_stays_text_and_a_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "x.csv").write_text("prompt,chosen,rejected\n1+1,2,3\nany?,None,NA\n", encoding="utf-8-sig")
+    pairs = [dict(prompt="1+1", chosen="2", rejected="3"), dict(prompt="any?", chosen="None", rejected="NA")]
+    assert load_pairs(str(tmp_path / "x.csv"))[0] == pairs
+    (tmp_path / "x.jsonl").write_text(json.dumps(pairs[0]) + "\n", encoding="utf-8-sig")
+    assert load_pairs(str(tmp_path / "x.jsonl"))[0] == pairs[:1]
+
+
+def test_half_a_surrogate_pair_is_dropped(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"prompt": "Q", "chosen": "\\ud83d", "rejected": "b"}\n' + json.dumps(
+        dict(prompt="Q", chosen="good", rejected="bad")) + "\n")
+    pairs, report = load_pairs(str(tmp_path / "x.jsonl"))
+    assert len(pairs) == 1 and report["dropped"] == {data.NO_TEXT: 1}
+
+
 def test_the_limit_counts_kept_pairs(tmp_path):
     rows = [dict(prompt="Q", chosen="a", rejected="")] + [dict(prompt="Q", chosen="a", rejected=str(i)) for i in range(9)]
     pairs, report = load_pairs(write(tmp_path / "x.jsonl", rows), limit=3)
@@ -130,6 +147,14 @@ def test_with_a_template_prompt_and_response_are_the_whole_render():
     assert example["prompt_ids"] + example["chosen_ids"] == whole
     assert example["chosen_ids"].count(1) == 1 and example["chosen_ids"][-1] == 1         # one end token, the template's
     assert 3 not in example["chosen_ids"] and example["prompt_ids"][-1] == 3              # the header is in the prompt
+
+
+def test_a_template_without_generation_prompt_still_keeps_its_header_out_of_the_response():
+    tokenizer = byte_tokenizer(TEMPLATE[:TEMPLATE.index("{% if add")])
+    assert render("Q", "good", tokenizer) == ("<|user|>Q<eos><|assistant|>", "good<eos>")
+    llama = byte_tokenizer("{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' "
+                           "else ' ' + m.content + ' <eos>' }}{% endfor %}")
+    assert render("Q", "good", llama) == ("[INST] Q [/INST]", " good <eos>")
 
 
 def test_a_template_whose_generation_prompt_is_no_prefix_is_refused():

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import byte_tokenizer, tiny_model
 
 import data
@@ -36,6 +37,7 @@ FILES = {  # content of a data file, and what must be said about it
     "nulls.jsonl": ('{"prompt": "Q", "chosen": null, "rejected": "b"}\n', "no usable pair in 1 rows (1 null"),
     "same.jsonl": ('{"prompt": "Q", "chosen": "b", "rejected": "b"}\n', "1 chosen equals rejected"),
     "binary.parquet": ("hello", "binary.parquet: cannot be read as a data set"),
+    "notes.txt": ("hello", "want a file that ends in .jsonl"),
     "latin.jsonl": (b'{"prompt": "\xe9"}', "not UTF-8"),
     "no-such-folder/no-such-set": (None, "cannot be read as a data set"),
 }
@@ -54,10 +56,11 @@ def test_bad_data_is_named(name, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--variant", "ppo"], "invalid choice: 'ppo'"), (["--mix", "1.2"], "--mix: 1.2 is not a fraction"),
-    (["--variant", "dpo", "--mix", "0.5"], "dpo has no route"), (["--temperature", "0.9"], "--temperature: T2 is the score"),
-    (["--data", "x.jsonl"], "--reward: pr needs one"), (["--batch-size", "0"], "--batch-size: 0 is not above 0"),
-    (["--learning-rate", "nan"], "--learning-rate: nan is not above 0"), (["--steps", "many"], "invalid int value: 'many'"),
+    (["--variant", "ppo"], "invalid choice: 'ppo'"), (["--mix", "1.2"], "--mix: 1.2 is not in 0 … 1"),
+    (["--seed", "-1"], "--seed: -1 is not in"), (["--eval-every", "-1"], "--eval-every: -1 is not in"),
+    (["--response-coef", "nan"], "--response-coef: nan is not in"), (["--temperature", "0.9"], "--temperature: T2 is the score"),
+    (["--data", "x.jsonl"], "--reward: pr needs one"), (["--batch-size", "0"], "--batch-size: 0 is not in 1"),
+    (["--learning-rate", "nan"], "--learning-rate: nan is not in"), (["--steps", "many"], "invalid int value: 'many'"),
     (["--no-such-flag"], "unrecognized arguments")])
 def test_bad_flags_are_named(argv, message, monkeypatch, capsys):
     assert message in fails(lambda: sail.train(sail.parse_args()), ["sail.py", *argv], monkeypatch, capsys)
@@ -70,12 +73,13 @@ def write(path):
 
 @pytest.mark.parametrize("break_it, message", [
     (lambda path: (path / "model.safetensors").unlink(), "no model for CausalLM to load"),
+    (lambda path: (path / "model.safetensors").write_text("version https://git-lfs"), "no model for CausalLM to load"),
     (lambda path: (path / "tokenizer.json").unlink(), "no tokenizer to load"),
     (lambda path: shutil.rmtree(path), "no tokenizer to load"),
     (lambda path: byte_tokenizer_without_eos().save_pretrained(path), "no end-of-sequence token"),
     (lambda path: tiny_model(vocab_size=50).save_pretrained(path), "wrong tokenizer?"),
     (lambda path: None, "takes 256 tokens"),
-], ids=["no weights", "no tokenizer", "no directory", "no eos", "small vocabulary", "too long"])
+], ids=["no weights", "no real weights", "no tokenizer", "no directory", "no eos", "small vocabulary", "too long"])
 def test_bad_models_are_named(break_it, message, tmp_path, checkpoint, monkeypatch, capsys):
     path = shutil.copytree(checkpoint, tmp_path / "model")
     break_it(path)
@@ -91,7 +95,7 @@ def byte_tokenizer_without_eos():
 
 @pytest.mark.parametrize("name, message", [
     ("absent.py:f", "no such file absent.py"), ("{here}/mine.py:absent", "defines no function absent"),
-    ("no/such/classifier", "no classifier to load"), ("{here}/mine.py:one", "returned 1 scores for"),
+    ("no/such/classifier", "no tokenizer to load"), ("{here}/mine.py:one", "returned 1 scores for"),
     ("{here}/mine.py:nan", "returned nan")])
 def test_bad_rewards_are_named_and_what_was_written_stays(name, message, tmp_path, checkpoint, monkeypatch, capsys):
     (tmp_path / "mine.py").write_text("def one(p, r): return [1.0]\ndef nan(p, r): return [float('nan')] * len(r)\n")
@@ -122,6 +126,27 @@ def test_prompts_over_the_limit_a_tokenizer_without_pad_and_one_without_template
     (reward.main, ["reward.py", "--responses", "/no/such.jsonl"], "no such file")])
 def test_the_companions_complain_in_the_same_way(main, argv, message, monkeypatch, capsys):
     assert message in fails(main, argv, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("argv", [["data.py", "toy", "--model", "/no/such/model"],
+                                  ["evaluate.py", "/no/such/model", "--out", "results.json"],
+                                  ["generate.py", "--model", "MODEL", "--limit", "2", "--out", "/proc/no/file"]])
+def test_every_script_gives_one_line_and_status_2(argv, tmp_path, checkpoint):
+    argv = [str(checkpoint) if word == "MODEL" else word for word in argv]
+    argv += ["--max-prompt-length", "64", "--max-response-length", "4"]
+    finished = subprocess.run([sys.executable, Path(sail.__file__).parent / argv[0], *argv[1:]], capture_output=True,
+                              text=True, cwd=tmp_path)
+    assert finished.returncode == 2, finished.stderr
+    assert finished.stderr.startswith(f"{argv[0]}: error: ") and finished.stderr.count("\n") == 1
+
+
+def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sail, "join_processes", lambda: (0, 2, torch.device("cpu")))
+    for part in generate.toy_model():
+        part.save_pretrained(tmp_path / "base")
+    argv = ["sail.py", "--variant", "dpo", "--model", str(tmp_path / "base"), "--limit", "3", "--epochs", "1",
+            "--batch-size", "2", "--out", str(tmp_path / "out")]
+    assert "too few for 2 process(es)" in fails(lambda: sail.train(sail.parse_args()), argv, monkeypatch, capsys)
 
 
 def test_the_real_command_line_gives_one_line_and_status_2(tmp_path):

@@ -3,11 +3,11 @@ import json
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_model
+from conftest import TEMPLATE, byte_tokenizer, tiny_model
 from transformers import GenerationConfig
 
 import generate
-from data import InputError, collate
+from data import InputError, collate, encode
 from generate import end_token_ids, load_policy, prepare, roll_out, sample
 from sail import sequence_logps
 
@@ -106,6 +106,14 @@ def test_end_tokens_are_the_tokenizers_and_the_checkpoints_special_ones():
     assert end_token_ids(tokenizer) == {1}
 
 
+def test_the_token_that_closes_an_answer_in_the_template_ends_it():
+    """As with Qwen's base models: the template closes with a special token that is not the tokenizer's EOS."""
+    tokenizer = byte_tokenizer(TEMPLATE.replace("<eos>", "<|user|>\\n"))
+    end_ids = end_token_ids(tokenizer)
+    examples, _ = encode([{"prompt": "Q", "chosen": "good", "rejected": "bad"}], tokenizer, end_ids, 50, 50)
+    assert end_ids == {1, 2} and tokenizer.decode(examples[0]["chosen_ids"]) == "good<|user|>"
+
+
 def test_a_model_smaller_than_its_tokenizer_is_refused():
     with pytest.raises(InputError, match="261 ids"):
         prepare(tiny_model(vocab_size=100), byte_tokenizer())
@@ -114,7 +122,7 @@ def test_a_model_smaller_than_its_tokenizer_is_refused():
 def test_the_command_line_writes_one_row_per_prompt(checkpoint, tmp_path, monkeypatch, capsys):
     out = tmp_path / "responses.jsonl"
     monkeypatch.setattr("sys.argv", ["generate.py", "--model", str(checkpoint), "--data", "toy:test", "--limit", "5",
-                                     "--max-response-length", "6", "--out", str(out)])
+                                     "--max-prompt-length", "64", "--max-response-length", "6", "--out", str(out)])
     generate.main()
     rows = [json.loads(line) for line in out.read_text().split("\n") if line]
     assert len(rows) == 5 and all(set(row) == {"prompt", "response", "tokens", "finished"} for row in rows)

@@ -28,6 +28,11 @@ def test_the_toy_reward_equals_a_hand_computed_value(response, expected):
     assert toy_reward(["how was the soup ?"], [response])[0] == pytest.approx(expected)
 
 
+def test_the_toy_reward_refuses_dialogues():
+    with pytest.raises(InputError, match="toy's nouns"):
+        load_reward("toy")([[{"role": "user", "content": "Q"}]], ["A"])
+
+
 def fresh_pair(first, second, on_policy=True):
     return {"prompt": "x", "chosen": first, "rejected": second, "chosen_ids": [len(first)], "rejected_ids": [len(second)],
             "preference": 1.0, "on_policy": on_policy, "self_labelled": False}
@@ -187,3 +192,11 @@ def test_runs_are_compared_in_a_table_a_file_and_a_picture(tmp_path, monkeypatch
     monkeypatch.setattr("sys.argv", ["evaluate.py", "runs/toy/dpo/model", "--eval-limit", "8", "--out", "again.json"])
     evaluate.main()                                    # a bare checkpoint: its own reference, so no KL
     assert json.loads((tmp_path / "again.json").read_text())["model"]["kl"][0] == 0
+
+
+def test_a_model_with_another_vocabulary_than_the_reference_is_refused(tmp_path, monkeypatch, checkpoint):
+    for part in toy_model(seed=5):
+        part.save_pretrained(tmp_path)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(tmp_path), str(checkpoint), "--out", str(tmp_path / "r.json")])
+    with pytest.raises(InputError, match="another vocabulary"):
+        evaluate.main()

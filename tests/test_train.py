@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEMPLATE, byte_tokenizer, tiny_model
-from ranks import batch_gradient
+from conftest import tiny_model
+from ranks import batch_gradient, pairs_of
 
 import sail
 from generate import load_policy, toy_model
@@ -161,6 +161,32 @@ def test_non_finite_gradients_are_skipped_counted_and_stop_the_run_after_ten(bas
     assert all(torch.equal(one, other) for one, other in zip(policy.parameters(), start.parameters()))
     with pytest.raises(sail.InputError, match="step 10: ten non-finite"):
         run(base, tmp_path / "many", "--variant", "dpo", "--steps", "20")
+
+
+def test_the_baseline_follows_the_utility_of_past_fresh_pairs(base, tmp_path, monkeypatch):
+    seen = []
+
+    def watched(*args, baseline, **options):
+        losses, metrics = original(*args, baseline=baseline, **options)
+        seen.append((baseline, -(metrics["on_policy_loss"] / metrics["on_policy"]).item()))
+        return losses, metrics
+
+    original = sail.preference_losses
+    monkeypatch.setattr(sail, "preference_losses", watched)
+    run(base, tmp_path, "--variant", "pr", "--mix", "0.5", "--learning-rate", "1e-2", "--max-response-length", "8")
+    assert seen[0][0] == pytest.approx(-math.log(2)) and seen[1][1] != pytest.approx(seen[1][0], abs=1e-4)
+    for (baseline, utility), (later, _) in zip(seen, seen[1:]):
+        assert later == pytest.approx(baseline + 0.1 * (utility - baseline), abs=1e-6)
+
+
+def test_the_logged_kl_is_the_mean_log_ratio_of_the_fresh_responses():
+    args = parse_args(["--variant", "pr"])
+    pairs = pairs_of(6, "pr")
+    policy, reference = tiny_model(seed=1), tiny_model(seed=2)
+    _, metrics = sail.preference_losses(policy, reference, pairs, args, baseline=0.0)
+    fresh = [pair for pair in pairs if pair["on_policy"]]
+    ours, theirs = torch.cat(sail.pair_logps(policy, fresh)), torch.cat(sail.pair_logps(reference, fresh))
+    assert metrics["kl"].item() == pytest.approx((ours - theirs).mean().item() * len(fresh) / 6, rel=1e-5)
 
 
 def launched(base, out, *more):
