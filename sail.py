@@ -31,7 +31,6 @@ What differs from the paper's text, on purpose:
 
 Shapes: B pairs, T tokens of prompt and response with padding, V vocabulary, N scored tokens in a batch.
 """
-import argparse
 import copy
 import json
 import math

@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from conftest import TEMPLATE, byte_tokenizer, tiny_model
+from conftest import TEMPLATE, byte_tokenizer
 
 import evaluate
 import reward as reward_module
 from data import InputError, encode
 from evaluate import evaluate_policy, mean_and_interval
-from generate import load_policy, toy_model
+from generate import toy_model
 from reward import label_by_reward, load_reward, toy_reward
 from sail import dpo_loss, pair_logps, parse_args, train
 
