@@ -55,8 +55,8 @@ def number(kind, low, high=math.inf):
 
 
 def command_line(main):
-    """Run a script's `main`; bad input, or a file that cannot be read or written, becomes one line on stderr and
-    exit status 2."""
+    """Run a script's `main`; bad input, or a file that cannot be read or written, becomes one line on stderr
+    and exit status 2."""
     try:
         main()
     except (InputError, OSError) as error:
@@ -256,7 +256,8 @@ def load_pairs(source, limit=None, prefer="better"):
                 raise BadRow("empty response")
             if chosen.strip() == rejected.strip():
                 raise BadRow("chosen equals rejected")
-            json.dumps([prompt, chosen, rejected], ensure_ascii=False).encode()      # half a surrogate pair is no text
+            # half a surrogate pair is no text
+            json.dumps([prompt, chosen, rejected], ensure_ascii=False).encode()
             pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
         except BadRow as reason:
             dropped[str(reason)] += 1
@@ -353,11 +354,12 @@ def render(prompt, response, tokenizer=None):
     except TemplateError as error:
         raise BadRow(f"refused by the chat template: {error}") from None
     if not whole.startswith(head):
-        raise InputError(f"{tokenizer.name_or_path}: its chat template renders an answered dialogue otherwise than the "
-                         "prompt it generates from; train with a template whose generation prompt is a prefix")
+        raise InputError(f"{tokenizer.name_or_path}: its chat template renders an answered dialogue "
+                         "otherwise than the prompt it generates from; train with a template whose "
+                         "generation prompt is a prefix")
     header, answer, _ = whole[len(head):].partition(response.strip())
     if answer and header.strip() and head == tokenizer.apply_chat_template(messages, tokenize=False):
-        head += header                # the template knows no generation prompt: the answer's header is the prompt's
+        head += header          # the template knows no generation prompt: the answer's header is the prompt's
     return head, whole[len(head):]
 
 
@@ -446,7 +448,8 @@ def main():
         rows = [[*render(pair["prompt"], pair["chosen"]), render(pair["prompt"], pair["rejected"])[1]]
                 for pair in pairs]
     for side, column in zip(("prompt", "chosen", "rejected"), zip(*rows)):
-        lengths, shares = torch.tensor([float(len(each)) for each in column]), torch.tensor([0, 0.5, 0.9, 0.99, 1])
+        lengths, shares = (torch.tensor([float(len(each)) for each in column]),
+                           torch.tensor([0, 0.5, 0.9, 0.99, 1]))
         low, median, most, nearly_all, high = lengths.quantile(shares, interpolation="nearest").int().tolist()
         print(f"{side:>9}: {unit} min {low}, median {median}, 90 % {most}, 99 % {nearly_all}, max {high}")
     for place, row in enumerate(rows[:2], 1):
@@ -455,5 +458,5 @@ def main():
 
 
 if __name__ == "__main__":
-    import data                       # the module that generate.py imports too, so that there is one InputError
+    import data                     # the module that generate.py imports too, so that there is one InputError
     data.command_line(data.main)

@@ -144,7 +144,8 @@ def main():
     parser.add_argument("--reference", help="for KL, loss and margin (default: the reference of the first "
                         "run that has one, else the first model)")
     parser.add_argument("--beta", type=number(float, 1e-9), help="(default: the run's)")
-    parser.add_argument("--eval-limit", type=number(int, 1), default=256, help="held-out pairs (default: 256)")
+    parser.add_argument("--eval-limit", type=number(int, 1), default=256,
+                        help="held-out pairs (default: 256)")
     parser.add_argument("--max-prompt-length", type=number(int, 1))
     parser.add_argument("--max-response-length", type=number(int, 1))
     parser.add_argument("--dtype", choices=["float32", "bfloat16"])

@@ -60,19 +60,20 @@ def load_policy(name, device="cpu", trust_remote_code=False):
 def load_weights(auto_class, name, trust_remote_code=False, **options):
     """auto_class.from_pretrained(name), without the network for a local directory.
 
-    Raises InputError where there is no such model, or where some of its weights are missing from the checkpoint:
-    transformers would make them up.
+    Raises InputError where there is no such model, or where some of its weights are missing from the
+    checkpoint: transformers would make them up.
     """
     from safetensors import SafetensorError
     from transformers.utils import logging
-    logging.set_verbosity_error()                         # its report of missing weights is told below, in one line
+    logging.set_verbosity_error()                   # its report of missing weights is told below, in one line
     logging.disable_progress_bar()                        # of loading, and later of saving
     try:
         model, loading = auto_class.from_pretrained(
             name, trust_remote_code=trust_remote_code, local_files_only=Path(name).is_dir(),
             output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{name}: no model for {auto_class.__name__[12:]} to load ({first_line(error)})") from None
+        raise InputError(f"{name}: no model for {auto_class.__name__[12:]} to load "
+                         f"({first_line(error)})") from None
     if loading["missing_keys"]:
         raise InputError(f"{name}: as a model for {auto_class.__name__[12:]} it lacks the weights "
                          f"{', '.join(sorted(loading['missing_keys'])[:3])}; want a trained one")
@@ -113,8 +114,8 @@ def check_lengths(model, name, max_prompt_length, max_response_length):
 
 
 def end_token_ids(tokenizer, model=None):
-    """The ids that end a response: the tokenizer's EOS, the special token with which the chat template closes an
-    answer, and those that the checkpoint's generation_config adds.
+    """The ids that end a response: the tokenizer's EOS, the special token with which the chat template closes
+    an answer, and those that the checkpoint's generation_config adds.
 
     The latter count only where they are special tokens: a config that was never told its tokenizer names a
     default id, which may be any word.
@@ -126,7 +127,7 @@ def end_token_ids(tokenizer, model=None):
             tokens = tokenizer(closing, add_special_tokens=False)["input_ids"]
             ids.update([token for token in tokens if token in special and special[token].special][:1])
         except BadRow:
-            pass                                          # a template that refuses this dialogue tells nothing
+            pass                                         # a template that refuses this dialogue tells nothing
     extra = model.generation_config.eos_token_id if model is not None else None
     extra = extra if isinstance(extra, list) else [extra]
     return ids | {token for token in extra if token in special}

@@ -151,7 +151,8 @@ def toy_reward(prompts, responses):
       length      −0.3 for every word past the ninth
     """
     if not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError("reward toy: scores reviews of the toy's nouns; name the reward of your data with --reward")
+        raise InputError("reward toy: scores reviews of the toy's nouns; name the reward of your data with "
+                         "--reward")
     scores = []
     for prompt, response in zip(prompts, responses):
         words, topic = response.split(), set(prompt.split()) & set(NOUNS)

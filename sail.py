@@ -125,7 +125,8 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
     With both coefficients 1 the gradient's expectation is ∇J exactly; 0 switches a term off. Returns (losses,
     metrics): losses (B,), whose value is minus the pair's utility and whose gradient is −(T1 +
     response_coef·T2 + label_coef·T3); metrics, detached means over the pairs. margin and accuracy are in the
-    label's sense; label_reversed is the share of pairs, self-labelled ones, where T3 has turned a label round.
+    label's sense; label_reversed is the share of pairs, self-labelled ones, where T3 has turned a label
+    round.
     """
     margin = beta * ((policy_chosen_logps - reference_chosen_logps)
                      - (policy_rejected_logps - reference_rejected_logps))                      # u (B,)
@@ -156,7 +157,8 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
     losses = -(mean_f + (corrections - corrections.detach()))         # corrections: a gradient, but no value
 
     u, ahead = margin.detach(), (margin.detach() > 0) + 0.5 * (margin.detach() == 0)
-    past = torch.minimum(f_chosen, f_rejected).detach() * label_coef < -1    # 1 + label_coef·f, T3's weight, < 0
+    # 1 + label_coef·f, T3's weight, < 0
+    past = torch.minimum(f_chosen, f_rejected).detach() * label_coef < -1
     metrics = {
         "loss": losses, "margin": (2 * p - 1) * u, "accuracy": p * ahead + (1 - p) * (1 - ahead),
         "chosen_logps": policy_chosen_logps, "rejected_logps": policy_rejected_logps,
@@ -446,16 +448,18 @@ def train(args):
     policy, reference, tokenizer, reward, examples, held_out, counts = load_everything(args, device)
     total, steps = plan(len(examples), args)
     if total // max(steps, 1) < world:
-        raise InputError(f"{total} pairs in {steps} steps are too few for {world} process(es); more --epochs, or a "
-                         "larger --batch-size")
+        raise InputError(f"{total} pairs in {steps} steps are too few for {world} process(es); more "
+                         "--epochs, or a larger --batch-size")
     out, own = Path(args.out), int(total * Fraction(str(args.mix)))
     if rank == 0:
         start(out, args, f"{args.data}: {len(examples)} pairs to train on, {len(held_out)} to evaluate on; "
-              f"{counted(counts)}\n{args.variant}: {total - own} offline pairs + {own} on the variant's route = "
-              f"{total} pairs, {steps} steps of {math.ceil(total / steps)}, processes: {world} -> {out}")
+              f"{counted(counts)}\n{args.variant}: {total - own} offline pairs + {own} on the variant's "
+              f"route = {total} pairs, {steps} steps of {math.ceil(total / steps)}, processes: {world} "
+              f"-> {out}")
     model = shared_by_ranks(policy) if world > 1 else policy
     optimizer, scheduler = make_optimizer(policy, steps, args)
-    baseline = utility(torch.zeros(()), args.beta, args.loss_type).item()    # T2's: past pairs' f, a running mean
+    # T2's: past pairs' f, a running mean
+    baseline = utility(torch.zeros(()), args.beta, args.loss_type).item()
     skipped = skipped_in_a_row = 0
     evaluate_at = partial(evaluate_now, policy, reference, tokenizer, reward, held_out, args, out)
     if rank == 0 and held_out and args.eval_every:
@@ -509,10 +513,11 @@ def parse_args(argv=None):
     add = parser.add_argument_group("method").add_argument
     add("--variant", choices=[*VARIANTS], default="pr", help="sft; dpo; dp: data's responses, own labels; "
         "pp: own responses, own labels; pr: own responses, labels from --reward (default)")
-    add("--mix", type=number(float, 0, 1), help="fraction of dp's, pp's and pr's pairs on the variant's route, the rest is plain DPO on the "
-        "data (default: the authors' example settings, dp 0.4, pp 0.3, pr 0.3); 1: fully online")
-    add("--response-coef", type=number(float, 0), help="weight of T2 (default: the authors' example settings, pp 0.2, "
-        "pr 0.3); 0 with pr: online (iterative) DPO")
+    add("--mix", type=number(float, 0, 1), help="fraction of dp's, pp's and pr's pairs on the variant's "
+        "route, the rest is plain DPO on the data (default: the authors' example settings, dp 0.4, pp 0.3, "
+        "pr 0.3); 1: fully online")
+    add("--response-coef", type=number(float, 0), help="weight of T2 (default: the authors' example "
+        "settings, pp 0.2, pr 0.3); 0 with pr: online (iterative) DPO")
     add("--label-coef", type=number(float, 0),
         help="weight of T3 (default: the authors' example settings, dp 0.2, pp 0.2)")
     add("--label", choices=["expected", "sampled"], default="expected", help="sum the label out (default), "
@@ -535,18 +540,20 @@ def parse_args(argv=None):
     add("--reward",
         help="toy, FILE.py:FUNCTION, or a one-logit classifier's directory or hub name; see reward.py")
     add("--limit", type=number(int, 1), help="use at most so many pairs")
-    add("--max-prompt-length", type=number(int, 1), help="tokens; longer prompts are cut from the left (512; toy 8)")
+    add("--max-prompt-length", type=number(int, 1),
+        help="tokens; longer prompts are cut from the left (512; toy 8)")
     add("--max-response-length", type=number(int, 1),
         help="tokens; longer responses are cut from the right (512; toy 24)")
     add("--temperature", type=number(float, 1e-12), default=1.0,
         help="of the rollouts; T2 is the score at 1, so it needs 1 (default)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a hub model")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=number(float, 1e-12), help="times every offline pair is seen, whatever the mix; self-made pairs "
-        "come on top (1; toy 3, toy sft 4)")
+    add("--epochs", type=number(float, 1e-12), help="times every offline pair is seen, whatever the mix; "
+        "self-made pairs come on top (1; toy 3, toy sft 4)")
     add("--steps", type=number(int, 1), help="optimizer steps, instead of --epochs")
     add("--batch-size", type=number(int, 1), help="pairs per optimizer step, over all processes (32; toy 48)")
-    add("--micro-batch-size", type=number(int, 1), help="pairs per forward (default: all of a process's share at once)")
+    add("--micro-batch-size", type=number(int, 1),
+        help="pairs per forward (default: all of a process's share at once)")
     add("--learning-rate", type=number(float, 1e-12),
         help="(1e-6, sft 2e-5; toy 2e-4, sft 1e-3; the authors: 1e-5, sft 2e-5)")
     add("--warmup-steps", type=number(int, 0), help="of linear warm-up (default: a tenth of the steps)")
@@ -554,16 +561,18 @@ def parse_args(argv=None):
         help="after the warm-up (default: constant)")
     add("--optimizer", choices=["adamw", "rmsprop"], default="adamw",
         help="rmsprop is the authors' (default: adamw)")
-    add("--max-grad-norm", type=number(float, 1e-12), default=1.0, help="clip the gradient to this norm (default: 1)")
+    add("--max-grad-norm", type=number(float, 1e-12), default=1.0,
+        help="clip the gradient to this norm (default: 1)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32",
         help="of the arithmetic; weights stay float32")
     add("--seed", type=number(int, 0, 2**20), default=0)
     add = parser.add_argument_group("output").add_argument
     add("--out", help="directory for args.json, metrics.jsonl, eval.jsonl, samples.jsonl and model/; what an "
         "earlier run left there is replaced (default: runs/DATA/VARIANT)")
-    add("--log-every", type=number(int, 1), default=10, help="steps between printed lines; metrics.jsonl has every step")
-    add("--eval-every", type=number(int, 0), help="steps between evaluations on held-out pairs (100; toy 20); 0: only "
-        "at the end")
+    add("--log-every", type=number(int, 1), default=10,
+        help="steps between printed lines; metrics.jsonl has every step")
+    add("--eval-every", type=number(int, 0), help="steps between evaluations on held-out pairs (100; toy "
+        "20); 0: only at the end")
     add("--eval-limit", type=number(int, 1), default=128, help="held-out pairs to evaluate on (default: 128)")
     args = parser.parse_args(argv)
 

@@ -26,7 +26,8 @@ def byte_tokenizer(template=None, bos=False):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 4)])
+        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A",
+                                                                 special_tokens=[("<bos>", 4)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>",
                                    bos_token="<bos>" if bos else None,
                                    additional_special_tokens=["<|user|>", "<|assistant|>"])
@@ -40,13 +41,14 @@ def tiny_model(family="llama", vocab_size=261, seed=0, **more):
                               Qwen2ForCausalLM)
     torch.manual_seed(seed)
     size = dict(vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2,
-                bos_token_id=None, eos_token_id=1, pad_token_id=0)
+                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+                initializer_range=0.2, bos_token_id=None, eos_token_id=1, pad_token_id=0)
     if family == "gpt2":
         config = GPT2Config(vocab_size=vocab_size, n_positions=256, n_embd=32, n_layer=2, n_head=4,
                             initializer_range=0.2, bos_token_id=None, eos_token_id=1, pad_token_id=0, **more)
         return GPT2LMHeadModel(config).eval()
-    config, model = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[family]
+    config, model = {"llama": (LlamaConfig, LlamaForCausalLM),
+                     "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[family]
     return model(config(**{**size, **more})).eval()
 
 

@@ -10,7 +10,8 @@ from data import InputError, collate, encode, load_pairs, render, train_and_held
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 GOOD, BAD = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad"}
-TYPED = [{"role": role, "content": [{"type": "text", "value": text}]} for role, text in (("user", "Q"), ("assistant", "good"))]
+TYPED = [{"role": role, "content": [{"type": "text", "value": text}]}
+         for role, text in (("user", "Q"), ("assistant", "good"))]
 HH = "\n\nHuman: Q\n\nAssistant: A\n\nHuman: more\n\nAssistant:"
 HH_PROMPT = [USER, ASSISTANT, {"role": "user", "content": "more"}]
 
@@ -34,13 +35,16 @@ def write(path, rows):
     (dict(conversations=[{"from": "system", "value": "S"}, {"from": "human", "value": "Q"}],
           chosen={"from": "gpt", "value": "good"}, rejected={"from": "gpt", "value": "bad"}),
      [{"role": "system", "content": "S"}, USER], "good", "bad"),
-    (dict(prompt="Q", response_0="bad", response_1="good", better_response_id=1, safer_response_id=0), "Q", "good", "bad"),
-    (dict(instruction="Q", completions=[dict(response="bad", overall_score=2.0), dict(response="good", overall_score=8.5),
-                                        dict(response="so so", overall_score=5), dict(response="?", overall_score=None)]),
+    (dict(prompt="Q", response_0="bad", response_1="good", better_response_id=1, safer_response_id=0),
      "Q", "good", "bad"),
-    (dict(info=dict(post="P", title="T", subreddit="s"), summaries=[dict(text=" bad"), dict(text=" good")], choice=1),
-     "SUBREDDIT: r/s\n\nTITLE: T\n\nPOST: P\n\nTL;DR:", " good", " bad"),
-    (dict(question=dict(full_text="Q"), answer_0="good", answer_1="bad", score_0=0.5, score_1=-0.5), "Q", "good", "bad"),
+    (dict(instruction="Q",
+          completions=[dict(response="bad", overall_score=2.0), dict(response="good", overall_score=8.5),
+                       dict(response="so so", overall_score=5), dict(response="?", overall_score=None)]),
+     "Q", "good", "bad"),
+    (dict(info=dict(post="P", title="T", subreddit="s"), summaries=[dict(text=" bad"), dict(text=" good")],
+          choice=1), "SUBREDDIT: r/s\n\nTITLE: T\n\nPOST: P\n\nTL;DR:", " good", " bad"),
+    (dict(question=dict(full_text="Q"), answer_0="good", answer_1="bad", score_0=0.5, score_1=-0.5),
+     "Q", "good", "bad"),
 ])
 def test_every_format_is_told_by_its_columns(tmp_path, row, prompt, chosen, rejected):
     pairs, report = load_pairs(write(tmp_path / "any.jsonl", [row]))
@@ -55,13 +59,15 @@ def test_pku_can_prefer_the_safer_response(tmp_path):
 def test_unusable_rows_are_dropped_and_counted_by_reason(tmp_path):
     rows = [dict(chosen=HH + " good", rejected=HH + " bad"), dict(chosen=HH + " good", rejected=HH + " "),
             dict(chosen=HH + " same", rejected=HH + " same"), dict(chosen=None, rejected=HH + " bad"),
-            dict(chosen=HH + " a", rejected="\n\nHuman: other\n\nAssistant: b"), dict(chosen="no dialogue", rejected="x"),
-            dict(chosen=3, rejected=[USER, BAD]), dict(chosen=[USER, USER], rejected=[USER, BAD])]
+            dict(chosen=HH + " a", rejected="\n\nHuman: other\n\nAssistant: b"),
+            dict(chosen="no dialogue", rejected="x"), dict(chosen=3, rejected=[USER, BAD]),
+            dict(chosen=[USER, USER], rejected=[USER, BAD])]
     pairs, report = load_pairs(write(tmp_path / "x.jsonl", rows))
     assert len(pairs) == 1 and report["rows"] == 8
     assert report["dropped"] == {
-        "empty response": 1, "chosen equals rejected": 1, data.NO_TEXT: 2, "last message is not the assistant's": 1,
-        "chosen and rejected have different prompts": 1, "not a '\\n\\nHuman: … \\n\\nAssistant: …' dialogue": 1}
+        "empty response": 1, "chosen equals rejected": 1, data.NO_TEXT: 2,
+        "last message is not the assistant's": 1, "chosen and rejected have different prompts": 1,
+        "not a '\\n\\nHuman: … \\n\\nAssistant: …' dialogue": 1}
 
 
 def test_ties_and_non_text_parts_are_dropped(tmp_path):
@@ -75,7 +81,8 @@ def test_ties_and_non_text_parts_are_dropped(tmp_path):
 
 def test_files_of_every_kind_give_the_same_pairs(tmp_path):
     import datasets
-    rows = [dict(prompt="line\u2028separator", chosen="a\nb", rejected="c"), dict(prompt="Q, 2", chosen="d", rejected="e")]
+    rows = [dict(prompt="line\u2028separator", chosen="a\nb", rejected="c"),
+            dict(prompt="Q, 2", chosen="d", rejected="e")]
     jsonl = load_pairs(write(tmp_path / "x.jsonl", rows))[0]
     (tmp_path / "x.json").write_text(json.dumps(rows))
     datasets.Dataset.from_list(rows).to_csv(str(tmp_path / "x.csv"))
@@ -101,7 +108,8 @@ def test_half_a_surrogate_pair_is_dropped(tmp_path):
 
 
 def test_the_limit_counts_kept_pairs(tmp_path):
-    rows = [dict(prompt="Q", chosen="a", rejected="")] + [dict(prompt="Q", chosen="a", rejected=str(i)) for i in range(9)]
+    rows = [dict(prompt="Q", chosen="a", rejected="")] + [
+        dict(prompt="Q", chosen="a", rejected=str(i)) for i in range(9)]
     pairs, report = load_pairs(write(tmp_path / "x.jsonl", rows), limit=3)
     assert [pair["rejected"] for pair in pairs] == ["0", "1", "2"] and report["rows"] == 4
 
@@ -112,7 +120,8 @@ def test_held_out_prompts_are_never_trained_on(tmp_path):
     assert len(train) + len(held_out) == 600 and 5 < len(held_out) < 60
     assert not {pair["prompt"] for pair in train} & {pair["prompt"] for pair in held_out}
     train, held_out, _ = train_and_held_out("toy")
-    nouns = [{word for pair in pairs for word in pair["prompt"].split()} & set(data.NOUNS) for pairs in (train, held_out)]
+    nouns = [{word for pair in pairs for word in pair["prompt"].split()} & set(data.NOUNS)
+             for pairs in (train, held_out)]
     assert len(nouns[0]) == 16 and len(nouns[1]) == 4 and not nouns[0] & nouns[1]
 
 
@@ -120,7 +129,8 @@ def test_the_toy_corpus_is_the_same_every_time_and_prefers_the_better_review():
     from reward import toy_reward
     pairs = load_pairs("toy")[0]
     assert pairs == load_pairs("toy")[0] and len(pairs) == 3000
-    gaps = [toy_reward([p["prompt"]], [p["chosen"]])[0] - toy_reward([p["prompt"]], [p["rejected"]])[0] for p in pairs]
+    gaps = [toy_reward([p["prompt"]], [p["chosen"]])[0] - toy_reward([p["prompt"]], [p["rejected"]])[0]
+            for p in pairs]
     agree = [gap > 0 for gap in gaps if gap]
     bradley_terry = torch.sigmoid(torch.tensor(gaps).abs()).mean()
     assert sum(agree) / len(agree) == pytest.approx(bradley_terry.item(), abs=0.03)
@@ -145,8 +155,9 @@ def test_with_a_template_prompt_and_response_are_the_whole_render():
     example, _ = encode_one({"prompt": "Q", "chosen": "good", "rejected": "bad"}, tokenizer)
     whole = tokenizer.apply_chat_template([USER, GOOD], tokenize=True, return_dict=False)
     assert example["prompt_ids"] + example["chosen_ids"] == whole
-    assert example["chosen_ids"].count(1) == 1 and example["chosen_ids"][-1] == 1         # one end token, the template's
-    assert 3 not in example["chosen_ids"] and example["prompt_ids"][-1] == 3              # the header is in the prompt
+    # one end token, the template's
+    assert example["chosen_ids"].count(1) == 1 and example["chosen_ids"][-1] == 1
+    assert 3 not in example["chosen_ids"] and example["prompt_ids"][-1] == 3     # the header is in the prompt
 
 
 def test_a_template_without_generation_prompt_still_keeps_its_header_out_of_the_response():
@@ -174,7 +185,8 @@ def test_a_row_that_the_template_refuses_is_dropped():
 def test_bos_is_there_once_where_the_tokenizer_has_one_and_never_before_the_response(bos):
     example, _ = encode_one({"prompt": "Q", "chosen": "good", "rejected": "bad"}, byte_tokenizer(bos=bos))
     assert (example["prompt_ids"] + example["chosen_ids"]).count(4) == int(bos)
-    assert None not in example["prompt_ids"] and example["chosen_ids"][-1] == 1 and 4 not in example["chosen_ids"]
+    assert (None not in example["prompt_ids"] and example["chosen_ids"][-1] == 1
+            and 4 not in example["chosen_ids"])
 
 
 def test_prompts_are_cut_from_the_left_and_responses_from_the_right_without_an_end_token():
@@ -182,7 +194,8 @@ def test_prompts_are_cut_from_the_left_and_responses_from_the_right_without_an_e
     pair = {"prompt": "0123456789", "chosen": "abcdefgh", "rejected": "xy"}
     example, counts = encode_one(pair, tokenizer, 4, 5)
     assert tokenizer.decode(example["prompt_ids"]) == "<bos>789"
-    assert tokenizer.decode(example["chosen_ids"]) == "abcde" and tokenizer.decode(example["rejected_ids"]) == "xy<eos>"
+    assert (tokenizer.decode(example["chosen_ids"]) == "abcde"
+            and tokenizer.decode(example["rejected_ids"]) == "xy<eos>")
     assert counts["truncated_prompts"] == 1 and counts["truncated_responses"] == 1 and counts["dropped"] == 0
 
 

@@ -50,17 +50,20 @@ def test_bad_data_is_named(name, tmp_path, monkeypatch, capsys):
     if content is not None:
         Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert message in fails(data.main, ["data.py", path], monkeypatch, capsys)
-    assert message in fails(lambda: sail.train(sail.parse_args()), ["sail.py", "--variant", "dpo", "--data", path,
-                                                                    "--out", str(tmp_path / "out")], monkeypatch, capsys)
+    assert message in fails(lambda: sail.train(sail.parse_args()),
+                            ["sail.py", "--variant", "dpo", "--data", path, "--out", str(tmp_path / "out")],
+                            monkeypatch, capsys)
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("argv, message", [
     (["--variant", "ppo"], "invalid choice: 'ppo'"), (["--mix", "1.2"], "--mix: 1.2 is not in 0 … 1"),
     (["--seed", "-1"], "--seed: -1 is not in"), (["--eval-every", "-1"], "--eval-every: -1 is not in"),
-    (["--response-coef", "nan"], "--response-coef: nan is not in"), (["--temperature", "0.9"], "--temperature: T2 is the score"),
+    (["--response-coef", "nan"], "--response-coef: nan is not in"),
+    (["--temperature", "0.9"], "--temperature: T2 is the score"),
     (["--data", "x.jsonl"], "--reward: pr needs one"), (["--batch-size", "0"], "--batch-size: 0 is not in 1"),
-    (["--learning-rate", "nan"], "--learning-rate: nan is not in"), (["--steps", "many"], "invalid int value: 'many'"),
+    (["--learning-rate", "nan"], "--learning-rate: nan is not in"),
+    (["--steps", "many"], "invalid int value: 'many'"),
     (["--no-such-flag"], "unrecognized arguments")])
 def test_bad_flags_are_named(argv, message, monkeypatch, capsys):
     assert message in fails(lambda: sail.train(sail.parse_args()), ["sail.py", *argv], monkeypatch, capsys)
@@ -73,13 +76,15 @@ def write(path):
 
 @pytest.mark.parametrize("break_it, message", [
     (lambda path: (path / "model.safetensors").unlink(), "no model for CausalLM to load"),
-    (lambda path: (path / "model.safetensors").write_text("version https://git-lfs"), "no model for CausalLM to load"),
+    (lambda path: (path / "model.safetensors").write_text("version https://git-lfs"),
+     "no model for CausalLM to load"),
     (lambda path: (path / "tokenizer.json").unlink(), "no tokenizer to load"),
     (lambda path: shutil.rmtree(path), "no tokenizer to load"),
     (lambda path: byte_tokenizer_without_eos().save_pretrained(path), "no end-of-sequence token"),
     (lambda path: tiny_model(vocab_size=50).save_pretrained(path), "wrong tokenizer?"),
     (lambda path: None, "takes 256 tokens"),
-], ids=["no weights", "no real weights", "no tokenizer", "no directory", "no eos", "small vocabulary", "too long"])
+], ids=["no weights", "no real weights", "no tokenizer", "no directory", "no eos", "small vocabulary",
+        "too long"])
 def test_bad_models_are_named(break_it, message, tmp_path, checkpoint, monkeypatch, capsys):
     path = shutil.copytree(checkpoint, tmp_path / "model")
     break_it(path)
@@ -97,16 +102,19 @@ def byte_tokenizer_without_eos():
     ("absent.py:f", "no such file absent.py"), ("{here}/mine.py:absent", "defines no function absent"),
     ("no/such/classifier", "no tokenizer to load"), ("{here}/mine.py:one", "returned 1 scores for"),
     ("{here}/mine.py:nan", "returned nan")])
-def test_bad_rewards_are_named_and_what_was_written_stays(name, message, tmp_path, checkpoint, monkeypatch, capsys):
-    (tmp_path / "mine.py").write_text("def one(p, r): return [1.0]\ndef nan(p, r): return [float('nan')] * len(r)\n")
-    argv = ["sail.py", "--model", str(checkpoint), "--data", write(tmp_path / "x.jsonl"), "--mix", "0.5", "--steps", "2",
-            "--max-prompt-length", "8", "--max-response-length", "8", "--reward", name.format(here=tmp_path), "--out",
-            str(tmp_path / "out")]
+def test_bad_rewards_are_named_and_what_was_written_stays(name, message, tmp_path, checkpoint, monkeypatch,
+                                                          capsys):
+    (tmp_path / "mine.py").write_text("def one(p, r): return [1.0]\n"
+                                      "def nan(p, r): return [float('nan')] * len(r)\n")
+    argv = ["sail.py", "--model", str(checkpoint), "--data", write(tmp_path / "x.jsonl"), "--mix", "0.5",
+            "--steps", "2", "--max-prompt-length", "8", "--max-response-length", "8", "--reward",
+            name.format(here=tmp_path), "--out", str(tmp_path / "out")]
     assert message in fails(lambda: sail.train(sail.parse_args()), argv, monkeypatch, capsys)
     assert name.startswith("{here}/mine.py:") and "absent" not in name or not (tmp_path / "out").exists()
 
 
-def test_prompts_over_the_limit_a_tokenizer_without_pad_and_one_without_template_are_no_errors(tmp_path, monkeypatch):
+def test_prompts_over_the_limit_a_tokenizer_without_pad_and_one_without_template_are_no_errors(
+        tmp_path, monkeypatch):
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = None
     for part in (tiny_model(), tokenizer):
@@ -114,9 +122,10 @@ def test_prompts_over_the_limit_a_tokenizer_without_pad_and_one_without_template
     rows = [{"prompt": "long " * 90 + str(i), "chosen": "good", "rejected": f"bad {i}"} for i in range(40)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "mine.py").write_text("def score(p, r): return [float(len(x)) for x in r]\n")
-    sail.train(sail.parse_args(["--model", str(tmp_path / "model"), "--data", str(tmp_path / "x.jsonl"), "--steps", "2",
-                                "--reward", f"{tmp_path}/mine.py:score", "--max-prompt-length", "16", "--mix", "0.5",
-                                "--max-response-length", "8", "--batch-size", "4", "--out", str(tmp_path / "out")]))
+    sail.train(sail.parse_args([
+        "--model", str(tmp_path / "model"), "--data", str(tmp_path / "x.jsonl"), "--steps", "2",
+        "--reward", f"{tmp_path}/mine.py:score", "--max-prompt-length", "16", "--mix", "0.5",
+        "--max-response-length", "8", "--batch-size", "4", "--out", str(tmp_path / "out")]))
     last = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
     assert last["truncated_prompts"] > 30 and last["dropped"] == 0 and last["on_policy"] == 0.5
 
@@ -128,14 +137,15 @@ def test_the_companions_complain_in_the_same_way(main, argv, message, monkeypatc
     assert message in fails(main, argv, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("argv", [["data.py", "toy", "--model", "/no/such/model"],
-                                  ["evaluate.py", "/no/such/model", "--out", "results.json"],
-                                  ["generate.py", "--model", "MODEL", "--limit", "2", "--out", "/proc/no/file"]])
+@pytest.mark.parametrize("argv", [
+    ["data.py", "toy", "--model", "/no/such/model"],
+    ["evaluate.py", "/no/such/model", "--out", "results.json"],
+    ["generate.py", "--model", "MODEL", "--limit", "2", "--out", "/proc/no/file"]])
 def test_every_script_gives_one_line_and_status_2(argv, tmp_path, checkpoint):
     argv = [str(checkpoint) if word == "MODEL" else word for word in argv]
     argv += ["--max-prompt-length", "64", "--max-response-length", "4"]
-    finished = subprocess.run([sys.executable, Path(sail.__file__).parent / argv[0], *argv[1:]], capture_output=True,
-                              text=True, cwd=tmp_path)
+    finished = subprocess.run([sys.executable, Path(sail.__file__).parent / argv[0], *argv[1:]],
+                              capture_output=True, text=True, cwd=tmp_path)
     assert finished.returncode == 2, finished.stderr
     assert finished.stderr.startswith(f"{argv[0]}: error: ") and finished.stderr.count("\n") == 1
 
@@ -146,11 +156,12 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path, monkeypatch, c
         part.save_pretrained(tmp_path / "base")
     argv = ["sail.py", "--variant", "dpo", "--model", str(tmp_path / "base"), "--limit", "3", "--epochs", "1",
             "--batch-size", "2", "--out", str(tmp_path / "out")]
-    assert "too few for 2 process(es)" in fails(lambda: sail.train(sail.parse_args()), argv, monkeypatch, capsys)
+    assert "too few for 2 process(es)" in fails(lambda: sail.train(sail.parse_args()), argv, monkeypatch,
+                                                capsys)
 
 
 def test_the_real_command_line_gives_one_line_and_status_2(tmp_path):
-    finished = subprocess.run([sys.executable, Path(sail.__file__), "--variant", "dpo", "--data", "absent.jsonl"],
-                              capture_output=True, text=True, cwd=tmp_path)
+    finished = subprocess.run([sys.executable, Path(sail.__file__), "--variant", "dpo", "--data",
+                               "absent.jsonl"], capture_output=True, text=True, cwd=tmp_path)
     assert finished.returncode == 2 and finished.stdout == "" and not list(tmp_path.iterdir())
     assert finished.stderr == ("sail.py: error: absent.jsonl: no such file\n")

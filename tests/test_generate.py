@@ -13,7 +13,8 @@ from sail import sequence_logps
 
 
 def three_token_model():
-    """(model over <pad>, <eos>, a, its tokenizer): every next token has the same logits, whatever came before."""
+    """(model over <pad>, <eos>, a, its tokenizer): every next token has the same logits, whatever came
+    before."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     core = Tokenizer(models.WordLevel({"<pad>": 0, "<eos>": 1, "a": 2}, unk_token="<pad>"))
@@ -24,19 +25,23 @@ def three_token_model():
 
 def test_sample_frequencies_fit_the_softmax_whatever_the_generation_config_says():
     model, tokenizer = three_token_model()
-    model.generation_config = GenerationConfig(do_sample=True, top_k=1, temperature=0.1, top_p=0.3, repetition_penalty=5.0,
-                                               min_p=0.4, eos_token_id=1, pad_token_id=0, suppress_tokens=[0])
+    model.generation_config = GenerationConfig(do_sample=True, top_k=1, temperature=0.1, top_p=0.3,
+                                               repetition_penalty=5.0, min_p=0.4, eos_token_id=1,
+                                               pad_token_id=0, suppress_tokens=[0])
     own = model.generation_config
     torch.manual_seed(0)
     n = 20_000
     responses, _ = sample(model, tokenizer, [[2, 2]], 2, num_responses=n)
-    outcomes = [(1,)] + [(first, second) for first in (0, 2) for second in (0, 1, 2)]      # all there are in two tokens
-    counts = torch.tensor([sum(tuple(ids) == outcome for ids in responses[0]) for outcome in outcomes]).double()
+    # all there are in two tokens
+    outcomes = [(1,)] + [(first, second) for first in (0, 2) for second in (0, 1, 2)]
+    counts = torch.tensor([sum(tuple(ids) == outcome for ids in responses[0])
+                           for outcome in outcomes]).double()
     with torch.no_grad():
-        logps = sequence_logps(model, *collate([[2, 2]] * 7, [list(outcome) for outcome in outcomes])).double()
+        logps = sequence_logps(
+            model, *collate([[2, 2]] * 7, [list(outcome) for outcome in outcomes])).double()
     expected = n * logps.exp()
     assert counts.sum() == n and expected.sum().item() == pytest.approx(n, rel=1e-5)
-    assert ((counts - expected) ** 2 / expected).sum() < 22.46                             # χ², 6 degrees, p = 0.001
+    assert ((counts - expected) ** 2 / expected).sum() < 22.46                      # χ², 6 degrees, p = 0.001
     assert model.generation_config is own
 
 
@@ -72,10 +77,12 @@ def test_trained_ids_are_generated_ids_also_where_text_does_not_round_trip():
     torch.manual_seed(0)
     roll_out(model, tokenizer, pairs, 12)
     rows = drawn[0][:, 3:].tolist()
-    trained = [pairs[0]["chosen_ids"], pairs[0]["rejected_ids"], pairs[2]["chosen_ids"], pairs[2]["rejected_ids"]]
+    trained = [pairs[0]["chosen_ids"], pairs[0]["rejected_ids"],
+               pairs[2]["chosen_ids"], pairs[2]["rejected_ids"]]
     assert [row[:len(ids)] for row, ids in zip(rows, trained)] == trained and all(trained)
-    assert any(tokenizer(tokenizer.decode(ids))["input_ids"] != ids for ids in trained)     # bytes that are not UTF-8
-    assert pairs[1]["chosen_ids"] == [1]                                                    # not flagged: untouched
+    # bytes that are not UTF-8
+    assert any(tokenizer(tokenizer.decode(ids))["input_ids"] != ids for ids in trained)
+    assert pairs[1]["chosen_ids"] == [1]                                              # not flagged: untouched
 
 
 def test_each_prompt_gets_its_own_samples_whatever_the_batching():
@@ -107,7 +114,8 @@ def test_end_tokens_are_the_tokenizers_and_the_checkpoints_special_ones():
 
 
 def test_the_token_that_closes_an_answer_in_the_template_ends_it():
-    """As with Qwen's base models: the template closes with a special token that is not the tokenizer's EOS."""
+    """As with Qwen's base models: the template closes with a special token that is not the tokenizer's
+    EOS."""
     tokenizer = byte_tokenizer(TEMPLATE.replace("<eos>", "<|user|>\\n"))
     end_ids = end_token_ids(tokenizer)
     examples, _ = encode([{"prompt": "Q", "chosen": "good", "rejected": "bad"}], tokenizer, end_ids, 50, 50)
@@ -121,8 +129,9 @@ def test_a_model_smaller_than_its_tokenizer_is_refused():
 
 def test_the_command_line_writes_one_row_per_prompt(checkpoint, tmp_path, monkeypatch, capsys):
     out = tmp_path / "responses.jsonl"
-    monkeypatch.setattr("sys.argv", ["generate.py", "--model", str(checkpoint), "--data", "toy:test", "--limit", "5",
-                                     "--max-prompt-length", "64", "--max-response-length", "6", "--out", str(out)])
+    monkeypatch.setattr("sys.argv", [
+        "generate.py", "--model", str(checkpoint), "--data", "toy:test", "--limit", "5",
+        "--max-prompt-length", "64", "--max-response-length", "6", "--out", str(out)])
     generate.main()
     rows = [json.loads(line) for line in out.read_text().split("\n") if line]
     assert len(rows) == 5 and all(set(row) == {"prompt", "response", "tokens", "finished"} for row in rows)

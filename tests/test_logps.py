@@ -11,7 +11,7 @@ from sail import sequence_logps
 
 FAMILIES = ["llama", "gpt2", "qwen2"]
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17]]
-RESPONSES = [[20, 21, 1], [30, 31, 32, 33, 34, 1], [0, 41]]     # the last holds the padding id 0 as a real token
+RESPONSES = [[20, 21, 1], [30, 31, 32, 33, 34, 1], [0, 41]]  # the last holds the padding id 0 as a real token
 
 
 def slow_logps(model, prompts, responses):
@@ -67,7 +67,8 @@ def test_extreme_padding_gives_finite_values_and_gradients():
     model = tiny_model()
     logps = sequence_logps(model, *padded([[5]], [[1]], True, 200))
     logps.sum().backward()
-    assert logps.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert logps.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters()
+                                          if p.grad is not None)
 
 
 def test_a_row_without_response_has_log_probability_zero():
@@ -92,7 +93,8 @@ def test_the_gradient_is_that_of_the_plain_forward():
     logps = model(input_ids=ids, attention_mask=attention).logits.log_softmax(-1)[:, :-1]
     plain = (logps.gather(-1, ids[:, 1:, None]).squeeze(-1) * response[:, 1:]).sum()
     expected = torch.autograd.grad(plain, list(model.parameters()))
-    ours = torch.autograd.grad(sequence_logps(model, ids, attention, response).sum(), list(model.parameters()))
+    ours = torch.autograd.grad(sequence_logps(model, ids, attention, response).sum(),
+                               list(model.parameters()))
     for one, other in zip(ours, expected):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
@@ -102,7 +104,8 @@ def test_half_precision_models_are_summed_in_float32():
     batch = collate(PROMPTS, RESPONSES)
     with torch.no_grad():
         ours = sequence_logps(model, *batch)
-        logits = model(input_ids=batch[0], attention_mask=batch[1]).logits[:, :-1].double()    # the same bf16 logits
+        # the same bf16 logits
+        logits = model(input_ids=batch[0], attention_mask=batch[1]).logits[:, :-1].double()
     exact = (logits.log_softmax(-1).gather(-1, batch[0][:, 1:, None]).squeeze(-1) * batch[2][:, 1:]).sum(-1)
     assert ours.dtype == torch.float32
     torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-3)

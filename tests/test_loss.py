@@ -40,8 +40,8 @@ def call(route, logits, reference, preference, pairs=PAIRS, **options):
     on_policy, self_labelled = ROUTES[route]
     logps, first, second = logits.log_softmax(0), pairs[:, 0], pairs[:, 1]
     flags = torch.full((len(pairs),), on_policy), torch.full((len(pairs),), self_labelled)
-    return sail_loss(logps[first], logps[second], reference[first], reference[second], preference[first, second],
-                     *flags, **{"beta": BETA, **options})
+    return sail_loss(logps[first], logps[second], reference[first], reference[second],
+                     preference[first, second], *flags, **{"beta": BETA, **options})
 
 
 def pair_weights(route, logits, data, pairs=PAIRS):
@@ -75,7 +75,7 @@ def test_a_drawn_label_gives_the_same_gradient_on_average(route):
     p = torch.sigmoid(BETA * (ratio[:, None] - ratio[None, :])) if self_labelled else preference
     p, weights = p[PAIRS[:, 0], PAIRS[:, 1]], pair_weights(route, logits, data)
     total = 0
-    for draw, chance in ((0.0, p), (1 - 1e-12, 1 - p)):              # label 1 has probability p, label 0 the rest
+    for draw, chance in ((0.0, p), (1 - 1e-12, 1 - p)):          # label 1 has probability p, label 0 the rest
         losses, _ = call(route, logits, reference, preference, baseline=-0.7,
                          label_draws=torch.full((len(PAIRS),), draw, dtype=torch.float64))
         total = total - (weights * chance * losses).sum()
@@ -88,7 +88,7 @@ def test_the_leave_one_out_baseline_leaves_the_expectation_alone(route):
     logits, reference, preference, data = softmax_policy(n=3)
     pairs = torch.tensor(list(itertools.product(range(3), range(3))))
     weights, total = pair_weights(route, logits, data, pairs), 0
-    for first, second in itertools.product(range(9), range(9)):                      # all 81 batches of two pairs
+    for first, second in itertools.product(range(9), range(9)):                  # all 81 batches of two pairs
         losses, _ = call(route, logits, reference, preference, pairs[[first, second]])
         total = total - weights[first] * weights[second] * losses.mean()
     exact = gradient(exact_objective(route, logits, reference, preference, data, "sigmoid"), logits)
@@ -110,12 +110,13 @@ def test_the_leave_one_out_baseline_is_the_mean_of_the_others():
 
 
 def test_a_pair_worth_exactly_the_baseline_has_no_T2():
-    chosen = torch.zeros(4, dtype=torch.float64, requires_grad=True)           # u = 0: every pair is worth f(0)
+    chosen = torch.zeros(4, dtype=torch.float64, requires_grad=True)         # u = 0: every pair is worth f(0)
     rest = [torch.zeros(4, dtype=torch.float64)] * 3
     for options in ({}, {"baseline": -math.log(2)}):
         losses, _ = sail_loss(chosen, *rest, None, torch.ones(4), response_coef=7.0, **options)
         plain = dpo_loss(chosen, *rest)
-        torch.testing.assert_close(torch.autograd.grad(losses.sum(), chosen), torch.autograd.grad(plain.sum(), chosen))
+        torch.testing.assert_close(torch.autograd.grad(losses.sum(), chosen),
+                                   torch.autograd.grad(plain.sum(), chosen))
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -131,7 +132,8 @@ def test_a_single_on_policy_pair_has_the_indifferent_utility_as_baseline(loss_ty
 @pytest.mark.parametrize("route", ROUTES)
 def test_the_loss_has_the_value_of_the_utility_whatever_the_coefficients(route, loss_type):
     logits, reference, preference, _ = softmax_policy()
-    losses, metrics = call(route, logits, reference, preference, loss_type=loss_type, response_coef=3.0, label_coef=2.0)
+    losses, metrics = call(route, logits, reference, preference, loss_type=loss_type, response_coef=3.0,
+                           label_coef=2.0)
     ratio = (logits.log_softmax(0) - reference).detach()
     u = BETA * (ratio[PAIRS[:, 0]] - ratio[PAIRS[:, 1]])
     p = torch.sigmoid(u) if ROUTES[route][1] else preference[PAIRS[:, 0], PAIRS[:, 1]]
@@ -143,7 +145,8 @@ def test_the_loss_has_the_value_of_the_utility_whatever_the_coefficients(route, 
 
 def test_the_utilities_have_their_published_values():
     u = torch.tensor([0.4, -2.0], dtype=torch.float64)
-    assert utility(u, 0.1, "sigmoid").tolist() == pytest.approx([math.log(1 / (1 + math.exp(-x))) for x in (0.4, -2)])
+    assert utility(u, 0.1, "sigmoid").tolist() == pytest.approx(
+        [math.log(1 / (1 + math.exp(-x))) for x in (0.4, -2)])
     assert utility(u, 0.1, "ipo").tolist() == pytest.approx([-(4 - 5) ** 2, -(-20 - 5) ** 2])
     assert utility(u, 0.1, "hinge").tolist() == pytest.approx([-0.6, -3.0])
     with pytest.raises(ValueError):
@@ -158,21 +161,24 @@ def test_without_flags_it_is_dpo_exactly(loss_type):
     plain = dpo_loss(*ours, *theirs, beta=0.3, loss_type=loss_type)
     sail_losses, _ = sail_loss(*ours, *theirs, beta=0.3, loss_type=loss_type)
     assert torch.equal(plain, sail_losses)
-    for one, other in zip(torch.autograd.grad(plain.sum(), ours), torch.autograd.grad(sail_losses.sum(), ours)):
+    for one, other in zip(torch.autograd.grad(plain.sum(), ours),
+                          torch.autograd.grad(sail_losses.sum(), ours)):
         assert torch.equal(one, other)
 
 
 def test_dpo_equals_a_hand_computed_example():
     logps = [torch.tensor([x]) for x in (-1.0, -2.0, -1.5, -1.8)]
     margin = 0.1 * ((-1.0 - -1.5) - (-2.0 - -1.8))                   # 0.07
-    assert dpo_loss(*logps, beta=0.1).item() == pytest.approx(-math.log(1 / (1 + math.exp(-margin))), abs=1e-6)
+    assert dpo_loss(*logps, beta=0.1).item() == pytest.approx(-math.log(1 / (1 + math.exp(-margin))),
+                                                              abs=1e-6)
 
 
 @pytest.mark.parametrize("route", ROUTES)
 def test_swapping_the_pair_and_its_label_changes_nothing(route):
     logits, reference, preference, _ = softmax_policy()
     one, metrics = call(route, logits, reference, preference, PAIRS)
-    other, swapped_metrics = call(route, logits, reference, preference, PAIRS.flip(1))    # preferenceᵀ = 1 − preference
+    # preferenceᵀ = 1 − preference
+    other, swapped_metrics = call(route, logits, reference, preference, PAIRS.flip(1))
     torch.testing.assert_close(one, other)
     torch.testing.assert_close(gradient(one.sum(), logits), gradient(other.sum(), logits))
     assert metrics["accuracy"] == pytest.approx(swapped_metrics["accuracy"])
@@ -211,15 +217,16 @@ def test_relabelling_alone_teaches_nothing_and_T3_is_the_negative_entropy():
     ratio = logits.log_softmax(0) - reference
     q = torch.sigmoid(BETA * (ratio[PAIRS[:, 0]] - ratio[PAIRS[:, 1]]))
     entropy = -(q * q.log() + (1 - q) * (1 - q).log())
-    torch.testing.assert_close(gradient(with_t3.sum(), logits), gradient(entropy.sum(), logits), rtol=0, atol=1e-12)
+    torch.testing.assert_close(gradient(with_t3.sum(), logits), gradient(entropy.sum(), logits), rtol=0,
+                               atol=1e-12)
 
 
 def test_the_coefficients_scale_their_term_and_nothing_else():
     logits, reference, preference, _ = softmax_policy()
 
     def of(response_coef, label_coef):
-        losses, _ = call("pp", logits, reference, preference, response_coef=response_coef, label_coef=label_coef,
-                         baseline=-0.5)
+        losses, _ = call("pp", logits, reference, preference, response_coef=response_coef,
+                         label_coef=label_coef, baseline=-0.5)
         return gradient(losses.sum(), logits)
 
     T1, T2, T3 = of(0, 0), of(1, 0) - of(0, 0), of(0, 1) - of(0, 0)

@@ -22,7 +22,8 @@ from sail import dpo_loss, pair_logps, parse_args, train
     ("the soup was very good and very good .", 2 * 0.9 + 0.5 - 0.5 * 2 + 0.5),     # said twice
     ("the soup was good . .", 0.6 + 0.5),                                          # two full stops
     ("", 0.0),
-    ("the soup was very good and truly great and rather plain .", 0.9 + 1.2 + 0.5 + 0.5 - 0.3 * 3),     # 12 words
+    # 12 words
+    ("the soup was very good and truly great and rather plain .", 0.9 + 1.2 + 0.5 + 0.5 - 0.3 * 3),
 ])
 def test_the_toy_reward_equals_a_hand_computed_value(response, expected):
     assert toy_reward(["how was the soup ?"], [response])[0] == pytest.approx(expected)
@@ -34,8 +35,8 @@ def test_the_toy_reward_refuses_dialogues():
 
 
 def fresh_pair(first, second, on_policy=True):
-    return {"prompt": "x", "chosen": first, "rejected": second, "chosen_ids": [len(first)], "rejected_ids": [len(second)],
-            "preference": 1.0, "on_policy": on_policy, "self_labelled": False}
+    return {"prompt": "x", "chosen": first, "rejected": second, "chosen_ids": [len(first)],
+            "rejected_ids": [len(second)], "preference": 1.0, "on_policy": on_policy, "self_labelled": False}
 
 
 def by_length(prompts, responses):
@@ -43,9 +44,11 @@ def by_length(prompts, responses):
 
 
 def test_fresh_pairs_are_put_into_the_rewards_order_and_ties_are_a_half():
-    pairs = [fresh_pair("a", "bbb"), fresh_pair("ccc", "d"), fresh_pair("ee", "ff"), fresh_pair("g", "hhh", False)]
+    pairs = [fresh_pair("a", "bbb"), fresh_pair("ccc", "d"), fresh_pair("ee", "ff"),
+             fresh_pair("g", "hhh", False)]
     label_by_reward(pairs, by_length)
-    assert [(pair["chosen"], pair["chosen_ids"], pair["rejected"], pair["rejected_ids"]) for pair in pairs] == [
+    assert [(pair["chosen"], pair["chosen_ids"], pair["rejected"], pair["rejected_ids"])
+            for pair in pairs] == [
         ("bbb", [3], "a", [1]), ("ccc", [3], "d", [1]), ("ee", [2], "ff", [2]), ("g", [1], "hhh", [3])]
     assert [pair["preference"] for pair in pairs] == [1.0, 1.0, 0.5, 1.0]
     assert [pair["tie"] for pair in pairs[:3]] == [False, False, True] and pairs[0]["rewards"] == [3.0, 1.0]
@@ -64,7 +67,8 @@ def test_a_function_of_a_file_is_a_reward(tmp_path):
 
 
 @pytest.mark.parametrize("body, message", [
-    ("[1.0]", "returned 1 scores for 2 responses"), ("[1.0, float('nan')]", "returned nan for the response 'b'"),
+    ("[1.0]", "returned 1 scores for 2 responses"),
+    ("[1.0, float('nan')]", "returned nan for the response 'b'"),
     ("[1.0, float('inf')]", "returned inf"), ("None", "returned NoneType"), ("['x', 'y']", "returned list")])
 def test_a_reward_that_is_not_one_finite_number_each_is_refused(tmp_path, body, message):
     path = tmp_path / "bad.py"
@@ -79,8 +83,8 @@ def classifier(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(0)
     LlamaForSequenceClassification(LlamaConfig(
-        vocab_size=261, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_labels=1,
-        max_position_embeddings=64, initializer_range=0.5, bos_token_id=None, eos_token_id=1,
+        vocab_size=261, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_labels=1, max_position_embeddings=64, initializer_range=0.5, bos_token_id=None, eos_token_id=1,
         pad_token_id={"own pad": 0, "no pad": None, "pad is eos": 1}[request.param])).save_pretrained(path)
     byte_tokenizer(TEMPLATE).save_pretrained(path)
     return str(path)
@@ -103,8 +107,9 @@ def test_a_classifier_sees_the_prompt_as_one_user_message_in_its_own_template(cl
 
 def test_a_classifier_with_two_logits_is_refused(tmp_path):
     from transformers import LlamaConfig, LlamaForSequenceClassification
-    LlamaForSequenceClassification(LlamaConfig(vocab_size=261, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                               num_attention_heads=2, num_labels=2)).save_pretrained(tmp_path)
+    LlamaForSequenceClassification(LlamaConfig(
+        vocab_size=261, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=2)).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="2 logits"):
         load_reward(str(tmp_path))
@@ -120,7 +125,8 @@ def test_the_reward_command_line_scores_a_responses_file(tmp_path, monkeypatch, 
     source.write_text(json.dumps({"prompt": "how was the soup ?", "response": "the soup was good ."}) + "\n")
     monkeypatch.setattr("sys.argv", ["reward.py", "--responses", str(source), "--out", str(out)])
     reward_module.main()
-    assert json.loads(out.read_text())["reward"] == pytest.approx(1.6) and "mean 1.600" in capsys.readouterr().out
+    assert (json.loads(out.read_text())["reward"] == pytest.approx(1.6)
+            and "mean 1.600" in capsys.readouterr().out)
 
 
 # --- evaluation
@@ -128,7 +134,8 @@ def test_the_reward_command_line_scores_a_responses_file(tmp_path, monkeypatch, 
 def test_the_interval_is_that_of_the_mean():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)) * 3 + 1
     mean, half = mean_and_interval(values)
-    assert mean == pytest.approx(values.mean().item(), abs=1e-6) and half == pytest.approx(1.96 * 3 / 20, rel=0.1)
+    assert (mean == pytest.approx(values.mean().item(), abs=1e-6)
+            and half == pytest.approx(1.96 * 3 / 20, rel=0.1))
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +153,8 @@ def evaluated():
     def win_on_first_half(prompts, responses):         # data's responses score 0; samples 1, 0 (a tie) or −1
         win_on_first_half.calls += 1
         third = len(responses) // 3
-        return [0.0] * len(responses) if win_on_first_half.calls == 2 else [1.0] * third + [0.0] * third + [-1.0] * third
+        return ([0.0] * len(responses) if win_on_first_half.calls == 2
+                else [1.0] * third + [0.0] * third + [-1.0] * third)
 
     win_on_first_half.calls = 0
     figures, samples = evaluate_policy(policy, reference, tokenizer, examples, win_on_first_half, args)
@@ -170,8 +178,10 @@ def test_the_figures_on_pairs_are_those_of_the_loss(evaluated):
 def test_kl_is_positive_and_zero_against_itself(evaluated):
     policy, reference, examples, figures, _ = evaluated
     assert figures["kl"][0] > figures["kl"][1] > 0
-    same, _ = evaluate_policy(policy, policy, toy_model()[1], examples[:8], None, parse_args(["--variant", "dpo"]))
-    assert same["kl"][0] == 0 and same["loss"][0] == pytest.approx(math.log(2), abs=1e-6) and "reward" not in same
+    same, _ = evaluate_policy(policy, policy, toy_model()[1], examples[:8], None,
+                              parse_args(["--variant", "dpo"]))
+    assert (same["kl"][0] == 0 and same["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
+            and "reward" not in same)
 
 
 def test_runs_are_compared_in_a_table_a_file_and_a_picture(tmp_path, monkeypatch, capsys):
@@ -181,15 +191,16 @@ def test_runs_are_compared_in_a_table_a_file_and_a_picture(tmp_path, monkeypatch
         part.save_pretrained(base)
     for variant in ("sft", "dpo", "pr"):
         train(parse_args(["--variant", variant, "--model", str(base), "--steps", "2", "--eval-limit", "4"]))
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "runs/toy/sft", "runs/toy/dpo", "runs/toy/pr", "--eval-limit", "8",
-                                     "--plot", "picture.png"])
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "runs/toy/sft", "runs/toy/dpo", "runs/toy/pr",
+                                     "--eval-limit", "8", "--plot", "picture.png"])
     evaluate.main()
     table = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["sft", "dpo", "pr"] and "win_rate" in table and f"reference {base}" in table
     assert all(len(figure) == 2 for figures in results.values() for figure in figures.values())
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "runs/toy/dpo/model", "--eval-limit", "8", "--out", "again.json"])
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "runs/toy/dpo/model", "--eval-limit", "8",
+                                     "--out", "again.json"])
     evaluate.main()                                    # a bare checkpoint: its own reference, so no KL
     assert json.loads((tmp_path / "again.json").read_text())["model"]["kl"][0] == 0
 
@@ -197,6 +208,7 @@ def test_runs_are_compared_in_a_table_a_file_and_a_picture(tmp_path, monkeypatch
 def test_a_model_with_another_vocabulary_than_the_reference_is_refused(tmp_path, monkeypatch, checkpoint):
     for part in toy_model(seed=5):
         part.save_pretrained(tmp_path)
-    monkeypatch.setattr("sys.argv", ["evaluate.py", str(tmp_path), str(checkpoint), "--out", str(tmp_path / "r.json")])
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(tmp_path), str(checkpoint),
+                                     "--out", str(tmp_path / "r.json")])
     with pytest.raises(InputError, match="another vocabulary"):
         evaluate.main()

@@ -29,8 +29,8 @@ def base(tmp_path_factory):
 
 def run(base, out, *more):
     """Train on the toy for a few steps; returns metrics.jsonl as rows without their seconds."""
-    train(parse_args(["--model", base, "--steps", "3", "--batch-size", "10", "--limit", "60", "--out", str(out),
-                      "--eval-limit", "4", *more]))
+    train(parse_args(["--model", base, "--steps", "3", "--batch-size", "10", "--limit", "60",
+                      "--out", str(out), "--eval-limit", "4", *more]))
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"}
             for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
@@ -47,7 +47,8 @@ def test_every_offline_pair_is_seen_epochs_times_whatever_the_mix(n, epochs, mix
     offline = [pair["id"] for batch in batches for pair in batch if not pair["self_labelled"]]
     own = [pair["id"] for batch in batches for pair in batch if pair["self_labelled"]]
     assert len(offline) == int(epochs * n) and len(offline) + len(own) == total
-    assert sorted(offline[:n]) == list(range(n)) and sorted(own[:n]) == list(range(n))[:len(own)] or len(own) < n
+    assert (sorted(offline[:n]) == list(range(n)) and sorted(own[:n]) == list(range(n))[:len(own)]
+            or len(own) < n)
     assert max(map(len, batches)) <= 10 and max(map(len, batches)) - min(map(len, batches)) <= 1
     assert total == pytest.approx(int(epochs * n) / (1 - mix), abs=1 / (1 - mix))
 
@@ -56,14 +57,17 @@ def test_mix_one_is_epochs_of_the_prompts_on_the_variants_route():
     args = parse_args(["--variant", "pr", "--mix", "1", "--epochs", "2", "--batch-size", "10"])
     total, steps = plan(25, args)
     assert (total, steps) == (50, 5)
-    pairs = [pair for step in range(1, 6) for pair in draw_pairs([{"id": i} for i in range(25)], step, 5, 50, args)]
-    assert all(pair["on_policy"] for pair in pairs) and sorted(pair["id"] for pair in pairs[:25]) == list(range(25))
+    pairs = [pair for step in range(1, 6)
+             for pair in draw_pairs([{"id": i} for i in range(25)], step, 5, 50, args)]
+    assert (all(pair["on_policy"] for pair in pairs)
+            and sorted(pair["id"] for pair in pairs[:25]) == list(range(25)))
 
 
 def test_the_epochs_are_shuffled_differently_and_by_the_seed():
     def ids(seed):
         args = parse_args(["--variant", "dpo", "--epochs", "2", "--batch-size", "50", "--seed", str(seed)])
-        return [pair["id"] for step in (1, 2) for pair in draw_pairs([{"id": i} for i in range(50)], step, 2, 100, args)]
+        return [pair["id"] for step in (1, 2)
+                for pair in draw_pairs([{"id": i} for i in range(50)], step, 2, 100, args)]
 
     assert ids(0) == ids(0) != ids(1) and ids(0)[:50] != ids(0)[50:] and ids(0) != sorted(ids(0))
 
@@ -83,7 +87,8 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(variant):
 def test_two_ranks_give_the_gradient_of_one_process_also_on_uneven_shares(tmp_path):
     out = tmp_path / "gradients.json"
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    ROOT / "tests/ranks.py", out], check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                    ROOT / "tests/ranks.py", out], check=True, timeout=200,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
     for case, (shared, totals) in json.loads(out.read_text()).items():
         variant, n, label = case.split()
         gradient, alone = batch_gradient(int(n), variant, 2, label=label)
@@ -93,7 +98,8 @@ def test_two_ranks_give_the_gradient_of_one_process_also_on_uneven_shares(tmp_pa
 
 def test_sft_is_the_mean_negative_log_likelihood_per_token(base, tmp_path):
     row = run(base, tmp_path, "--variant", "sft", "--steps", "1", "--learning-rate", "1e-9")[0]
-    assert row["loss"] == pytest.approx(math.log(57), rel=0.2) and row["margin"] is None      # 57 words, untrained
+    # 57 words, untrained
+    assert row["loss"] == pytest.approx(math.log(57), rel=0.2) and row["margin"] is None
 
 
 # --- runs
@@ -104,11 +110,12 @@ def test_a_run_repeats_bit_for_bit_and_leaves_its_files(base, tmp_path, variant)
     rows = run(base, tmp_path / "a", *more, "--max-response-length", "8")
     assert rows == run(base, tmp_path / "b", *more, "--max-response-length", "8")
     assert [row["step"] for row in rows] == [1, 2, 3]
-    wanted = """step loss margin accuracy chosen_logps rejected_logps kl reward response_length unfinished on_policy
-                self_labelled grad_norm learning_rate tokens dropped truncated_prompts truncated_responses"""
+    wanted = ("step loss margin accuracy chosen_logps rejected_logps kl reward response_length unfinished "
+              """on_policy
+                self_labelled grad_norm learning_rate tokens dropped truncated_prompts truncated_responses""")
     assert set(wanted.split()) <= set(rows[0])
     if variant != "sft":
-        assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)          # policy = reference at the start
+        assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)       # policy = reference at the start
     assert rows[0]["on_policy"] == (0.5 if variant in ("pp", "pr") else 0 if variant != "sft" else None)
     assert rows[0]["self_labelled"] == (0.5 if variant in ("dp", "pp") else 0 if variant != "sft" else None)
     assert (rows[0]["reward"] is not None) == (variant == "pr")
@@ -122,8 +129,9 @@ def test_a_run_repeats_bit_for_bit_and_leaves_its_files(base, tmp_path, variant)
 
 
 def test_iterative_dpo_fully_online_soft_labels_drawn_labels_and_another_optimizer_run(base, tmp_path):
-    rows = run(base, tmp_path, "--variant", "pr", "--mix", "1", "--response-coef", "0", "--temperature", "0.7", "--preference",
-               "soft", "--label", "sampled", "--optimizer", "rmsprop", "--schedule", "cosine", "--micro-batch-size", "3")
+    rows = run(base, tmp_path, "--variant", "pr", "--mix", "1", "--response-coef", "0", "--temperature",
+               "0.7", "--preference", "soft", "--label", "sampled", "--optimizer", "rmsprop",
+               "--schedule", "cosine", "--micro-batch-size", "3")
     assert all(row["on_policy"] == 1 and row["loss"] is not None for row in rows)
 
 
@@ -141,7 +149,8 @@ def test_parameters_move_at_a_learning_rate_of_5e_7(base, tmp_path):
 
 
 def test_the_warm_up_is_linear_and_then_constant(base, tmp_path):
-    rows = run(base, tmp_path, "--variant", "dpo", "--steps", "6", "--warmup-steps", "4", "--learning-rate", "1e-4")
+    rows = run(base, tmp_path, "--variant", "dpo", "--steps", "6", "--warmup-steps", "4",
+               "--learning-rate", "1e-4")
     assert [row["learning_rate"] for row in rows] == pytest.approx([2.5e-5, 5e-5, 7.5e-5, 1e-4, 1e-4, 1e-4])
 
 
@@ -173,7 +182,8 @@ def test_the_baseline_follows_the_utility_of_past_fresh_pairs(base, tmp_path, mo
 
     original = sail.preference_losses
     monkeypatch.setattr(sail, "preference_losses", watched)
-    run(base, tmp_path, "--variant", "pr", "--mix", "0.5", "--learning-rate", "1e-2", "--max-response-length", "8")
+    run(base, tmp_path, "--variant", "pr", "--mix", "0.5", "--learning-rate", "1e-2",
+        "--max-response-length", "8")
     assert seen[0][0] == pytest.approx(-math.log(2)) and seen[1][1] != pytest.approx(seen[1][0], abs=1e-4)
     for (baseline, utility), (later, _) in zip(seen, seen[1:]):
         assert later == pytest.approx(baseline + 0.1 * (utility - baseline), abs=1e-6)
@@ -192,8 +202,9 @@ def test_the_logged_kl_is_the_mean_log_ratio_of_the_fresh_responses():
 def launched(base, out, *more):
     """The same run as run(), on two ranks of torchrun."""
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    ROOT / "sail.py", "--model", base, "--steps", "3", "--batch-size", "7", "--limit", "60", "--out", out,
-                    "--eval-limit", "4", *more], check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+                    ROOT / "sail.py", "--model", base, "--steps", "3", "--batch-size", "7", "--limit", "60",
+                    "--out", out, "--eval-limit", "4", *more], check=True, timeout=200,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
 
@@ -204,7 +215,8 @@ def test_a_run_on_two_ranks_is_that_of_one_process(base, tmp_path, variant):
     alone = run(base, tmp_path / "one", *more, "--batch-size", "7", "--micro-batch-size", "2")
     for one, two in zip(alone, launched(base, tmp_path / "two", *more), strict=True):
         measured = {key: value for key, value in one.items() if value is not None}
-        assert set(two) == set(one) and {key: two[key] for key in measured} == pytest.approx(measured, rel=1e-3, abs=1e-5)
+        assert (set(two) == set(one)
+                and {key: two[key] for key in measured} == pytest.approx(measured, rel=1e-3, abs=1e-5))
 
 
 def test_ranks_draw_different_samples_and_a_rerun_repeats_them(base, tmp_path):
@@ -219,10 +231,12 @@ def test_the_gradient_is_that_of_the_mean_loss(base, tmp_path):
     row = run(base, tmp_path, *more)[0]
     args = parse_args(["--model", base, *more])
     policy, reference, _, _, examples, _, _ = sail.load_everything(args, "cpu")
-    losses, _ = sail.preference_losses(policy, reference, draw_pairs(examples, 1, 1, 10, args), args, baseline=0.0)
+    losses, _ = sail.preference_losses(policy, reference, draw_pairs(examples, 1, 1, 10, args), args,
+                                       baseline=0.0)
     losses.mean().backward()
     norm = torch.stack([p.grad.norm() for p in policy.parameters()]).norm().item()
-    assert row["grad_norm"] == pytest.approx(norm, rel=1e-4) and row["loss"] == pytest.approx(losses.mean().item())
+    assert (row["grad_norm"] == pytest.approx(norm, rel=1e-4)
+            and row["loss"] == pytest.approx(losses.mean().item()))
 
 
 def test_another_reference_is_used_and_never_moves(base, tmp_path):
@@ -236,10 +250,11 @@ def test_another_reference_is_used_and_never_moves(base, tmp_path):
 
 
 def test_pr_learns_the_toy_reward(tmp_path, monkeypatch):
-    """From the command line, start to end: SFT on first use, then PR, which gains reward on nouns it never saw."""
+    """From the command line, start to end: SFT on first use, then PR, which gains reward on nouns it never
+    saw."""
     monkeypatch.chdir(tmp_path)
-    finished = subprocess.run([sys.executable, ROOT / "sail.py", "--variant", "pr", "--epochs", "1.5"], text=True,
-                              capture_output=True, timeout=280)
+    finished = subprocess.run([sys.executable, ROOT / "sail.py", "--variant", "pr", "--epochs", "1.5"],
+                              text=True, capture_output=True, timeout=280)
     assert finished.returncode == 0, finished.stderr
     assert "training it, once" in finished.stdout and "steps of 48" in finished.stdout
     curve = [json.loads(line)["reward"] for line in Path("runs/toy/pr/eval.jsonl").read_text().splitlines()]
