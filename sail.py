@@ -574,8 +574,11 @@ def parse_args(argv=None):
     add("--eval-every", type=number(int, 0), help="steps between evaluations on held-out pairs (100; toy "
         "20); 0: only at the end")
     add("--eval-limit", type=number(int, 1), default=128, help="held-out pairs to evaluate on (default: 128)")
-    args = parser.parse_args(argv)
+    return completed(parser.parse_args(argv), parser)
 
+
+def completed(args, parser):
+    """The arguments with the defaults that depend on data and variant; what cannot work together is an error."""
     toy, sft = args.data == "toy", args.variant == "sft"
     defaults = {**DEFAULTS, **(TOY_DEFAULTS if toy else {}), **(SFT_DEFAULTS[toy] if sft else {}),
                 "mix": VARIANTS[args.variant]["mix"],
