@@ -141,7 +141,7 @@ def from_winner(prompt, responses, winner):
 
 
 def from_summaries(row):
-    """The query format of "Learning to summarize from human feedback" (arXiv 2009.01325, appendix B.2)."""
+    """The query format of "Learning to summarize from human feedback" (arXiv 2009.01325)."""
     info = row["info"]
     prompt = (f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\n"
               f"POST: {info.get('post') or info.get('article')}\n\nTL;DR:")

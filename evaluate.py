@@ -156,6 +156,9 @@ def main():
     parser.add_argument("--plot", metavar="PNG", help="draw reward, KL and learning curves")
     overrides = vars(parser.parse_args())
     paths, out, picture, reference = (overrides.pop(key) for key in ("models", "out", "plot", "reference"))
+    paths = [path for path in paths if not Path(path).is_file()]       # runs/toy/* also names results.json
+    if not paths:
+        raise InputError("no run or model directory among the arguments")
     runs = [find_run(path, overrides) for path in paths]
     if len({name for name, *_ in runs}) < len(runs):
         runs = [(path, *rest) for path, (_, *rest) in zip(paths, runs)]

@@ -108,7 +108,7 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
               preference=None, on_policy=None, self_labelled=None, *,
               beta=0.1, response_coef=1.0, label_coef=1.0, loss_type="sigmoid", baseline=None,
               label_draws=None):
-    """SAIL's loss for every variant (arXiv 2406.15567, section 4): a pair is where its
+    """SAIL's loss for every variant (arXiv 2406.15567): a pair is where its
     responses and its label come from.
 
     *_logps        (B,)  log π(y|x) summed over y's tokens; the policy's with
@@ -578,7 +578,7 @@ def parse_args(argv=None):
 
 
 def completed(args, parser):
-    """The arguments with the defaults that depend on data and variant; what cannot work together is an error."""
+    """The arguments, with the defaults that depend on data and variant; what cannot work is an error."""
     toy, sft = args.data == "toy", args.variant == "sft"
     defaults = {**DEFAULTS, **(TOY_DEFAULTS if toy else {}), **(SFT_DEFAULTS[toy] if sft else {}),
                 "mix": VARIANTS[args.variant]["mix"],

@@ -199,7 +199,7 @@ def test_runs_are_compared_in_a_table_a_file_and_a_picture(tmp_path, monkeypatch
     assert list(results) == ["sft", "dpo", "pr"] and "win_rate" in table and f"reference {base}" in table
     assert all(len(figure) == 2 for figures in results.values() for figure in figures.values())
     assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "runs/toy/dpo/model", "--eval-limit", "8",
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "results.json", "runs/toy/dpo/model", "--eval-limit", "8",
                                      "--out", "again.json"])
     evaluate.main()                                    # a bare checkpoint: its own reference, so no KL
     assert json.loads((tmp_path / "again.json").read_text())["model"]["kl"][0] == 0
