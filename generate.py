@@ -11,6 +11,7 @@ import math
 import os
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -171,20 +172,35 @@ def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, t
     return [rows[group] for group in groups], [[end is not None for end in ends[group]] for group in groups]
 
 
-def roll_out(policy, tokenizer, pairs, max_response_length, temperature=1.0, dtype="float32"):
-    """Give every pair flagged on_policy two fresh samples of the policy in place of the data's responses.
+def roll_out(policy, tokenizer, pairs, max_response_length, num_responses=2, temperature=1.0, dtype="float32"):
+    """Put fresh samples of the policy in the place of the responses flagged on_policy. Returns the pairs anew.
 
-    Changes the pairs: chosen and rejected, as ids and text, and `unfinished`, how many of the two. Two equal
-    samples stay a pair: without such pairs the expectation would be another one.
+    A pair of two samples becomes all pairs of `num_responses` samples to its prompt, which share its weight;
+    where the chosen response is the data's, one sample is drawn to be the rejected one. Changes chosen and
+    rejected, as ids and text, and `unfinished`, how many of the samples. Two equal samples stay a pair: without
+    such pairs the expectation would be another one.
     """
-    fresh = [pair for pair in pairs if pair["on_policy"]]
-    if fresh:
-        with torch.autocast(policy.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-            prompts = [pair["prompt_ids"] for pair in fresh]
-            responses, finished = sample(policy, tokenizer, prompts, max_response_length, 2, temperature)
-        for pair, (first, second), done in zip(fresh, responses, finished):
-            pair.update(chosen_ids=first, rejected_ids=second, unfinished=2 - sum(done),
-                        chosen=response_text(tokenizer, first), rejected=response_text(tokenizer, second))
+    fresh = [pair for pair in pairs if any(pair["on_policy"])]
+    if not fresh:
+        return pairs
+    both = all(fresh[0]["on_policy"])
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        samples = zip(*sample(policy, tokenizer, [pair["prompt_ids"] for pair in fresh], max_response_length,
+                              num_responses if both else 1, temperature))
+    rolled_out = []
+    for pair in pairs:
+        if not any(pair["on_policy"]):
+            rolled_out.append(pair)
+            continue
+        drawn = [{"ids": ids, "text": response_text(tokenizer, ids), "unfinished": not done}
+                 for ids, done in zip(*next(samples))]
+        own = {"ids": pair["chosen_ids"], "text": pair["chosen"], "unfinished": False}
+        choices = list(combinations(drawn if both else [own, *drawn], 2))
+        rolled_out += [{**pair, "weight": pair["weight"] / len(choices),
+                        "chosen_ids": one["ids"], "chosen": one["text"],
+                        "rejected_ids": other["ids"], "rejected": other["text"],
+                        "unfinished": one["unfinished"] + other["unfinished"]} for one, other in choices]
+    return rolled_out
 
 
 def response_text(tokenizer, ids):

@@ -126,12 +126,14 @@ def label_by_reward(pairs, reward, preference="hard"):
     Their `preference` P(chosen ≻ rejected) becomes 1, or ½ for a tie; "soft": σ(reward difference). Adds
     `rewards`, in the new order, and `tie`.
     """
-    fresh = [pair for pair in pairs if pair["on_policy"]]
+    fresh = [pair for pair in pairs if all(pair["on_policy"])]
     if not fresh:
         return
-    scores = reward([pair["prompt"] for pair in fresh] * 2,
-                    [pair[side] for side in ("chosen", "rejected") for pair in fresh])
-    for pair, first, second in zip(fresh, scores, scores[len(fresh):]):
+    samples = {id(pair[f"{side}_ids"]): (pair["prompt"], pair[side])      # a sample in several pairs is scored once
+               for pair in fresh for side in ("chosen", "rejected")}
+    scores = dict(zip(samples, reward(*map(list, zip(*samples.values())))))
+    for pair in fresh:
+        first, second = scores[id(pair["chosen_ids"])], scores[id(pair["rejected_ids"])]
         if second > first:            # swapping the responses and the label changes nothing but their names
             pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
             pair["chosen_ids"], pair["rejected_ids"] = pair["rejected_ids"], pair["chosen_ids"]

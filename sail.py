@@ -41,12 +41,14 @@ import warnings
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache, partial
+from operator import itemgetter
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import InputError, Parser, collate, command_line, counted, encode, number, train_and_held_out
@@ -56,43 +58,101 @@ from reward import label_by_reward, load_reward
 # --- log-probabilities and losses ---------------------------------------------------------------------------
 
 
-def sequence_logps(model, input_ids, attention_mask, response_mask):
-    """log π(y|x): the log-probabilities of each row's response tokens, summed.
-    Returns (B,), float32 at least.
+CHUNK = 2048                              # positions that are projected onto the vocabulary at a time
+
+
+def response_states(model, input_ids, attention_mask, scored):
+    """The last hidden states at the positions whose next token is scored, (N, H): all of the model but its
+    output layer. scored: (B, T−1) bool. Raises ValueError for a model that `logits_of` does not know."""
+    kept, inner = [], getattr(model, "module", model)                  # a DDP wrapper holds the model in .module
+
+    def keep(_, hidden):                                               # (B, T, H)
+        kept.append(hidden[0][:, :-1][scored])
+        return kept[0][:1]                                             # one row, to compare below
+
+    hook = inner.get_output_embeddings().register_forward_pre_hook(keep)
+    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)        # (B, T): padding does not move a token
+    try:
+        row = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
+                    use_cache=False).logits
+    finally:
+        hook.remove()
+    if not torch.allclose(row.detach(), logits_of(inner, kept[0][:1]).detach().to(row.dtype), atol=1e-3):
+        raise ValueError(f"{type(inner).__name__} changes its logits after the output layer; teach logits_of how")
+    return kept[0]
+
+
+def logits_of(model, hidden):
+    """The model's logits for its last hidden states: (N, H) -> (N, V), float32 at least."""
+    logits, config = model.get_output_embeddings()(hidden), model.config.get_text_config()
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere, Granite
+    cap = getattr(config, "final_logit_softcapping", None)                                          # Gemma
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+def sequence_logps(model, input_ids, attention_mask, response_mask, reference=None):
+    """log π(y|x): the log-probabilities of each row's response tokens, summed. Returns (B,), float32 at least.
 
     input_ids, attention_mask, response_mask: (B, T), padded on either side; response_mask is 1 on the
-    response's tokens, its end token included. Only the positions that predict these are projected onto
-    the vocabulary.
+    response's tokens, its end token included. Only the positions that predict these are projected onto the
+    vocabulary, CHUNK at a time, and once more in backward: no tensor of all positions × vocabulary is kept.
+
+    With `reference`, a model that is held fixed: returns three (B,): log π, log π_ref, and RevKL, the exact
+    Σ_tokens KL(π_ref(·|context) ‖ π(·|context)) over the vocabulary (arXiv 2606.31524), of the same projections.
     """
-    scored = response_mask[:, 1:].bool()                            # (B, T−1): position t predicts token t+1
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)     # (B, T): padding does not move a token
-    # (a DDP wrapper holds the model in .module)
-    head = getattr(model, "module", model).get_output_embeddings()
-    select = head.register_forward_pre_hook(                        # (B, T, H) -> (N, H)
-        lambda _, hidden: (hidden[0][:, :-1][scored],))
-    try:
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                       use_cache=False).logits                      # (N, V)
-    finally:
-        select.remove()
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    token_logps = -F.cross_entropy(logits, input_ids[:, 1:][scored], reduction="none")        # (N,)
-    return token_logps.new_zeros(len(input_ids)).index_add(0, scored.nonzero()[:, 0], token_logps)   # (B,)
+    scored = response_mask[:, 1:].bool()                               # (B, T−1): position t predicts token t+1
+    tokens, rows = input_ids[:, 1:][scored], scored.nonzero()[:, 0]    # (N,)
+    inner = getattr(model, "module", model)
+    states = [response_states(model, input_ids, attention_mask, scored)]                            # (N, H)
+    if reference is not None:
+        with torch.no_grad():
+            states.append(response_states(reference, input_ids, attention_mask, scored))
+
+    def of_chunk(tokens, hidden, reference_hidden=None):               # (n,), (n, H), (n, H) -> one or three (n,)
+        ours = logits_of(inner, hidden).log_softmax(-1)                # (n, V)
+        if reference is None:
+            return ours.gather(-1, tokens[:, None])
+        with torch.no_grad():
+            theirs = logits_of(reference, reference_hidden).log_softmax(-1)
+        revkl = (theirs.exp() * (theirs - ours)).sum(-1, keepdim=True)
+        return torch.cat([ours.gather(-1, tokens[:, None]), theirs.gather(-1, tokens[:, None]), revkl], -1)
+
+    terms = torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
+                       for chunk in zip(*(each.split(CHUNK) for each in (tokens, *states)))])       # (N, 1 or 3)
+    sums = terms.new_zeros(len(input_ids), terms.shape[1]).index_add(0, rows, terms).T              # (1 or 3, B)
+    return sums[0] if reference is None else (sums[0], sums[1].detach(), sums[2])
 
 
-def utility(margin, beta, loss_type):
-    """f(u), what a pair of margin u = β·(log-ratio of chosen − log-ratio of rejected) is worth; (B,) -> (B,).
+def implicit_reward(policy_logps, reference_logps, lengths, beta, loss_type):
+    """r(x, y), whose difference between chosen and rejected response is the margin u; (B,) -> (B,).
+
+    simpo: β·log π / |y| (arXiv 2405.14734). orpo: log-odds of the mean log-probability per token (2403.07691).
+    These two look at no reference and at `lengths`, in tokens. Else DPO's β·(log π − log π_ref) (2305.18290, eq. 5).
+    """
+    if loss_type == "simpo":
+        return beta * policy_logps / lengths
+    if loss_type == "orpo":
+        mean = (policy_logps / lengths).clamp(max=-1e-6)               # certainty has infinite odds
+        return mean - torch.log(-torch.expm1(mean))
+    return beta * (policy_logps - reference_logps)
+
+
+def utility(margin, beta, loss_type, target_margin=0.0):
+    """f(u), what a pair of margin u is worth, (B,) -> (B,): minus the loss that the name stands for.
 
     sigmoid: log σ(u), DPO (arXiv 2305.18290). ipo: −(u/β − 1/(2β))², IPO (2310.12036), log-ratios summed over
-    tokens. hinge: −max(0, 1 − u), SLiC (2305.10425).
+    tokens. hinge: −max(0, 1 − u), SLiC (2305.10425). simpo: log σ(u − target_margin). orpo: log σ(u).
     """
-    if loss_type == "sigmoid":
+    if loss_type in ("sigmoid", "orpo"):
         return F.logsigmoid(margin)
+    if loss_type == "simpo":
+        return F.logsigmoid(margin - target_margin)
     if loss_type == "ipo":
         return -(margin / beta - 1 / (2 * beta)) ** 2
     if loss_type == "hinge":
         return -F.relu(1 - margin)
-    raise ValueError(f"loss_type {loss_type!r}: want sigmoid, ipo or hinge")
+    raise ValueError(f"loss_type {loss_type!r}: want sigmoid, ipo, hinge, simpo or orpo")
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *,
@@ -107,31 +167,33 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
 def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
               preference=None, on_policy=None, self_labelled=None, *,
               beta=0.1, response_coef=1.0, label_coef=1.0, loss_type="sigmoid", baseline=None,
-              label_draws=None):
-    """SAIL's loss for every variant (arXiv 2406.15567): a pair is where its
-    responses and its label come from.
+              label_draws=None, chosen_lengths=None, rejected_lengths=None, target_margin=0.0):
+    """SAIL's loss for every variant (arXiv 2406.15567) and utility: a pair is where its responses and its label
+    come from.
 
-    *_logps        (B,)  log π(y|x) summed over y's tokens; the policy's with
-                         gradient, the reference's without
+    *_logps        (B,)  log π(y|x) summed over y's tokens; the policy's with gradient, the reference's without
     preference     (B,)  P(chosen ≻ rejected) according to the data or the reward; None: 1
-    on_policy      (B,)  bool: both responses were sampled from the policy as it is now → T2; None: nowhere
-    self_labelled  (B,)  bool: the label is the policy's own, P = σ(u), whatever
-                         `preference` says → T3; None: nowhere
+    on_policy      (B,) or (B, 2), chosen and rejected: bool, the response was sampled from the policy as it is
+                         now → T2; None: nowhere
+    self_labelled  (B,)  bool: the label is the policy's own, P = σ(u), whatever `preference` says → T3; None: nowhere
     baseline       b of T2, () or (B,); must not depend on the pair's own responses. None: the mean utility of
-                   the other on-policy pairs of this call, or f(0) where there is no other
-    label_draws    (B,)  uniform in [0, 1): the label is drawn with them, as in the
-                         paper; None: it is summed out
+                   the other on-policy pairs of this call, or f(0) where there is no other; right for pairs
+                   that share no response
+    label_draws    (B,)  uniform in [0, 1): the label is drawn with them, as in the paper; None: it is summed out
+    *_lengths      (B,)  the responses' numbers of tokens; simpo and orpo need them
+    target_margin  simpo's m
 
     With both coefficients 1 the gradient's expectation is ∇J exactly; 0 switches a term off. Returns (losses,
     metrics): losses (B,), whose value is minus the pair's utility and whose gradient is −(T1 +
     response_coef·T2 + label_coef·T3); metrics, detached means over the pairs. margin and accuracy are in the
-    label's sense; label_reversed is the share of pairs, self-labelled ones, where T3 has turned a label
-    round.
+    label's sense; label_reversed is the share of pairs, self-labelled ones, where T3 has turned a label round.
     """
-    margin = beta * ((policy_chosen_logps - reference_chosen_logps)
-                     - (policy_rejected_logps - reference_rejected_logps))                      # u (B,)
+    margin = (implicit_reward(policy_chosen_logps, reference_chosen_logps, chosen_lengths, beta, loss_type)     # u
+              - implicit_reward(policy_rejected_logps, reference_rejected_logps, rejected_lengths, beta, loss_type))
     nowhere = torch.zeros_like(margin, dtype=torch.bool)
     on_policy = nowhere if on_policy is None else on_policy.bool()
+    chosen_sampled, rejected_sampled = on_policy.T if on_policy.dim() == 2 else (on_policy, on_policy)
+    sampled = chosen_sampled | rejected_sampled
     self_labelled = nowhere if self_labelled is None else self_labelled.bool()
 
     p = torch.ones_like(margin) if preference is None else preference.to(margin.dtype)
@@ -139,15 +201,17 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
     if label_draws is not None:
         p = (label_draws.to(p.dtype) < p).to(p.dtype)
 
-    f_chosen, f_rejected = utility(margin, beta, loss_type), utility(-margin, beta, loss_type)  # f₊, f₋ (B,)
+    f_chosen = utility(margin, beta, loss_type, target_margin)        # f₊ (B,)
+    f_rejected = utility(-margin, beta, loss_type, target_margin)     # f₋ (B,)
     mean_f = p * f_chosen + (1 - p) * f_rejected                      # F̄; with p held, its gradient is T1
 
     f = mean_f.detach()                                               # detached: T2 moves the sampling, not f
     if baseline is None:
-        others = on_policy.sum() - 1
-        f_zero = utility(torch.zeros_like(f), beta, loss_type)
-        baseline = torch.where(others > 0, ((f * on_policy).sum() - f) / others.clamp(min=1), f_zero)
-    T2 = torch.where(on_policy, f - baseline, 0) * (policy_chosen_logps + policy_rejected_logps)
+        others = sampled.sum() - 1
+        f_zero = utility(torch.zeros_like(f), beta, loss_type, target_margin)
+        baseline = torch.where(others > 0, ((f * sampled).sum() - f) / others.clamp(min=1), f_zero)
+    T2 = (f - baseline) * (torch.where(chosen_sampled, policy_chosen_logps, 0)
+                           + torch.where(rejected_sampled, policy_rejected_logps, 0))
 
     T3 = (p * f_chosen.detach() * F.logsigmoid(margin)                # detached: T3 moves the label, not f
           + (1 - p) * f_rejected.detach() * F.logsigmoid(-margin))
@@ -157,48 +221,64 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
     losses = -(mean_f + (corrections - corrections.detach()))         # corrections: a gradient, but no value
 
     u, ahead = margin.detach(), (margin.detach() > 0) + 0.5 * (margin.detach() == 0)
-    # 1 + label_coef·f, T3's weight, < 0
-    past = torch.minimum(f_chosen, f_rejected).detach() * label_coef < -1
+    past = torch.minimum(f_chosen, f_rejected).detach() * label_coef < -1      # 1 + label_coef·f, T3's weight, < 0
     metrics = {
         "loss": losses, "margin": (2 * p - 1) * u, "accuracy": p * ahead + (1 - p) * (1 - ahead),
         "chosen_logps": policy_chosen_logps, "rejected_logps": policy_rejected_logps,
-        "on_policy": on_policy, "self_labelled": self_labelled, "label_reversed": self_labelled & past}
+        "on_policy": sampled, "self_labelled": self_labelled, "label_reversed": self_labelled & past}
     return losses, {name: value.detach().to(margin.dtype).mean() for name, value in metrics.items()}
 
 
 # --- one training step --------------------------------------------------------------------------------------
 
 
-def pair_logps(model, pairs, dtype="float32"):
-    """(chosen_logps, rejected_logps), each (B,), from one forward of both."""
-    device = next(model.parameters()).device
-    prompts = [pair["prompt_ids"] for pair in pairs] * 2
-    batch = collate(prompts, [pair[side] for side in ("chosen_ids", "rejected_ids") for pair in pairs],
-                    device)
+def pair_logps(model, pairs, dtype="float32", reference=None):
+    """(chosen_logps, rejected_logps), each (B,), from one forward in which every response occurs once. With
+    `reference`: such a pair of the model's, of the reference's and of RevKL's, as in `sequence_logps`."""
+    device, rows = next(model.parameters()).device, {}                 # rows: response -> its row
+    places = [[rows.setdefault((tuple(pair["prompt_ids"]), tuple(pair[side])), len(rows)) for pair in pairs]
+              for side in ("chosen_ids", "rejected_ids")]              # (2, B)
+    prompts, responses = zip(*((list(prompt), list(response)) for prompt, response in rows))
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        return sequence_logps(model, *batch).chunk(2)
+        sums = sequence_logps(model, *collate(prompts, responses, device), reference)
+    if reference is None:
+        return sums[torch.tensor(places, device=device)]               # (2, B)
+    return [each[torch.tensor(places, device=device)] for each in sums]
 
 
 def preference_losses(policy, reference, pairs, args, baseline=None):
-    """`sail_loss` of the pairs: (losses (B,), metrics). Adds to its metrics KL(π‖π_ref)
-    and loss on fresh pairs."""
-    chosen, rejected = pair_logps(policy, pairs, args.dtype)
-    with torch.no_grad():
-        reference_chosen, reference_rejected = pair_logps(reference, pairs, args.dtype)
+    """`sail_loss` of the pairs, and the regularisers that args turns on: (losses (B,), metrics).
 
-    def column(key):
-        return torch.tensor([pair[key] for pair in pairs], device=chosen.device)
+    nll: −log π of the data's chosen response, per token. revkl: KL(π_ref ‖ π), the mean over the pair's response
+    tokens. Adds to the metrics these two, KL(π‖π_ref) and the loss on fresh pairs.
+    """
+    if args.revkl_coef:
+        ours, theirs, revkl = pair_logps(policy, pairs, args.dtype, reference)                     # (2, B)
+    else:
+        with torch.no_grad():
+            theirs = pair_logps(reference, pairs, args.dtype)
+        ours = pair_logps(policy, pairs, args.dtype)
+        revkl = torch.zeros_like(theirs)
 
+    def column(value_of):
+        return torch.tensor([value_of(pair) for pair in pairs], device=ours.device)
+
+    lengths = column(lambda pair: (len(pair["chosen_ids"]), len(pair["rejected_ids"]))).T          # (2, B)
+    on_policy, self_labelled = column(itemgetter("on_policy")), column(itemgetter("self_labelled"))
+    preference = column(itemgetter("preference"))
     losses, metrics = sail_loss(
-        chosen, rejected, reference_chosen, reference_rejected, column("preference"), column("on_policy"),
-        column("self_labelled"), beta=args.beta, response_coef=args.response_coef, label_coef=args.label_coef,
-        loss_type=args.loss_type, baseline=baseline,
-        label_draws=column("draw") if args.label == "sampled" else None)
+        *ours, *theirs, preference + args.label_smoothing * (1 - 2 * preference), on_policy, self_labelled,
+        beta=args.beta, response_coef=args.response_coef, label_coef=args.label_coef, loss_type=args.loss_type,
+        baseline=baseline, label_draws=column(itemgetter("draw")) if args.label == "sampled" else None,
+        chosen_lengths=lengths[0], rejected_lengths=lengths[1], target_margin=args.target_margin)
+
+    offline = ~on_policy[:, 0] & ~self_labelled
+    nll, revkl = offline * -ours[0] / lengths[0], revkl.sum(0) / lengths.sum(0)
     with torch.no_grad():
-        log_ratio = (chosen + rejected - reference_chosen - reference_rejected) / 2
-        metrics["kl"] = (log_ratio * column("on_policy")).mean()
-        metrics["on_policy_loss"] = (losses * column("on_policy")).mean()
-    return losses, metrics
+        log_ratio = ((ours - theirs).T * on_policy).sum(1) / on_policy.sum(1).clamp(min=1)
+        metrics.update(kl=log_ratio.mean(), on_policy_loss=(losses * on_policy.any(1)).mean(), nll=nll.mean(),
+                       offline=offline.float().mean(), revkl=revkl.mean())
+    return losses + args.nll_coef * nll + args.revkl_coef * revkl, metrics
 
 
 def sft_losses(policy, pairs, args):
@@ -211,27 +291,32 @@ def sft_losses(policy, pairs, args):
 
 
 def accumulate_gradients(policy, losses_of, pairs, micro_batch_size, scale):
-    """Back-propagate scale·Σ losses, `micro_batch_size` pairs at a time. Returns the
-    metrics' sums over the pairs."""
+    """Back-propagate scale·Σ weight·losses, `micro_batch_size` pairs of one weight at a time. Returns the
+    metrics' weighted sums over the pairs."""
     totals = Counter()
-    for start in range(0, len(pairs), micro_batch_size):
-        micro = pairs[start:start + micro_batch_size]
-        policy.require_backward_grad_sync = start + micro_batch_size >= len(pairs)  # DDP: once, with the last
+    by_weight = [[pair for pair in pairs if pair["weight"] == weight]
+                 for weight in sorted({pair["weight"] for pair in pairs})]
+    micros = [group[start:start + micro_batch_size]
+              for group in by_weight for start in range(0, len(group), micro_batch_size)]
+    for micro in micros:
+        policy.require_backward_grad_sync = micro is micros[-1]        # DDP: once, with the last
         losses, metrics = losses_of(micro)
-        (scale * losses.sum()).backward()
+        weight = micro[0]["weight"]
+        (scale * weight * losses.sum()).backward()
         for name, value in metrics.items():
-            totals[name] += value.item() * len(micro)
+            totals[name] += value.item() * len(micro) * weight
     return totals
 
 
 # --- the run: which pairs, how many steps, on which ranks, into which files ---------------------------------
 
-VARIANTS = {  # where the route's responses and label come from, and the authors' example settings for it
-    "sft": dict(on_policy=False, self_labelled=False, mix=0.0, response_coef=0.0, label_coef=0.0),
-    "dpo": dict(on_policy=False, self_labelled=False, mix=0.0, response_coef=0.0, label_coef=0.0),
-    "dp": dict(on_policy=False, self_labelled=True, mix=0.4, response_coef=0.0, label_coef=0.2),
-    "pp": dict(on_policy=True, self_labelled=True, mix=0.3, response_coef=0.2, label_coef=0.2),
-    "pr": dict(on_policy=True, self_labelled=False, mix=0.3, response_coef=0.3, label_coef=0.0),
+VARIANTS = {  # the route: which responses are sampled, whose label; and the authors' example settings for it
+    "sft": dict(on_policy=(False, False), self_labelled=False, mix=0.0, response_coef=0.0, label_coef=0.0),
+    "dpo": dict(on_policy=(False, False), self_labelled=False, mix=0.0, response_coef=0.0, label_coef=0.0),
+    "dp": dict(on_policy=(False, False), self_labelled=True, mix=0.4, response_coef=0.0, label_coef=0.2),
+    "pp": dict(on_policy=(True, True), self_labelled=True, mix=0.3, response_coef=0.2, label_coef=0.2),
+    "pr": dict(on_policy=(True, True), self_labelled=False, mix=0.3, response_coef=0.3, label_coef=0.0),
+    "spin": dict(on_policy=(False, True), self_labelled=False, mix=1.0, response_coef=0.0, label_coef=0.0),
 }
 DEFAULTS = dict(epochs=1.0, batch_size=32, learning_rate=1e-6, eval_every=100, max_prompt_length=512,
                 max_response_length=512)
@@ -269,7 +354,8 @@ def draw_pairs(examples, step, steps, total, args):
         route = int((k + 1) * mix) - int(k * mix)                   # 1 for `mix` of the pairs, evenly spread
         nth = int(k * mix) if route else k - int(k * mix)
         index = order_of(len(examples), args.seed, route, nth // len(examples))[nth % len(examples)]
-        pairs.append({**examples[index], "preference": 1.0, "on_policy": bool(route and variant["on_policy"]),
+        pairs.append({**examples[index], "preference": 1.0, "weight": 1.0,
+                      "on_policy": variant["on_policy"] if route else (False, False),
                       "self_labelled": bool(route and variant["self_labelled"]),
                       "draw": torch.rand((), generator=generator).item()})
     return pairs
@@ -286,33 +372,34 @@ def sum_over_ranks(totals, device):
 
 
 def count(pairs, variant):
-    """What a step worked on, as sums: pairs, tokens, and the samples' number, length, reward, …"""
-    fresh = [pair for pair in pairs if pair["on_policy"]]
-    sides = ("chosen_ids",) if variant == "sft" else ("chosen_ids", "rejected_ids")
-    return Counter(
-        pairs=len(pairs),
-        tokens=sum(len(pair["prompt_ids"]) + len(pair[side]) for pair in pairs for side in sides),
-        fresh=len(fresh), unfinished=sum(pair["unfinished"] for pair in fresh),
-        chosen_tokens=sum(len(pair["chosen_ids"]) for pair in pairs),
-        fresh_tokens=sum(len(pair[side]) for pair in fresh for side in sides),
-        reward=sum(sum(pair.get("rewards", [])) for pair in fresh),
-        ties=sum(pair.get("tie", 0) for pair in fresh))
+    """What a step worked on, as weighted sums: pairs, tokens, and the samples' number, length, reward, …"""
+    sides = ("chosen",) if variant == "sft" else ("chosen", "rejected")
+    totals = Counter(pairs=0, tokens=0, fresh=0, unfinished=0, chosen_tokens=0, fresh_tokens=0, reward=0, ties=0)
+    for pair in pairs:
+        lengths = [len(pair[f"{side}_ids"]) for side in sides]
+        fresh = [length for length, sampled in zip(lengths, pair["on_policy"]) if sampled]
+        own = dict(pairs=1, tokens=len(sides) * len(pair["prompt_ids"]) + sum(lengths), chosen_tokens=lengths[0],
+                   fresh=len(fresh), fresh_tokens=sum(fresh), unfinished=pair.get("unfinished", 0),
+                   reward=sum(pair.get("rewards", [])), ties=pair.get("tie", 0))
+        totals.update({name: pair["weight"] * value for name, value in own.items()})
+    return totals
 
 
 def record_of(step, totals, args, **rest):
     """The step's line in metrics.jsonl: means over all ranks' pairs; None for what this step had none of."""
-    def mean(name, over="pairs", factor=1):
-        return totals[name] / (factor * totals[over]) if name in totals and totals[over] else None
+    def mean(name, over="pairs"):
+        return totals[name] / totals[over] if name in totals and totals[over] else None
 
-    labelled_by_reward = args.variant == "pr"
+    labelled_by_reward, sft = args.variant == "pr", args.variant == "sft"
     return {
-        "step": step, "loss": mean("loss", "chosen_tokens" if args.variant == "sft" else "pairs"),
+        "step": step, "loss": mean("loss", "chosen_tokens" if sft else "pairs"),
         **{name: mean(name) for name in ("margin", "accuracy", "chosen_logps", "rejected_logps")},
-        "kl": mean("kl", "on_policy"), "reward": mean("reward", "fresh", 2) if labelled_by_reward else None,
-        "response_length": mean("fresh_tokens", "fresh", 2), "unfinished": mean("unfinished", "fresh", 2),
+        "kl": mean("kl", "on_policy"), "reward": mean("reward", "fresh") if labelled_by_reward else None,
+        "response_length": mean("fresh_tokens", "fresh"), "unfinished": mean("unfinished", "fresh"),
         "on_policy": mean("on_policy"), "self_labelled": mean("self_labelled"),
-        "label_reversed": mean("label_reversed", "self_labelled"), "ties": int(totals["ties"]),
-        "tokens": int(totals["tokens"]), **rest}
+        "label_reversed": mean("label_reversed", "self_labelled"), "ties": totals["ties"],
+        "nll": mean("nll", "offline"), "revkl": mean("revkl") if args.revkl_coef else None,
+        "tokens": round(totals["tokens"]), **rest}
 
 
 def join_processes():
@@ -459,7 +546,7 @@ def train(args):
     model = shared_by_ranks(policy) if world > 1 else policy
     optimizer, scheduler = make_optimizer(policy, steps, args)
     # T2's: past pairs' f, a running mean
-    baseline = utility(torch.zeros(()), args.beta, args.loss_type).item()
+    baseline = utility(torch.zeros(()), args.beta, args.loss_type, args.target_margin).item()
     skipped = skipped_in_a_row = 0
     evaluate_at = partial(evaluate_now, policy, reference, tokenizer, reward, held_out, args, out)
     if rank == 0 and held_out and args.eval_every:
@@ -471,7 +558,8 @@ def train(args):
         batch = draw_pairs(examples, step, steps, total, args)
         pairs = batch[rank::world]
         # 2. roll out, 3. label
-        roll_out(policy, tokenizer, pairs, args.max_response_length, args.temperature, args.dtype)
+        pairs = roll_out(policy, tokenizer, pairs, args.max_response_length, args.num_responses,
+                         args.temperature, args.dtype)
         if args.variant == "pr":
             label_by_reward(pairs, reward, args.preference)
         # 4. log-probabilities, loss, gradient of the mean over the global batch (DDP divides by `world`)
@@ -524,9 +612,18 @@ def parse_args(argv=None):
         "or draw it as in the paper")
     add("--preference", choices=["hard", "soft"], default="hard", help="pr's label: 1, or ½ for a tie, by "
         "the reward's order (default), or σ of the reward difference")
+    add("--num-responses", type=number(int, 2), default=2, help="samples per prompt on pp's and pr's route, all "
+        "pairs of which are trained on, together weighing as much as one pair (default: 2)")
     add("--beta", type=number(float, 1e-12), default=0.1, help="KL weight (default: 0.1, the authors')")
-    add("--loss-type", choices=["sigmoid", "ipo", "hinge"], default="sigmoid",
+    add("--loss-type", choices=["sigmoid", "ipo", "hinge", "simpo", "orpo"], default="sigmoid",
         help="the utility f (default: sigmoid)")
+    add("--target-margin", type=number(float, 0), default=0.0, help="simpo's m (default: 0)")
+    add("--label-smoothing", type=number(float, 0, 0.5), default=0.0,
+        help="ε: given labels become 1 − ε, conservative DPO (default: 0)")
+    add("--nll-coef", type=number(float, 0), default=0.0, help="weight of the negative log-likelihood per token of "
+        "the data's chosen responses (default: 0)")
+    add("--revkl-coef", type=number(float, 0), default=0.0, help="weight of KL(π_ref‖π) per response token, exact "
+        "over the vocabulary, as in SAIL-RevKL (default: 0)")
     add = parser.add_argument_group("models and data").add_argument
     add("--model", default="toy", help="a Hugging Face directory or hub name, or toy (default): the embedded "
         "world's SFT model, trained on first use; for sft, its random start")
@@ -591,7 +688,7 @@ def completed(args, parser):
 
     if args.variant in ("sft", "dpo"):
         args.mix = 0.0                              # they have no route of their own
-    if args.temperature != 1 and VARIANTS[args.variant]["on_policy"] and args.response_coef:
+    if args.temperature != 1 and any(VARIANTS[args.variant]["on_policy"]) and args.response_coef:
         parser.error("argument --temperature: T2 is the score of samples at temperature 1; leave it, or set "
                      "--response-coef 0")
     if args.variant == "pr" and args.mix > 0 and not args.reward:

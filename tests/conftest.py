@@ -37,8 +37,9 @@ def byte_tokenizer(template=None, bos=False):
 
 def tiny_model(family="llama", vocab_size=261, seed=0, **more):
     """A random model of a few thousand parameters, in eval mode."""
-    from transformers import (GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config,
-                              Qwen2ForCausalLM)
+    from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config,
+                              GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM,
+                              Qwen2Config, Qwen2ForCausalLM)
     torch.manual_seed(seed)
     size = dict(vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
@@ -47,9 +48,12 @@ def tiny_model(family="llama", vocab_size=261, seed=0, **more):
         config = GPT2Config(vocab_size=vocab_size, n_positions=256, n_embd=32, n_layer=2, n_head=4,
                             initializer_range=0.2, bos_token_id=None, eos_token_id=1, pad_token_id=0, **more)
         return GPT2LMHeadModel(config).eval()
-    config, model = {"llama": (LlamaConfig, LlamaForCausalLM),
-                     "qwen2": (Qwen2Config, Qwen2ForCausalLM)}[family]
-    return model(config(**{**size, **more})).eval()
+    config, model, own = {
+        "llama": (LlamaConfig, LlamaForCausalLM, {}), "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
+        "gemma2": (Gemma2Config, Gemma2ForCausalLM, dict(head_dim=8, final_logit_softcapping=2.0)),
+        "granite": (GraniteConfig, GraniteForCausalLM, dict(logits_scaling=3.0)),
+        "cohere": (CohereConfig, CohereForCausalLM, dict(logit_scale=0.25))}[family]
+    return model(config(**{**size, **own, **more})).eval()
 
 
 @pytest.fixture(scope="session")

@@ -72,10 +72,10 @@ def test_trained_ids_are_generated_ids_also_where_text_does_not_round_trip():
     drawn = []
     original = model.generate
     model.generate = lambda **kwargs: drawn.append(original(**kwargs)) or drawn[-1]
-    pairs = [{"prompt_ids": [10 + i] * (i + 1), "on_policy": i != 1, "chosen_ids": [1], "rejected_ids": [1],
-              "chosen": "", "rejected": ""} for i in range(3)]
+    pairs = [{"prompt_ids": [10 + i] * (i + 1), "on_policy": (i != 1, i != 1), "chosen_ids": [1],
+              "rejected_ids": [1], "chosen": "", "rejected": "", "weight": 1.0} for i in range(3)]
     torch.manual_seed(0)
-    roll_out(model, tokenizer, pairs, 12)
+    pairs = roll_out(model, tokenizer, pairs, 12)
     rows = drawn[0][:, 3:].tolist()
     trained = [pairs[0]["chosen_ids"], pairs[0]["rejected_ids"],
                pairs[2]["chosen_ids"], pairs[2]["rejected_ids"]]
@@ -83,6 +83,28 @@ def test_trained_ids_are_generated_ids_also_where_text_does_not_round_trip():
     # bytes that are not UTF-8
     assert any(tokenizer(tokenizer.decode(ids))["input_ids"] != ids for ids in trained)
     assert pairs[1]["chosen_ids"] == [1]                                              # not flagged: untouched
+
+
+def test_more_responses_make_all_their_pairs_which_weigh_one_together():
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    fresh = {"prompt_ids": [10, 11], "on_policy": (True, True), "chosen_ids": [1], "rejected_ids": [1],
+             "chosen": "", "rejected": "", "weight": 1.0}
+    torch.manual_seed(0)
+    pairs = roll_out(model, tokenizer, [fresh, {**fresh, "on_policy": (False, False)}], 6, num_responses=4)
+    ids = {id(pair[side]): pair[side] for pair in pairs[:6] for side in ("chosen_ids", "rejected_ids")}
+    assert len(pairs) == 7 and len(ids) == 4 and pairs[6]["chosen_ids"] == [1] and pairs[6]["weight"] == 1.0
+    assert len({(id(pair["chosen_ids"]), id(pair["rejected_ids"])) for pair in pairs[:6]}) == 6
+    assert sum(pair["weight"] for pair in pairs[:6]) == pytest.approx(1.0)
+
+
+def test_a_half_sampled_pair_keeps_the_datas_chosen_response():
+    model, tokenizer = tiny_model(), byte_tokenizer()
+    pair = {"prompt_ids": [10, 11], "on_policy": (False, True), "chosen_ids": [7, 1], "rejected_ids": [1],
+            "chosen": "data", "rejected": "", "weight": 1.0}
+    torch.manual_seed(0)
+    (rolled,) = roll_out(model, tokenizer, [pair], 6, num_responses=4)
+    assert rolled["chosen_ids"] == [7, 1] and rolled["chosen"] == "data" and rolled["weight"] == 1.0
+    assert rolled["rejected_ids"] != [1] and rolled["unfinished"] in (0, 1)
 
 
 def test_each_prompt_gets_its_own_samples_whatever_the_batching():

@@ -5,11 +5,12 @@ import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
 
+import sail
 from data import collate
 from generate import prepare
 from sail import sequence_logps
 
-FAMILIES = ["llama", "gpt2", "qwen2"]
+FAMILIES = ["llama", "gpt2", "qwen2", "gemma2", "granite", "cohere"]   # the last three change logits after the head
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17]]
 RESPONSES = [[20, 21, 1], [30, 31, 32, 33, 34, 1], [0, 41]]  # the last holds the padding id 0 as a real token
 
@@ -79,11 +80,14 @@ def test_a_row_without_response_has_log_probability_zero():
     assert logps[1] == 0 and (logps[[0, 2]] < 0).all()
 
 
-def test_only_response_positions_are_projected_onto_the_vocabulary():
+def test_only_response_positions_are_projected_onto_the_vocabulary_a_chunk_at_a_time(monkeypatch):
     model, seen = tiny_model(), []
     model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(tuple(logits.shape)))
+    monkeypatch.setattr(sail, "CHUNK", 4)
     sequence_logps(model, *collate(PROMPTS, RESPONSES))
-    assert seen == [(sum(len(response) for response in RESPONSES), 261)]
+    n = sum(len(response) for response in RESPONSES)
+    one_row, projected = seen[:2], [rows for rows, vocabulary in seen[2:]]   # the row that checks logits_of, twice
+    assert one_row == [(1, 261)] * 2 and sum(projected) == n and max(projected) == 4
     assert model(torch.tensor([[5, 6]])).logits.shape == (1, 2, 261)      # and the model is left as it was
 
 
@@ -131,3 +135,71 @@ def test_ids_beyond_the_tokenizers_have_no_probability():
         ours = sequence_logps(model, *collate([[5]], [[6]]))
     assert logits.softmax(-1)[..., 261:].sum() == 0
     assert ours.item() == pytest.approx(logits[0, 0, :261].log_softmax(-1)[6].item(), abs=1e-5)
+
+
+def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused():
+    class Doubled(type(tiny_model())):
+        def forward(self, **inputs):
+            output = super().forward(**inputs)
+            output.logits = 2 * output.logits
+            return output
+
+    model = tiny_model()
+    model.__class__ = Doubled
+    with pytest.raises(ValueError, match="Doubled changes its logits after the output layer"):
+        sequence_logps(model, *collate(PROMPTS, RESPONSES))
+
+
+def exact_revkl(policy, reference, prompts, responses):
+    """Σ_tokens KL(π_ref ‖ π) over the vocabulary, from whole forwards of one row each; (B,), with gradient."""
+    sums = []
+    for prompt, response in zip(prompts, responses):
+        rows = torch.tensor([prompt + response])
+        ours, theirs = (model(rows).logits[0, len(prompt) - 1:-1].log_softmax(-1) for model in (policy, reference))
+        sums.append(torch.nn.functional.kl_div(ours, theirs.detach(), reduction="sum", log_target=True))
+    return torch.stack(sums)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_revkl_and_both_log_probs_come_from_one_forward_of_each_model(family, monkeypatch):
+    monkeypatch.setattr(sail, "CHUNK", 5)
+    policy, reference = (tiny_model(family, seed=seed).double() for seed in (1, 2))
+    calls = []
+    for model in (policy, reference):
+        model.base_model.register_forward_hook(lambda module, *_: calls.append(module))
+    batch = collate(PROMPTS, RESPONSES)
+    ours, theirs, revkl = sequence_logps(policy, *batch, reference)
+    assert calls == [policy.base_model, reference.base_model]
+    torch.testing.assert_close(ours, sequence_logps(policy, *batch))
+    torch.testing.assert_close(theirs, sequence_logps(reference, *batch))
+    expected = exact_revkl(policy, reference, PROMPTS, RESPONSES)
+    torch.testing.assert_close(revkl, expected, rtol=1e-9, atol=1e-9)
+    assert (revkl > 0).all() and not theirs.requires_grad
+    weights, parameters = torch.tensor([1.0, -2.0, 0.5]), list(policy.parameters())
+    gradients = torch.autograd.grad((weights * revkl).sum(), parameters)
+    for one, other in zip(gradients, torch.autograd.grad((weights * expected).sum(), parameters)):
+        torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-9)
+
+
+def test_revkl_is_zero_at_the_reference():
+    model = tiny_model().double()
+    _, _, revkl = sequence_logps(model, *collate(PROMPTS, RESPONSES), copy.deepcopy(model))
+    assert revkl.abs().max() < 1e-12
+
+
+def test_revkl_makes_no_tensor_of_all_positions_times_the_vocabulary(monkeypatch):
+    monkeypatch.setattr(sail, "CHUNK", 4)
+    policy, reference, sizes = tiny_model(seed=1), tiny_model(seed=2), []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            output = operation(*args, **(kwargs or {}))
+            sizes.extend(each.numel() for each in torch.utils._pytree.tree_leaves(output)
+                         if isinstance(each, torch.Tensor) and each.shape[-1:] == (261,)
+                         and each.shape[0] != 32)                        # the head's own gradient is (32, 261)
+            return output
+
+    with Watch():
+        ours, theirs, revkl = sequence_logps(policy, *collate(PROMPTS, RESPONSES), reference)
+        (ours + revkl).sum().backward()
+    assert max(sizes) == 4 * 261

@@ -255,7 +255,7 @@ def test_the_loss_can_be_pasted():
     """Its source and what it calls run in a namespace that holds torch and F alone, with the same numbers."""
     import torch.nn.functional as F
     namespace = {"torch": torch, "F": F}
-    exec(inspect.getsource(sail.utility) + "\n\n" + inspect.getsource(sail.sail_loss), namespace)
+    exec("\n\n".join(map(inspect.getsource, (sail.implicit_reward, sail.utility, sail.sail_loss))), namespace)
     logits, reference, preference, _ = softmax_policy()
     logps = logits.log_softmax(0)
     columns = [logps[PAIRS[:, 0]], logps[PAIRS[:, 1]], reference[PAIRS[:, 0]], reference[PAIRS[:, 1]]]

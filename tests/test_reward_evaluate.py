@@ -36,7 +36,8 @@ def test_the_toy_reward_refuses_dialogues():
 
 def fresh_pair(first, second, on_policy=True):
     return {"prompt": "x", "chosen": first, "rejected": second, "chosen_ids": [len(first)],
-            "rejected_ids": [len(second)], "preference": 1.0, "on_policy": on_policy, "self_labelled": False}
+            "rejected_ids": [len(second)], "preference": 1.0, "on_policy": (on_policy, on_policy),
+            "self_labelled": False}
 
 
 def by_length(prompts, responses):
@@ -52,6 +53,16 @@ def test_fresh_pairs_are_put_into_the_rewards_order_and_ties_are_a_half():
         ("bbb", [3], "a", [1]), ("ccc", [3], "d", [1]), ("ee", [2], "ff", [2]), ("g", [1], "hhh", [3])]
     assert [pair["preference"] for pair in pairs] == [1.0, 1.0, 0.5, 1.0]
     assert [pair["tie"] for pair in pairs[:3]] == [False, False, True] and pairs[0]["rewards"] == [3.0, 1.0]
+
+
+def test_a_sample_in_several_pairs_is_scored_once():
+    one, two, three = fresh_pair("a", "bbb"), fresh_pair("a", "ee"), fresh_pair("ee", "bbb")
+    two["chosen_ids"], three["chosen_ids"], three["rejected_ids"] = (
+        one["chosen_ids"], two["rejected_ids"], one["rejected_ids"])
+    seen = []
+    label_by_reward([one, two, three], lambda prompts, responses: seen.extend(responses) or by_length(0, responses))
+    assert sorted(seen) == ["a", "bbb", "ee"]
+    assert [pair["rewards"] for pair in (one, two, three)] == [[3.0, 1.0], [2.0, 1.0], [3.0, 2.0]]
 
 
 def test_a_soft_preference_is_the_sigmoid_of_the_reward_difference():
