@@ -260,12 +260,12 @@ def preference_losses(policy, reference, pairs, args, baseline=None):
         ours = pair_logps(policy, pairs, args.dtype)
         revkl = torch.zeros_like(theirs)
 
-    def column(value_of):
-        return torch.tensor([value_of(pair) for pair in pairs], device=ours.device)
+    def column(value_of, dtype=None):
+        return torch.tensor([value_of(pair) for pair in pairs], dtype=dtype, device=ours.device)
 
     lengths = column(lambda pair: (len(pair["chosen_ids"]), len(pair["rejected_ids"]))).T          # (2, B)
     on_policy, self_labelled = column(itemgetter("on_policy")), column(itemgetter("self_labelled"))
-    preference = column(itemgetter("preference"))
+    preference = column(itemgetter("preference"), ours.dtype)
     losses, metrics = sail_loss(
         *ours, *theirs, preference + args.label_smoothing * (1 - 2 * preference), on_policy, self_labelled,
         beta=args.beta, response_coef=args.response_coef, label_coef=args.label_coef, loss_type=args.loss_type,
@@ -545,8 +545,9 @@ def train(args):
               f"-> {out}")
     model = shared_by_ranks(policy) if world > 1 else policy
     optimizer, scheduler = make_optimizer(policy, steps, args)
-    # T2's: past pairs' f, a running mean
-    baseline = utility(torch.zeros(()), args.beta, args.loss_type, args.target_margin).item()
+    baseline = 0.0                                  # T2's: a running mean of past fresh pairs' utility
+    if args.baseline == "running":
+        baseline = utility(torch.zeros(()), args.beta, args.loss_type, args.target_margin).item()
     skipped = skipped_in_a_row = 0
     evaluate_at = partial(evaluate_now, policy, reference, tokenizer, reward, held_out, args, out)
     if rank == 0 and held_out and args.eval_every:
@@ -578,7 +579,7 @@ def train(args):
         if skipped_in_a_row == 10:
             raise InputError(f"step {step}: ten non-finite gradients in a row; lower --learning-rate, and "
                              f"see {out}/metrics.jsonl")
-        if totals["on_policy"] and math.isfinite(totals["on_policy_loss"]):
+        if args.baseline == "running" and totals["on_policy"] and math.isfinite(totals["on_policy_loss"]):
             baseline += 0.1 * (-totals["on_policy_loss"] / totals["on_policy"] - baseline)
         # 6. log, evaluate
         if rank == 0:
@@ -610,6 +611,8 @@ def parse_args(argv=None):
         help="weight of T3 (default: the authors' example settings, dp 0.2, pp 0.2)")
     add("--label", choices=["expected", "sampled"], default="expected", help="sum the label out (default), "
         "or draw it as in the paper")
+    add("--baseline", choices=["running", "none"], default="running", help="T2's: the running mean of past pairs' "
+        "utility (default), or none, as in the paper")
     add("--preference", choices=["hard", "soft"], default="hard", help="pr's label: 1, or ½ for a tie, by "
         "the reward's order (default), or σ of the reward difference")
     add("--num-responses", type=number(int, 2), default=2, help="samples per prompt on pp's and pr's route, all "
