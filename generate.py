@@ -172,13 +172,14 @@ def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, t
     return [rows[group] for group in groups], [[end is not None for end in ends[group]] for group in groups]
 
 
-def roll_out(policy, tokenizer, pairs, max_response_length, num_responses=2, temperature=1.0, dtype="float32"):
-    """Put fresh samples of the policy in the place of the responses flagged on_policy. Returns the pairs anew.
+def roll_out(policy, tokenizer, pairs, max_response_length, num_responses=2, temperature=1.0,
+             dtype="float32"):
+    """Put fresh samples of the policy in the place of the responses flagged on_policy; returns the new pairs.
 
     A pair of two samples becomes all pairs of `num_responses` samples to its prompt, which share its weight;
-    where the chosen response is the data's, one sample is drawn to be the rejected one. Changes chosen and
-    rejected, as ids and text, and `unfinished`, how many of the samples. Two equal samples stay a pair: without
-    such pairs the expectation would be another one.
+    where the chosen response is the data's, one sample is drawn to be the rejected one. What is new: chosen
+    and rejected, as ids and text, and `unfinished`, how many of the samples. Two equal samples stay a pair:
+    without such pairs the expectation would be another one.
     """
     fresh = [pair for pair in pairs if any(pair["on_policy"])]
     if not fresh:

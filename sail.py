@@ -64,7 +64,7 @@ CHUNK = 2048                              # positions that are projected onto th
 def response_states(model, input_ids, attention_mask, scored):
     """The last hidden states at the positions whose next token is scored, (N, H): all of the model but its
     output layer. scored: (B, T−1) bool. Raises ValueError for a model that `logits_of` does not know."""
-    kept, inner = [], getattr(model, "module", model)                  # a DDP wrapper holds the model in .module
+    kept, inner = [], getattr(model, "module", model)                  # DDP holds the model in .module
 
     def keep(_, hidden):                                               # (B, T, H)
         kept.append(hidden[0][:, :-1][scored])
@@ -78,7 +78,8 @@ def response_states(model, input_ids, attention_mask, scored):
     finally:
         hook.remove()
     if not torch.allclose(row.detach(), logits_of(inner, kept[0][:1]).detach().to(row.dtype), atol=1e-3):
-        raise ValueError(f"{type(inner).__name__} changes its logits after the output layer; teach logits_of how")
+        raise ValueError(f"{type(inner).__name__} changes its logits after the output layer; "
+                         "teach logits_of how")
     return kept[0]
 
 
@@ -86,22 +87,23 @@ def logits_of(model, hidden):
     """The model's logits for its last hidden states: (N, H) -> (N, V), float32 at least."""
     logits, config = model.get_output_embeddings()(hidden), model.config.get_text_config()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logits = logits * getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)  # Cohere, Granite
-    cap = getattr(config, "final_logit_softcapping", None)                                          # Gemma
+    logits = logits * getattr(config, "logit_scale", 1.0)              # Cohere
+    logits = logits / getattr(config, "logits_scaling", 1.0)           # Granite
+    cap = getattr(config, "final_logit_softcapping", None)             # Gemma
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
 def sequence_logps(model, input_ids, attention_mask, response_mask, reference=None):
-    """log π(y|x): the log-probabilities of each row's response tokens, summed. Returns (B,), float32 at least.
+    """log π(y|x): the log-probabilities of a row's response tokens, summed; (B,), float32 at least.
 
     input_ids, attention_mask, response_mask: (B, T), padded on either side; response_mask is 1 on the
     response's tokens, its end token included. Only the positions that predict these are projected onto the
     vocabulary, CHUNK at a time, and once more in backward: no tensor of all positions × vocabulary is kept.
 
-    With `reference`, a model that is held fixed: returns three (B,): log π, log π_ref, and RevKL, the exact
-    Σ_tokens KL(π_ref(·|context) ‖ π(·|context)) over the vocabulary (arXiv 2606.31524), of the same projections.
+    With `reference`, a model that is held fixed, returns three (B,) from the same projections: log π, log π_ref
+    and RevKL, Σ_tokens KL(π_ref(·|context) ‖ π(·|context)), exact over the vocabulary (arXiv 2606.31524).
     """
-    scored = response_mask[:, 1:].bool()                               # (B, T−1): position t predicts token t+1
+    scored = response_mask[:, 1:].bool()                               # (B, T−1): place t predicts token t+1
     tokens, rows = input_ids[:, 1:][scored], scored.nonzero()[:, 0]    # (N,)
     inner = getattr(model, "module", model)
     states = [response_states(model, input_ids, attention_mask, scored)]                            # (N, H)
@@ -109,7 +111,7 @@ def sequence_logps(model, input_ids, attention_mask, response_mask, reference=No
         with torch.no_grad():
             states.append(response_states(reference, input_ids, attention_mask, scored))
 
-    def of_chunk(tokens, hidden, reference_hidden=None):               # (n,), (n, H), (n, H) -> one or three (n,)
+    def of_chunk(tokens, hidden, reference_hidden=None):               # (n,), (n, H) × 2 -> (n, 1 or 3)
         ours = logits_of(inner, hidden).log_softmax(-1)                # (n, V)
         if reference is None:
             return ours.gather(-1, tokens[:, None])
@@ -119,16 +121,17 @@ def sequence_logps(model, input_ids, attention_mask, response_mask, reference=No
         return torch.cat([ours.gather(-1, tokens[:, None]), theirs.gather(-1, tokens[:, None]), revkl], -1)
 
     terms = torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
-                       for chunk in zip(*(each.split(CHUNK) for each in (tokens, *states)))])       # (N, 1 or 3)
-    sums = terms.new_zeros(len(input_ids), terms.shape[1]).index_add(0, rows, terms).T              # (1 or 3, B)
+                       for chunk in zip(*(each.split(CHUNK) for each in (tokens, *states)))])
+    sums = terms.new_zeros(len(input_ids), terms.shape[1]).index_add(0, rows, terms).T     # (1 or 3, B)
     return sums[0] if reference is None else (sums[0], sums[1].detach(), sums[2])
 
 
 def implicit_reward(policy_logps, reference_logps, lengths, beta, loss_type):
     """r(x, y), whose difference between chosen and rejected response is the margin u; (B,) -> (B,).
 
-    simpo: β·log π / |y| (arXiv 2405.14734). orpo: log-odds of the mean log-probability per token (2403.07691).
-    These two look at no reference and at `lengths`, in tokens. Else DPO's β·(log π − log π_ref) (2305.18290, eq. 5).
+    simpo: β·log π / |y| (arXiv 2405.14734). orpo: the log-odds of the mean log-probability per token
+    (2403.07691). These two need `lengths`, in tokens, and no reference. All others: DPO's
+    β·(log π − log π_ref) (2305.18290, eq. 5).
     """
     if loss_type == "simpo":
         return beta * policy_logps / lengths
@@ -168,28 +171,29 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
               preference=None, on_policy=None, self_labelled=None, *,
               beta=0.1, response_coef=1.0, label_coef=1.0, loss_type="sigmoid", baseline=None,
               label_draws=None, chosen_lengths=None, rejected_lengths=None, target_margin=0.0):
-    """SAIL's loss for every variant (arXiv 2406.15567) and utility: a pair is where its responses and its label
-    come from.
+    """SAIL's loss for every variant and utility (arXiv 2406.15567): a pair is where its responses and its
+    label come from.
 
     *_logps        (B,)  log π(y|x) summed over y's tokens; the policy's with gradient, the reference's without
     preference     (B,)  P(chosen ≻ rejected) according to the data or the reward; None: 1
-    on_policy      (B,) or (B, 2), chosen and rejected: bool, the response was sampled from the policy as it is
-                         now → T2; None: nowhere
-    self_labelled  (B,)  bool: the label is the policy's own, P = σ(u), whatever `preference` says → T3; None: nowhere
+    on_policy      (B,)  bool: both responses were sampled from the policy as it is now → T2; or (B, 2): the
+                         chosen, the rejected one was; None: nowhere
+    self_labelled  (B,)  bool: the label is the policy's own, P = σ(u), whatever `preference` says → T3;
+                         None: nowhere
     baseline       b of T2, () or (B,); must not depend on the pair's own responses. None: the mean utility of
-                   the other on-policy pairs of this call, or f(0) where there is no other; right for pairs
-                   that share no response
-    label_draws    (B,)  uniform in [0, 1): the label is drawn with them, as in the paper; None: it is summed out
-    *_lengths      (B,)  the responses' numbers of tokens; simpo and orpo need them
-    target_margin  simpo's m
+                   the other on-policy pairs of this call, f(0) where there is no other; no two may share a response
+    label_draws    (B,)  uniform in [0, 1): the label is drawn with them, as in the paper; None: summed out
+    *_lengths      (B,)  the responses' tokens, for simpo and orpo; target_margin: simpo's m
 
     With both coefficients 1 the gradient's expectation is ∇J exactly; 0 switches a term off. Returns (losses,
     metrics): losses (B,), whose value is minus the pair's utility and whose gradient is −(T1 +
     response_coef·T2 + label_coef·T3); metrics, detached means over the pairs. margin and accuracy are in the
     label's sense; label_reversed is the share of pairs, self-labelled ones, where T3 has turned a label round.
     """
-    margin = (implicit_reward(policy_chosen_logps, reference_chosen_logps, chosen_lengths, beta, loss_type)     # u
-              - implicit_reward(policy_rejected_logps, reference_rejected_logps, rejected_lengths, beta, loss_type))
+    reward_chosen = implicit_reward(policy_chosen_logps, reference_chosen_logps, chosen_lengths, beta, loss_type)
+    reward_rejected = implicit_reward(policy_rejected_logps, reference_rejected_logps, rejected_lengths, beta,
+                                      loss_type)
+    margin = reward_chosen - reward_rejected                          # u (B,)
     nowhere = torch.zeros_like(margin, dtype=torch.bool)
     on_policy = nowhere if on_policy is None else on_policy.bool()
     chosen_sampled, rejected_sampled = on_policy.T if on_policy.dim() == 2 else (on_policy, on_policy)
@@ -221,7 +225,7 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
     losses = -(mean_f + (corrections - corrections.detach()))         # corrections: a gradient, but no value
 
     u, ahead = margin.detach(), (margin.detach() > 0) + 0.5 * (margin.detach() == 0)
-    past = torch.minimum(f_chosen, f_rejected).detach() * label_coef < -1      # 1 + label_coef·f, T3's weight, < 0
+    past = torch.minimum(f_chosen, f_rejected).detach() * label_coef < -1   # T3's weight 1 + label_coef·f < 0
     metrics = {
         "loss": losses, "margin": (2 * p - 1) * u, "accuracy": p * ahead + (1 - p) * (1 - ahead),
         "chosen_logps": policy_chosen_logps, "rejected_logps": policy_rejected_logps,
@@ -249,8 +253,8 @@ def pair_logps(model, pairs, dtype="float32", reference=None):
 def preference_losses(policy, reference, pairs, args, baseline=None):
     """`sail_loss` of the pairs, and the regularisers that args turns on: (losses (B,), metrics).
 
-    nll: −log π of the data's chosen response, per token. revkl: KL(π_ref ‖ π), the mean over the pair's response
-    tokens. Adds to the metrics these two, KL(π‖π_ref) and the loss on fresh pairs.
+    nll: −log π of the data's chosen response, per token. revkl: KL(π_ref ‖ π), the mean over the pair's
+    response tokens. Adds to the metrics these two, KL(π‖π_ref) and the loss on fresh pairs.
     """
     if args.revkl_coef:
         ours, theirs, revkl = pair_logps(policy, pairs, args.dtype, reference)                     # (2, B)
@@ -268,9 +272,10 @@ def preference_losses(policy, reference, pairs, args, baseline=None):
     preference = column(itemgetter("preference"), ours.dtype)
     losses, metrics = sail_loss(
         *ours, *theirs, preference + args.label_smoothing * (1 - 2 * preference), on_policy, self_labelled,
-        beta=args.beta, response_coef=args.response_coef, label_coef=args.label_coef, loss_type=args.loss_type,
-        baseline=baseline, label_draws=column(itemgetter("draw")) if args.label == "sampled" else None,
-        chosen_lengths=lengths[0], rejected_lengths=lengths[1], target_margin=args.target_margin)
+        beta=args.beta, response_coef=args.response_coef, label_coef=args.label_coef,
+        loss_type=args.loss_type, target_margin=args.target_margin, baseline=baseline,
+        label_draws=column(itemgetter("draw")) if args.label == "sampled" else None,
+        chosen_lengths=lengths[0], rejected_lengths=lengths[1])
 
     offline = ~on_policy[:, 0] & ~self_labelled
     nll, revkl = offline * -ours[0] / lengths[0], revkl.sum(0) / lengths.sum(0)
@@ -374,13 +379,14 @@ def sum_over_ranks(totals, device):
 def count(pairs, variant):
     """What a step worked on, as weighted sums: pairs, tokens, and the samples' number, length, reward, …"""
     sides = ("chosen",) if variant == "sft" else ("chosen", "rejected")
-    totals = Counter(pairs=0, tokens=0, fresh=0, unfinished=0, chosen_tokens=0, fresh_tokens=0, reward=0, ties=0)
+    totals = Counter()
     for pair in pairs:
         lengths = [len(pair[f"{side}_ids"]) for side in sides]
         fresh = [length for length, sampled in zip(lengths, pair["on_policy"]) if sampled]
-        own = dict(pairs=1, tokens=len(sides) * len(pair["prompt_ids"]) + sum(lengths), chosen_tokens=lengths[0],
-                   fresh=len(fresh), fresh_tokens=sum(fresh), unfinished=pair.get("unfinished", 0),
-                   reward=sum(pair.get("rewards", [])), ties=pair.get("tie", 0))
+        own = dict(pairs=1, tokens=len(sides) * len(pair["prompt_ids"]) + sum(lengths),
+                   chosen_tokens=lengths[0], fresh=len(fresh), fresh_tokens=sum(fresh),
+                   unfinished=pair.get("unfinished", 0), reward=sum(pair.get("rewards", [])),
+                   ties=pair.get("tie", 0))
         totals.update({name: pair["weight"] * value for name, value in own.items()})
     return totals
 
@@ -611,22 +617,22 @@ def parse_args(argv=None):
         help="weight of T3 (default: the authors' example settings, dp 0.2, pp 0.2)")
     add("--label", choices=["expected", "sampled"], default="expected", help="sum the label out (default), "
         "or draw it as in the paper")
-    add("--baseline", choices=["running", "none"], default="running", help="T2's: the running mean of past pairs' "
-        "utility (default), or none, as in the paper")
+    add("--baseline", choices=["running", "none"], default="running",
+        help="T2's: the running mean of past pairs' utility (default), or none, as in the paper")
     add("--preference", choices=["hard", "soft"], default="hard", help="pr's label: 1, or ½ for a tie, by "
         "the reward's order (default), or σ of the reward difference")
-    add("--num-responses", type=number(int, 2), default=2, help="samples per prompt on pp's and pr's route, all "
-        "pairs of which are trained on, together weighing as much as one pair (default: 2)")
+    add("--num-responses", type=number(int, 2), default=2, help="samples per prompt on pp's and pr's route; all "
+        "their pairs are trained on, together weighing one pair (default: 2)")
     add("--beta", type=number(float, 1e-12), default=0.1, help="KL weight (default: 0.1, the authors')")
     add("--loss-type", choices=["sigmoid", "ipo", "hinge", "simpo", "orpo"], default="sigmoid",
         help="the utility f (default: sigmoid)")
     add("--target-margin", type=number(float, 0), default=0.0, help="simpo's m (default: 0)")
     add("--label-smoothing", type=number(float, 0, 0.5), default=0.0,
         help="ε: given labels become 1 − ε, conservative DPO (default: 0)")
-    add("--nll-coef", type=number(float, 0), default=0.0, help="weight of the negative log-likelihood per token of "
-        "the data's chosen responses (default: 0)")
-    add("--revkl-coef", type=number(float, 0), default=0.0, help="weight of KL(π_ref‖π) per response token, exact "
-        "over the vocabulary, as in SAIL-RevKL (default: 0)")
+    add("--nll-coef", type=number(float, 0), default=0.0,
+        help="weight of the data's chosen responses' negative log-likelihood per token (default: 0)")
+    add("--revkl-coef", type=number(float, 0), default=0.0,
+        help="weight of KL(π_ref‖π) per response token, over the whole vocabulary, SAIL-RevKL's (default: 0)")
     add = parser.add_argument_group("models and data").add_argument
     add("--model", default="toy", help="a Hugging Face directory or hub name, or toy (default): the embedded "
         "world's SFT model, trained on first use; for sft, its random start")

@@ -38,8 +38,8 @@ def byte_tokenizer(template=None, bos=False):
 def tiny_model(family="llama", vocab_size=261, seed=0, **more):
     """A random model of a few thousand parameters, in eval mode."""
     from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config,
-                              GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM,
-                              Qwen2Config, Qwen2ForCausalLM)
+                              GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM, LlamaConfig,
+                              LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM)
     torch.manual_seed(seed)
     size = dict(vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,

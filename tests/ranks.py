@@ -24,7 +24,8 @@ def pairs_of(n, variant):
 
     on_policy, self_labelled = (sail.VARIANTS[variant][flag] for flag in ("on_policy", "self_labelled"))
     return [{"prompt_ids": ids(6), "chosen_ids": ids(9), "rejected_ids": ids(9), "draw": 0.3 + 0.05 * k,
-             "preference": 0.5 if any(on_policy) and k == 2 else 1.0, "on_policy": on_policy if k % 2 == 0 else (False, False), "weight": 1.0,
+             "preference": 0.5 if any(on_policy) and k == 2 else 1.0,
+             "on_policy": on_policy if k % 2 == 0 else (False, False), "weight": 1.0,
              "self_labelled": self_labelled and k % 2 == 0} for k in range(n)]
 
 

@@ -10,7 +10,7 @@ from data import collate
 from generate import prepare
 from sail import sequence_logps
 
-FAMILIES = ["llama", "gpt2", "qwen2", "gemma2", "granite", "cohere"]   # the last three change logits after the head
+FAMILIES = ["llama", "gpt2", "qwen2", "gemma2", "granite", "cohere"]   # three scale or cap their logits
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17]]
 RESPONSES = [[20, 21, 1], [30, 31, 32, 33, 34, 1], [0, 41]]  # the last holds the padding id 0 as a real token
 
@@ -86,7 +86,7 @@ def test_only_response_positions_are_projected_onto_the_vocabulary_a_chunk_at_a_
     monkeypatch.setattr(sail, "CHUNK", 4)
     sequence_logps(model, *collate(PROMPTS, RESPONSES))
     n = sum(len(response) for response in RESPONSES)
-    one_row, projected = seen[:2], [rows for rows, vocabulary in seen[2:]]   # the row that checks logits_of, twice
+    one_row, projected = seen[:2], [rows for rows, _ in seen[2:]]         # the row that checks logits_of, twice
     assert one_row == [(1, 261)] * 2 and sum(projected) == n and max(projected) == 4
     assert model(torch.tensor([[5, 6]])).logits.shape == (1, 2, 261)      # and the model is left as it was
 
@@ -151,11 +151,12 @@ def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused():
 
 
 def exact_revkl(policy, reference, prompts, responses):
-    """Σ_tokens KL(π_ref ‖ π) over the vocabulary, from whole forwards of one row each; (B,), with gradient."""
+    """Σ_tokens KL(π_ref ‖ π) over the vocabulary, from whole forwards of one row each; (B,), with grad."""
     sums = []
     for prompt, response in zip(prompts, responses):
         rows = torch.tensor([prompt + response])
-        ours, theirs = (model(rows).logits[0, len(prompt) - 1:-1].log_softmax(-1) for model in (policy, reference))
+        ours, theirs = (model(rows).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+                        for model in (policy, reference))
         sums.append(torch.nn.functional.kl_div(ours, theirs.detach(), reduction="sum", log_target=True))
     return torch.stack(sums)
 
@@ -196,7 +197,7 @@ def test_revkl_makes_no_tensor_of_all_positions_times_the_vocabulary(monkeypatch
             output = operation(*args, **(kwargs or {}))
             sizes.extend(each.numel() for each in torch.utils._pytree.tree_leaves(output)
                          if isinstance(each, torch.Tensor) and each.shape[-1:] == (261,)
-                         and each.shape[0] != 32)                        # the head's own gradient is (32, 261)
+                         and each.shape[0] != 32)                  # the head's own gradient is (32, 261)
             return output
 
     with Watch():

@@ -60,7 +60,8 @@ def test_a_sample_in_several_pairs_is_scored_once():
     two["chosen_ids"], three["chosen_ids"], three["rejected_ids"] = (
         one["chosen_ids"], two["rejected_ids"], one["rejected_ids"])
     seen = []
-    label_by_reward([one, two, three], lambda prompts, responses: seen.extend(responses) or by_length(0, responses))
+    label_by_reward([one, two, three],
+                    lambda prompts, responses: seen.extend(responses) or by_length(prompts, responses))
     assert sorted(seen) == ["a", "bbb", "ee"]
     assert [pair["rewards"] for pair in (one, two, three)] == [[3.0, 1.0], [2.0, 1.0], [3.0, 2.0]]
 
