@@ -100,7 +100,7 @@ def sequence_logps(model, input_ids, attention_mask, response_mask, reference=No
     response's tokens, its end token included. Only the positions that predict these are projected onto the
     vocabulary, CHUNK at a time, and once more in backward: no tensor of all positions × vocabulary is kept.
 
-    With `reference`, a model that is held fixed, returns three (B,) from the same projections: log π, log π_ref
+    With `reference`, a model that is held fixed, returns (3, B) from the same projections: log π, log π_ref
     and RevKL, Σ_tokens KL(π_ref(·|context) ‖ π(·|context)), exact over the vocabulary (arXiv 2606.31524).
     """
     scored = response_mask[:, 1:].bool()                               # (B, T−1): place t predicts token t+1
@@ -123,7 +123,7 @@ def sequence_logps(model, input_ids, attention_mask, response_mask, reference=No
     terms = torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
                        for chunk in zip(*(each.split(CHUNK) for each in (tokens, *states)))])
     sums = terms.new_zeros(len(input_ids), terms.shape[1]).index_add(0, rows, terms).T     # (1 or 3, B)
-    return sums[0] if reference is None else (sums[0], sums[1].detach(), sums[2])
+    return sums[0] if reference is None else sums
 
 
 def implicit_reward(policy_logps, reference_logps, lengths, beta, loss_type):
@@ -237,17 +237,15 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
 
 
 def pair_logps(model, pairs, dtype="float32", reference=None):
-    """(chosen_logps, rejected_logps), each (B,), from one forward in which every response occurs once. With
-    `reference`: such a pair of the model's, of the reference's and of RevKL's, as in `sequence_logps`."""
+    """`sequence_logps` of the chosen and the rejected responses, (2, B), from one forward in which every
+    response occurs once. With `reference`: (3, 2, B), log π, log π_ref and RevKL."""
     device, rows = next(model.parameters()).device, {}                 # rows: response -> its row
     places = [[rows.setdefault((tuple(pair["prompt_ids"]), tuple(pair[side])), len(rows)) for pair in pairs]
               for side in ("chosen_ids", "rejected_ids")]              # (2, B)
     prompts, responses = zip(*((list(prompt), list(response)) for prompt, response in rows))
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         sums = sequence_logps(model, *collate(prompts, responses, device), reference)
-    if reference is None:
-        return sums[torch.tensor(places, device=device)]               # (2, B)
-    return [each[torch.tensor(places, device=device)] for each in sums]
+    return sums[..., torch.tensor(places, device=device)]
 
 
 def preference_losses(policy, reference, pairs, args, baseline=None):
@@ -605,81 +603,63 @@ def train(args):
 def parse_args(argv=None):
     """The command line, checked and completed with the defaults that depend on data and variant."""
     parser = Parser(description="Train a language model on preferences: SFT, DPO and SAIL's DP, PP and PR.")
+    positive, weight = number(float, 1e-12), number(float, 0)
     add = parser.add_argument_group("method").add_argument
-    add("--variant", choices=[*VARIANTS], default="pr", help="sft; dpo; dp: data's responses, own labels; "
-        "pp: own responses, own labels; pr: own responses, labels from --reward (default)")
-    add("--mix", type=number(float, 0, 1), help="fraction of dp's, pp's and pr's pairs on the variant's "
-        "route, the rest is plain DPO on the data (default: the authors' example settings, dp 0.4, pp 0.3, "
-        "pr 0.3); 1: fully online")
-    add("--response-coef", type=number(float, 0), help="weight of T2 (default: the authors' example "
-        "settings, pp 0.2, pr 0.3); 0 with pr: online (iterative) DPO")
-    add("--label-coef", type=number(float, 0),
-        help="weight of T3 (default: the authors' example settings, dp 0.2, pp 0.2)")
-    add("--label", choices=["expected", "sampled"], default="expected", help="sum the label out (default), "
-        "or draw it as in the paper")
+    add("--variant", choices=[*VARIANTS], default="pr", help="dp: data's responses, own labels; pp: own "
+        "responses, own labels; pr: own responses, labels from --reward (default); dpo; sft; spin")
+    add("--mix", type=number(float, 0, 1), help="fraction of pairs on the variant's route, the rest is DPO on the "
+        "data; 1: fully online (the authors' examples: dp 0.4, pp 0.3, pr 0.3; spin 1)")
+    add("--response-coef", type=weight, help="of T2 (the authors': pp 0.2, pr 0.3); 0 with pr: online DPO")
+    add("--label-coef", type=weight, help="of T3 (the authors': dp 0.2, pp 0.2)")
+    add("--label", choices=["expected", "sampled"], default="expected",
+        help="sum the policy's or the reward's label out (default), or draw it as in the paper")
     add("--baseline", choices=["running", "none"], default="running",
         help="T2's: the running mean of past pairs' utility (default), or none, as in the paper")
-    add("--preference", choices=["hard", "soft"], default="hard", help="pr's label: 1, or ½ for a tie, by "
-        "the reward's order (default), or σ of the reward difference")
-    add("--num-responses", type=number(int, 2), default=2, help="samples per prompt on pp's and pr's route; all "
-        "their pairs are trained on, together weighing one pair (default: 2)")
-    add("--beta", type=number(float, 1e-12), default=0.1, help="KL weight (default: 0.1, the authors')")
+    add("--preference", choices=["hard", "soft"], default="hard", help="pr's label: 1, or ½ for a tie, by the "
+        "reward's order (default), or σ of the reward difference")
+    add("--num-responses", type=number(int, 2), default=2,
+        help="samples per prompt of pp and pr; all their pairs are trained on, together weighing one (2)")
+    add("--beta", type=positive, default=0.1, help="KL weight (0.1, the authors')")
     add("--loss-type", choices=["sigmoid", "ipo", "hinge", "simpo", "orpo"], default="sigmoid",
-        help="the utility f (default: sigmoid)")
-    add("--target-margin", type=number(float, 0), default=0.0, help="simpo's m (default: 0)")
-    add("--label-smoothing", type=number(float, 0, 0.5), default=0.0,
-        help="ε: given labels become 1 − ε, conservative DPO (default: 0)")
-    add("--nll-coef", type=number(float, 0), default=0.0,
-        help="weight of the data's chosen responses' negative log-likelihood per token (default: 0)")
-    add("--revkl-coef", type=number(float, 0), default=0.0,
-        help="weight of KL(π_ref‖π) per response token, over the whole vocabulary, SAIL-RevKL's (default: 0)")
+        help="the utility f (sigmoid)")
+    add("--target-margin", type=weight, default=0.0, help="simpo's m (0)")
+    add("--label-smoothing", type=number(float, 0, 0.5), default=0.0, help="ε: given labels become 1 − ε (0)")
+    add("--nll-coef", type=weight, default=0.0, help="of −log π per token of the data's chosen responses (0)")
+    add("--revkl-coef", type=weight, default=0.0,
+        help="of KL(π_ref‖π) per response token, over the whole vocabulary (0)")
     add = parser.add_argument_group("models and data").add_argument
     add("--model", default="toy", help="a Hugging Face directory or hub name, or toy (default): the embedded "
         "world's SFT model, trained on first use; for sft, its random start")
-    add("--reference", help="the frozen reference (default: --model as loaded)")
+    add("--reference", help="the frozen reference (--model as loaded)")
     add("--data", default="toy", help="toy (default), a .jsonl, .json, .csv or .parquet file, or a hub name "
         "OWNER/NAME[/CONFIG][:SPLIT]; see data.py")
-    add("--eval-data",
-        help="held-out pairs (default: toy:test for the toy, else one prompt in twenty of --data)")
-    add("--prefer", choices=["better", "safer"], default="better",
-        help="which of PKU-SafeRLHF's labels to train on")
-    add("--reward",
-        help="toy, FILE.py:FUNCTION, or a one-logit classifier's directory or hub name; see reward.py")
+    add("--eval-data", help="held-out pairs (toy:test for the toy, else one prompt in twenty of --data)")
+    add("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF's label to train on")
+    add("--reward", help="toy, FILE.py:FUNCTION, or a one-logit classifier's directory or hub name")
     add("--limit", type=number(int, 1), help="use at most so many pairs")
-    add("--max-prompt-length", type=number(int, 1),
-        help="tokens; longer prompts are cut from the left (512; toy 8)")
-    add("--max-response-length", type=number(int, 1),
-        help="tokens; longer responses are cut from the right (512; toy 24)")
-    add("--temperature", type=number(float, 1e-12), default=1.0,
-        help="of the rollouts; T2 is the score at 1, so it needs 1 (default)")
+    add("--max-prompt-length", type=number(int, 1), help="tokens; cut from the left (512; toy 8)")
+    add("--max-response-length", type=number(int, 1), help="tokens; cut from the right (512; toy 24)")
+    add("--temperature", type=positive, default=1.0, help="of the rollouts; T2 needs 1 (default)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a hub model")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=number(float, 1e-12), help="times every offline pair is seen, whatever the mix; "
-        "self-made pairs come on top (1; toy 3, toy sft 4)")
+    add("--epochs", type=positive, help="times every offline pair is seen, whatever the mix; self-made pairs "
+        "come on top (1; toy 3, toy sft 4)")
     add("--steps", type=number(int, 1), help="optimizer steps, instead of --epochs")
     add("--batch-size", type=number(int, 1), help="pairs per optimizer step, over all processes (32; toy 48)")
-    add("--micro-batch-size", type=number(int, 1),
-        help="pairs per forward (default: all of a process's share at once)")
-    add("--learning-rate", type=number(float, 1e-12),
-        help="(1e-6, sft 2e-5; toy 2e-4, sft 1e-3; the authors: 1e-5, sft 2e-5)")
-    add("--warmup-steps", type=number(int, 0), help="of linear warm-up (default: a tenth of the steps)")
-    add("--schedule", choices=["constant", "cosine"], default="constant",
-        help="after the warm-up (default: constant)")
-    add("--optimizer", choices=["adamw", "rmsprop"], default="adamw",
-        help="rmsprop is the authors' (default: adamw)")
-    add("--max-grad-norm", type=number(float, 1e-12), default=1.0,
-        help="clip the gradient to this norm (default: 1)")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32",
-        help="of the arithmetic; weights stay float32")
+    add("--micro-batch-size", type=number(int, 1), help="pairs per forward (a process's whole share)")
+    add("--learning-rate", type=positive, help="(1e-6, sft 2e-5; toy 2e-4, sft 1e-3; the authors: 1e-5, sft 2e-5)")
+    add("--warmup-steps", type=number(int, 0), help="of linear warm-up (a tenth of the steps)")
+    add("--schedule", choices=["constant", "cosine"], default="constant", help="after it (constant)")
+    add("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="rmsprop is the authors' (adamw)")
+    add("--max-grad-norm", type=positive, default=1.0, help="clip the gradient to this norm (1)")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the arithmetic, not the weights")
     add("--seed", type=number(int, 0, 2**20), default=0)
     add = parser.add_argument_group("output").add_argument
     add("--out", help="directory for args.json, metrics.jsonl, eval.jsonl, samples.jsonl and model/; what an "
-        "earlier run left there is replaced (default: runs/DATA/VARIANT)")
-    add("--log-every", type=number(int, 1), default=10,
-        help="steps between printed lines; metrics.jsonl has every step")
-    add("--eval-every", type=number(int, 0), help="steps between evaluations on held-out pairs (100; toy "
-        "20); 0: only at the end")
-    add("--eval-limit", type=number(int, 1), default=128, help="held-out pairs to evaluate on (default: 128)")
+        "earlier run left there is replaced (runs/DATA/VARIANT)")
+    add("--log-every", type=number(int, 1), default=10, help="steps between printed lines (10)")
+    add("--eval-every", type=number(int, 0), help="steps between evaluations (100; toy 20); 0: at the end")
+    add("--eval-limit", type=number(int, 1), default=128, help="held-out pairs to evaluate on (128)")
     return completed(parser.parse_args(argv), parser)
 
 
