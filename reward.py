@@ -129,7 +129,8 @@ def label_by_reward(pairs, reward, preference="hard"):
     fresh = [pair for pair in pairs if all(pair["on_policy"])]
     if not fresh:
         return
-    samples = {id(pair[f"{side}_ids"]): (pair["prompt"], pair[side])          # one in several pairs is scored once
+    # A sample that is in several pairs is scored once.
+    samples = {id(pair[f"{side}_ids"]): (pair["prompt"], pair[side])
                for pair in fresh for side in ("chosen", "rejected")}
     scores = dict(zip(samples, reward(*map(list, zip(*samples.values())))))
     for pair in fresh:

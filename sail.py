@@ -63,7 +63,7 @@ CHUNK = 2048                              # positions that are projected onto th
 
 def response_states(model, input_ids, attention_mask, scored):
     """The last hidden states at the positions whose next token is scored, (N, H): all of the model but its
-    output layer. scored: (B, T−1) bool. Raises ValueError for a model that `logits_of` does not know."""
+    output layer. scored: (B, T−1) bool. Raises InputError for a model that `logits_of` does not know."""
     kept, inner = [], getattr(model, "module", model)                  # DDP holds the model in .module
 
     def keep(_, hidden):                                               # (B, T, H)
@@ -78,8 +78,8 @@ def response_states(model, input_ids, attention_mask, scored):
     finally:
         hook.remove()
     if not torch.allclose(row.detach(), logits_of(inner, kept[0][:1]).detach().to(row.dtype), atol=1e-3):
-        raise ValueError(f"{type(inner).__name__} changes its logits after the output layer; "
-                         "teach logits_of how")
+        raise InputError(f"{type(inner).__name__} changes its logits after the output layer in a way that "
+                         "sail.py's logits_of does not know; add it there")
     return kept[0]
 
 
@@ -174,26 +174,25 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
     """SAIL's loss for every variant and utility (arXiv 2406.15567): a pair is where its responses and its
     label come from.
 
-    *_logps        (B,)  log π(y|x) summed over y's tokens; the policy's with gradient, the reference's without
+    *_logps        (B,)  log π(y|x) summed over y's tokens; the policy's with gradient, the others without
     preference     (B,)  P(chosen ≻ rejected) according to the data or the reward; None: 1
     on_policy      (B,)  bool: both responses were sampled from the policy as it is now → T2; or (B, 2): the
                          chosen, the rejected one was; None: nowhere
     self_labelled  (B,)  bool: the label is the policy's own, P = σ(u), whatever `preference` says → T3;
                          None: nowhere
     baseline       b of T2, () or (B,); must not depend on the pair's own responses. None: the mean utility of
-                   the other on-policy pairs of this call, f(0) where there is no other; no two may share a response
+                   the other on-policy pairs of this call, which must share no response, or f(0) without any
     label_draws    (B,)  uniform in [0, 1): the label is drawn with them, as in the paper; None: summed out
     *_lengths      (B,)  the responses' tokens, for simpo and orpo; target_margin: simpo's m
 
     With both coefficients 1 the gradient's expectation is ∇J exactly; 0 switches a term off. Returns (losses,
     metrics): losses (B,), whose value is minus the pair's utility and whose gradient is −(T1 +
-    response_coef·T2 + label_coef·T3); metrics, detached means over the pairs. margin and accuracy are in the
-    label's sense; label_reversed is the share of pairs, self-labelled ones, where T3 has turned a label round.
+    response_coef·T2 + label_coef·T3); metrics, detached means over the pairs. margin and accuracy are in
+    the label's sense; label_reversed: the share of pairs, self-labelled, where T3 has turned a label round.
     """
-    reward_chosen = implicit_reward(policy_chosen_logps, reference_chosen_logps, chosen_lengths, beta, loss_type)
-    reward_rejected = implicit_reward(policy_rejected_logps, reference_rejected_logps, rejected_lengths, beta,
-                                      loss_type)
-    margin = reward_chosen - reward_rejected                          # u (B,)
+    margin = (                                                        # u (B,)
+        implicit_reward(policy_chosen_logps, reference_chosen_logps, chosen_lengths, beta, loss_type)
+        - implicit_reward(policy_rejected_logps, reference_rejected_logps, rejected_lengths, beta, loss_type))
     nowhere = torch.zeros_like(margin, dtype=torch.bool)
     on_policy = nowhere if on_policy is None else on_policy.bool()
     chosen_sampled, rejected_sampled = on_policy.T if on_policy.dim() == 2 else (on_policy, on_policy)
@@ -607,16 +606,16 @@ def parse_args(argv=None):
     add = parser.add_argument_group("method").add_argument
     add("--variant", choices=[*VARIANTS], default="pr", help="dp: data's responses, own labels; pp: own "
         "responses, own labels; pr: own responses, labels from --reward (default); dpo; sft; spin")
-    add("--mix", type=number(float, 0, 1), help="fraction of pairs on the variant's route, the rest is DPO on the "
-        "data; 1: fully online (the authors' examples: dp 0.4, pp 0.3, pr 0.3; spin 1)")
+    add("--mix", type=number(float, 0, 1), help="fraction of pairs on the variant's route, the rest is DPO "
+        "on the data; 1: fully online (the authors' examples: dp 0.4, pp 0.3, pr 0.3; spin 1)")
     add("--response-coef", type=weight, help="of T2 (the authors': pp 0.2, pr 0.3); 0 with pr: online DPO")
     add("--label-coef", type=weight, help="of T3 (the authors': dp 0.2, pp 0.2)")
     add("--label", choices=["expected", "sampled"], default="expected",
         help="sum the policy's or the reward's label out (default), or draw it as in the paper")
     add("--baseline", choices=["running", "none"], default="running",
         help="T2's: the running mean of past pairs' utility (default), or none, as in the paper")
-    add("--preference", choices=["hard", "soft"], default="hard", help="pr's label: 1, or ½ for a tie, by the "
-        "reward's order (default), or σ of the reward difference")
+    add("--preference", choices=["hard", "soft"], default="hard",
+        help="pr's label: 1, or ½ for a tie, by the reward's order (default), or σ of the reward difference")
     add("--num-responses", type=number(int, 2), default=2,
         help="samples per prompt of pp and pr; all their pairs are trained on, together weighing one (2)")
     add("--beta", type=positive, default=0.1, help="KL weight (0.1, the authors')")
@@ -647,12 +646,13 @@ def parse_args(argv=None):
     add("--steps", type=number(int, 1), help="optimizer steps, instead of --epochs")
     add("--batch-size", type=number(int, 1), help="pairs per optimizer step, over all processes (32; toy 48)")
     add("--micro-batch-size", type=number(int, 1), help="pairs per forward (a process's whole share)")
-    add("--learning-rate", type=positive, help="(1e-6, sft 2e-5; toy 2e-4, sft 1e-3; the authors: 1e-5, sft 2e-5)")
+    add("--learning-rate", type=positive,
+        help="(1e-6, sft 2e-5; toy 2e-4, sft 1e-3; the authors: 1e-5, sft 2e-5)")
     add("--warmup-steps", type=number(int, 0), help="of linear warm-up (a tenth of the steps)")
     add("--schedule", choices=["constant", "cosine"], default="constant", help="after it (constant)")
     add("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="rmsprop is the authors' (adamw)")
     add("--max-grad-norm", type=positive, default=1.0, help="clip the gradient to this norm (1)")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the arithmetic, not the weights")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of arithmetic, not weights")
     add("--seed", type=number(int, 0, 2**20), default=0)
     add = parser.add_argument_group("output").add_argument
     add("--out", help="directory for args.json, metrics.jsonl, eval.jsonl, samples.jsonl and model/; what an "
@@ -680,6 +680,8 @@ def completed(args, parser):
     if args.temperature != 1 and any(VARIANTS[args.variant]["on_policy"]) and args.response_coef:
         parser.error("argument --temperature: T2 is the score of samples at temperature 1; leave it, or set "
                      "--response-coef 0")
+    if args.target_margin and args.loss_type != "simpo":
+        parser.error("argument --target-margin: only --loss-type simpo has one")
     if args.variant == "pr" and args.mix > 0 and not args.reward:
         parser.error("argument --reward: pr needs one to label its samples; toy, FILE.py:FUNCTION or a "
                      "classifier")

@@ -1,8 +1,8 @@
 """What the terms T1, T2 and T3 do when nothing is sampled: reward lost at equal KL, for every variant.
 
-    python tests/terms_exact.py                         # a minute on one core; prints the table, writes its JSON
-    python tests/terms_exact.py --plot terms_exact.png        # … and draws regret against KL
-    python tests/terms_exact.py --optimizer natural     # the same gradients, followed another way
+    python tests/terms_exact.py                        # a minute on one core; table, and its JSON
+    python tests/terms_exact.py --plot terms.png       # … and draws regret against KL
+    python tests/terms_exact.py --optimizer natural    # the same gradients, followed another way
 
 A world is one context with 40 responses; reference logits and rewards are standard normal. A policy is a
 softmax over 40 logits that starts as the reference. Labels are Bradley-Terry, P(i ≻ j) = σ(r_i − r_j), in the

@@ -213,7 +213,7 @@ def test_the_regularisers_add_their_gradient(world):
                         for model in (world.policy, world.reference))
         return (theirs.exp() * (theirs - ours)).sum()
 
-    nll = sum(-world.logps[i] / len(world.responses[i]) for i in (0, 4))       # where it is the data that chose
+    nll = sum(-world.logps[i] / len(world.responses[i]) for i in (0, 4))        # the data's choices
     revkl = sum((per_token_kl(pair["chosen_ids"]) + per_token_kl(pair["rejected_ids"]))
                 / (len(pair["chosen_ids"]) + len(pair["rejected_ids"])) for pair in pairs)
     regularised, metrics = gradient(args)

@@ -61,6 +61,7 @@ def test_bad_data_is_named(name, tmp_path, monkeypatch, capsys):
     (["--seed", "-1"], "--seed: -1 is not in"), (["--eval-every", "-1"], "--eval-every: -1 is not in"),
     (["--response-coef", "nan"], "--response-coef: nan is not in"),
     (["--temperature", "0.9"], "--temperature: T2 is the score"),
+    (["--target-margin", "1"], "--target-margin: only --loss-type simpo has one"),
     (["--data", "x.jsonl"], "--reward: pr needs one"), (["--batch-size", "0"], "--batch-size: 0 is not in 1"),
     (["--learning-rate", "nan"], "--learning-rate: nan is not in"),
     (["--steps", "many"], "invalid int value: 'many'"),

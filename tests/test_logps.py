@@ -6,7 +6,7 @@ import torch
 from conftest import byte_tokenizer, tiny_model
 
 import sail
-from data import collate
+from data import InputError, collate
 from generate import prepare
 from sail import sequence_logps
 
@@ -86,7 +86,7 @@ def test_only_response_positions_are_projected_onto_the_vocabulary_a_chunk_at_a_
     monkeypatch.setattr(sail, "CHUNK", 4)
     sequence_logps(model, *collate(PROMPTS, RESPONSES))
     n = sum(len(response) for response in RESPONSES)
-    one_row, projected = seen[:2], [rows for rows, _ in seen[2:]]         # the row that checks logits_of, twice
+    one_row, projected = seen[:2], [rows for rows, _ in seen[2:]]       # the row that checks logits_of, twice
     assert one_row == [(1, 261)] * 2 and sum(projected) == n and max(projected) == 4
     assert model(torch.tensor([[5, 6]])).logits.shape == (1, 2, 261)      # and the model is left as it was
 
@@ -146,7 +146,7 @@ def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused():
 
     model = tiny_model()
     model.__class__ = Doubled
-    with pytest.raises(ValueError, match="Doubled changes its logits after the output layer"):
+    with pytest.raises(InputError, match="Doubled changes its logits after the output layer"):
         sequence_logps(model, *collate(PROMPTS, RESPONSES))
 
 

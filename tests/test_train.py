@@ -135,6 +135,22 @@ def test_iterative_dpo_fully_online_soft_labels_drawn_labels_and_another_optimiz
     assert all(row["on_policy"] == 1 and row["loss"] is not None for row in rows)
 
 
+@pytest.mark.parametrize("flags, first_loss", [
+    ("--variant dpo --loss-type hinge --nll-coef 0.1", 1.0), ("--variant dpo --loss-type ipo --beta 0.5", 1.0),
+    ("--variant dpo --label-smoothing 0.1", math.log(2)), ("--variant spin", math.log(2)),
+    ("--variant dpo --loss-type simpo --beta 2 --target-margin 1", None),
+    ("--variant dpo --loss-type orpo --nll-coef 10", None), ("--variant pp --revkl-coef 0.5", math.log(2)),
+    ("--variant pr --mix 1 --num-responses 3", math.log(2))])
+def test_the_named_special_cases_run(base, tmp_path, flags, first_loss):
+    rows = run(base, tmp_path, *flags.split(), "--max-response-length", "8")
+    assert all(row["skipped"] == 0 and math.isfinite(row["loss"]) for row in rows)
+    if first_loss is not None:
+        assert rows[0]["loss"] == pytest.approx(first_loss, abs=1e-4)
+    assert rows[0]["on_policy"] == pytest.approx({"dpo": 0, "pp": 0.3, "pr": 1, "spin": 1}[flags.split()[1]])
+    if "revkl" in flags:
+        assert rows[0]["revkl"] == pytest.approx(0, abs=1e-5) and rows[2]["revkl"] > 0
+
+
 def test_bfloat16_autocast_keeps_float32_weights(base, tmp_path):
     rows = run(base, tmp_path, "--variant", "pr", "--dtype", "bfloat16")
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-3)
