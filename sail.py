@@ -324,6 +324,7 @@ DEFAULTS = dict(epochs=1.0, batch_size=32, learning_rate=1e-6, eval_every=100, m
                 max_response_length=512)
 TOY_DEFAULTS = dict(epochs=3.0, batch_size=48, learning_rate=2e-4, eval_every=20, max_prompt_length=8,
                     max_response_length=24, reward="toy")
+TOY_REVKL = {"pp": 0.3}                 # without it PP runs away from the reference: tests/terms_toy.py
 SFT_DEFAULTS = {False: dict(learning_rate=2e-5),                        # by "is it the toy?"
                 True: dict(epochs=4.0, learning_rate=1e-3)}
 
@@ -624,8 +625,8 @@ def parse_args(argv=None):
     add("--target-margin", type=weight, default=0.0, help="simpo's m (0)")
     add("--label-smoothing", type=number(float, 0, 0.5), default=0.0, help="ε: given labels become 1 − ε (0)")
     add("--nll-coef", type=weight, default=0.0, help="of −log π per token of the data's chosen responses (0)")
-    add("--revkl-coef", type=weight, default=0.0,
-        help="of KL(π_ref‖π) per response token, over the whole vocabulary (0)")
+    add("--revkl-coef", type=weight, help="of KL(π_ref‖π) per response token, over the whole vocabulary (0; "
+        "toy pp 0.3)")
     add = parser.add_argument_group("models and data").add_argument
     add("--model", default="toy", help="a Hugging Face directory or hub name, or toy (default): the embedded "
         "world's SFT model, trained on first use; for sft, its random start")
@@ -668,6 +669,7 @@ def completed(args, parser):
     toy, sft = args.data == "toy", args.variant == "sft"
     defaults = {**DEFAULTS, **(TOY_DEFAULTS if toy else {}), **(SFT_DEFAULTS[toy] if sft else {}),
                 "mix": VARIANTS[args.variant]["mix"],
+                "revkl_coef": TOY_REVKL.get(args.variant, 0.0) if toy else 0.0,
                 "response_coef": VARIANTS[args.variant]["response_coef"],
                 "label_coef": VARIANTS[args.variant]["label_coef"],
                 "out": str(Path("runs", run_name(args.data), args.variant))}

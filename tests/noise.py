@@ -1,34 +1,35 @@
-"""How noisy, and how biased, estimators of ∇J are: routes PP and PR, sigmoid utility, one pair of responses at a time.
+"""How noisy, and how biased, estimators of ∇J are: routes PP and PR, sigmoid utility, a pair at a time.
 
-    python tests/noise.py                       # minutes on one core; prints two tables, writes JSON and the picture
-    python tests/noise.py --groups 400          # quicker, with wider intervals
+    python tests/noise.py --plot assets/noise.png    # minutes on one core: two tables, JSON, the picture
+    python tests/noise.py --groups 400               # quicker, with wider intervals
 
-∇J is the whole gradient, T1 + T2 + T3 with coefficients 1. With s_1, s_2 the scores ∇log π(y) of a pair's responses,
-F its utility and c the weight that T1 and T3 give to s_1 − s_2, every estimator is
+∇J is the whole gradient, T1 + T2 + T3 with coefficients 1. With s_1, s_2 the scores ∇log π(y) of a pair's
+responses, F its utility and c the weight that T1 and T3 give to s_1 − s_2, an estimator is
 
-    (F − b_1)·s_1 + (F − b_2)·s_2 + c·(s_1 − s_2).
+    (F − b_1)·s_1 + (F − b_2)·s_2 + c·(s_1 − s_2),
 
-F and c are means over both labels, or, "label drawn", those of one label that is drawn. The rows are T2's baselines b:
-  none                    0; with the label drawn, the paper's letter
-  other 7 pairs           the mean F of the other pairs in a batch of 8
-  running mean            of past steps' F, at the rate 0.1 with 15 pairs a step, as in sail.py
-  best constant           the one of least variance
-  prompt's other pair     F of a second pair of responses to the same prompt
-  per token               for token t of a response, the F that there would be had it ended before t; PR, whose label is
-                          not known then, takes both labels as equally likely
-  4 responses             the mean over all pairs of them, as with --num-responses 4. "Own pairs left out": b_i is the
-                          mean F of the pairs without response i. "Per token" is averaged over the opponents
-and two that are biased: antithetic pairs, with y_2 by the inverse CDF at 1 − v where y_1's is at v, so that the two are
-not independent; and the authors' public code, which adds T2 as F/log π(y) without a baseline.
-A std is that of one pair's gradient: that of the mean over four responses, two pairs or all six, times √2.
+F and c being means over both labels or, "label drawn", those of one. The rows are T2's baselines b:
+  none                 0; with the label drawn, the paper's letter
+  other 7 pairs        the mean F of the other pairs in a batch of 8
+  running mean         of past steps' F, at the rate 0.1 with 15 pairs a step, as in sail.py
+  best constant        the one of least variance
+  prompt's other pair  F of a second pair of responses to the same prompt
+  per token            for token t of a response, the F that there would be had it ended before t; PR, whose
+                       label is not known then, takes both labels as equally likely
+  4 responses          the mean over all their pairs, as with --num-responses 4. "Own pairs left out": b_i is
+                       the mean F of the pairs without i; "per token" is averaged over the opponents
+and two that are biased: antithetic pairs, y_2 by the inverse CDF at 1 − v where y_1's is at v, which are not
+independent; and the authors' public code, which adds T2 as F / log π(y) without a baseline. A std is that of
+one pair's gradient: that of the mean over four responses, as two pairs or all six, times √2.
 
-Enumerated: the fifteen-response GPT-2 of test_enumeration.py, unrelated to its reference, β 0.7, soft labels. All sums
-are over all fours and labels: nothing is estimated. Toy: the toy's SFT model is the reference; the policy is what 40
-steps of online DPO make of it, or it itself: then u = 0, PP has no gradient, and constant baselines leave T2 no noise.
-β 0.1, labels by the toy's reward, fours sampled for random training prompts. "Error" is that of the mean over the
-sample, relative to ∇J; "alone" is what sampling alone gives. ∇J there is the mean, over three times as many other fours,
-of "4 responses, per token". Intervals: 95 %, jackknife over ten blocks of both samples. Cosines are corrected for the
-sampling noise in both norms, so they may pass 1; one that the sample does not determine to ± 0.5 is left out.
+Enumerated: the fifteen-response GPT-2 of test_enumeration.py, unrelated to its reference, β 0.7, soft labels.
+All sums are over all fours and labels: nothing is estimated. Toy: the reference is the toy's SFT model, the
+policy is what 40 steps of online DPO make of it, or it itself (then u = 0: PP has no gradient, and constant
+baselines leave T2 no noise). β 0.1, labels by the toy's reward, fours sampled for random training prompts.
+"Error" is that of the whole sample's mean, relative to ∇J, and "alone" what sampling alone gives; ∇J is the
+mean of "4 responses, per token" over three times as many other fours. Intervals: 95 %, jackknife over ten
+blocks of both samples. Cosines are corrected for the sampling noise in both norms, so they may pass 1; one
+that the sample does not determine to ± 0.5 is left out.
 """
 import argparse
 import itertools
@@ -47,13 +48,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import collate, encode, load_pairs
 from generate import end_token_ids, load_policy, response_text, sample, toy_checkpoint
 from reward import toy_reward
-from sail import pair_logps
-from test_enumeration import BETA, PROMPT, World, flat_gradient, relative_error
+from test_enumeration import BETA, PROMPT, World, flat_gradient
 
 ROUTES, BLOCKS, T_QUANTILE = ("pp", "pr"), 10, 2.26                 # of t with nine degrees of freedom
 PAPER, DEFAULT, SMOOTHEST = "no baseline, label drawn", "running mean", "4 responses, per token"
+CAPTIONS = {PAPER: "no baseline, label drawn (paper)", DEFAULT: "running mean (default)"}
 TOY_POLICY = Path("runs/noise")                                     # trained on first use
-SELF, PARTNER, OTHER = [0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1]     # four responses make the pairs (0, 1) and (2, 3)
+ONLINE_DPO = "--variant pr --mix 1 --response-coef 0 --steps 40 --seed 0"
+WORLDS = ("enumerated", "toy", "policy = reference")
+TITLES = {"enumerated": "enumerated", "toy": "toy world"}
+BIASED = ("antithetic pairs, running mean", "T2 as F / log π(y), label drawn")
+SELF, PARTNER, OTHER = [0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1]     # four make the pairs (0, 1) and (2, 3)
 
 
 @dataclass
@@ -65,13 +70,15 @@ class Fours:
     ratios: torch.Tensor              # (G, 4, T) log π/π_ref of each token, 0 where there is none
     mask: torch.Tensor                # (G, 4, T)
     preference: torch.Tensor          # (G, 4, 4) the reward's P(i ≻ j)
-    gram: torch.Tensor = None         # (G, 20, 20) inner products of the vectors that token_weights defines
+    gram: torch.Tensor = None         # (G, 20, 20) inner products of the vectors of token_weights
 
-    def mean(self, values):
-        return (self.weight * values).sum().item()
+    def moments(self, values):
+        """Mean and variance of values (G,)."""
+        mean = (self.weight * values).sum()
+        return mean, (self.weight * values**2).sum() - mean**2
 
     def inner(self, one, other):
-        """Inner products of two gradients given by coefficients of the vectors, (G, 4, 5) × 2 -> (G,)."""
+        """Inner products of two gradients given by coefficients, (G, 4, 5) × 2 -> (G,)."""
         return (one.flatten(1) * (self.gram @ other.flatten(1)[..., None])[..., 0]).sum(1)
 
 
@@ -80,8 +87,9 @@ def expected_utility(u, p):
 
 
 def token_weights(fours):
-    """Gradients are combinations of five vectors per response: its score, and the sums of its tokens' scores times the
-    baseline per token, PP's and PR's, against its partner and averaged over all others. Returns (G, 4, 5, T)."""
+    """Gradients are combinations of five vectors per response: its score, and its tokens' scores summed with
+    the weights of the baseline per token, PP's and PR's, against its partner and averaged over all others.
+    Returns the tokens' weights in them, (G, 4, 5, T)."""
     before = fours.ratios.cumsum(-1) - fours.ratios                 # log-ratio of the tokens before t
     u = fours.beta * (before[:, :, None] - fours.ratios.sum(-1)[:, None, :, None])          # (G, 4, 4, T)
     weights = [torch.ones_like(before)]
@@ -91,56 +99,62 @@ def token_weights(fours):
     return torch.stack(weights, 2) * fours.mask[:, :, None]
 
 
+def of_scores(coefs, vector=0, weight=0.0):
+    """Coefficients of the scores (G, 4), and one weight for the vectors number `vector` -> (G, 4, 5)."""
+    coefs = F.pad(coefs[..., None], (0, 4))
+    coefs[..., vector] += weight
+    return coefs
+
+
 def estimators(fours, route):
-    """{row: (outcomes, b, variance of b)}. outcomes: [(probability (G,), coefficients (G, 4, 5))] for every label that
-    can be drawn, without the constant baseline b, which is told apart; b None: the best constant."""
-    reward, self_labelled = fours.beta * fours.ratios.sum(-1), float(route == "pp")
+    """{row: (outcomes, b, variance of b)}. outcomes: [(probability (G,), coefficients (G, 4, 5))], one for
+    each way to draw the labels, before the constant baseline b is taken off; b None: the best constant."""
+    reward, vector, T3 = fours.beta * fours.ratios.sum(-1), 1 + ROUTES.index(route), float(route == "pp")
     u = reward[:, :, None] - reward[:, None, :]                     # (G, 4, 4)
-    preference = torch.sigmoid(u) if self_labelled else fours.preference
-    always, slot = torch.ones_like(fours.weight), 1 + ROUTES.index(route)
+    p = torch.sigmoid(u) if route == "pp" else fours.preference
 
-    def utility_and_weight(p):                                      # F and c of all pairs, c_ij on s_i, (G, 4, 4)
-        T3, T3_swapped = self_labelled * F.logsigmoid(u), self_labelled * F.logsigmoid(-u)
-        return expected_utility(u, p), fours.beta * (p * (1 + T3) * torch.sigmoid(-u)
-                                                     - (1 - p) * (1 + T3_swapped) * torch.sigmoid(u))
+    def utility_and_weight(p):                                      # F and c, c_ij on s_i, (G, 4, 4)
+        c = (p * (1 + T3 * F.logsigmoid(u)) * torch.sigmoid(-u)
+             - (1 - p) * (1 + T3 * F.logsigmoid(-u)) * torch.sigmoid(u))
+        return expected_utility(u, p), fours.beta * c
 
-    def of_scores(coefs, token=0, weight=0.0):                      # (G, 4), and one weight for the vectors `token`
-        coefs = F.pad(coefs[..., None], (0, 4))
-        coefs[..., token] += weight
-        return coefs
+    def drawn(divisor=1.0):                                         # no baseline; a label for either pair
+        halves, first_wins = [], torch.ones_like(u).triu(1)
+        for label in (first_wins, 1 - first_wins):
+            f, c = (x[:, SELF, PARTNER] for x in utility_and_weight(label))
+            halves.append(((f / divisor + c) / 2).split(2, 1))      # (G, 2) of either pair
+        return [(chance[:, 0, 1] * other[:, 2, 3], of_scores(torch.cat([half, other_half], 1)))
+                for (chance, (half, _)), (other, (_, other_half)) in itertools.product(
+                    zip((p, 1 - p), halves), repeat=2)]
 
-    def drawn(coefs_of):                                            # coefs_of: F, c of the two pairs -> (G, 4)
-        coefs = [coefs_of(*(x[:, SELF, PARTNER] for x in utility_and_weight(torch.full_like(u, label))))
-                 for label in (0.0, 1.0)]
-        chance = torch.stack([1 - preference, preference])          # (2, G, 4, 4)
-        return [(chance[i, :, 0, 1] * chance[j, :, 2, 3], of_scores(torch.cat([coefs[i][:, :2], coefs[j][:, 2:]], 1)))
-                for i, j in itertools.product((0, 1), repeat=2)]
+    def summed(coefs, *per_token):
+        return [(torch.ones_like(fours.weight), of_scores(coefs, *per_token))]
 
-    def moments(values):
-        return fours.mean(values), fours.mean(values**2) - fours.mean(values)**2
-
-    utility, c = utility_and_weight(preference)
-    f, weight = utility[:, SELF, PARTNER], c[:, SELF, PARTNER]      # of the two pairs, (G, 4)
-    pairs, (b, variance) = (f + weight) / 2, moments(f[:, 0])       # a half: the mean over two pairs
-    drawn_f = preference[:, 0, 1] * F.logsigmoid(u[:, 0, 1])**2 + (
-        1 - preference[:, 0, 1]) * F.logsigmoid(-u[:, 0, 1])**2     # the mean square
+    utility, c = utility_and_weight(p)
+    f = utility[:, SELF, PARTNER]                                   # of the two pairs, (G, 4)
+    pairs, (b, variance) = (f + c[:, SELF, PARTNER]) / 2, fours.moments(f[:, 0])
+    variance_drawn = variance + fours.moments((p * (1 - p) * u**2)[:, 0, 1])[0]             # f(u) − f(−u) = u
     utility = utility * (1 - torch.eye(4))                          # no response is paired with itself
-    all_pairs, (b_of_all, variance_of_all) = (utility + c).sum(2) / 6, moments(utility.sum((1, 2)) / 12)
+    all_pairs, (b_of_all, variance_of_all) = (utility + c).sum(2) / 6, fours.moments(utility.sum((1, 2)) / 12)
     left_out = (utility.sum((1, 2))[:, None] - 2 * utility.sum(2)) / 6
-    letter, running = drawn(lambda f, c: (f + c) / 2), 0.1 / 1.9 / 15           # Var(running mean) / Var(F)
+    past = 0.1 / 1.9 / 15                                           # Var(running mean) / Var(F)
     return {
-        PAPER: (letter, 0.0, 0.0),
-        "no baseline": ([(always, of_scores(pairs))], 0.0, 0.0),
-        "other 7 pairs, label drawn": (letter, b, (fours.mean(drawn_f) - b**2) / 7),
-        "other 7 pairs": ([(always, of_scores(pairs))], b, variance / 7),
-        DEFAULT: ([(always, of_scores(pairs))], b, running * variance),
-        "best constant": ([(always, of_scores(pairs))], None, 0.0),
-        "prompt's other pair": ([(always, of_scores(pairs - f[:, OTHER] / 2))], 0.0, 0.0),
-        "per token": ([(always, of_scores(pairs, slot, -0.5))], 0.0, 0.0),
-        "4 responses, running mean": ([(always, of_scores(all_pairs))], b_of_all, running * variance_of_all),
-        "4 responses, own pairs left out": ([(always, of_scores(all_pairs - left_out / 2))], 0.0, 0.0),
-        SMOOTHEST: ([(always, of_scores(all_pairs, slot + 2, -0.5))], 0.0, 0.0),
-        "T2 as F / log π(y), label drawn": (drawn(lambda f, c: (f / fours.logps + c) / 2), 0.0, 0.0)}
+        PAPER: (drawn(), 0, 0),
+        "no baseline": (summed(pairs), 0, 0),
+        "other 7 pairs, label drawn": (drawn(), b, variance_drawn / 7),
+        "other 7 pairs": (summed(pairs), b, variance / 7),
+        "prompt's other pair": (summed(pairs - f[:, OTHER] / 2), 0, 0),
+        DEFAULT: (summed(pairs), b, past * variance),
+        "best constant": (summed(pairs), None, 0),
+        "per token": (summed(pairs, vector, -0.5), 0, 0),
+        "4 responses, running mean": (summed(all_pairs), b_of_all, past * variance_of_all),
+        "4 responses, own pairs left out": (summed(all_pairs - left_out / 2), 0, 0),
+        SMOOTHEST: (summed(all_pairs, vector + 2, -0.5), 0, 0),
+        "T2 as F / log π(y), label drawn": (drawn(fours.logps), 0, 0)}
+
+
+def rows_of(fours):
+    return {(route, name): row for route in ROUTES for name, row in estimators(fours, route).items()}
 
 
 def expected(outcomes):
@@ -148,58 +162,58 @@ def expected(outcomes):
 
 
 def measure(fours, rows, project, truth):
-    """{row: figures}. project: [coefficients] -> block means of these gradients (rows, B, D); it fills in fours.gram.
-    truth: ∇J, (1, D), or block means of an estimate of it (B, D)."""
-    scores = F.pad(torch.full_like(fours.logps, 0.5)[..., None], (0, 4))        # what a constant baseline multiplies
+    """{(route, row): figures}. project: [coefficients] -> block means of their gradients, [(B, D)]; it sees
+    to fours.gram. truth: {route: ∇J (1, D), or block means of an estimate of it (B, D)}."""
+    scores = of_scores(torch.full_like(fours.logps, 0.5))           # what a constant baseline multiplies
     *means, mean_score = project([expected(outcomes) for outcomes, _, _ in rows.values()] + [scores])
-    results = {}
-    for (name, (outcomes, b, variance)), mean in zip(rows.items(), means):
+    scores2, results = fours.inner(scores, scores), {}
+    for (key, (outcomes, b, variance)), mean in zip(rows.items(), means):
         if b is None:
-            b = fours.mean(fours.inner(expected(outcomes), scores)) / fours.mean(fours.inner(scores, scores))
-        square = variance * fours.inner(scores, scores)             # E|g|² over the labels, (G,)
+            b = fours.moments(fours.inner(expected(outcomes), scores))[0] / fours.moments(scores2)[0]
+        square = variance * scores2                                 # E|g|² over the labels, (G,)
         for probability, coefs in outcomes:
             square = square + probability * fours.inner(coefs - b * scores, coefs - b * scores)
-        square = (fours.weight * square).view(len(mean), -1).sum(1) * len(mean)             # block means, (B,)
-        results[name] = figures(square, mean - b * mean_score, truth)
+        square = (fours.weight * square).view(len(mean), -1).sum(1) * len(mean)             # block means (B,)
+        results[key] = figures(square, mean - b * mean_score, truth[key[0]])
+        if results[key]["std"][0]**2 < 2e-6 * fours.moments(scores2)[0]:                    # float32's rounding
+            results[key]["std"] = (0.0, 0.0)
     return results
 
 
 def figures(square, mean, truth):
-    """Std, cosine, error and error from sampling alone, and intervals' half-widths, from block means of |g|² (B,),
-    of g (B, D) and of the truth (B, D). A single block is exact."""
-    both = torch.cat([mean, truth]).double()
-    gram = both @ both.T
+    """{figure: (value, half-width)} from block means of |g|² (B,), g (B, D), truth (B, D); one block: exact."""
+    blocks = torch.cat([mean, truth]).double()
+    gram, own, other = blocks @ blocks.T, list(range(len(mean))), list(range(len(mean), len(blocks)))
 
-    def norm2(chosen):                                              # of the mean; a block's own noise is in the diagonal
+    def norm2(chosen):                                              # a block's own noise is in the diagonal
         part, n = gram[chosen][:, chosen], len(chosen)
         return part.sum() if n == 1 else (part.sum() - part.trace()) / (n * (n - 1))
 
     def of(own, other):
-        dot, size = gram[own][:, other].mean(), norm2(other).clamp(min=1e-30).sqrt()
-        error = (both[own].mean(0) - both[other].mean(0)).norm() / size
-        bias2 = (norm2(own) + norm2(other) - 2 * dot) / size**2
-        return torch.stack([(square[own].mean() - norm2(own)).clamp(min=0).sqrt() * math.sqrt(2),
-                            dot / norm2(own).sqrt() / size, error, (error**2 - bias2).clamp(min=0).sqrt()])
+        mean2, truth2, dot = norm2(own), norm2(other), gram[own][:, other].mean()
+        error2 = (blocks[own].mean(0) - blocks[other].mean(0)).norm()**2
+        noise2 = (error2 - (mean2 + truth2 - 2 * dot)).clamp(min=0)
+        variance = 2 * (square[own].mean() - mean2).clamp(min=0)    # of a pair: four are two pairs' worth
+        return torch.stack([variance.sqrt(), dot / (mean2 * truth2).sqrt(),
+                            (error2 / truth2).sqrt(), (noise2 / truth2).sqrt()])
 
-    own, other = list(range(len(mean))), list(range(len(mean), len(both)))
-    std, cosine, error, alone = of(own, other).tolist()
     half = torch.zeros(4)
     if len(own) > 1:
         left_out = ([of([i for i in own if i != b], other) for b in own],
                     [of(own, [i for i in other if i != b]) for b in other])
         half = T_QUANTILE * sum((len(x) - 1)**2 / len(x) * torch.stack(x).var(0) for x in left_out).sqrt()
-    result = {"std": std if std > 1e-6 else 0.0, "std_half": half[0].item()}
-    if norm2(other) > 1e-10:                                        # else ∇J = 0
-        result.update(error=error, error_half=half[2].item(), alone=alone)
-        if half[1] < 0.5:                                           # not so if nan
-            result.update(cosine=cosine, cosine_half=half[1].item())
-    return result
+    found = dict(zip(("std", "cosine", "error", "alone"), zip(of(own, other).tolist(), half.tolist())))
+    if norm2(other) < 1e-10:                                        # ∇J = 0: nothing to be relative to
+        return {"std": found["std"]}
+    if not half[1] < 0.5:
+        del found["cosine"]
+    return found
 
 
 def enumerated():
-    """{route: {row: figures}} of the fifteen-response world, exact."""
+    """{(route, row): figures} of the fifteen-response world, exact."""
     world, places, logps, scores = World(), {}, [], []
-    for y in world.responses:                                       # single tokens after their prefix: 21 in all
+    for y in world.responses:                                       # single tokens after their prefix, 21
         for t in range(len(y)):
             if tuple(y[:t + 1]) not in places:
                 places[tuple(y[:t + 1])] = len(places)
@@ -208,109 +222,172 @@ def enumerated():
                 logps.append((ours.item(), theirs.item()))
                 scores.append(flat_gradient(ours, world.policy))
     logps, scores = torch.tensor(logps, dtype=torch.float64), torch.stack(scores)           # (21, 2), (21, D)
-    used = torch.zeros(len(world.responses), 3, len(places), dtype=torch.float64)            # (R, T, 21)
+    used = torch.zeros(len(world.responses), 3, len(places), dtype=torch.float64)           # (R, T, 21)
     for i, y in enumerate(world.responses):
         used[i, range(len(y)), [places[tuple(y[:t + 1])] for t in range(len(y))]] = 1
-    drawn = torch.tensor(list(itertools.product(range(len(used)), repeat=4)))                # (G, 4)
-    log_p = (used @ logps[:, 0]).sum(1)
-    end, start = log_p.exp().cumsum(0), log_p.exp().cumsum(0) - log_p.exp()     # a response is drawn at v in start … end
-    antithetic = (torch.minimum(end[:, None], 1 - start) - torch.maximum(start[:, None], 1 - end)).clamp(min=0)
-    fours = Fours(BETA, log_p[drawn].exp().prod(1), log_p[drawn], (used @ (logps[:, 0] - logps[:, 1]))[drawn],
+    drawn = torch.tensor(list(itertools.product(range(len(used)), repeat=4)))               # (G, 4)
+    p = (used @ logps[:, 0]).sum(1).exp()
+    fours = Fours(BETA, p[drawn].prod(1), p[drawn].log(), (used @ (logps[:, 0] - logps[:, 1]))[drawn],
                   used.sum(-1)[drawn], world.preference[drawn[:, :, None], drawn[:, None, :]])
-    basis = torch.einsum("gkst,gktv->gksv", token_weights(fours), used[drawn]).flatten(1, 2)          # (G, 20, 21)
+    basis = torch.einsum("gkst,gktv->gksv", token_weights(fours), used[drawn]).flatten(1, 2)    # (G, 20, 21)
     fours.gram = basis @ (scores @ scores.T) @ basis.mT
 
-    def mean(weight, coefs):
-        return torch.einsum("g,gi,giv->v", weight, coefs.flatten(1), basis) @ scores        # (D,)
-
     def project_with(weight):
-        return lambda wanted: torch.stack([mean(weight, coefs)[None] for coefs in wanted])
+        return lambda wanted: [torch.einsum("g,gi,giv->v", weight, coefs.flatten(1), basis)[None] @ scores
+                               for coefs in wanted]
 
-    def of_pairs(probability):                                      # of (0, 1) and (2, 3), independently
-        return probability[drawn[:, 0], drawn[:, 1]] * probability[drawn[:, 2], drawn[:, 3]]
-
-    results = {}
-    for route in ROUTES:
-        check_against_training(world, route, estimators(fours, route), lambda p, coefs: mean(of_pairs(p), coefs))
-        truth = world.exact_gradient(route, "sigmoid")[None]
-        results[route] = measure(fours, estimators(fours, route), project_with(fours.weight), truth)
-        other = replace(fours, weight=of_pairs(antithetic))
-        rows = {"antithetic pairs, running mean": estimators(other, route)[DEFAULT]}
-        results[route].update(measure(other, rows, project_with(other.weight), truth))
-    return results
-
-
-def check_against_training(world, route, rows, mean):
-    """The paper's letter and the default are, under random weights of the pairs, what the training step
-    back-propagates. mean: weights (R, R) and coefficients -> gradient."""
-    probability = torch.rand(world.preference.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    probability /= probability.sum()
-    label = world.label_probability(route, "sigmoid").detach()
-    for name, b in ((PAPER, 0.0), (DEFAULT, rows[DEFAULT][1])):
-        halves = F.pad(torch.full_like(rows[name][0][0][1][..., :1], 0.5), (0, 4))
-        weighted = [(probability[i, j] * chance, world.pair(i, j, route, draw)) for i, j in world.all_pairs()
-                    for draw, chance in ((0.0, label[i, j]), (1 - 1e-12, 1 - label[i, j]))]
-        trained = world.back_propagated(weighted, "sigmoid", b, "sampled" if name == PAPER else "expected")
-        assert relative_error(mean(probability, expected(rows[name][0]) - b * halves), trained) < 1e-9
+    truth = {route: world.exact_gradient(route, "sigmoid")[None] for route in ROUTES}
+    results = measure(fours, rows_of(fours), project_with(fours.weight), truth)
+    end, start = p.cumsum(0), p.cumsum(0) - p                       # a response is drawn at v in start … end
+    joint = (torch.minimum(end[:, None], 1 - start) - torch.maximum(start[:, None], 1 - end)).clamp(min=0)
+    pairs = replace(fours, weight=joint[drawn[:, 0], drawn[:, 1]] * joint[drawn[:, 2], drawn[:, 3]])
+    antithetic = {(route, "antithetic pairs, running mean"): estimators(pairs, route)[DEFAULT]
+                  for route in ROUTES}
+    return results | measure(pairs, antithetic, project_with(pairs.weight), truth)
 
 
 def toy(path, n):
-    """{route: {row: figures}} of a toy policy, from n sampled fours."""
+    """{(route, row): figures} of a toy policy, from n sampled fours."""
     (policy, tokenizer), (reference, _) = load_policy(path), load_policy(toy_checkpoint())
-    parameters = list(policy.parameters())
+    parameters, size = list(policy.parameters()), sum(p.numel() for p in policy.parameters())
     examples, _ = encode(load_pairs("toy")[0], tokenizer, end_token_ids(tokenizer), 8, 24)
+    torch.manual_seed(0)
 
-    def token_logps(model, ids):                                    # (B, T) -> (B, T−1); padding is on the right
+    def token_logps(model, ids):                                    # (B, T) -> (B, T−1); right-padded
         return model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
 
-    def gradient(value, weights=None):                              # (D,); for value (T,), weights (5, T): (5, D)
+    def gradient(value, weights=None):                              # (D,), or of (T,) weighted (5, T): (5, D)
         several = weights is not None
-        gradients = torch.autograd.grad(value, parameters, weights, retain_graph=True, is_grads_batched=several)
-        return torch.cat([each.flatten(int(several)) for each in gradients], -1)
+        each = torch.autograd.grad(value, parameters, weights, retain_graph=True, is_grads_batched=several)
+        return torch.cat([part.flatten(int(several)) for part in each], -1)
 
     @torch.no_grad()
     def draw(n):                                                    # (Fours, ids (4n, T))
         chosen = [examples[i] for i in torch.randint(len(examples), (n,)).tolist()]
-        responses, _ = sample(policy, tokenizer, [each["prompt_ids"] for each in chosen], 24, 4, batch_size=256)
-        prompts = [each for each in chosen for _ in range(4)]
-        responses = [y for four in responses for y in four]
+        responses, _ = sample(policy, tokenizer, [each["prompt_ids"] for each in chosen], 24, 4, 1.0, 256)
+        prompts, responses = [each for each in chosen for _ in range(4)], sum(responses, [])
         ids, _, mask = collate([each["prompt_ids"] for each in prompts], responses)
         ours, theirs = (torch.cat([token_logps(model, part) for part in ids.split(512)]) * mask[:, 1:]
                         for model in (policy, reference))
-        pair = {"prompt_ids": prompts[0]["prompt_ids"], "chosen_ids": responses[0], "rejected_ids": responses[1]}
-        torch.testing.assert_close(pair_logps(policy, [pair])[:, 0], ours[:2].sum(1), rtol=1e-4, atol=1e-4)
-        reward = torch.tensor(toy_reward([each["prompt"] for each in prompts], [
-            response_text(tokenizer, y) for y in responses]), dtype=torch.float64).view(n, 4)
         ours, ratios, mask = (x.double().view(n, 4, -1) for x in (ours, ours - theirs, mask[:, 1:]))
-        return Fours(0.1, torch.full((n,), 1 / n, dtype=torch.float64), ours.sum(-1), ratios, mask,
+        texts = [response_text(tokenizer, y) for y in responses]
+        reward = torch.tensor(toy_reward([each["prompt"] for each in prompts], texts)).double().view(n, 4)
+        return Fours(0.1, torch.full((n,), 1 / n).double(), ours.sum(-1), ratios, mask,
                      (1 + torch.sign(reward[:, :, None] - reward[:, None, :])) / 2), ids
 
-    fours, ids = draw(n)
-    weights = token_weights(fours).float()
+    truth, parts = {route: torch.zeros(BLOCKS, size) for route in ROUTES}, math.ceil(3 * n / BLOCKS / 200)
+    for part in tqdm(range(BLOCKS * parts), "truth", leave=False, disable=None):
+        others, ids = draw(200)
+        logps, tokens = token_logps(policy, ids), token_weights(others)
+        for route in ROUTES:
+            coefs = expected(estimators(others, route)[SMOOTHEST][0])
+            weights = torch.einsum("gks,gkst->gkt", coefs, tokens).flatten(0, 1) / 200
+            truth[route][part % BLOCKS] += gradient((weights.float() * logps).sum()) / parts
 
     def project(wanted):
-        coefs, grams = torch.stack(wanted, 1).flatten(2).float(), []                        # (G, rows, 20)
-        means = torch.zeros(BLOCKS, len(wanted), sum(p.numel() for p in parameters))
+        coefs, tokens, grams = torch.stack(wanted, 1).flatten(2).float(), token_weights(fours).float(), []
+        means = torch.zeros(BLOCKS, len(wanted), size)
         for g in tqdm(range(n), "gradients", leave=False, disable=None):
             basis = []
             for k in range(4):
                 length = int(fours.mask[g, k].nonzero().max()) + 1
                 logps = token_logps(policy, ids[4 * g + k, None, :length + 1])[0]
-                basis.append(gradient(logps, weights[g, k, :, :length]))
-            basis = torch.cat(basis)                                                        # (20, D)
+                basis.append(gradient(logps, tokens[g, k, :, :length]))
+            basis = torch.cat(basis)                                # (20, D)
             grams.append(basis @ basis.T)
             means[g * BLOCKS // n].addmm_(coefs[g], basis, alpha=BLOCKS / n)
         fours.gram = torch.stack(grams).double()
         return means.transpose(0, 1)
 
-    rows = {(route, name): row for route in ROUTES for name, row in estimators(fours, route).items()}
-    truth, parts, size = dict.fromkeys(ROUTES, 0), math.ceil(3 * n / BLOCKS / 200), 200
-    truth = {route: torch.zeros(BLOCKS, sum(p.numel() for p in parameters)) for route in ROUTES}
-    for block in tqdm(range(BLOCKS * parts), "truth", leave=False, disable=None):
-        others, other_ids = draw(size)
-        tokens, logps = token_weights(others), token_logps(policy, other_ids)
-        for route in ROUTES:
-            coefs = expected(estimators(others, route)[SMOOTHEST][0])
-            of_tokens = torch.einsum("gks,gkst->gkt", coefs, tokens).flatten(0, 1) / size
-            truth[route][block // parts] += gradient((of_tokens.float() * logps).sum()) / parts
-    return {route: measure(fours, estimators(fours, route), project, truth[route]) for route in ROUTES}
+    fours, ids = draw(n)
+    return measure(fours, rows_of(fours), project, truth)
+
+
+def table(rows):
+    """A route's figures, {row: {world: figures}}, in markdown. ×: the paper's letter's std over the row's."""
+    def cell(value, half=0.0, form=".2f"):
+        return f"{value:{form}}" + (f" ± {half:{form}}" if half else "")
+
+    def cells(world, found):
+        if "std" not in found:
+            return [""] * 4
+        std, paper = found["std"][0], rows[PAPER][world]["std"][0]
+        error = cell(*found["error"], ".2g") if "error" in found else ""
+        return [cell(*found["std"]), f"{paper / std:.1f}" if std else "∞",
+                cell(*found["cosine"]) if "cosine" in found else "",
+                error + (f" ({found['alone'][0]:.2g})" if error and world != "enumerated" else "")]
+
+    lines = [sum(([f"{world}: std", "×", "cosine", "error (alone)"] for world in WORLDS), ["estimator"])]
+    lines += [["---"] * len(lines[0])]
+    lines += [sum((cells(world, worlds.get(world, {})) for world in WORLDS), [name])
+              for name, worlds in rows.items()]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw_noise(figure, results):
+    """A panel for each route and each of two worlds, a row for each estimator; biased ones are hollow."""
+    all_axes = figure.subplots(2, 2, sharex="col", sharey=True)
+    for (i, route), (j, world) in itertools.product(enumerate(ROUTES), enumerate(WORLDS[:2])):
+        axes, rows = all_axes[i, j], results[route]
+        for y, (name, worlds) in enumerate(rows.items()):
+            if world not in worlds:
+                continue
+            (std, half), biased = worlds[world]["std"], name in BIASED
+            colour = ("#CC79A7" if biased else "#D55E00" if name.startswith("no baseline") else
+                      "#009E73" if name.endswith("per token") else "#0072B2")               # Okabe and Ito
+            axes.errorbar(std, y, xerr=[[min(half, 0.9 * std)], [half]] if half else None, color=colour,
+                          marker="o", markersize=6, markerfacecolor="white" if biased else colour)
+            axes.text(1.13 * (std + half), y, f"{std:.1f}" if std >= 10 else f"{std:.2f}", va="center",
+                      fontsize=9, color=colour)
+            if biased and "cosine" in worlds[world]:
+                axes.text(0.88 * std, y, f"cosine {worlds[world]['cosine'][0]:.2f}", va="center", ha="right",
+                          fontsize=9, color=colour)
+        axes.axvline(rows[DEFAULT][world]["std"][0], color="#0072B2", linewidth=0.8, alpha=0.4, zorder=0)
+        stds = [worlds[world]["std"][0] for each in ROUTES for worlds in results[each].values()
+                if world in worlds]
+        axes.set_xscale("log")
+        axes.set_xlim(0.4 * min(stds), 2.2 * max(stds))
+        axes.set_xticks([x for x in (0.2, 0.5, 1, 2, 5, 10, 20, 50) if 0.4 * min(stds) < x < 2.2 * max(stds)])
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.set_yticks(range(len(rows)), [CAPTIONS.get(name, name) for name in rows])
+        axes.tick_params(axis="y", length=0)
+        axes.set_title(f"{route.upper()}, {TITLES[world]}", fontsize=10, loc="left")
+        axes.grid(axis="x", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("standard deviation of one pair's gradient" if i else None)
+    all_axes[0, 0].invert_yaxis()
+
+
+def main():
+    """`python tests/noise.py`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--groups", type=int, default=4000, help="fours sampled from the toy (4000)")
+    parser.add_argument("--out", default="runs/noise.json", help="the figures as JSON")
+    parser.add_argument("--plot", metavar="PNG", default="assets/noise.png", help="the picture")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if not (TOY_POLICY / "model").is_dir():
+        sail = Path(__file__).parents[1] / "sail.py"
+        subprocess.run([sys.executable, sail, *ONLINE_DPO.split(), "--out", TOY_POLICY], check=True)
+    groups = max(1, args.groups // 40) * BLOCKS                     # at the reference; the blocks are equal
+    found = dict(zip(WORLDS, (enumerated(), toy(TOY_POLICY / "model", 4 * groups),
+                              toy(toy_checkpoint(), groups))))
+    results = {route: {name: {world: found[world][route, name] for world in WORLDS
+                              if (route, name) in found[world]}
+                       for each, name in found["enumerated"] if each == route} for route in ROUTES}
+    for route in ROUTES:
+        print(f"\n{route.upper()}; {4 * groups} fours from the toy, {groups} where policy = reference\n")
+        print(table(results[route]))
+    for path in (args.out, args.plot):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"fours": 4 * groups, **results}, indent=1, ensure_ascii=False)
+    Path(args.out).write_text(text + "\n", encoding="utf-8")
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(9.6, 7.2), layout="constrained")
+    draw_noise(figure, results)
+    figure.savefig(args.plot, dpi=130, format="png")
+
+
+if __name__ == "__main__":
+    main()

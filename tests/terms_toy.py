@@ -38,8 +38,10 @@ MIXED = {  # name: (the run it is compared with, flags)
     **{f"PR {c}, no baseline": ("online DPO", f"--variant pr --response-coef {c} --baseline none")
        for c in COEFFICIENTS},
     **{f"DP {c}": ("DPO", f"--variant dp --label-coef {c}") for c in (0, *COEFFICIENTS)},
-    **{f"PP {c}": ("DPO", f"--variant pp --label-coef {c} --response-coef {c}") for c in COEFFICIENTS},
-    "PP 0.3, no baseline": ("DPO", "--variant pp --label-coef 0.3 --response-coef 0.3 --baseline none"),
+    **{f"PP {c}": ("DPO", f"--variant pp --label-coef {c} --response-coef {c} --revkl-coef 0")
+       for c in COEFFICIENTS},
+    "PP 0.3, no baseline": ("DPO", "--variant pp --label-coef 0.3 --response-coef 0.3 --revkl-coef 0 "
+                                   "--baseline none"),
     **{f"PP 0.3, RevKL {c}": ("DPO", f"--variant pp --label-coef 0.3 --response-coef 0.3 --revkl-coef {c}")
        for c in (0.1, 0.3, 1)}}
 ONLINE = {

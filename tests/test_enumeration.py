@@ -92,8 +92,9 @@ class World:
 
     def back_propagated(self, weighted_pairs, loss_type, baseline, label="expected", micro_batch_size=10**9):
         """Σ weight · (what the training step back-propagates for the pair), in micro-batches."""
-        args = parse_args(["--variant", "pp", "--beta", str(BETA), "--loss-type", loss_type, "--label", label,
-                           "--target-margin", str(MARGIN), "--response-coef", "1", "--label-coef", "1"])
+        args = parse_args(["--variant", "pr", "--beta", str(BETA), "--loss-type", loss_type, "--label", label,
+                           "--target-margin", str(MARGIN if loss_type == "simpo" else 0),
+                           "--response-coef", "1", "--label-coef", "1"])
         total = 0
         for start in range(0, len(weighted_pairs), micro_batch_size):
             weights, pairs = zip(*weighted_pairs[start:start + micro_batch_size])
@@ -199,7 +200,7 @@ def test_a_wrong_gradient_would_be_seen(world):
 
 def test_the_regularisers_add_their_gradient(world):
     args = parse_args(["--variant", "pp", "--beta", str(BETA), "--nll-coef", "0.3", "--revkl-coef", "2"])
-    plain = parse_args(["--variant", "pp", "--beta", str(BETA)])
+    plain = parse_args(["--variant", "pp", "--beta", str(BETA), "--revkl-coef", "0"])
     pairs = [world.pair(i, j, route) for i, j, route in (
         (0, 9, "dpo"), (5, 3, "dp"), (7, 2, "pp"), (6, 1, "pr"), (4, 12, "half sampled"))]
 
