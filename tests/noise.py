@@ -1,7 +1,7 @@
 """How noisy, and how biased, estimators of ∇J are: routes PP and PR, sigmoid utility, a pair at a time.
 
-    python tests/noise.py --plot assets/noise.png    # minutes on one core: two tables, JSON, the picture
-    python tests/noise.py --groups 400               # quicker, with wider intervals
+    python tests/noise.py                       # six minutes on one core: two tables, JSON and the picture
+    python tests/noise.py --groups 400          # one minute, with wider intervals
 
 ∇J is the whole gradient, T1 + T2 + T3 with coefficients 1. With s_1, s_2 the scores ∇log π(y) of a pair's
 responses, F its utility and c the weight that T1 and T3 give to s_1 − s_2, an estimator is
@@ -28,8 +28,8 @@ policy is what 40 steps of online DPO make of it, or it itself (then u = 0: PP h
 baselines leave T2 no noise). β 0.1, labels by the toy's reward, fours sampled for random training prompts.
 "Error" is that of the whole sample's mean, relative to ∇J, and "alone" what sampling alone gives; ∇J is the
 mean of "4 responses, per token" over three times as many other fours. Intervals: 95 %, jackknife over ten
-blocks of both samples. Cosines are corrected for the sampling noise in both norms, so they may pass 1; one
-that the sample does not determine to ± 0.5 is left out.
+blocks of both samples; the rows share them. Cosines are corrected for the sampling noise in both norms, so
+they may pass 1; one that the sample does not determine to ± 0.5 is left out.
 """
 import argparse
 import itertools
@@ -52,11 +52,12 @@ from test_enumeration import BETA, PROMPT, World, flat_gradient
 
 ROUTES, BLOCKS, T_QUANTILE = ("pp", "pr"), 10, 2.26                 # of t with nine degrees of freedom
 PAPER, DEFAULT, SMOOTHEST = "no baseline, label drawn", "running mean", "4 responses, per token"
-CAPTIONS = {PAPER: "no baseline, label drawn (paper)", DEFAULT: "running mean (default)"}
+CAPTIONS = {PAPER: "no baseline, label drawn (paper)", DEFAULT: "running mean (default)",
+            "T2 as F / log π(y), label drawn": "T2 as F / log π(y) (authors' code)"}
 TOY_POLICY = Path("runs/noise")                                     # trained on first use
 ONLINE_DPO = "--variant pr --mix 1 --response-coef 0 --steps 40 --seed 0"
 WORLDS = ("enumerated", "toy", "policy = reference")
-TITLES = {"enumerated": "enumerated", "toy": "toy world"}
+TITLES = {"enumerated": "enumerated policy: exact", "toy": "toy world: sampled, 95 % intervals"}
 BIASED = ("antithetic pairs, running mean", "T2 as F / log π(y), label drawn")
 SELF, PARTNER, OTHER = [0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1]     # four make the pairs (0, 1) and (2, 3)
 
@@ -173,15 +174,15 @@ def measure(fours, rows, project, truth):
         square = variance * scores2                                 # E|g|² over the labels, (G,)
         for probability, coefs in outcomes:
             square = square + probability * fours.inner(coefs - b * scores, coefs - b * scores)
-        square = (fours.weight * square).view(len(mean), -1).sum(1) * len(mean)             # block means (B,)
+        square = (fours.weight * square).view(len(mean), -1).sum(1) * len(mean)         # block means (B,)
         results[key] = figures(square, mean - b * mean_score, truth[key[0]])
-        if results[key]["std"][0]**2 < 2e-6 * fours.moments(scores2)[0]:                    # float32's rounding
+        if results[key]["std"][0]**2 < 2e-6 * fours.moments(scores2)[0]:                # float32's rounding
             results[key]["std"] = (0.0, 0.0)
     return results
 
 
 def figures(square, mean, truth):
-    """{figure: (value, half-width)} from block means of |g|² (B,), g (B, D), truth (B, D); one block: exact."""
+    """{figure: (value, half-width)} from block means of |g|² (B,), g and truth (B, D); one block is exact."""
     blocks = torch.cat([mean, truth]).double()
     gram, own, other = blocks @ blocks.T, list(range(len(mean))), list(range(len(mean), len(blocks)))
 
@@ -212,35 +213,37 @@ def figures(square, mean, truth):
 
 def enumerated():
     """{(route, row): figures} of the fifteen-response world, exact."""
-    world, places, logps, scores = World(), {}, [], []
-    for y in world.responses:                                       # single tokens after their prefix, 21
-        for t in range(len(y)):
-            if tuple(y[:t + 1]) not in places:
-                places[tuple(y[:t + 1])] = len(places)
-                ours, theirs = (model(torch.tensor([[*PROMPT, *y[:t]]])).logits[0, -1].log_softmax(-1)[y[t]]
-                                for model in (world.policy, world.reference))
-                logps.append((ours.item(), theirs.item()))
-                scores.append(flat_gradient(ours, world.policy))
-    logps, scores = torch.tensor(logps, dtype=torch.float64), torch.stack(scores)           # (21, 2), (21, D)
-    used = torch.zeros(len(world.responses), 3, len(places), dtype=torch.float64)           # (R, T, 21)
+    world = World()
+    n, longest = len(world.responses), max(map(len, world.responses))
+    ours, theirs = torch.zeros(2, n, longest, dtype=torch.float64)  # log-probabilities of single tokens
+    scores = torch.zeros(n, longest, sum(w.numel() for w in world.policy.parameters()), dtype=torch.float64)
     for i, y in enumerate(world.responses):
-        used[i, range(len(y)), [places[tuple(y[:t + 1])] for t in range(len(y))]] = 1
-    drawn = torch.tensor(list(itertools.product(range(len(used)), repeat=4)))               # (G, 4)
-    p = (used @ logps[:, 0]).sum(1).exp()
-    fours = Fours(BETA, p[drawn].prod(1), p[drawn].log(), (used @ (logps[:, 0] - logps[:, 1]))[drawn],
-                  used.sum(-1)[drawn], world.preference[drawn[:, :, None], drawn[:, None, :]])
-    basis = torch.einsum("gkst,gktv->gksv", token_weights(fours), used[drawn]).flatten(1, 2)    # (G, 20, 21)
-    fours.gram = basis @ (scores @ scores.T) @ basis.mT
+        for t, token in enumerate(y):
+            context = torch.tensor([[*PROMPT, *y[:t]]])
+            logp, theirs[i, t] = (model(context).logits[0, -1].log_softmax(-1)[token]
+                                  for model in (world.policy, world.reference))
+            ours[i, t], scores[i, t] = logp.item(), flat_gradient(logp, world.policy)
+    logps, drawn = ours.sum(1), torch.tensor(list(itertools.product(range(n), repeat=4)))   # (R,), (G, 4)
+    one, other = drawn[:, :, None], drawn[:, None, :]
+    fours = Fours(BETA, logps[drawn].sum(1).exp(), logps[drawn], (ours - theirs)[drawn],
+                  (ours < 0)[drawn].double(), world.preference[one, other])
+    tokens = token_weights(fours)
+    inner = torch.einsum("itd,jud->ijtu", scores, scores)[one, other]                       # (G, 4, 4, T, T)
+    fours.gram = torch.einsum("gist,gijtu,gjru->gisjr", tokens, inner, tokens).flatten(3).flatten(1, 2)
 
     def project_with(weight):
-        return lambda wanted: [torch.einsum("g,gi,giv->v", weight, coefs.flatten(1), basis)[None] @ scores
-                               for coefs in wanted]
+        def gradient(coefs):
+            of_tokens = torch.einsum("g,gis,gist->git", weight, coefs, tokens).flatten(0, 1)
+            of_tokens = torch.zeros_like(ours).index_add(0, drawn.flatten(), of_tokens)     # (R, T)
+            return of_tokens.flatten() @ scores.flatten(0, 1)
+        return lambda wanted: [gradient(coefs)[None] for coefs in wanted]
 
     truth = {route: world.exact_gradient(route, "sigmoid")[None] for route in ROUTES}
     results = measure(fours, rows_of(fours), project_with(fours.weight), truth)
-    end, start = p.cumsum(0), p.cumsum(0) - p                       # a response is drawn at v in start … end
+    end = logps.exp().cumsum(0)
+    start = end - logps.exp()                                       # a response is drawn at v in start … end
     joint = (torch.minimum(end[:, None], 1 - start) - torch.maximum(start[:, None], 1 - end)).clamp(min=0)
-    pairs = replace(fours, weight=joint[drawn[:, 0], drawn[:, 1]] * joint[drawn[:, 2], drawn[:, 3]])
+    pairs = replace(fours, weight=joint[tuple(drawn.T[:2])] * joint[tuple(drawn.T[2:])])
     antithetic = {(route, "antithetic pairs, running mean"): estimators(pairs, route)[DEFAULT]
                   for route in ROUTES}
     return results | measure(pairs, antithetic, project_with(pairs.weight), truth)
@@ -340,8 +343,8 @@ def draw_noise(figure, results):
             axes.text(1.13 * (std + half), y, f"{std:.1f}" if std >= 10 else f"{std:.2f}", va="center",
                       fontsize=9, color=colour)
             if biased and "cosine" in worlds[world]:
-                axes.text(0.88 * std, y, f"cosine {worlds[world]['cosine'][0]:.2f}", va="center", ha="right",
-                          fontsize=9, color=colour)
+                text = f"cosine {worlds[world]['cosine'][0]:.2f}".replace("-", "−")
+                axes.text(0.88 * std, y, text, va="center", ha="right", fontsize=9, color=colour)
         axes.axvline(rows[DEFAULT][world]["std"][0], color="#0072B2", linewidth=0.8, alpha=0.4, zorder=0)
         stds = [worlds[world]["std"][0] for each in ROUTES for worlds in results[each].values()
                 if world in worlds]
