@@ -340,11 +340,12 @@ def draw_noise(figure, results):
                       "#009E73" if name.endswith("per token") else "#0072B2")               # Okabe and Ito
             axes.errorbar(std, y, xerr=[[min(half, 0.9 * std)], [half]] if half else None, color=colour,
                           marker="o", markersize=6, markerfacecolor="white" if biased else colour)
-            axes.text(1.13 * (std + half), y, f"{std:.1f}" if std >= 10 else f"{std:.2f}", va="center",
-                      fontsize=9, color=colour)
+            on_white = {"facecolor": "white", "linewidth": 0, "pad": 0.5}
+            style = {"va": "center", "fontsize": 9, "color": colour, "bbox": on_white}
+            axes.text(1.13 * (std + half), y, f"{std:.1f}" if std >= 10 else f"{std:.2f}", **style)
             if biased and "cosine" in worlds[world]:
                 text = f"cosine {worlds[world]['cosine'][0]:.2f}".replace("-", "−")
-                axes.text(0.88 * std, y, text, va="center", ha="right", fontsize=9, color=colour)
+                axes.text(0.88 * std, y, text, ha="right", **style)
         axes.axvline(rows[DEFAULT][world]["std"][0], color="#0072B2", linewidth=0.8, alpha=0.4, zorder=0)
         stds = [worlds[world]["std"][0] for each in ROUTES for worlds in results[each].values()
                 if world in worlds]
