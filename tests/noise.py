@@ -1,6 +1,6 @@
 """How noisy, and how biased, estimators of ∇J are: routes PP and PR, sigmoid utility, a pair at a time.
 
-    python tests/noise.py                       # six minutes on one core: two tables, JSON and the picture
+    python tests/noise.py                       # ten minutes on one core: two tables, JSON and the picture
     python tests/noise.py --groups 400          # one minute, with wider intervals
 
 ∇J is the whole gradient, T1 + T2 + T3 with coefficients 1. With s_1, s_2 the scores ∇log π(y) of a pair's
