@@ -10,8 +10,8 @@ pairs, 48 pairs a step. `online`: no offline pair at all, 192 fresh pairs a step
 A run is a curve of reward against KL(π‖π_ref) as it trains. The regression reward = a + b·√KL + c·KL is laid
 through its points with KL below 6 (the form of Gao et al., arXiv 2210.10760) and read at a KL that the run
 has reached. Training prompts: the step's own samples, every step. Held out: 256 samples on nouns that no
-training prompt names, every 20 or 10 steps. Figures are means over seeds ± the half-width of the 95 % t-interval;
-differences are taken seed by seed.
+training prompt names, every 20 or 10 steps. Figures are means over seeds ± the half-width of the 95 %
+t-interval; differences are taken seed by seed.
 """
 import argparse
 import json

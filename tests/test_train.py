@@ -136,7 +136,8 @@ def test_iterative_dpo_fully_online_soft_labels_drawn_labels_and_another_optimiz
 
 
 @pytest.mark.parametrize("flags, first_loss", [
-    ("--variant dpo --loss-type hinge --nll-coef 0.1", 1.0), ("--variant dpo --loss-type ipo --beta 0.5", 1.0),
+    ("--variant dpo --loss-type hinge --nll-coef 0.1", 1.0),
+    ("--variant dpo --loss-type ipo --beta 0.5", 1.0),
     ("--variant dpo --label-smoothing 0.1", math.log(2)), ("--variant spin", math.log(2)),
     ("--variant dpo --loss-type simpo --beta 2 --target-margin 1", None),
     ("--variant dpo --loss-type orpo --nll-coef 10", None), ("--variant pp --revkl-coef 0.5", math.log(2)),
