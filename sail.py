@@ -77,7 +77,9 @@ def response_states(model, input_ids, attention_mask, scored):
                     use_cache=False).logits
     finally:
         hook.remove()
-    if not torch.allclose(row.detach(), logits_of(inner, kept[0][:1]).detach().to(row.dtype), atol=1e-3):
+    with torch.no_grad():                                              # bfloat16 rounds the two differently
+        known = torch.allclose(row.float(), logits_of(inner, kept[0][:1]).float(), 0.02, 0.02, equal_nan=True)
+    if not known:
         raise InputError(f"{type(inner).__name__} changes its logits after the output layer in a way that "
                          "sail.py's logits_of does not know; add it there")
     return kept[0]

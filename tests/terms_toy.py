@@ -1,6 +1,6 @@
 """What the terms T1, T2 and T3 do when responses are sampled: reward at equal KL on the toy world.
 
-    python tests/terms_toy.py                     # both groups, five seeds: an hour on two cores; resumes
+    python tests/terms_toy.py                     # both groups, five seeds: 75 minutes on two cores; resumes
     python tests/terms_toy.py --group online      # a quarter of an hour
     python tests/terms_toy.py --plot terms.png    # … and draws it, beside what tests/terms_exact.py found
 

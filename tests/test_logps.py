@@ -150,6 +150,17 @@ def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused():
         sequence_logps(model, *collate(PROMPTS, RESPONSES))
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_and_diverged_weights_are_not_taken_for_an_unknown_model(family):
+    model = tiny_model(family)
+    batch = collate(PROMPTS, RESPONSES)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = sequence_logps(model, *batch)
+    torch.testing.assert_close(rounded, sequence_logps(model, *batch), rtol=0.05, atol=0.5)
+    model.get_output_embeddings().weight.data.fill_(float("nan"))
+    assert sequence_logps(model, *batch).isnan().all()            # the loop's to skip and count
+
+
 def exact_revkl(policy, reference, prompts, responses):
     """Σ_tokens KL(π_ref ‖ π) over the vocabulary, from whole forwards of one row each; (B,), with grad."""
     sums = []
