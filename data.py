@@ -421,6 +421,38 @@ def collate(prompts, responses, device="cpu"):
             pad([[0] * len(prompt) + [1] * len(response) for prompt, response in zip(prompts, responses)]))
 
 
+def pack(input_ids, attention_mask, response_mask):
+    """`collate`'s rows without their padding in one row of N tokens, where a prompt that rows share stands once.
+
+    Returns (inputs, places). inputs: what a model with `generate.packed_attention` takes in the rows' stead:
+    input_ids and position_ids (1, N), and the packing: for attention the rows are laid out again in grids, like
+    lengths together; (each place's token, the grids' shapes, each token's place). places: (B, T), where in the
+    one row a token stands (padding: anywhere).
+    """
+    real, positions = attention_mask.bool(), (attention_mask.cumsum(-1) - 1).clamp(min=0)          # (B, T)
+    prompt = real & (response_mask.cumsum(-1) == 0)
+    seen = {}                                                          # prompt -> the first row that has it
+    first = [seen.setdefault(tuple(ids[of].tolist()), row)
+             for row, (ids, of) in enumerate(zip(input_ids, prompt))]
+    first = torch.tensor(first, device=real.device)
+    own = real & ~(prompt & (first != torch.arange(len(first), device=real.device))[:, None])
+    starts = own.sum(1).cumsum(0) - own.sum(1)
+    places = torch.where(own, own.flatten().cumsum(0).view_as(positions) - 1, starts[first, None] + positions)
+
+    grids, n = [], int(own.sum())
+    for row in sorted((place[of] for place, of in zip(places, real)), key=len, reverse=True):
+        if not grids or len(row) < 0.8 * len(grids[-1][0]):
+            grids.append([])
+        grids[-1].append(row)
+    grids = [pad_sequence(grid, batch_first=True, padding_value=n) for grid in grids]
+    tokens = torch.cat([grid.flatten() for grid in grids])             # n stands for padding
+    back = tokens.new_full((n + 1,), len(tokens)).scatter_reduce(
+        0, tokens, torch.arange(len(tokens), device=tokens.device), "amin")[:n]
+    return dict(input_ids=input_ids[own][None], position_ids=positions[own][None],
+                attention_mask=real.new_ones(1, 1, 1, 1),              # 4-D: transformers then makes none
+                packing=(tokens.clamp(max=n - 1), [grid.shape for grid in grids], back)), places
+
+
 def main():
     """`python data.py SOURCE [--model M]`."""
     parser = Parser(description="Show what a preference data set holds and how it will be read.")

@@ -18,8 +18,8 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import (ADJECTIVES, ADVERBS, NOUNS, PROMPTS, BadRow, InputError, Parser, command_line, encode,
-                  load_pairs, number, render)
+from data import (ADJECTIVES, ADVERBS, NOUNS, PROMPTS, BadRow, InputError, Parser, collate, command_line,
+                  encode, load_pairs, number, pack, render)
 
 TOY_SFT = Path("runs/toy-sft")          # the toy's SFT model, trained on first use
 
@@ -82,7 +82,8 @@ def load_weights(auto_class, name, trust_remote_code=False, **options):
 
 
 def prepare(model, tokenizer, name="model"):
-    """Switch dropout off for good and mask the ids beyond the tokenizer's; returns the model."""
+    """Switch dropout off for good, mask the ids beyond the tokenizer's, and pack rows where the model can take
+    them so; returns the model."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -98,6 +99,49 @@ def prepare(model, tokenizer, name="model"):
             return logits.index_fill(-1, torch.arange(known, logits.shape[-1], device=logits.device),
                                      torch.finfo(logits.dtype).min)
         head.register_forward_hook(mask_unknown)
+    return allow_packing(model)
+
+
+def packed_attention(module, query, key, value, attention_mask, packing=None, **options):
+    """transformers' SDPA attention; on a packed row (data.pack) within each of its rows: the projections and
+    the rest of the model then work on no padding and on a prompt once. Heads × N tokens -> (1, N, heads, D)."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    if packing is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    tokens, shapes, back = packing
+    sizes = [shape.numel() for shape in shapes]
+    laid_out = [each[0].transpose(0, 1).index_select(0, tokens).split(sizes) for each in (query, key, value)]
+    options["is_causal"] = True                          # padding is on the right: nothing looks at it
+    outputs = [sdpa_attention_forward(
+        module, *(each.unflatten(0, shape).transpose(1, 2) for each in grid), None, **options)[0].flatten(0, 1)
+        for shape, *grid in zip(shapes, *laid_out)]
+    return torch.cat(outputs).index_select(0, back)[None], None
+
+
+@torch.no_grad()
+def allow_packing(model):
+    """Switch the model to `packed_attention` if it then gives its own logits on a packed row, which is tried on
+    two short rows: not with recurrent layers, say. Sliding windows and kernels other than SDPA stay as they are."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+    config = model.config.get_text_config()
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if config._attn_implementation != "sdpa" or windowed or {*(getattr(config, "layer_types", None) or ())} - {
+            "full_attention"}:
+        return model
+    AttentionInterface.register("packed", packed_attention)
+    AttentionMaskInterface.register("packed", sdpa_mask)
+    rows = collate([[0, 1], [0, 1]], [[1, 1, 0], [0]], model.device)
+    inputs, places = pack(*rows)
+    plain = model(input_ids=rows[0], attention_mask=rows[1], use_cache=False).logits              # (2, T, V)
+    model.set_attn_implementation("packed")
+    try:
+        packed = model(**inputs, use_cache=False).logits[0, places]
+        same = (packed - plain)[rows[1].bool()].abs().max() <= 1e-4 * plain.abs().max()
+    except (TypeError, RuntimeError):                    # it takes no `packing`, or needs rows of one shape
+        same = False
+    if not same:
+        model.set_attn_implementation("sdpa")
     return model
 
 
@@ -142,34 +186,58 @@ def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, t
     prompt_ids: a list of lists of token ids, unpadded. Returns (responses, finished), lists with a list of
     num_responses entries per prompt: the generated ids, up to and with the first end token; and whether
     there is one. A response that reaches max_response_length without it gets none. Uses torch's global
-    random state.
+    random state. Raises InputError for a model without a key-value cache.
     """
-    from transformers import GenerationConfig
-    end_ids = end_token_ids(tokenizer, model)
-    own_config = model.generation_config
-    sampling = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, num_return_sequences=num_responses,
-        max_new_tokens=max_response_length, eos_token_id=sorted(end_ids), pad_token_id=tokenizer.eos_token_id)
-    rows = []
-    try:
-        model.generation_config = GenerationConfig()  # or its top_k, penalties, … would fill in what is unset
-        for start in tqdm(range(0, len(prompt_ids), batch_size), "generating", leave=False,
-                          disable=None if len(prompt_ids) > batch_size else True):
-            prompts = [torch.tensor(ids) for ids in prompt_ids[start:start + batch_size]]
-            tokens = pad_sequence(prompts, batch_first=True, padding_side="left").to(model.device)    # (B, P)
-            mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True,
-                                padding_side="left")
-            output = model.generate(input_ids=tokens, attention_mask=mask.to(model.device),
-                                    generation_config=sampling)
-            assert torch.equal(output[::num_responses, :tokens.shape[1]],
-                               tokens), "a response lost its prompt"
-            rows += output[:, tokens.shape[1]:].tolist()                                            # (B·n, R)
-    finally:
-        model.generation_config = own_config
-    ends = [next((place + 1 for place, token in enumerate(row) if token in end_ids), None) for row in rows]
-    rows = [row[:end] for row, end in zip(rows, ends)]
-    groups = [slice(start, start + num_responses) for start in range(0, len(rows), num_responses)]
-    return [rows[group] for group in groups], [[end is not None for end in ends[group]] for group in groups]
+    end_ids = torch.tensor(sorted(end_token_ids(tokenizer, model)), device=model.device)
+    by_length = sorted(range(len(prompt_ids)), key=lambda place: len(prompt_ids[place]))
+    responses = [None] * len(prompt_ids)
+    for start in tqdm(range(0, len(prompt_ids), batch_size), "generating", leave=False,
+                      disable=None if len(prompt_ids) > batch_size else True):
+        batch = by_length[start:start + batch_size]
+        rows = draw(model, [prompt_ids[place] for place in batch], end_ids, max_response_length, num_responses,
+                    temperature)
+        for nth, place in enumerate(batch):
+            responses[place] = rows[nth * num_responses:(nth + 1) * num_responses]
+    ends = set(end_ids.tolist())
+    return responses, [[ids[-1] in ends for ids in group] for group in responses]
+
+
+def draw(model, prompt_ids, end_ids, max_response_length, num_responses, temperature):
+    """`sample` for one batch: num_responses consecutive lists of ids per prompt. The prompts are read once, for
+    all their responses; a finished response leaves the batch."""
+    from transformers import DynamicCache
+    prompts = [torch.tensor(ids, device=model.device) for ids in prompt_ids]
+    tokens = pad_sequence(prompts, batch_first=True, padding_side="left")                           # (B, P)
+    mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True, padding_side="left")
+    positions, cache = (mask.cumsum(-1) - 1).clamp(min=0), DynamicCache(config=model.config)
+
+    def next_logits(tokens, positions, **options):                     # of the last token of each row, (B, V)
+        return model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                     use_cache=True, **options).logits[:, -1].float()
+
+    logits = next_logits(tokens, positions, logits_to_keep=1)
+    if cache.get_seq_length() != tokens.shape[1]:
+        raise InputError(f"{type(model).__name__} keeps no key-value cache of its prompt; want one that does")
+    cache.batch_repeat_interleave(num_responses)
+    logits, mask, positions = (each.repeat_interleave(num_responses, 0)
+                               for each in (logits, mask, positions[:, -1:]))
+    responses = [[] for _ in range(len(mask))]
+    going = list(responses)                                            # those without an end token yet
+    while True:
+        cumulative = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+        tokens = torch.searchsorted(cumulative, cumulative[:, -1:] * torch.rand(
+            len(going), 1, dtype=torch.float64, device=mask.device), right=True)                    # (B, 1)
+        for response, token in zip(going, tokens[:, 0].tolist()):
+            response.append(token)
+        going_on = (~torch.isin(tokens[:, 0], end_ids)).nonzero()[:, 0]
+        if not len(going_on) or len(going[0]) == max_response_length:
+            return responses
+        if len(going_on) < len(going):
+            cache.batch_select_indices(going_on)
+            tokens, mask, positions = tokens[going_on], mask[going_on], positions[going_on]
+            going = [going[row] for row in going_on.tolist()]
+        mask, positions = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), positions + 1
+        logits = next_logits(tokens, positions)
 
 
 def roll_out(policy, tokenizer, pairs, max_response_length, num_responses=2, temperature=1.0,

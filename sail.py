@@ -51,30 +51,36 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data import InputError, Parser, collate, command_line, counted, encode, number, train_and_held_out
+from data import InputError, Parser, collate, command_line, counted, encode, number, pack, train_and_held_out
 from generate import check_lengths, end_token_ids, load_policy, roll_out, toy_checkpoint, toy_model
 from reward import label_by_reward, load_reward
 
 # --- log-probabilities and losses ---------------------------------------------------------------------------
 
 
-CHUNK = 2048                              # positions that are projected onto the vocabulary at a time
+CHUNK = 2**26                             # logits, positions × vocabulary, that exist at a time
 
 
-def response_states(model, input_ids, attention_mask, scored):
-    """The last hidden states at the positions whose next token is scored, (N, H): all of the model but its
-    output layer. scored: (B, T−1) bool. Raises InputError for a model that `logits_of` does not know."""
-    kept, inner = [], getattr(model, "module", model)                  # DDP holds the model in .module
+def response_states(model, input_ids, attention_mask, response_mask):
+    """The last hidden states at the positions whose next token is the response's, (N, H): all of the model but
+    its output layer. Models that allow it get the rows packed: no padding, a shared prompt once. Raises
+    InputError for a model that `logits_of` does not know."""
+    inner, kept = getattr(model, "module", model), []                  # DDP holds the model in .module
+    if inner.config.get_text_config()._attn_implementation == "packed":
+        inputs, places = pack(input_ids, attention_mask, response_mask)
+    else:
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)    # (B, T): padding does not move a token
+        inputs = dict(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
+        places = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
+    places = places[:, :-1][response_mask[:, 1:].bool()]               # (N,): place t predicts token t+1
 
-    def keep(_, hidden):                                               # (B, T, H)
-        kept.append(hidden[0][:, :-1][scored])
+    def keep(_, hidden):                                               # all rows and tokens: (…, …, H)
+        kept.append(hidden[0].flatten(0, 1).index_select(0, places))
         return kept[0][:1]                                             # one row, to compare below
 
     hook = inner.get_output_embeddings().register_forward_pre_hook(keep)
-    position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)        # (B, T): padding does not move a token
     try:
-        row = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                    use_cache=False).logits
+        row = model(**inputs, use_cache=False).logits
     finally:
         hook.remove()
     with torch.no_grad():                                              # bfloat16 rounds the two differently
@@ -100,7 +106,8 @@ def sequence_logps(model, input_ids, attention_mask, response_mask, reference=No
 
     input_ids, attention_mask, response_mask: (B, T), padded on either side; response_mask is 1 on the
     response's tokens, its end token included. Only the positions that predict these are projected onto the
-    vocabulary, CHUNK at a time, and once more in backward: no tensor of all positions × vocabulary is kept.
+    vocabulary; where that makes more than CHUNK logits, in chunks and once more in backward, so that
+    no more than a chunk of them exists at a time.
 
     With `reference`, a model that is held fixed, returns (3, B) from the same projections: log π, log π_ref
     and RevKL, Σ_tokens KL(π_ref(·|context) ‖ π(·|context)), exact over the vocabulary (arXiv 2606.31524).
@@ -108,10 +115,10 @@ def sequence_logps(model, input_ids, attention_mask, response_mask, reference=No
     scored = response_mask[:, 1:].bool()                               # (B, T−1): place t predicts token t+1
     tokens, rows = input_ids[:, 1:][scored], scored.nonzero()[:, 0]    # (N,)
     inner = getattr(model, "module", model)
-    states = [response_states(model, input_ids, attention_mask, scored)]                            # (N, H)
+    states = [response_states(model, input_ids, attention_mask, response_mask)]                     # (N, H)
     if reference is not None:
         with torch.no_grad():
-            states.append(response_states(reference, input_ids, attention_mask, scored))
+            states.append(response_states(reference, input_ids, attention_mask, response_mask))
 
     def of_chunk(tokens, hidden, reference_hidden=None):               # (n,), (n, H) × 2 -> (n, 1 or 3)
         ours = logits_of(inner, hidden).log_softmax(-1)                # (n, V)
@@ -122,8 +129,12 @@ def sequence_logps(model, input_ids, attention_mask, response_mask, reference=No
         revkl = (theirs.exp() * (theirs - ours)).sum(-1, keepdim=True)
         return torch.cat([ours.gather(-1, tokens[:, None]), theirs.gather(-1, tokens[:, None]), revkl], -1)
 
-    terms = torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
-                       for chunk in zip(*(each.split(CHUNK) for each in (tokens, *states)))])
+    size = max(1, CHUNK // inner.get_output_embeddings().weight.shape[0])
+    if len(tokens) <= size:
+        terms = of_chunk(tokens, *states)
+    else:
+        terms = torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
+                           for chunk in zip(*(each.split(size) for each in (tokens, *states)))])
     sums = terms.new_zeros(len(input_ids), terms.shape[1]).index_add(0, rows, terms).T     # (1 or 3, B)
     return sums[0] if reference is None else sums
 
@@ -514,7 +525,7 @@ def start(out, args, summary):
 
 def make_optimizer(policy, steps, args):
     """(optimizer, scheduler): linear warm-up, then constant or cosine."""
-    optimizers = {"adamw": partial(torch.optim.AdamW, weight_decay=0.0), "rmsprop": torch.optim.RMSprop}
+    optimizers = {"adamw": partial(torch.optim.AdamW, weight_decay=0.0, fused=True), "rmsprop": torch.optim.RMSprop}
     optimizer = optimizers[args.optimizer](policy.parameters(), lr=args.learning_rate)
     warmup = max(1, steps // 10 if args.warmup_steps is None else args.warmup_steps)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(
@@ -567,8 +578,10 @@ def train(args):
         # 2. roll out, 3. label
         pairs = roll_out(policy, tokenizer, pairs, args.max_response_length, args.num_responses,
                          args.temperature, args.dtype)
+        rolled_out = time.perf_counter()
         if args.variant == "pr":
             label_by_reward(pairs, reward, args.preference)
+        labelled = time.perf_counter()
         # 4. log-probabilities, loss, gradient of the mean over the global batch (DDP divides by `world`)
         if args.variant == "sft":
             losses_of = partial(sft_losses, model, args=args)
@@ -590,7 +603,8 @@ def train(args):
         # 6. log, evaluate
         if rank == 0:
             record = record_of(step, totals, args, grad_norm=grad_norm, learning_rate=learning_rate,
-                               skipped=skipped, **counts, seconds=time.perf_counter() - started)
+                               skipped=skipped, **counts, seconds=time.perf_counter() - started,
+                               seconds_rollout=rolled_out - started, seconds_reward=labelled - rolled_out)
             log(out, record, steps, args.log_every)
             if held_out and (step == steps or args.eval_every and step % args.eval_every == 0):
                 evaluate_at(step)

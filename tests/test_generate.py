@@ -7,6 +7,7 @@ from conftest import TEMPLATE, byte_tokenizer, tiny_model
 from transformers import GenerationConfig
 
 import generate
+import generate
 from data import InputError, collate, encode
 from generate import end_token_ids, load_policy, prepare, roll_out, sample
 from sail import sequence_logps
@@ -66,23 +67,64 @@ def test_a_response_ends_with_its_first_end_token_or_is_counted_unfinished():
         assert row[-1] == 1 if flag else len(row) == 4
 
 
-def test_trained_ids_are_generated_ids_also_where_text_does_not_round_trip():
-    model, tokenizer = tiny_model(), byte_tokenizer()
-    prepare(model, tokenizer)
-    drawn = []
-    original = model.generate
-    model.generate = lambda **kwargs: drawn.append(original(**kwargs)) or drawn[-1]
-    pairs = [{"prompt_ids": [10 + i] * (i + 1), "on_policy": (i != 1, i != 1), "chosen_ids": [1],
+def test_trained_ids_are_generated_ids_also_where_text_does_not_round_trip(monkeypatch):
+    model, tokenizer = prepare(tiny_model(), byte_tokenizer()), byte_tokenizer()
+    drawn, prompts, original = [], [], generate.draw
+    monkeypatch.setattr(generate, "draw", lambda model, prompt_ids, *more: prompts.extend(prompt_ids) or drawn.extend(
+        original(model, prompt_ids, *more)) or drawn)
+    pairs = [{"prompt_ids": [12 - i] * (3 - i), "on_policy": (i != 1, i != 1), "chosen_ids": [1],
               "rejected_ids": [1], "chosen": "", "rejected": "", "weight": 1.0} for i in range(3)]
     torch.manual_seed(0)
     pairs = roll_out(model, tokenizer, pairs, 12)
-    rows = drawn[0][:, 3:].tolist()
-    trained = [pairs[0]["chosen_ids"], pairs[0]["rejected_ids"],
-               pairs[2]["chosen_ids"], pairs[2]["rejected_ids"]]
-    assert [row[:len(ids)] for row, ids in zip(rows, trained)] == trained and all(trained)
+    assert prompts == [[10], [12, 12, 12]]                             # by length; each keeps its own samples
+    trained = [pairs[2]["chosen_ids"], pairs[2]["rejected_ids"],
+               pairs[0]["chosen_ids"], pairs[0]["rejected_ids"]]
+    assert trained == drawn and all(trained)
     # bytes that are not UTF-8
     assert any(tokenizer(tokenizer.decode(ids))["input_ids"] != ids for ids in trained)
     assert pairs[1]["chosen_ids"] == [1]                                              # not flagged: untouched
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma2"])
+def test_a_rollout_sees_the_logits_of_the_plain_forward(family):
+    """With its cache, shared prompts and shrinking batch."""
+    model, seen = tiny_model(family), []
+    hook = model.register_forward_hook(lambda _, __, output: seen.append(output.logits[:, -1]))
+    torch.manual_seed(0)
+    prompts = [[5, 6, 7], [9], [11] * 20]
+    responses = generate.draw(model, prompts, torch.arange(0, 261, 7), 10, 3, 1.0)      # many ends: all lengths
+    hook.remove()
+    assert len({len(response) for response in responses}) > 3 and max(map(len, responses)) <= 10
+    seen[0] = seen[0].repeat_interleave(3, 0)
+    for row, response in enumerate(responses):
+        with torch.no_grad():
+            expected = model(torch.tensor([prompts[row // 3] + response])).logits[0, -len(response) - 1:-1]
+        for step in range(len(response)):
+            place = sum(len(other) > step for other in responses[:row])
+            torch.testing.assert_close(seen[step][place], expected[step], rtol=1e-4, atol=1e-4)
+
+
+def test_prompts_are_read_once_and_finished_responses_leave_the_batch():
+    model, rows = tiny_model(), []
+    model.register_forward_pre_hook(lambda _, __, inputs: rows.append(tuple(inputs["input_ids"].shape)),
+                                    with_kwargs=True)
+    torch.manual_seed(0)
+    responses = generate.draw(model, [[5, 6, 7], [8]], torch.arange(0, 261, 7), 12, 4, 1.0)
+    assert rows[0] == (2, 3)
+    assert rows[1:] == [(sum(len(response) > step for response in responses), 1)
+                        for step in range(1, max(map(len, responses)))]
+    assert rows[-1][0] < 8
+
+
+def test_a_model_without_a_key_value_cache_is_refused():
+    class Forgetful(type(tiny_model())):
+        def forward(self, past_key_values=None, **inputs):
+            return super().forward(**inputs)
+
+    model = tiny_model()
+    model.__class__ = Forgetful
+    with pytest.raises(InputError, match="Forgetful keeps no key-value cache"):
+        generate.draw(model, [[5]], torch.tensor([1]), 4, 2, 1.0)
 
 
 def test_more_responses_make_all_their_pairs_which_weigh_one_together():

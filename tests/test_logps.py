@@ -7,7 +7,7 @@ from conftest import byte_tokenizer, tiny_model
 
 import sail
 from data import InputError, collate
-from generate import prepare
+from generate import allow_packing, prepare
 from sail import sequence_logps
 
 FAMILIES = ["llama", "gpt2", "qwen2", "gemma2", "granite", "cohere"]   # three scale or cap their logits
@@ -43,8 +43,9 @@ def padded(prompts, responses, left, extra=0):
 
 @pytest.mark.parametrize("left", [False, True], ids=["right-padded", "left-padded"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_equals_a_float64_computation_token_by_token(family, left):
-    model = tiny_model(family)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_it_equals_a_float64_computation_token_by_token(family, left, packed):
+    model = (allow_packing if packed else copy.copy)(tiny_model(family))
     exact = slow_logps(model, PROMPTS, RESPONSES)
     with torch.no_grad():
         ours = sequence_logps(model, *padded(PROMPTS, RESPONSES, left))
@@ -52,9 +53,10 @@ def test_it_equals_a_float64_computation_token_by_token(family, left):
     torch.testing.assert_close(ours, exact, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_padding_and_batch_mates_change_nothing(family):
-    model = tiny_model(family)
+def test_padding_and_batch_mates_change_nothing(family, packed):
+    model = (allow_packing if packed else copy.copy)(tiny_model(family))
     with torch.no_grad():
         alone = torch.cat([sequence_logps(model, *padded([prompt], [response], False))
                            for prompt, response in zip(PROMPTS, RESPONSES)])
@@ -80,15 +82,56 @@ def test_a_row_without_response_has_log_probability_zero():
     assert logps[1] == 0 and (logps[[0, 2]] < 0).all()
 
 
-def test_only_response_positions_are_projected_onto_the_vocabulary_a_chunk_at_a_time(monkeypatch):
+@pytest.mark.parametrize("size, largest", [(4, 4), (1000, 11)])
+def test_only_response_positions_are_projected_onto_the_vocabulary_at_most_a_chunk_at_a_time(monkeypatch, size,
+                                                                                         largest):
     model, seen = tiny_model(), []
     model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(tuple(logits.shape)))
-    monkeypatch.setattr(sail, "CHUNK", 4)
+    monkeypatch.setattr(sail, "CHUNK", size * 261)
     sequence_logps(model, *collate(PROMPTS, RESPONSES))
     n = sum(len(response) for response in RESPONSES)
     one_row, projected = seen[:2], [rows for rows, _ in seen[2:]]       # the row that checks logits_of, twice
-    assert one_row == [(1, 261)] * 2 and sum(projected) == n and max(projected) == 4
+    assert one_row == [(1, 261)] * 2 and sum(projected) == n == 11 and max(projected) == largest
     assert model(torch.tensor([[5, 6]])).logits.shape == (1, 2, 261)      # and the model is left as it was
+
+
+SHARED = [[5, 6, 7], [9], [5, 6, 7], [11, 12, 13, 14, 15, 16, 17] * 9, [5, 6, 7]]      # a prompt that three rows share
+ANSWERS = [[20, 21, 1], [30, 1], [22] * 40 + [1], [31, 32, 33], [20, 21, 1]]
+
+
+@pytest.mark.parametrize("left", [False, True], ids=["right-padded", "left-padded"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "granite", "cohere"])
+def test_packed_rows_give_the_losses_and_gradients_of_padded_ones(family, left):
+    padded_model = tiny_model(family)
+    packed_model, sizes = allow_packing(copy.deepcopy(padded_model)), []
+    assert packed_model.config._attn_implementation == "packed" != padded_model.config._attn_implementation
+    packed_model.register_forward_pre_hook(lambda _, __, inputs: sizes.append(inputs["input_ids"].shape),
+                                           with_kwargs=True)
+    weights, gradients = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.25]), []
+    logps = [sequence_logps(model, *padded(SHARED, ANSWERS, left)) for model in (padded_model, packed_model)]
+    for model, sums in zip((padded_model, packed_model), logps):
+        gradients.append(torch.cat([gradient.flatten() for gradient in torch.autograd.grad(
+            (weights * sums).sum(), list(model.parameters()))]))
+    assert sizes == [(1, sum(map(len, ANSWERS)) + 3 + 1 + 63)]         # no padding, and the prompt once
+    torch.testing.assert_close(logps[1], logps[0], rtol=1e-5, atol=1e-5)
+    assert (gradients[1] - gradients[0]).norm() < 1e-5 * gradients[0].norm()
+
+
+@pytest.mark.parametrize("why, family, config", [
+    ("a sliding window", "qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=0)),
+    ("not SDPA", "llama", dict(attn_implementation="eager")), ("layers of windows", "gemma2", {})])
+def test_models_that_cannot_be_packed_are_padded(why, family, config):
+    model = tiny_model(family, **config)
+    before = model.config._attn_implementation
+    assert allow_packing(model).config._attn_implementation == before != "packed"
+
+
+def test_a_model_that_mixes_the_tokens_of_a_row_otherwise_is_padded():
+    """Found by trying: here a convolution over the row, as in recurrent and hybrid models."""
+    model = tiny_model()
+    model.model.layers[0].register_forward_pre_hook(
+        lambda _, inputs: (inputs[0] + inputs[0].roll(1, dims=1), *inputs[1:]))
+    assert allow_packing(model).config._attn_implementation == "sdpa"
 
 
 def test_the_gradient_is_that_of_the_plain_forward():
@@ -174,7 +217,7 @@ def exact_revkl(policy, reference, prompts, responses):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_revkl_and_both_log_probs_come_from_one_forward_of_each_model(family, monkeypatch):
-    monkeypatch.setattr(sail, "CHUNK", 5)
+    monkeypatch.setattr(sail, "CHUNK", 5 * 261)
     policy, reference = (tiny_model(family, seed=seed).double() for seed in (1, 2))
     calls = []
     for model in (policy, reference):
@@ -203,7 +246,7 @@ def test_revkl_is_zero_at_the_reference():
 
 
 def test_revkl_makes_no_tensor_of_all_positions_times_the_vocabulary(monkeypatch):
-    monkeypatch.setattr(sail, "CHUNK", 4)
+    monkeypatch.setattr(sail, "CHUNK", 4 * 261)
     policy, reference, sizes = tiny_model(seed=1), tiny_model(seed=2), []
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
