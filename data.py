@@ -422,12 +422,12 @@ def collate(prompts, responses, device="cpu"):
 
 
 def pack(input_ids, attention_mask, response_mask):
-    """`collate`'s rows without their padding in one row of N tokens, where a prompt that rows share stands once.
+    """`collate`'s rows, without padding, in one row of N tokens, where a prompt that rows share stands once.
 
-    Returns (inputs, places). inputs: what a model with `generate.packed_attention` takes in the rows' stead:
-    input_ids and position_ids (1, N), and the packing: for attention the rows are laid out again in grids, like
-    lengths together; (each place's token, the grids' shapes, each token's place). places: (B, T), where in the
-    one row a token stands (padding: anywhere).
+    Returns (inputs, places). inputs: what a model with `generate.packed_attention` takes in the rows' stead,
+    input_ids and position_ids (1, N), and `packing`, for attention to lay the rows out again in grids, like
+    lengths together: the token of each place in the grids, the grids' shapes, the place of each token.
+    places: (B, T), where in the one row a token stands (padding: anywhere).
     """
     real, positions = attention_mask.bool(), (attention_mask.cumsum(-1) - 1).clamp(min=0)          # (B, T)
     prompt = real & (response_mask.cumsum(-1) == 0)

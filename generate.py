@@ -82,14 +82,15 @@ def load_weights(auto_class, name, trust_remote_code=False, **options):
 
 
 def prepare(model, tokenizer, name="model"):
-    """Switch dropout off for good, mask the ids beyond the tokenizer's, and pack rows where the model can take
-    them so; returns the model."""
+    """Switch dropout off for good, mask the ids beyond the tokenizer's, and allow packed rows where the model
+    can take them; returns the model."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for name_of, value in vars(module).items():
             if "drop" in name_of and isinstance(value, float):       # for torch.nn.functional.dropout
                 setattr(module, name_of, 0.0)
+    allow_packing(model)                                 # before ids are masked: it compares logits
     known, head = max(tokenizer.get_vocab().values()) + 1, model.get_output_embeddings()
     if head.weight.shape[0] < known:
         raise InputError(f"{name}: the tokenizer has {known} ids, the model only {head.weight.shape[0]}; "
@@ -99,35 +100,42 @@ def prepare(model, tokenizer, name="model"):
             return logits.index_fill(-1, torch.arange(known, logits.shape[-1], device=logits.device),
                                      torch.finfo(logits.dtype).min)
         head.register_forward_hook(mask_unknown)
-    return allow_packing(model)
+    return model
 
 
 def packed_attention(module, query, key, value, attention_mask, packing=None, **options):
-    """transformers' SDPA attention; on a packed row (data.pack) within each of its rows: the projections and
-    the rest of the model then work on no padding and on a prompt once. Heads × N tokens -> (1, N, heads, D)."""
+    """transformers' SDPA attention; of a packed row (data.pack), within each of the rows that it holds.
+
+    query, key, value: (1, heads, N, D) -> (1, N, heads, D). All of the model but attention thus works on no
+    padding, and on a prompt once.
+    """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     tokens, shapes, back = packing
-    sizes = [shape.numel() for shape in shapes]
+    sizes = [rows * length for rows, length in shapes]
     laid_out = [each[0].transpose(0, 1).index_select(0, tokens).split(sizes) for each in (query, key, value)]
     options["is_causal"] = True                          # padding is on the right: nothing looks at it
-    outputs = [sdpa_attention_forward(
-        module, *(each.unflatten(0, shape).transpose(1, 2) for each in grid), None, **options)[0].flatten(0, 1)
-        for shape, *grid in zip(shapes, *laid_out)]
+    outputs = []
+    for shape, *grid in zip(shapes, *laid_out):
+        grid = [each.unflatten(0, shape).transpose(1, 2) for each in grid]         # (rows, heads, length, D)
+        outputs.append(sdpa_attention_forward(module, *grid, None, **options)[0].flatten(0, 1))
     return torch.cat(outputs).index_select(0, back)[None], None
 
 
 @torch.no_grad()
 def allow_packing(model):
-    """Switch the model to `packed_attention` if it then gives its own logits on a packed row, which is tried on
-    two short rows: not with recurrent layers, say. Sliding windows and kernels other than SDPA stay as they are."""
+    """Switch the model to `packed_attention` if it then gives its own logits on a packed row; returns it.
+
+    This is tried on two short rows: recurrent layers, for one, mix what a row holds. Models with sliding
+    windows, or with another attention than SDPA, stay as they are.
+    """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
     config = model.config.get_text_config()
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    if config._attn_implementation != "sdpa" or windowed or {*(getattr(config, "layer_types", None) or ())} - {
-            "full_attention"}:
+    kinds = {*(getattr(config, "layer_types", None) or ["full_attention"])}
+    if config._attn_implementation != "sdpa" or windowed or kinds != {"full_attention"}:
         return model
     AttentionInterface.register("packed", packed_attention)
     AttentionMaskInterface.register("packed", sdpa_mask)
@@ -194,8 +202,8 @@ def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, t
     for start in tqdm(range(0, len(prompt_ids), batch_size), "generating", leave=False,
                       disable=None if len(prompt_ids) > batch_size else True):
         batch = by_length[start:start + batch_size]
-        rows = draw(model, [prompt_ids[place] for place in batch], end_ids, max_response_length, num_responses,
-                    temperature)
+        rows = draw(model, [prompt_ids[place] for place in batch], end_ids, max_response_length,
+                    num_responses, temperature)
         for nth, place in enumerate(batch):
             responses[place] = rows[nth * num_responses:(nth + 1) * num_responses]
     ends = set(end_ids.tolist())
@@ -203,8 +211,8 @@ def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, t
 
 
 def draw(model, prompt_ids, end_ids, max_response_length, num_responses, temperature):
-    """`sample` for one batch: num_responses consecutive lists of ids per prompt. The prompts are read once, for
-    all their responses; a finished response leaves the batch."""
+    """`sample` for one batch: num_responses consecutive lists of ids per prompt. A prompt is read once, for
+    all its responses; a finished response leaves the batch."""
     from transformers import DynamicCache
     prompts = [torch.tensor(ids, device=model.device) for ids in prompt_ids]
     tokens = pad_sequence(prompts, batch_first=True, padding_side="left")                           # (B, P)

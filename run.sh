@@ -7,6 +7,10 @@ set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 run() { echo "+ $*"; "$@"; }
 
+# Let glibc keep freed memory for the next step rather than return it to the kernel and pay for every page
+# anew: tests/bench.py times steps on a CPU without this ("as-is") and with it ("kept").
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=268435456
+
 # The packages: those of $PYTHON where it has them all, else .venv beside this file, made on first use.
 PYTHON=${PYTHON:-python3}
 complete='import importlib.metadata as m; [m.version(p) for p in "torch datasets tqdm numpy pytest matplotlib".split()]

@@ -70,8 +70,13 @@ def test_a_response_ends_with_its_first_end_token_or_is_counted_unfinished():
 def test_trained_ids_are_generated_ids_also_where_text_does_not_round_trip(monkeypatch):
     model, tokenizer = prepare(tiny_model(), byte_tokenizer()), byte_tokenizer()
     drawn, prompts, original = [], [], generate.draw
-    monkeypatch.setattr(generate, "draw", lambda model, prompt_ids, *more: prompts.extend(prompt_ids) or drawn.extend(
-        original(model, prompt_ids, *more)) or drawn)
+
+    def watch(model, prompt_ids, *more):
+        prompts.extend(prompt_ids)
+        drawn.extend(original(model, prompt_ids, *more))
+        return drawn
+
+    monkeypatch.setattr(generate, "draw", watch)
     pairs = [{"prompt_ids": [12 - i] * (3 - i), "on_policy": (i != 1, i != 1), "chosen_ids": [1],
               "rejected_ids": [1], "chosen": "", "rejected": "", "weight": 1.0} for i in range(3)]
     torch.manual_seed(0)
@@ -92,7 +97,7 @@ def test_a_rollout_sees_the_logits_of_the_plain_forward(family):
     hook = model.register_forward_hook(lambda _, __, output: seen.append(output.logits[:, -1]))
     torch.manual_seed(0)
     prompts = [[5, 6, 7], [9], [11] * 20]
-    responses = generate.draw(model, prompts, torch.arange(0, 261, 7), 10, 3, 1.0)      # many ends: all lengths
+    responses = generate.draw(model, prompts, torch.arange(0, 261, 7), 10, 3, 1.0)      # many end tokens
     hook.remove()
     assert len({len(response) for response in responses}) > 3 and max(map(len, responses)) <= 10
     seen[0] = seen[0].repeat_interleave(3, 0)

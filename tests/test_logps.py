@@ -83,8 +83,7 @@ def test_a_row_without_response_has_log_probability_zero():
 
 
 @pytest.mark.parametrize("size, largest", [(4, 4), (1000, 11)])
-def test_only_response_positions_are_projected_onto_the_vocabulary_at_most_a_chunk_at_a_time(monkeypatch, size,
-                                                                                         largest):
+def test_only_response_positions_are_projected_and_at_most_a_chunk_at_a_time(monkeypatch, size, largest):
     model, seen = tiny_model(), []
     model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(tuple(logits.shape)))
     monkeypatch.setattr(sail, "CHUNK", size * 261)
@@ -95,7 +94,7 @@ def test_only_response_positions_are_projected_onto_the_vocabulary_at_most_a_chu
     assert model(torch.tensor([[5, 6]])).logits.shape == (1, 2, 261)      # and the model is left as it was
 
 
-SHARED = [[5, 6, 7], [9], [5, 6, 7], [11, 12, 13, 14, 15, 16, 17] * 9, [5, 6, 7]]      # a prompt that three rows share
+SHARED = [[5, 6, 7], [9], [5, 6, 7], [11, 12, 13, 14, 15, 16, 17] * 9, [5, 6, 7]]      # three share a prompt
 ANSWERS = [[20, 21, 1], [30, 1], [22] * 40 + [1], [31, 32, 33], [20, 21, 1]]
 
 
@@ -128,10 +127,10 @@ def test_models_that_cannot_be_packed_are_padded(why, family, config):
 
 def test_a_model_that_mixes_the_tokens_of_a_row_otherwise_is_padded():
     """Found by trying: here a convolution over the row, as in recurrent and hybrid models."""
-    model = tiny_model()
+    model = tiny_model(vocab_size=300)                                # ids beyond the tokenizer's are masked
     model.model.layers[0].register_forward_pre_hook(
         lambda _, inputs: (inputs[0] + inputs[0].roll(1, dims=1), *inputs[1:]))
-    assert allow_packing(model).config._attn_implementation == "sdpa"
+    assert prepare(model, byte_tokenizer()).config._attn_implementation == "sdpa"
 
 
 def test_the_gradient_is_that_of_the_plain_forward():

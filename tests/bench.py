@@ -1,0 +1,434 @@
+"""How fast: dpo, dp, pp and pr on random models and pairs, beside TRL's trainers and the matmul rate.
+
+    python tests/bench.py                            # models S and V, each row in a process of its own
+    python tests/bench.py --peer-python TRL/bin/python --rounds 3       # in turn with TRL under that Python
+    python tests/bench.py --overheads                # dp, pp and pr against dpo on the same pairs, in turn
+    python tests/bench.py --growth --plot assets/growth.png             # time and memory against the work
+    python tests/bench.py --ranks                    # two gloo ranks against one process
+    python tests/bench.py --models qwen2-0.5b --dtype bfloat16 --prompt 512 --response 512 \\
+        --variants dpo pr --allocators as-is --peer-python TRL/bin/python                   # one GPU
+
+The work of a step, the same for both sides: eight pairs in file order, prompts of 64 tokens, responses of 32
+to 192 with their end token; float32, SDPA attention, β 0.1, a frozen reference that is run every step,
+gradient norm clipped to 1, AdamW. pr and TRL's OnlineDPOTrainer sample two responses of up to 64 tokens to
+eight prompts at temperature 1 and score them with a function of their words. Seconds are from the drawing of
+the pairs to the step (TRL: from the end of a step to the next); the first two steps are left out. The least
+FLOPs count a prompt once, attention without what the causal mask hides, the output layer at response tokens,
+and four forwards' worth: reference, policy, and twice for backward. --out collects the rows as JSON lines.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+VARIANTS = ["dpo", "dp", "pp", "pr"]
+MODELS = {  # Llama shapes but for qwen2-*
+    "S": dict(vocab_size=8192, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
+              num_attention_heads=8, num_key_value_heads=8),
+    "V": dict(vocab_size=128256, hidden_size=256, intermediate_size=704, num_hidden_layers=2,
+              num_attention_heads=8, num_key_value_heads=8),
+    "tiny": dict(vocab_size=1024, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2),
+    "qwen2-0.5b": dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
+                       num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True),
+}
+MICRO = {"V": 2, "qwen2-0.5b": 2}        # --micro-batch-size, where all logits are more than sail.CHUNK
+KEEP_MEMORY = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**35), MALLOC_TOP_PAD_=str(2**28))
+PAD, BOS, EOS, UNK = range(4)
+
+
+# --- the work -----------------------------------------------------------------------------------------------
+
+def pairs_of(row):
+    """Random pairs of words: prompts of row["prompt"] tokens, responses of 32 to 192, or all of
+    row["response"], with the end token that the trainers add."""
+    rng, rows = random.Random(1234), []
+    lengths = (row["response"], row["response"]) if row["response"] else (32, 192)
+    words = min(8192, row["model"]["vocab_size"]) - 4
+    for _ in range(row["steps"] * row["batch"]):
+        text = [" ".join(f"w{rng.randrange(words)}" for _ in range(size)) for size in (
+            row["prompt"], rng.randint(*lengths) - 1, rng.randint(*lengths) - 1)]
+        rows.append(dict(zip(("prompt", "chosen", "rejected"), (text[0], " " + text[1], " " + text[2]))))
+    return rows
+
+
+def model_and_tokenizer(row):
+    """A Llama or Qwen2 with random weights, and a tokenizer of as many words."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
+                              Qwen2ForCausalLM)
+    size = row["model"]["vocab_size"]
+    vocabulary = {"<pad>": PAD, "<s>": BOS, "</s>": EOS, "<unk>": UNK,
+                  **{f"w{i}": i + 4 for i in range(size - 4)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    torch.manual_seed(0)
+    qwen2 = row["name"].startswith("qwen2")
+    config = (Qwen2Config if qwen2 else LlamaConfig)(
+        **row["model"], max_position_embeddings=4096, pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
+    model = (Qwen2ForCausalLM if qwen2 else LlamaForCausalLM)(config)
+    return model, PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>",
+                                          eos_token="</s>", unk_token="<unk>")
+
+
+def reward(prompts, completions, completion_ids=None, **_):
+    """A function of the response, for TRL (by ids) and for sail.py (by text)."""
+    return [len(set(text.split())) / 64 for text in completions]
+
+
+def least_flops(row, pairs):
+    """Of one step on pairs of (prompt, chosen, rejected) lengths."""
+    size = row["model"]
+    hidden, heads = size["hidden_size"], size["num_attention_heads"]
+    width = size.get("head_dim", hidden // heads) * heads
+    kv = width * size["num_key_value_heads"] // heads
+    layer = hidden * (2 * width + 2 * kv) + 3 * hidden * size["intermediate_size"]           # weights
+    total = 0
+    for prompt, *responses in pairs:
+        seen = prompt**2 / 2 + sum(length * (prompt + length / 2) for length in responses)   # keys by queries
+        total += size["num_hidden_layers"] * (2 * layer * (prompt + sum(responses)) + 4 * width * seen)
+        total += 2 * hidden * size["vocab_size"] * sum(responses)
+    return 4 * total
+
+
+def matmul_rate(dtype):
+    """FLOP/s of a large product on this machine, the median of ten."""
+    import torch
+    device, n = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
+    one = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
+    seconds = []
+    for _ in range(13):
+        started = time.perf_counter()
+        product = one @ one
+        product[0, 0].item()                                           # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return 2 * n**3 / statistics.median(seconds[3:])
+
+
+# --- one row, in a process of its own -----------------------------------------------------------------------
+
+def ours(row, folder):
+    """Run sail.py's own loop; the row's figures from its metrics.jsonl."""
+    sys.path.insert(0, str(ROOT))
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import sail
+    model, tokenizer = model_and_tokenizer(row)
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "model")
+    del model
+    route = int(row["variant"] != "dpo")
+    pairs = pairs_of(row)
+    drawn = sail.order_of(len(pairs), 0, route, 0)                     # so that it draws them in file order
+    (folder / "pairs.jsonl").write_text("".join(
+        json.dumps(pair) + "\n" for _, pair in sorted(zip(drawn, pairs), key=lambda each: each[0])))
+    (folder / "one.jsonl").write_text(json.dumps(pairs[0]) + "\n")
+    padding, states = [], sail.response_states
+
+    def watch(model, input_ids, attention_mask, response_mask):
+        inner = getattr(model, "module", model)
+        packed = inner.config._attn_implementation == "packed"
+        padding.append(0.0 if packed else 1 - attention_mask.float().mean().item())
+        return states(model, input_ids, attention_mask, response_mask)
+
+    sail.response_states = watch
+    sail.train(sail.parse_args([
+        "--variant", row["variant"], "--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"),
+        "--eval-data", str(folder / "one.jsonl"), "--eval-limit", "1", "--eval-every", "0",
+        "--reward", f"{__file__}:reward", "--steps", str(row["steps"]), "--batch-size", str(row["batch"]),
+        "--micro-batch-size", str(row["micro"] or row["batch"]), "--learning-rate", "1e-6",
+        "--mix", str(route), "--max-prompt-length", str(row["prompt"]), "--dtype", row["dtype"],
+        "--log-every", "1000",
+        "--max-response-length", str(row["new_tokens"] if row["variant"] in ("pp", "pr")
+                                     else row["response"] or 192), "--out", str(folder / "run")]))
+    metrics = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    return dict(seconds=[line["seconds"] for line in metrics], tokens=[line["tokens"] for line in metrics],
+                generation=[line["seconds_rollout"] for line in metrics],
+                scoring=[line["seconds_reward"] for line in metrics], padding=statistics.mean(padding))
+
+
+def trl(row, folder):
+    """The same work by TRL's DPOTrainer or OnlineDPOTrainer."""
+    import copy
+    os.environ.update(HF_HUB_OFFLINE="1", TRL_EXPERIMENTAL_SILENCE="1")
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    model, tokenizer = model_and_tokenizer(row)
+    model.generation_config.pad_token_id = PAD
+    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    pairs = pairs_of(row)
+    ends, seen = [], dict(tokens=[], positions=[], generation=[])
+    settings = dict(
+        output_dir=str(folder), per_device_train_batch_size=row["batch"], max_steps=row["steps"],
+        gradient_checkpointing=False, bf16=row["dtype"] == "bfloat16", use_cpu=not torch.cuda.is_available(),
+        learning_rate=1e-6, logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+        train_sampling_strategy="sequential", beta=0.1, dataloader_pin_memory=False)
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            ends.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            ends.append(time.perf_counter())
+
+    if row["variant"] == "dpo":
+        from trl import DPOConfig, DPOTrainer
+
+        class Trainer(DPOTrainer):
+            def training_step(self, model, inputs, *more, **options):
+                seen["tokens"].append(int(inputs["attention_mask"].sum()))
+                seen["positions"].append(inputs["attention_mask"].numel())
+                return super().training_step(model, inputs, *more, **options)
+
+        trainer = Trainer(model=model, ref_model=reference, args=DPOConfig(
+            max_length=None, precompute_ref_log_probs=False, **settings),
+            train_dataset=Dataset.from_list(pairs), processing_class=tokenizer, callbacks=[Clock()])
+    else:
+        from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+        class Trainer(OnlineDPOTrainer):
+            def _generate(self, *more, **options):
+                started = time.perf_counter()
+                prompts, prompt_mask, completions, mask, _ = output = super()._generate(*more, **options)
+                seen["generation"].append(time.perf_counter() - started)
+                seen["tokens"].append(int(prompt_mask.sum() + mask.sum()))
+                seen["positions"].append(prompts.numel() + completions.numel())
+                return output
+
+        trainer = Trainer(model=model, ref_model=reference, reward_funcs=reward, args=OnlineDPOConfig(
+            max_new_tokens=row["new_tokens"], temperature=1.0, max_length=row["prompt"] + row["new_tokens"],
+            **settings), train_dataset=Dataset.from_list([{"prompt": pair["prompt"]} for pair in pairs]),
+            processing_class=tokenizer, callbacks=[Clock()])
+    trainer.train()
+    return dict(seconds=[end - start for start, end in zip(ends, ends[1:])], tokens=seen["tokens"],
+                generation=seen["generation"] or [0.0] * row["steps"], scoring=[0.0] * row["steps"],
+                padding=1 - sum(seen["tokens"]) / sum(seen["positions"]))
+
+
+def measure(row):
+    """In the child: run the row, print it with its figures as the last line of standard output."""
+    with tempfile.TemporaryDirectory() as folder:
+        figures = {"sail": ours, "trl": trl}[row["side"]](row, Path(folder))
+    import torch
+    gpu = torch.cuda.is_available()
+    memory = (torch.cuda.max_memory_allocated() if gpu
+              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    figures = {name: value[2:] if isinstance(value, list) else value for name, value in figures.items()}
+    row["rate"] = None if row["side"] == "trl" else matmul_rate(row["dtype"])
+    if row["variant"] in ("pp", "pr"):
+        lengths = [[(row["prompt"], row["new_tokens"], row["new_tokens"])] * row["batch"]]
+    else:
+        lengths = [(row["prompt"], len(pair["chosen"].split()) + 1, len(pair["rejected"].split()) + 1)
+                   for pair in pairs_of(row)]
+        lengths = [lengths[start:start + row["batch"]] for start in range(0, len(lengths), row["batch"])][2:]
+    flops = statistics.mean(least_flops(row, step) for step in lengths)
+    print(json.dumps({**row, **figures, "gigabytes": memory / 1e9, "flops": flops}))
+
+
+# --- the rows and their tables ------------------------------------------------------------------------------
+
+def run(row, python=sys.executable, allocator="as-is", ranks=1):
+    """Measure a row in a child; returns it with its figures."""
+    environment = {**os.environ, **(KEEP_MEMORY if allocator == "kept" else {})}
+    launch = [python]
+    if ranks > 1:
+        environment["OMP_NUM_THREADS"] = "1"
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    child = subprocess.run([*launch, __file__, "--row", json.dumps({**row, "allocator": allocator})],
+                           env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    if child.returncode:
+        sys.exit(f"bench.py: error: {row['side']} {row['name']} {row['variant']}:\n{child.stderr[-2000:]}")
+    return json.loads(child.stdout.strip().splitlines()[-1])
+
+
+def median(values):
+    return statistics.median(values)
+
+
+def line_of(name, rounds, peers):
+    """A line of the table: one configuration's rounds, beside the peer's."""
+    seconds = [second for row in rounds for second in row["seconds"]]
+    first = rounds[0]
+    generation, scoring = (median([each for row in rounds for each in row[part]])
+                           for part in ("generation", "scoring"))
+    # a step that mostly generates has other bounds than the matmul rate
+    share = (median([row["flops"] / statistics.mean(row["seconds"]) / row["rate"] for row in rounds])
+             if first["rate"] and first["variant"] in ("dpo", "dp") else None)
+    cells = [name, first["allocator"], f"{median(seconds):.2f} ({min(seconds):.2f}–{max(seconds):.2f})",
+             f"{generation:.2f} + {scoring:.2f} + {median(seconds) - generation - scoring:.2f}",
+             f"{sum(sum(row['tokens']) for row in rounds) / sum(seconds):,.0f}", f"{first['padding']:.0%}",
+             f"{median([row['gigabytes'] for row in rounds]):.2f}", f"{share:.0%}" if share else ""]
+    if peers:
+        ratios = [median(peer["seconds"]) / median(row["seconds"]) for row, peer in zip(rounds, peers)]
+        memory = [row["gigabytes"] / peer["gigabytes"] for row, peer in zip(rounds, peers)]
+        cells += [f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})", f"{median(memory):.2f}"]
+    else:
+        cells += ["", ""]
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(args):
+    """Every model, variant and allocator setting, in turn with the peer; prints a table, keeps the rows."""
+    print("| | allocator | s/step, median (min–max) | generation + scoring + update | tokens/s | padding | "
+          "GB | of the matmul rate | times TRL's speed | of TRL's memory |\n|" + "---|" * 10, flush=True)
+    for name in args.models:
+        for allocator in args.allocators:
+            for variant in args.variants:
+                row = row_of(args, name, variant)
+                rounds, peers = [], []
+                peer = args.peer_python and variant in ("dpo", "pr")
+                for _ in range(args.rounds):
+                    rounds.append(run(row, allocator=allocator))
+                    keep(args.out, rounds[-1])
+                    if peer:
+                        peers.append(run({**row, "side": "trl"}, args.peer_python, allocator))
+                        keep(args.out, peers[-1])
+                print(line_of(f"{name} {variant}", rounds, peers), flush=True)
+                if peers:
+                    peer_name = {"dpo": "TRL DPO", "pr": "TRL OnlineDPO"}[variant]
+                    print(line_of(f"{name} {peer_name}", peers, []), flush=True)
+
+
+def row_of(args, name, variant, **more):
+    return {"side": "sail", "name": name, "model": MODELS[name], "variant": variant, "steps": args.steps,
+            "batch": args.batch, "micro": MICRO.get(name), "prompt": args.prompt, "response": args.response,
+            "new_tokens": args.response or 64, "dtype": args.dtype, **more}
+
+
+def keep(out, row):
+    with open(out, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def overheads(args):
+    """dp, pp and pr against dpo on the same pairs, the update alone, variants in turn within each step."""
+    sys.path.insert(0, str(ROOT))
+    import copy
+
+    import torch
+    import sail
+    from generate import prepare
+    print("| update alone, same pairs | " + " | ".join(f"{variant}/dpo" for variant in VARIANTS[1:]) + " |\n"
+          + "|---" * len(VARIANTS) + "|")
+    for name in args.models:
+        row = row_of(args, name, "dpo")
+        model, tokenizer = model_and_tokenizer(row)
+        policy, rows = prepare(model, tokenizer), pairs_of(row)
+        reference = copy.deepcopy(policy).requires_grad_(False)
+        settings = {variant: sail.parse_args(["--variant", variant, "--mix", "0.5", "--reward", "toy"])
+                    for variant in VARIANTS}
+        optimizer, scheduler = sail.make_optimizer(policy, 100, settings["dpo"])
+        seconds = {variant: [] for variant in VARIANTS}
+        for step in range(args.steps):
+            pairs = [{f"{side}_ids": tokenizer(text)["input_ids"] + [EOS] * (side != "prompt")
+                      for side, text in pair.items()} for pair in rows[step * args.batch:][:args.batch]]
+            for variant in random.Random(step).sample(VARIANTS, len(VARIANTS)):
+                route = sail.VARIANTS[variant]
+                flagged = [{**pair, "weight": 1.0, "preference": 1.0, "on_policy": route["on_policy"],
+                            "self_labelled": route["self_labelled"]} for pair in pairs]
+                started = time.perf_counter()
+                losses_of = partial(sail.preference_losses, policy, reference, args=settings[variant],
+                                    baseline=-0.7)
+                sail.accumulate_gradients(policy, losses_of, flagged, row["micro"] or args.batch,
+                                          1 / args.batch)
+                sail.update(policy, optimizer, scheduler, 1.0)
+                seconds[variant].append(time.perf_counter() - started)
+        ratios = [[one / dpo for one, dpo in list(zip(seconds[variant], seconds["dpo"]))[2:]]
+                  for variant in VARIANTS[1:]]
+        print(f"| {name} | " + " | ".join("{1:.3f} ({0:.3f}–{2:.3f})".format(*statistics.quantiles(each, n=4))
+                                          for each in ratios) + " |", flush=True)
+
+
+def growth(args):
+    """dpo's seconds and memory against pairs, response length, vocabulary and width: slopes, a picture."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    small = MODELS["S"]
+    sweeps = {
+        "pairs per step": [(n, dict(batch=n, micro=8)) for n in (4, 8, 16, 32)],
+        "response length": [(n, dict(response=n)) for n in (64, 128, 256, 512)],
+        "vocabulary": [(n, dict(model={**small, "vocab_size": n})) for n in (8192, 16384, 32768, 65536)],
+        "width": [(n, dict(model={**small, "hidden_size": n, "intermediate_size": n * 11 // 4}))
+                  for n in (256, 384, 512, 768)]}
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.4))
+    for axis, (what, points) in zip(axes, sweeps.items()):
+        rows = [run(row_of(args, "S", "dpo", **{"response": 128, **more}), allocator="kept")
+                for _, more in points]
+        for row in rows:
+            keep(args.out, row)
+        x = [value for value, _ in points]
+        curves = {"time": [median(row["seconds"]) for row in rows],
+                  "least FLOPs": [row["flops"] for row in rows], "memory": [row["gigabytes"] for row in rows]}
+        slopes = {}
+        for (name, values), style in zip(curves.items(), ("o-", "--", "s-")):
+            log_x, log_y = [math.log(value) for value in x], [math.log(value) for value in values]
+            slopes[name] = statistics.linear_regression(log_x, log_y).slope
+            axis.loglog(x, [value / values[0] for value in values], style)
+            axis.annotate(f" {name} {slopes[name]:.2f}", (x[-1], values[-1] / values[0]), fontsize=8)
+        axis.set_xlabel(what)
+        axis.set_xticks(x, [str(value) for value in x], minor=False)
+        axis.minorticks_off()
+        axis.margins(x=0.45)
+        print(f"{what}: log-log slopes " + ", ".join(f"{name} {slope:.2f}" for name, slope in slopes.items())
+              + "; seconds " + " ".join(f"{value:.2f}" for value in curves["time"])
+              + "; GB " + " ".join(f"{value:.2f}" for value in curves["memory"]), flush=True)
+    axes[0].set_ylabel("relative to the first point")
+    figure.tight_layout()
+    if args.plot:
+        figure.savefig(args.plot, dpi=150)
+
+
+def ranks(args):
+    """dpo in one process with two threads, and in two gloo ranks with one thread each, in turn."""
+    for name in args.models:
+        pairs = [(run(row_of(args, name, "dpo")), run(row_of(args, name, "dpo"), ranks=2))
+                 for _ in range(args.rounds)]
+        one, two = (median([median(row["seconds"]) for row in rows]) for rows in zip(*pairs))
+        ratios = [median(alone["seconds"]) / median(shared["seconds"]) for alone, shared in pairs]
+        print(f"{name}: one process {one:.2f} s, two ranks {two:.2f} s a step; one/two "
+              + " ".join(f"{ratio:.2f}" for ratio in ratios), flush=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Time the training step.")
+    parser.add_argument("--models", nargs="+", choices=[*MODELS], default=["S", "V"])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--allocators", nargs="+", choices=["as-is", "kept"], default=["as-is", "kept"],
+                        help="kept: glibc is told to keep memory, as run.sh does")
+    parser.add_argument("--peer-python", help="a Python that has TRL")
+    parser.add_argument("--rounds", type=int, default=1, help="of each row, in turn with the peer's")
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--batch", type=int, default=8, help="pairs per step")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens")
+    parser.add_argument("--response", type=int, default=0,
+                        help="tokens, of every response (data's: 32 to 192; sampled: 64)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--out", default="bench.jsonl", help="JSON lines, appended to")
+    parser.add_argument("--plot", help="the picture of --growth")
+    parser.add_argument("--overheads", action="store_true")
+    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--ranks", action="store_true")
+    parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row:
+        measure(args.row)
+    else:
+        (overheads if args.overheads else growth if args.growth else ranks if args.ranks else table)(args)
+
+
+if __name__ == "__main__":
+    main()
