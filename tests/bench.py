@@ -103,7 +103,7 @@ def least_flops(row, pairs):
 
 
 def matmul_rate(dtype):
-    """FLOP/s of a large product on this machine, the median of ten."""
+    """FLOP/s of a large product on this machine, the best of ten."""
     import torch
     device, n = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
     one = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
@@ -113,7 +113,7 @@ def matmul_rate(dtype):
         product = one @ one
         product[0, 0].item()                                           # waits for the device
         seconds.append(time.perf_counter() - started)
-    return 2 * n**3 / statistics.median(seconds[3:])
+    return 2 * n**3 / min(seconds[3:])
 
 
 # --- one row, in a process of its own -----------------------------------------------------------------------
@@ -151,6 +151,8 @@ def ours(row, folder):
         "--log-every", "1000",
         "--max-response-length", str(row["new_tokens"] if row["variant"] in ("pp", "pr")
                                      else row["response"] or 192), "--out", str(folder / "run")]))
+    if int(os.environ.get("RANK", 0)):
+        sys.exit()                                                     # rank 0 has the metrics
     metrics = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     return dict(seconds=[line["seconds"] for line in metrics], tokens=[line["tokens"] for line in metrics],
                 generation=[line["seconds_rollout"] for line in metrics],
@@ -328,7 +330,8 @@ def overheads(args):
         model, tokenizer = model_and_tokenizer(row)
         policy, rows = prepare(model, tokenizer), pairs_of(row)
         reference = copy.deepcopy(policy).requires_grad_(False)
-        settings = {variant: sail.parse_args(["--variant", variant, "--mix", "0.5", "--reward", "toy"])
+        settings = {variant: sail.parse_args(["--variant", variant, "--mix", "0.5", "--reward", "toy",
+                                             "--revkl-coef", "0"])
                     for variant in VARIANTS}
         optimizer, scheduler = sail.make_optimizer(policy, 100, settings["dpo"])
         seconds = {variant: [] for variant in VARIANTS}
@@ -354,9 +357,6 @@ def overheads(args):
 
 def growth(args):
     """dpo's seconds and memory against pairs, response length, vocabulary and width: slopes, a picture."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     small = MODELS["S"]
     sweeps = {
         "pairs per step": [(n, dict(batch=n, micro=8)) for n in (4, 8, 16, 32)],
@@ -364,32 +364,52 @@ def growth(args):
         "vocabulary": [(n, dict(model={**small, "vocab_size": n})) for n in (8192, 16384, 32768, 65536)],
         "width": [(n, dict(model={**small, "hidden_size": n, "intermediate_size": n * 11 // 4}))
                   for n in (256, 384, 512, 768)]}
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.4))
-    for axis, (what, points) in zip(axes, sweeps.items()):
+    curves = {}
+    for what, points in sweeps.items():
         rows = [run(row_of(args, "S", "dpo", **{"response": 128, **more}), allocator="kept")
                 for _, more in points]
         for row in rows:
             keep(args.out, row)
         x = [value for value, _ in points]
-        curves = {"time": [median(row["seconds"]) for row in rows],
-                  "least FLOPs": [row["flops"] for row in rows], "memory": [row["gigabytes"] for row in rows]}
-        slopes = {}
-        for (name, values), style in zip(curves.items(), ("o-", "--", "s-")):
-            log_x, log_y = [math.log(value) for value in x], [math.log(value) for value in values]
-            slopes[name] = statistics.linear_regression(log_x, log_y).slope
-            axis.loglog(x, [value / values[0] for value in values], style)
-            axis.annotate(f" {name} {slopes[name]:.2f}", (x[-1], values[-1] / values[0]), fontsize=8)
-        axis.set_xlabel(what)
-        axis.set_xticks(x, [str(value) for value in x], minor=False)
+        curves[what] = x, {"time": [median(row["seconds"]) for row in rows],
+                           "memory": [row["gigabytes"] for row in rows],
+                           "work": [row["flops"] for row in rows]}
+        print(f"{what} {x}: slopes "
+              + ", ".join(f"{name} {slope(x, y):.2f}" for name, y in curves[what][1].items())
+              + "; seconds " + " ".join(f"{value:.2f}" for value in curves[what][1]["time"])
+              + "; GB " + " ".join(f"{value:.2f}" for value in curves[what][1]["memory"]), flush=True)
+    if args.plot:
+        draw_growth(curves, args.plot)
+
+
+def slope(x, y):
+    """Of log y over log x, by least squares."""
+    return statistics.linear_regression([math.log(value) for value in x], [math.log(value) for value in y]).slope
+
+
+def draw_growth(curves, path):
+    """A panel per sweep, time, memory and least FLOPs relative to its first point, each line with its slope."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), sharey=True)
+    styles = {"time": ("o-", "#0072B2"), "memory": ("s-", "#D55E00"), "work": ("--", "black")}
+    for axis, (what, (x, lines)) in zip(axes, curves.items()):
+        ends, floor = sorted((y[-1] / y[0], name) for name, y in lines.items()), 0.0
+        for end, name in ends:
+            style, color = styles[name]
+            axis.loglog(x, [value / lines[name][0] for value in lines[name]], style, color=color, base=2)
+            floor = max(end, 1.3 * floor)                              # labels apart
+            axis.text(x[-1] * 1.1, floor, f"{name} {slope(x, lines[name]):.2f}", color=color, va="center")
+        axis.set_xlim(x[0] * 0.9, x[-1] * (x[-1] / x[0]) ** 0.55)
+        axis.set_xticks(x, [f"{n // 1024}k" if n >= 4096 else str(n) for n in x])
+        axis.set_yticks([1, 2, 4, 8], ["1×", "2×", "4×", "8×"])
         axis.minorticks_off()
-        axis.margins(x=0.45)
-        print(f"{what}: log-log slopes " + ", ".join(f"{name} {slope:.2f}" for name, slope in slopes.items())
-              + "; seconds " + " ".join(f"{value:.2f}" for value in curves["time"])
-              + "; GB " + " ".join(f"{value:.2f}" for value in curves["memory"]), flush=True)
+        axis.set_xlabel(what)
+        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("relative to the first point")
     figure.tight_layout()
-    if args.plot:
-        figure.savefig(args.plot, dpi=150)
+    figure.savefig(path, dpi=110)
 
 
 def ranks(args):
