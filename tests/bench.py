@@ -384,11 +384,11 @@ def growth(args):
 
 def slope(x, y):
     """Of log y over log x, by least squares."""
-    return statistics.linear_regression([math.log(value) for value in x], [math.log(value) for value in y]).slope
+    return statistics.linear_regression(*([math.log(value) for value in each] for each in (x, y))).slope
 
 
 def draw_growth(curves, path):
-    """A panel per sweep, time, memory and least FLOPs relative to its first point, each line with its slope."""
+    """A panel per sweep: time, memory and least FLOPs relative to its first point, with their slopes."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt

@@ -90,10 +90,12 @@ def test_trained_ids_are_generated_ids_also_where_text_does_not_round_trip(monke
     assert pairs[1]["chosen_ids"] == [1]                                              # not flagged: untouched
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma2"])
-def test_a_rollout_sees_the_logits_of_the_plain_forward(family):
+@pytest.mark.parametrize("family, config", [
+    ("llama", {}), ("gpt2", {}), ("gemma2", {}),
+    ("qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=0))])
+def test_a_rollout_sees_the_logits_of_the_plain_forward(family, config):
     """With its cache, shared prompts and shrinking batch."""
-    model, seen = tiny_model(family), []
+    model, seen = tiny_model(family, **config), []
     hook = model.register_forward_hook(lambda _, __, output: seen.append(output.logits[:, -1]))
     torch.manual_seed(0)
     prompts = [[5, 6, 7], [9], [11] * 20]
