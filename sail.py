@@ -91,7 +91,8 @@ def response_states(model, input_ids, attention_mask, response_mask):
     if not same:
         raise InputError(f"{type(inner).__name__} changes its logits after the output layer in a way that "
                          "sail.py's logits_of does not know; add it there")
-    KNOWN.add(inner)
+    if len(row):
+        KNOWN.add(inner)
     return kept[0]
 
 
