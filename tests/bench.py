@@ -116,6 +116,22 @@ def matmul_rate(dtype):
     return 2 * n**3 / min(seconds[3:])
 
 
+def decoding_bound(row):
+    """Seconds that sampling takes at least: the weights read once per token, at the speed of a large copy."""
+    import torch
+    size, device = row["model"], "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.ones(2**27, device=device)
+    target, seconds = torch.empty_like(source), []
+    for _ in range(6):
+        started = time.perf_counter()
+        target.copy_(source)
+        target[0].item()                                               # waits for the device
+        seconds.append(time.perf_counter() - started)
+    flops_per_token = least_flops(row, [(0, 1)]) / 4                   # two for every weight
+    weights = flops_per_token / 2 - size["num_hidden_layers"] * size["hidden_size"]      # but attention's
+    return row["new_tokens"] * 4 * weights * min(seconds[1:]) / (2 * source.numel() * 4)
+
+
 # --- one row, in a process of its own -----------------------------------------------------------------------
 
 def ours(row, folder):
@@ -229,7 +245,8 @@ def measure(row):
     memory = (torch.cuda.max_memory_allocated() if gpu
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     figures = {name: value[2:] if isinstance(value, list) else value for name, value in figures.items()}
-    row["rate"] = None if row["side"] == "trl" else matmul_rate(row["dtype"])
+    if row["side"] == "sail":                                          # after the run: it counts no memory
+        row.update(rate=matmul_rate(row["dtype"]), bound=decoding_bound(row))
     if row["variant"] in ("pp", "pr"):
         lengths = [[(row["prompt"], row["new_tokens"], row["new_tokens"])] * row["batch"]]
     else:
@@ -266,9 +283,11 @@ def line_of(name, rounds, peers):
     first = rounds[0]
     generation, scoring = (median([each for row in rounds for each in row[part]])
                            for part in ("generation", "scoring"))
-    # a step that mostly generates has other bounds than the matmul rate
+    # sampling is held against the memory's rate, reading the weights once per token
     share = (median([row["flops"] / statistics.mean(row["seconds"]) / row["rate"] for row in rounds])
-             if first["rate"] and first["variant"] in ("dpo", "dp") else None)
+             if "rate" in first and first["variant"] in ("dpo", "dp") else None)
+    if "bound" in first and first["variant"] in ("pp", "pr"):
+        share = first["bound"] / generation
     cells = [name, first["allocator"], f"{median(seconds):.2f} ({min(seconds):.2f}–{max(seconds):.2f})",
              f"{generation:.2f} + {scoring:.2f} + {median(seconds) - generation - scoring:.2f}",
              f"{sum(sum(row['tokens']) for row in rounds) / sum(seconds):,.0f}", f"{first['padding']:.0%}",
@@ -285,7 +304,8 @@ def line_of(name, rounds, peers):
 def table(args):
     """Every model, variant and allocator setting, in turn with the peer; prints a table, keeps the rows."""
     print("| | allocator | s/step, median (min–max) | generation + scoring + update | tokens/s | padding | "
-          "GB | of the matmul rate | times TRL's speed | of TRL's memory |\n|" + "---|" * 10, flush=True)
+          "GB | of the matmul rate; pp, pr: generation, of the memory's rate | times TRL's speed | "
+          "of TRL's memory |\n|" + "---|" * 10, flush=True)
     for name in args.models:
         for allocator in args.allocators:
             for variant in args.variants:
@@ -311,6 +331,7 @@ def row_of(args, name, variant, **more):
 
 
 def keep(out, row):
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     with open(out, "a", encoding="utf-8") as file:
         file.write(json.dumps(row) + "\n")
 
@@ -437,7 +458,7 @@ def main():
     parser.add_argument("--response", type=int, default=0,
                         help="tokens, of every response (data's: 32 to 192; sampled: 64)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--out", default="bench.jsonl", help="JSON lines, appended to")
+    parser.add_argument("--out", default="runs/bench.jsonl", help="JSON lines, appended to")
     parser.add_argument("--plot", help="the picture of --growth")
     parser.add_argument("--overheads", action="store_true")
     parser.add_argument("--growth", action="store_true")
