@@ -115,7 +115,7 @@ def packed_attention(module, query, key, value, attention_mask, packing=None, **
     tokens, shapes, back = packing
     sizes = [rows * length for rows, length in shapes]
     laid_out = [each[0].transpose(0, 1).index_select(0, tokens).split(sizes) for each in (query, key, value)]
-    options["is_causal"] = True                          # padding is on the right: nothing looks at it
+    options["is_causal"] = True                          # no row looks at its padding, on the right
     outputs = []
     for shape, *grid in zip(shapes, *laid_out):
         grid = [each.unflatten(0, shape).transpose(1, 2) for each in grid]         # (rows, heads, length, D)
@@ -139,7 +139,7 @@ def allow_packing(model):
         return model
     AttentionInterface.register("packed", packed_attention)
     AttentionMaskInterface.register("packed", sdpa_mask)
-    rows = collate([[0, 1], [0, 1]], [[1, 1, 0], [0]], model.device)
+    rows = collate([[0, 1], [0, 1]], [[1, 1, 0], [0, 1]], model.device)   # one grid, with padding
     inputs, places = pack(*rows)
     plain = model(input_ids=rows[0], attention_mask=rows[1], use_cache=False).logits              # (2, T, V)
     model.set_attn_implementation("packed")

@@ -116,6 +116,15 @@ def test_packed_rows_give_the_losses_and_gradients_of_padded_ones(family, left):
     assert (gradients[1] - gradients[0]).norm() < 1e-5 * gradients[0].norm()
 
 
+def test_a_mask_with_gaps_is_packed_too():
+    """Several turns: what stands between two responses is neither scored nor taken for a shared prompt."""
+    ids, attention, response = padded([[5, 6], [5, 6], [5, 6]], [[7, 8, 9, 10], [12, 8, 9, 10], [1]], False)
+    response[:2, 3] = 0
+    plain, packed = tiny_model(), allow_packing(tiny_model())
+    torch.testing.assert_close(sequence_logps(packed, ids, attention, response),
+                               sequence_logps(plain, ids, attention, response), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("why, family, config", [
     ("a sliding window", "qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=0)),
     ("not SDPA", "llama", dict(attn_implementation="eager")), ("layers of windows", "gemma2", {})])
