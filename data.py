@@ -60,8 +60,8 @@ def command_line(main):
     try:
         main()
     except (InputError, OSError) as error:
-        # Before the processes have met they all fail alike, and rank 0 speaks; later, whoever fails.
-        if os.environ.get("RANK", "0") == "0" or torch.distributed.is_initialized():
+        # InputError is raised by all processes alike, and rank 0 speaks; other errors may be one's own.
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):
             message = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
             print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)

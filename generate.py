@@ -6,15 +6,18 @@
 SAIL's second term is the score of the distribution that was sampled from, so `sample` draws from the full
 softmax, whatever the checkpoint's generation_config says, and hands on the very ids it drew.
 """
+import copy
 import json
 import math
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
@@ -32,6 +35,9 @@ def load_tokenizer(name, trust_remote_code=False, ends=True):
     from transformers import AutoTokenizer
     if name == "toy":
         return toy_tokenizer()
+    adapter = adapter_config(name)
+    if adapter and not Path(name, "tokenizer_config.json").is_file():
+        name = adapter["base_model_name_or_path"]
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             name, trust_remote_code=trust_remote_code, local_files_only=Path(name).is_dir())
@@ -46,16 +52,18 @@ def load_tokenizer(name, trust_remote_code=False, ends=True):
 def load_policy(name, device="cpu", trust_remote_code=False):
     """A causal language model with float32 weights and no dropout, and its tokenizer: (model, tokenizer).
 
-    name: a Hugging Face directory or hub name; `toy` for the toy world's SFT model, trained on first use.
-    A local directory is loaded without the network. Ids that the tokenizer cannot produce (padded
-    vocabularies) get no probability, in sampling and in scoring alike. Raises InputError where there is
-    nothing to load.
+    name: a Hugging Face directory or hub name, or the directory of a LoRA adapter, which is put on its base;
+    `toy` for the toy world's SFT model, trained on first use. A local directory is loaded without the
+    network. Ids that the tokenizer cannot produce (padded vocabularies) get no probability, in sampling and
+    in scoring alike. Raises InputError where there is nothing to load.
     """
     from transformers import AutoModelForCausalLM
     name = toy_checkpoint() if name == "toy" else name
+    if adapter_config(name):
+        require_peft(name)
     tokenizer = load_tokenizer(name, trust_remote_code)
     model = load_weights(AutoModelForCausalLM, name, trust_remote_code, dtype=torch.float32)
-    return prepare(model, tokenizer, name).to(device), tokenizer
+    return prepare(model.float(), tokenizer, name).to(device), tokenizer
 
 
 def load_weights(auto_class, name, trust_remote_code=False, **options):
@@ -84,12 +92,7 @@ def load_weights(auto_class, name, trust_remote_code=False, **options):
 def prepare(model, tokenizer, name="model"):
     """Switch dropout off for good, mask the ids beyond the tokenizer's, and allow packed rows where the model
     can take them; returns the model."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name_of, value in vars(module).items():
-            if "drop" in name_of and isinstance(value, float):       # for torch.nn.functional.dropout
-                setattr(module, name_of, 0.0)
+    switch_dropout_off(model)
     allow_packing(model)                                 # before ids are masked: it compares logits
     known, head = max(tokenizer.get_vocab().values()) + 1, model.get_output_embeddings()
     if head.weight.shape[0] < known:
@@ -101,6 +104,16 @@ def prepare(model, tokenizer, name="model"):
                                      torch.finfo(logits.dtype).min)
         head.register_forward_hook(mask_unknown)
     return model
+
+
+def switch_dropout_off(model):
+    """Switch dropout off, also in train mode."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "drop" in name and isinstance(value, float):          # for torch.nn.functional.dropout
+                setattr(module, name, 0.0)
 
 
 def packed_attention(module, query, key, value, attention_mask, packing=None, **options):
@@ -151,6 +164,136 @@ def allow_packing(model):
     if not same:
         model.set_attn_implementation("sdpa")
     return model
+
+
+# --- large policies: adapters, shards -----------------------------------------------------------------------
+
+def adapter_config(name):
+    """The settings of the adapter in the local directory `name`; {} where there is none."""
+    file = Path(name, "adapter_config.json")
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def require_peft(what):
+    """Import peft, or raise InputError, which says that `what` needs it."""
+    try:
+        import peft
+    except ImportError:
+        raise InputError(f"{what} needs peft: pip install peft") from None
+    return peft
+
+
+def train_adapter(policy, rank, name="model", seed=0):
+    """Make a LoRA adapter (arXiv 2106.09685) all that is trained: the one that the policy was loaded with, or
+    else a fresh one of this rank, with alpha 2·rank, on every linear layer but the output layer.
+
+    A loaded adapter is kept once more, frozen, for AdapterReference. Raises InputError without peft, where
+    rank contradicts the loaded adapter, and for adapters that train more than such layers: the output layer,
+    embeddings or biases would move the reference too.
+    """
+    peft = require_peft("--lora")
+    loaded = getattr(policy, "peft_config", {}).get("default")
+    policy.requires_grad_(False)
+    if loaded is None:
+        torch.manual_seed(seed)
+        policy.add_adapter(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
+                                           task_type="CAUSAL_LM"))
+        return
+    outside = [embedding for embedding in (policy.get_input_embeddings(), policy.get_output_embeddings())
+               if any("lora_" in part for part, _ in embedding.named_parameters())]
+    extras = [key for key in ("modules_to_save", "trainable_token_indices") if getattr(loaded, key, None)]
+    extras += ["bias"] * (getattr(loaded, "bias", "none") != "none") + ["embeddings"] * bool(outside)
+    if loaded.peft_type != "LORA" or extras:
+        raise InputError(f"{name}: wants a LoRA adapter of inner linear layers alone, which can be switched off "
+                         f"to get the reference; this one is {loaded.peft_type} and trains "
+                         f"{' and '.join(extras) or 'otherwise'}; merge it into its base first")
+    if rank not in (None, loaded.r):
+        raise InputError(f"--lora {rank}: {name} is an adapter of rank {loaded.r}, which is trained on; leave "
+                         "--lora out")
+    loaded.task_type = "CAUSAL_LM"
+    policy.add_adapter(copy.deepcopy(loaded), "reference")
+    parameters = dict(policy.named_parameters())
+    for key in parameters:
+        if ".reference." in key:
+            parameters[key].data.copy_(parameters[key.replace(".reference.", ".default.")])
+    switch_dropout_off(policy)
+    policy.set_adapter("default")
+
+
+class AdapterReference:
+    """The reference of a policy that trains an adapter, to be called like a model: the policy's own weights,
+    with the adapter that it was loaded with in the place of the trained one, or with none. Nothing is
+    copied, and which parameters are trained is untouched, also when a call fails."""
+
+    def __init__(self, policy):
+        self.module, self.parameters = policy, policy.parameters
+
+    def __call__(self, **inputs):
+        layers = [module for module in self.module.modules() if hasattr(module, "_active_adapter")]
+        # Not by peft's own switches: they also turn requires_grad off and on, and FSDP may see it off. A
+        # layer without an adapter of the name that is active is its base.
+        try:
+            for layer in layers:
+                layer._active_adapter = "reference"
+            return self.module(**inputs)
+        finally:
+            for layer in layers:
+                layer._active_adapter = "default"
+
+
+def shard(model, dtype="float32"):
+    """Split the model's parameters over the processes, decoder layer by decoder layer (FSDP2), in place.
+
+    Each process holds its part in float32; layers are gathered in `dtype` for as long as they compute, embeddings
+    and output layer, which sail.py calls apart, until the backward pass is over. The decoder layers are those
+    of the list of modules that holds most parameters.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    bfloat16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = bfloat16 if dtype == "bfloat16" else MixedPrecisionPolicy()
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())):
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+
+
+@contextmanager
+def in_step(model, gather=True):
+    """While inside, all processes call a sharded model equally often, as its collectives demand: one that is
+    done calls it with a dummy token until all are. For other models, nothing.
+
+    gather: from the first call to the end each process keeps a whole copy in the compute dtype; otherwise
+    every call gathers layer after layer, which is slow and takes little memory.
+    """
+    if not hasattr(model, "reshard"):                    # FSDP adds that method
+        yield
+        return
+
+    def any_calls(mine):
+        calls = torch.tensor(float(mine), device=model.device)
+        dist.all_reduce(calls)
+        return calls.item() > 0
+
+    def announce(*_):
+        any_calls(True)
+
+    def reshard_layers_after_forward(flag):              # the rest of the model stays gathered, as in `shard`
+        model.set_reshard_after_forward(flag)
+        model.set_reshard_after_forward(False, recurse=False)
+
+    announcing = model.register_forward_pre_hook(announce, prepend=True)
+    reshard_layers_after_forward(not gather)
+    try:
+        yield
+    finally:
+        announcing.remove()
+        with torch.no_grad():
+            while any_calls(False):
+                model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+        reshard_layers_after_forward(True)
+        for module in model.modules():
+            if hasattr(module, "reshard"):
+                module.reshard()
 
 
 def first_line(error):

@@ -9,6 +9,9 @@ data is a dialogue.
 import importlib.util
 import json
 import math
+import signal
+import traceback
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,16 +22,17 @@ from data import ADJECTIVES, ADVERBS, NOUNS, InputError, Parser, command_line, r
 from generate import load_tokenizer, load_weights
 
 
-def load_reward(name, device="cpu", trust_remote_code=False):
+def load_reward(name, device="cpu", trust_remote_code=False, timeout=600.0):
     """The reward called `name` (see the top of this file), checked at every call.
 
     Returns reward(prompts, responses) -> list of floats. Loading raises InputError where there is nothing to
-    load; a call raises InputError where the scores are not one finite number per response.
+    load; a call raises InputError where the scores are not one finite number per response, and where a
+    function of yours raises anything or takes longer than `timeout` seconds.
     """
     if name == "toy":
         score = toy_reward
     elif ".py:" in name:
-        score = load_function(name)
+        score = guarded(load_function(name), name, timeout)
     else:
         score = load_classifier(name, device, trust_remote_code)
 
@@ -65,6 +69,53 @@ def load_function(name):
     if not callable(getattr(module, function, None)):
         raise InputError(f"reward {name}: {path} defines no function {function}")
     return getattr(module, function)
+
+
+class TimeIsUp(BaseException):
+    """A call took too long; no Exception, lest the called function catch it."""
+
+
+@contextmanager
+def time_limit(seconds):
+    """Raise TimeIsUp in the main thread after so many seconds inside."""
+    def stop(*_):
+        raise TimeIsUp
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def guarded(function, name, timeout):
+    """The user's function, with InputError in the place of whatever it raises, and after `timeout` seconds:
+    where, why, and for which response, found by asking for one at a time."""
+    def problem_of(prompts, responses):
+        try:
+            with time_limit(timeout):
+                return None, function(prompts, responses)
+        except TimeIsUp:
+            return f"has not answered within {timeout:g} s", None
+        except Exception as error:                       # it is the user's code: anything can come
+            place = traceback.extract_tb(error.__traceback__)[:2][-1]     # the function's own line
+            return f"raised {type(error).__name__} ({error}) at {place.filename}:{place.lineno}", None
+
+    def score(prompts, responses):
+        problem, scores = problem_of(prompts, responses)
+        if problem is None:
+            return scores
+        which = f"one of {len(responses)} responses"
+        for prompt, response in zip(prompts, responses):
+            alone, _ = problem_of([prompt], [response]) if "raised" in problem else (None, None)
+            if alone:
+                problem, which = alone, f"the response {response[:60]!r}"
+                break
+        raise InputError(f"reward {name}: {problem}, for {which}")
+
+    return score
 
 
 def load_classifier(name, device="cpu", trust_remote_code=False, batch_size=32):

@@ -32,28 +32,35 @@ What differs from the paper's text, on purpose:
 Shapes: B pairs, T tokens of prompt and response with padding, V vocabulary, N scored tokens in a batch.
 """
 import copy
+import fcntl
+import hashlib
 import json
 import math
 import os
 import shutil
+import signal
 import time
 import warnings
 from collections import Counter
+from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from functools import lru_cache, partial
 from operator import itemgetter
 from pathlib import Path
+from types import SimpleNamespace
 from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import InputError, Parser, collate, command_line, counted, encode, number, pack, train_and_held_out
-from generate import check_lengths, end_token_ids, load_policy, roll_out, toy_checkpoint, toy_model
+from generate import (AdapterReference, adapter_config, check_lengths, end_token_ids, first_line, in_step, load_policy,
+                      require_peft, roll_out, shard, toy_checkpoint, toy_model, train_adapter)
 from reward import label_by_reward, load_reward
 
 # --- log-probabilities and losses ---------------------------------------------------------------------------
@@ -67,7 +74,7 @@ def response_states(model, input_ids, attention_mask, response_mask):
     """The last hidden states at the positions whose next token is the response's, (N, H): all of the model
     but its output layer. A model that allows it (generate.allow_packing) gets the rows packed: no padding,
     and a prompt that rows share once. Raises InputError for a model that `logits_of` does not know."""
-    inner, kept = getattr(model, "module", model), []                  # DDP holds the model in .module
+    inner, kept = getattr(model, "module", model), []                  # a wrapper holds its model there
     if inner.config.get_text_config()._attn_implementation == "packed":
         inputs, places = pack(input_ids, attention_mask, response_mask)
     else:
@@ -133,7 +140,7 @@ def sequence_logps(model, input_ids, attention_mask, response_mask, reference=No
         if reference is None:
             return ours.gather(-1, tokens[:, None])
         with torch.no_grad():
-            theirs = logits_of(reference, reference_hidden).log_softmax(-1)
+            theirs = logits_of(getattr(reference, "module", reference), reference_hidden).log_softmax(-1)
         revkl = (theirs.exp() * (theirs - ours)).sum(-1, keepdim=True)
         return torch.cat([ours.gather(-1, tokens[:, None]), theirs.gather(-1, tokens[:, None]), revkl], -1)
 
@@ -268,6 +275,19 @@ def pair_logps(model, pairs, dtype="float32", reference=None):
     return sums[..., torch.tensor(places, device=device)]
 
 
+def reference_logps(reference, pairs, dtype="float32"):
+    """log π_ref of the pairs' responses, (2, B), without gradient; of the data's responses the pair's own
+    `reference_logps`, where it has them."""
+    known = [None if any(pair["on_policy"]) else pair.get("reference_logps") for pair in pairs]
+    asked = [place for place, logps in enumerate(known) if logps is None]
+    parameter = next(reference.parameters())
+    columns = torch.tensor([logps or (0.0, 0.0) for logps in known], dtype=parameter.dtype, device=parameter.device).T
+    if asked:
+        with torch.no_grad():
+            columns[:, asked] = pair_logps(reference, [pairs[place] for place in asked], dtype)
+    return columns
+
+
 def preference_losses(policy, reference, pairs, args, baseline=None):
     """`sail_loss` of the pairs, and the regularisers that args turns on: (losses (B,), metrics).
 
@@ -277,8 +297,7 @@ def preference_losses(policy, reference, pairs, args, baseline=None):
     if args.revkl_coef:
         ours, theirs, revkl = pair_logps(policy, pairs, args.dtype, reference)                     # (2, B)
     else:
-        with torch.no_grad():
-            theirs = pair_logps(reference, pairs, args.dtype)
+        theirs = reference_logps(reference, pairs, args.dtype)
         ours = pair_logps(policy, pairs, args.dtype)
         revkl = torch.zeros_like(theirs)
 
@@ -313,14 +332,17 @@ def sft_losses(policy, pairs, args):
     return -logps, {"loss": -logps.detach().mean(), "chosen_logps": logps.detach().mean()}
 
 
-def accumulate_gradients(policy, losses_of, pairs, micro_batch_size, scale):
-    """Back-propagate scale·Σ weight·losses, `micro_batch_size` pairs of one weight at a time. Returns the
-    metrics' weighted sums over the pairs."""
-    totals = Counter()
+def micro_batches(pairs, size):
+    """The pairs in lists of at most `size` pairs of one weight."""
     by_weight = [[pair for pair in pairs if pair["weight"] == weight]
                  for weight in sorted({pair["weight"] for pair in pairs})]
-    micros = [group[start:start + micro_batch_size]
-              for group in by_weight for start in range(0, len(group), micro_batch_size)]
+    return [group[start:start + size] for group in by_weight for start in range(0, len(group), size)]
+
+
+def accumulate_gradients(policy, losses_of, micros, scale):
+    """Back-propagate scale·Σ weight·losses over the micro-batches. Returns the metrics' weighted sums over
+    the pairs."""
+    totals = Counter()
     for micro in micros:
         policy.require_backward_grad_sync = micro is micros[-1]        # DDP: once, with the last
         losses, metrics = losses_of(micro)
@@ -427,16 +449,46 @@ def record_of(step, totals, args, **rest):
         "tokens": round(totals["tokens"]), **rest}
 
 
-def join_processes():
+def join_processes(shard=False):
     """(rank, world size, device) of this process, as torchrun's environment says; alone without it."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world > 1 or shard:
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
     return rank, world, device
+
+
+def whole(tensor):
+    """The whole of a tensor that may be sharded; all ranks take part."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def together(action):
+    """action(), on every rank; where it raises InputError on one, all raise that."""
+    problem = result = None
+    try:
+        result = action()
+    except InputError as error:
+        problem = str(error)
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [None] * dist.get_world_size()
+        dist.all_gather_object(problems, problem)
+    for problem in filter(None, problems):
+        raise InputError(problem)
+    return result
+
+
+def even_out(micros, device):
+    """As many micro-batches on every rank as on that with most, since a sharded model's collectives demand
+    it: a pair is repeated, with weight 0."""
+    most = torch.tensor(len(micros), device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return micros + [[{**micros[0][0], "weight": 0.0}]] * (int(most) - len(micros))
 
 
 def shared_by_ranks(policy):
@@ -449,45 +501,78 @@ def load_everything(args, device):
     """(policy, reference, tokenizer, reward, examples, held-out examples, counts),
     checked against each other."""
     train, held_out, report = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
-    reward = load_reward(args.reward, device, args.trust_remote_code) if args.reward else None
+    reward = None
+    if args.reward:
+        reward = load_reward(args.reward, device, args.trust_remote_code, args.reward_timeout)
+    place = "cpu" if args.shard else device                            # FSDP moves what it keeps
     if args.variant == "sft" and args.model == "toy":
         policy, tokenizer = toy_model(args.seed)
     else:
         args.model = toy_checkpoint() if args.model == "toy" else args.model
-        policy, tokenizer = load_policy(args.model, device, args.trust_remote_code)
+        policy, tokenizer = load_policy(args.model, place, args.trust_remote_code)
+    if args.lora or adapter_config(args.model):
+        train_adapter(policy, args.lora, args.model, args.seed)
+    elif args.merge:
+        raise InputError("--merge: without --lora, and with no adapter in --model, there is nothing to merge")
     check_lengths(policy, args.model, args.max_prompt_length, args.max_response_length)
     reference = None
     if args.variant != "sft":
         args.reference = args.reference or args.model
         if args.reference == args.model:
-            reference = copy.deepcopy(policy)
+            adapted = args.lora or adapter_config(args.model)
+            reference = AdapterReference(policy) if adapted else copy.deepcopy(policy).requires_grad_(False)
         else:
-            reference, other = load_policy(args.reference, device, args.trust_remote_code)
+            reference, other = load_policy(args.reference, place, args.trust_remote_code)
+            reference.requires_grad_(False)
             if other.get_vocab() != tokenizer.get_vocab():
                 raise InputError(f"--reference {args.reference} has another vocabulary than "
                                  f"--model {args.model}")
-        reference.requires_grad_(False)
     lengths = end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length
     examples, counts = encode(train, tokenizer, *lengths)
     held_out = encode(held_out[:args.eval_limit], tokenizer, *lengths)[0] if held_out else []
     counts = {"dropped": sum(report["dropped"].values()) + counts.pop("dropped"), **report["dropped"],
               **counts}
-    return policy.to(device), reference, tokenizer, reward, examples, held_out, counts
+    for model in (policy, reference) if args.shard else ():
+        if isinstance(model, torch.nn.Module):
+            shard(model, args.dtype)
+    if not args.shard:
+        policy.to(device)
+    if args.gradient_checkpointing:                                    # renamed in transformers 5.2x
+        enable = getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    return policy, reference, tokenizer, reward, examples, held_out, counts
 
 
-def save_model(policy, tokenizer, directory):
-    """save_pretrained into `directory`, written aside and renamed: what stands there is whole, old or new."""
+def save_model(policy, tokenizer, directory, args, rank):
+    """save_pretrained into `directory`, of an adapter alone where one was trained, and with --merge the merged
+    model beside it. Written aside and renamed: what stands there is whole, old or new. All ranks take part."""
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
-    aside, old = directory.with_name("model.writing"), directory.with_name("model.old")
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    policy.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    if directory.exists():
-        directory.rename(old)
-    aside.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
+    state = None
+    if args.shard:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state = get_model_state_dict(policy, options=options)
+    if rank:
+        return
+
+    def save(model, directory, **options):
+        warnings.simplefilter("ignore", FutureWarning)                 # transformers' of its own names
+        aside, old = (directory.with_name(f"{directory.name}.{suffix}") for suffix in ("writing", "old"))
+        for leftover in (aside, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        model.save_pretrained(aside, **options)
+        tokenizer.save_pretrained(aside)
+        if directory.exists():
+            directory.rename(old)
+        aside.rename(directory)
+        shutil.rmtree(old, ignore_errors=True)
+
+    save(policy, directory, state_dict=state)
+    if args.merge:
+        base, _ = load_policy(adapter_config(directory)["base_model_name_or_path"], "cpu", args.trust_remote_code)
+        merged = require_peft("--merge").PeftModel.from_pretrained(base, directory).merge_and_unload()
+        save(merged, directory.with_name("merged"))
 
 
 def write_line(out, name, row):
@@ -511,24 +596,185 @@ def log(out, record, steps, log_every):
     tqdm.write(f"step {record['step']}/{steps} | " + " | ".join(fields))
 
 
-def evaluate_now(policy, reference, tokenizer, reward, held_out, args, out, step):
+def evaluate_now(run, held_out, args, step):
     """Evaluate on the held-out pairs; append to eval.jsonl, and eight samples to
-    samples.jsonl; print a line."""
+    samples.jsonl; print a line. Rank 0 scores and writes."""
     from evaluate import evaluate_policy
-    figures, samples = evaluate_policy(policy, reference, tokenizer, held_out, reward, args)
-    write_line(out, "eval", {"step": step, **{name: mean for name, (mean, _) in figures.items()}})
+    figures, samples = evaluate_policy(run.policy, run.reference, run.tokenizer, held_out,
+                                       run.reward if run.rank == 0 else None, args)
+    if run.rank:
+        return
+    write_line(run.out, "eval", {"step": step, **{name: mean for name, (mean, _) in figures.items()}})
     for row in samples[:8]:
-        write_line(out, "samples", {"step": step, **row})
+        write_line(run.out, "samples", {"step": step, **row})
     tqdm.write(f"eval {step} | " + " | ".join(f"{name} {mean:.3f}" for name, (mean, _) in figures.items()))
 
 
-def start(out, args, summary):
-    """Say what the run will do, make its directory, save its arguments and empty its logs."""
-    print(summary, flush=True)
+# --- a run that can be stopped and continued: its directory, its checkpoints --------------------------------
+
+LOGS = ("metrics", "eval", "samples", "skipped")
+FREE = set("resume save_every log_every out micro_batch_size gradient_checkpointing shard shard_rollouts "
+           "precompute_reference reward_timeout merge".split())        # may change when a run is continued
+
+
+@contextmanager
+def claimed(out):
+    """Make the directory and keep other runs out of it, until this process ends in whatever way."""
     out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out} is in use by another run; wait for its end, or give another "
+                             "--out") from None
+        yield
+
+
+def fingerprint(examples):
+    """SHA-256 of the token ids to train on: it tells data, tokenizer, template and truncation apart."""
+    ids = [[example[f"{side}_ids"] for side in ("prompt", "chosen", "rejected")] for example in examples]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def start(out, args):
+    """Save the arguments and empty the logs, for a run from the beginning."""
+    if any((out / "checkpoints").glob("*")):
+        raise InputError(f"{out}/checkpoints holds those of an earlier run; --resume continues it, without that "
+                         "directory a new one starts")
     (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n", encoding="utf-8")
-    for name in ("metrics", "eval", "samples"):
+    for name in LOGS:
         (out / f"{name}.jsonl").write_text("")
+
+
+def newest_checkpoint(out, say):
+    """The directory of the newest whole checkpoint, None without any; what is wrong with newer ones is said.
+    Raises InputError where there are only broken ones."""
+    paths = sorted((path for path in (out / "checkpoints").glob("*") if path.name.isdigit()),
+                   key=lambda path: -int(path.name))
+    for path in paths:
+        try:
+            progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+            sizes = {name: (path / name).stat().st_size for name in progress["files"]}
+        except (OSError, ValueError) as error:
+            problem = str(error)
+        else:
+            cut = [name for name, size in sizes.items() if size != progress["files"][name]]
+            if not cut:
+                return path
+            problem = f"{cut[0]} has {sizes[cut[0]]} bytes and should have {progress['files'][cut[0]]}"
+        say(f"{path} is not whole ({problem}); looking for an earlier one")
+    if paths:
+        raise InputError(f"{out}/checkpoints: none of {len(paths)} is whole; remove them to start afresh")
+    return None
+
+
+def tensors_of(policy, optimizer):
+    """What a checkpoint holds, by name: the parameters that are trained and the optimizer's state of each."""
+    trained = {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+    return {**{f"model.{name}": parameter.detach() for name, parameter in trained.items()},
+            **{f"optimizer.{name}.{key}": value for name, parameter in trained.items()
+               for key, value in optimizer.state[parameter].items()}}
+
+
+def save_checkpoint(run):
+    """Write checkpoints/STEP in the run's directory, aside and renamed, and remove all but the last two. All ranks take part.
+
+    Random states are not in it, as each step's is made of seed, step and rank; nor is the position in the
+    data, which follows from the step. Raises OSError where it cannot be written.
+    """
+    import torch.distributed.checkpoint as dcp                         # here, since it takes a second
+    path = run.out / "checkpoints" / str(run.progress["step"])
+    aside = path.with_name(path.name + ".writing")
+    if path.exists():
+        return
+    if run.rank == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    together(lambda: None)                                             # the directory is there
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dcp.save(tensors_of(run.policy, run.optimizer), no_dist=not dist.is_initialized(),
+                     storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True))
+    except dcp.CheckpointException as error:
+        reason = first_line(next(iter(error.failures.values()))[0])
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"{path} cannot be written ({reason}); earlier checkpoints are untouched") from None
+    if run.rank == 0:
+        files = {file.name: file.stat().st_size for file in aside.iterdir()}
+        logs = {name: (run.out / f"{name}.jsonl").stat().st_size for name in LOGS}
+        with open(aside / "progress.json", "w", encoding="utf-8") as file:
+            file.write(json.dumps({**run.progress, "logs": logs, "files": files}, indent=1) + "\n")
+            os.fsync(file.flush() or file.fileno())
+        aside.rename(path)
+        for old in sorted((int(other.name) for other in path.parent.glob("*") if other.name.isdigit()))[:-2]:
+            shutil.rmtree(path.parent / str(old), ignore_errors=True)
+    together(lambda: None)                                             # it is whole
+
+
+def resume(run, path, args):
+    """Continue from the checkpoint `path`: weights, optimizer, scheduler, progress, and the logs as they were.
+    Raises InputError where the run had other arguments or other data."""
+    import torch.distributed.checkpoint as dcp
+    before = json.loads((run.out / "args.json").read_text(encoding="utf-8"))
+    for name, value in vars(args).items():
+        if name not in FREE and before.get(name) != value:
+            what = "the training pairs have" if name == "data_sha256" else f"--{name.replace('_', '-')} has"
+            raise InputError(f"--resume: {what} changed since {path} was written, from {before.get(name)} to "
+                             f"{value}; go back to that, or start afresh with another --out")
+    for parameter in run.policy.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    run.optimizer.step()                                               # makes its state, to be overwritten
+    run.optimizer.zero_grad()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dcp.load(tensors_of(run.policy, run.optimizer), no_dist=not dist.is_initialized(),
+                     storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    except (dcp.CheckpointException, RuntimeError) as error:
+        raise InputError(f"{path} cannot be read ({first_line(error)}); remove it to use an earlier "
+                         "one") from None
+    saved = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    run.progress = {name: saved[name] for name in run.progress}
+    run.scheduler.last_epoch = saved["step"] - saved["skipped"] - 1
+    run.scheduler.step()
+    if run.rank == 0:
+        for name, size in saved["logs"].items():
+            os.truncate(run.out / f"{name}.jsonl", size)
+        for other in path.parent.iterdir():                            # broken, or half written
+            if not other.name.isdigit() or int(other.name) > saved["step"]:
+                shutil.rmtree(other)
+
+
+def precompute(examples, reference, directory, args):
+    """Give each pair its `reference_logps`, from a file in the directory where an earlier run has left them, else
+    computed, and left there. The file is named by a hash of the reference's weights and the pairs' tokens."""
+    inner, digest = getattr(reference, "module", reference), hashlib.sha256(fingerprint(examples).encode())
+    for name, weight in inner.named_parameters():
+        if not weight.requires_grad:                                   # an adapter in training is not the reference's
+            digest.update(name.encode())
+            digest.update(whole(weight).detach().cpu().flatten().view(torch.uint8).numpy())
+    file = directory / f"reference-{args.dtype}-{digest.hexdigest()[:16]}.safetensors"
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if together(file.is_file):
+        logps = load_file(file)["logps"]                               # (pairs, 2)
+    else:
+        own, size, parts = examples[rank::world], args.micro_batch_size or 16, []
+        with in_step(inner), torch.no_grad():
+            for start in tqdm(range(0, len(own), size), "reference", disable=None if rank == 0 else True):
+                parts.append(pair_logps(reference, own[start:start + size], args.dtype).T.cpu())
+        shares = [torch.cat(parts)]
+        if dist.is_initialized():
+            shares = [None] * world
+            dist.all_gather_object(shares, torch.cat(parts))
+        logps = torch.empty(len(examples), 2)
+        for nth, share in enumerate(shares):
+            logps[nth::world] = share
+        if rank == 0:
+            aside = file.with_suffix(".writing")
+            directory.mkdir(parents=True, exist_ok=True)
+            save_file({"logps": logps}, aside)
+            aside.rename(file)
+    for example, pair in zip(examples, logps.tolist()):
+        example["reference_logps"] = tuple(pair)
 
 
 def make_optimizer(policy, steps, args):
@@ -542,87 +788,149 @@ def make_optimizer(policy, steps, args):
             (1 + math.cos(math.pi * done / steps)) / 2 if args.schedule == "cosine" else 1))
 
 
-def update(policy, optimizer, scheduler, max_grad_norm):
-    """One optimizer step, unless the gradient is not finite; (gradient norm before
-    clipping, learning rate)."""
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm).item()
+def update(policy, optimizer, scheduler, max_grad_norm, loss):
+    """One optimizer step, unless the loss or the gradient is not finite; (gradient norm before clipping,
+    learning rate, whether it was done)."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
+    grad_norm = whole(grad_norm).item()
     learning_rate = scheduler.get_last_lr()[0]
-    if math.isfinite(grad_norm):              # the same on every rank: all step or none
+    finite = math.isfinite(grad_norm) and math.isfinite(loss)          # the same on every rank: all step or none
+    if finite:
         optimizer.step()
         scheduler.step()
     optimizer.zero_grad()
-    return grad_norm, learning_rate
+    return grad_norm, learning_rate, finite
+
+
+def training_step(run, step, args):
+    """One optimizer step: (its line for metrics.jsonl, its sums over the ranks, whether it was finite). Moves
+    run.progress on. run: what `train` loaded and made."""
+    started = time.perf_counter()
+    torch.manual_seed((args.seed * 2**30 + step) * 2**10 + run.rank)   # a rollout depends on nothing else
+    # 1. draw the global batch; take this rank's share
+    batch = draw_pairs(run.examples, step, run.steps, run.total, args)
+    pairs = batch[run.rank::run.world]
+    # 2. roll out, 3. label
+    run.policy.eval()
+    with in_step(run.policy, not args.shard_rollouts):
+        pairs = roll_out(run.policy, run.tokenizer, pairs, args.max_response_length, args.num_responses,
+                         args.temperature, args.dtype)
+    rolled_out = time.perf_counter()
+    if args.variant == "pr":
+        together(lambda: label_by_reward(pairs, run.reward, args.preference))
+    labelled = time.perf_counter()
+    # 4. log-probabilities, loss, gradient of the mean over the global batch (DDP and FSDP divide by `world`)
+    run.policy.train(args.gradient_checkpointing)                      # works in train mode only; no dropout
+    if args.variant == "sft":
+        losses_of = partial(sft_losses, run.model, args=args)
+        scale = run.world / sum(len(pair["chosen_ids"]) for pair in batch)
+    else:
+        losses_of = partial(preference_losses, run.model, run.reference, args=args,
+                            baseline=run.progress["baseline"])
+        scale = run.world / len(batch)
+    micros = micro_batches(pairs, args.micro_batch_size or len(pairs))
+    micros = even_out(micros, run.device) if args.shard else micros
+    totals = accumulate_gradients(run.model, losses_of, micros, scale)
+    totals.update({**count(pairs, args.variant), "terminated": len(run.terminated)})
+    totals = sum_over_ranks(totals, run.device)
+    # 5. step
+    grad_norm, learning_rate, finite = update(run.policy, run.optimizer, run.scheduler, args.max_grad_norm,
+                                              totals["loss"])
+    progress = run.progress
+    progress.update(step=step, skipped=progress["skipped"] + (not finite),
+                    skipped_in_a_row=0 if finite else progress["skipped_in_a_row"] + 1)
+    if args.baseline == "running" and totals["on_policy"] and math.isfinite(totals["on_policy_loss"]):
+        mean_utility = -totals["on_policy_loss"] / totals["on_policy"]
+        progress["baseline"] += 0.1 * (mean_utility - progress["baseline"])
+    record = record_of(step, totals, args, grad_norm=grad_norm, learning_rate=learning_rate,
+                       skipped=progress["skipped"], **run.counts, seconds=time.perf_counter() - started,
+                       seconds_rollout=rolled_out - started, seconds_reward=labelled - rolled_out)
+    return record, totals, finite
 
 
 def train(args):
-    """The whole run: load, loop, save. Raises InputError on bad input and after ten
-    non-finite gradients in a row."""
-    rank, world, device = join_processes()
-    policy, reference, tokenizer, reward, examples, held_out, counts = load_everything(args, device)
-    total, steps = plan(len(examples), args)
-    if total // max(steps, 1) < world:
-        raise InputError(f"{total} pairs in {steps} steps are too few for {world} process(es); more "
-                         "--epochs, or a larger --batch-size")
-    out, own = Path(args.out), int(total * Fraction(str(args.mix)))
-    if rank == 0:
-        start(out, args, f"{args.data}: {len(examples)} pairs to train on, {len(held_out)} to evaluate on; "
-              f"{counted(counts)}\n{args.variant}: {total - own} offline pairs + {own} on the variant's "
-              f"route = {total} pairs, {steps} steps of {math.ceil(total / steps)}, processes: {world} "
-              f"-> {out}")
-    model = shared_by_ranks(policy) if world > 1 else policy
-    optimizer, scheduler = make_optimizer(policy, steps, args)
-    baseline = 0.0                                  # T2's: a running mean of past fresh pairs' utility
-    if args.baseline == "running":
-        baseline = utility(torch.zeros(()), args.beta, args.loss_type, args.target_margin).item()
-    skipped = skipped_in_a_row = 0
-    evaluate_at = partial(evaluate_now, policy, reference, tokenizer, reward, held_out, args, out)
-    if rank == 0 and held_out and args.eval_every:
-        evaluate_at(0)
-    for step in tqdm(range(1, steps + 1), args.variant, disable=None if rank == 0 else True):
-        started = time.perf_counter()
-        torch.manual_seed((args.seed * 2**30 + step) * 2**10 + rank)    # a rollout depends on nothing else
-        # 1. draw the global batch; take this rank's share
-        batch = draw_pairs(examples, step, steps, total, args)
-        pairs = batch[rank::world]
-        # 2. roll out, 3. label
-        pairs = roll_out(policy, tokenizer, pairs, args.max_response_length, args.num_responses,
-                         args.temperature, args.dtype)
-        rolled_out = time.perf_counter()
-        if args.variant == "pr":
-            label_by_reward(pairs, reward, args.preference)
-        labelled = time.perf_counter()
-        # 4. log-probabilities, loss, gradient of the mean over the global batch (DDP divides by `world`)
-        if args.variant == "sft":
-            losses_of = partial(sft_losses, model, args=args)
-            scale = world / sum(len(pair["chosen_ids"]) for pair in batch)
+    """The whole run: load, loop, save. Raises InputError on bad input, where a reward fails, and after ten
+    non-finite steps in a row; what was reached by then is in a checkpoint."""
+    rank, world, device = join_processes(args.shard)
+    with ExitStack() as at_end:
+        run = SimpleNamespace(rank=rank, world=world, device=device, terminated=[])
+        at_end.callback(lambda: dist.is_initialized() and dist.destroy_process_group())
+        (run.policy, run.reference, run.tokenizer, run.reward, run.examples, held_out,
+         run.counts) = load_everything(args, device)
+        run.total, run.steps = total, steps = plan(len(run.examples), args)
+        args.data_sha256 = fingerprint(run.examples)
+        if total // max(steps, 1) < world:
+            raise InputError(f"{total} pairs in {steps} steps are too few for {world} process(es); more "
+                             "--epochs, or a larger --batch-size")
+        run.out, own = Path(args.out), int(total * Fraction(str(args.mix)))
+        say = partial(print, flush=True) if rank == 0 else lambda line: None
+        together(lambda: rank or at_end.enter_context(claimed(run.out)))
+        run.model = shared_by_ranks(run.policy) if world > 1 and not args.shard else run.policy
+        run.optimizer, run.scheduler = make_optimizer(run.policy, steps, args)
+        say(f"{args.data}: {len(run.examples)} pairs to train on, {len(held_out)} to evaluate on; "
+            f"{counted(run.counts)}\n{args.variant}: {total - own} offline pairs + {own} on the variant's "
+            f"route = {total} pairs, {steps} steps of {math.ceil(total / steps)}, processes: {world} "
+            f"-> {run.out}")
+        # All that the loop carries on beside weights and optimizer. baseline: T2's, a running mean of past
+        # fresh pairs' utility.
+        run.progress = dict(step=0, baseline=0.0, skipped=0, skipped_in_a_row=0)
+        if args.baseline == "running":
+            f_zero = utility(torch.zeros(()), args.beta, args.loss_type, args.target_margin)
+            run.progress["baseline"] = f_zero.item()
+        checkpoint = newest_checkpoint(run.out, say) if args.resume else None
+        if checkpoint:
+            together(lambda: resume(run, checkpoint, args))
+            say(f"continuing after step {run.progress['step']}, from {checkpoint}")
         else:
-            losses_of = partial(preference_losses, model, reference, args=args, baseline=baseline)
-            scale = world / len(batch)
-        totals = accumulate_gradients(model, losses_of, pairs, args.micro_batch_size or len(pairs), scale)
-        totals = sum_over_ranks(Counter({**totals, **count(pairs, args.variant)}), device)
-        # 5. step
-        grad_norm, learning_rate = update(policy, optimizer, scheduler, args.max_grad_norm)
-        skipped_in_a_row = 0 if math.isfinite(grad_norm) else skipped_in_a_row + 1
-        skipped += skipped_in_a_row > 0
-        if skipped_in_a_row == 10:
-            raise InputError(f"step {step}: ten non-finite gradients in a row; lower --learning-rate, and "
-                             f"see {out}/metrics.jsonl")
-        if args.baseline == "running" and totals["on_policy"] and math.isfinite(totals["on_policy_loss"]):
-            baseline += 0.1 * (-totals["on_policy_loss"] / totals["on_policy"] - baseline)
-        # 6. log, evaluate
-        if rank == 0:
-            record = record_of(step, totals, args, grad_norm=grad_norm, learning_rate=learning_rate,
-                               skipped=skipped, **counts, seconds=time.perf_counter() - started,
-                               seconds_rollout=rolled_out - started, seconds_reward=labelled - rolled_out)
-            log(out, record, steps, args.log_every)
-            if held_out and (step == steps or args.eval_every and step % args.eval_every == 0):
-                evaluate_at(step)
-    if rank == 0:
-        save_model(policy, tokenizer, out / "model")
-        print(f"saved {out}/model", flush=True)
-    if world > 1:
-        dist.barrier()
-        dist.destroy_process_group()
+            together(lambda: rank or start(run.out, args))
+        if args.precompute_reference:
+            precompute(run.examples, run.reference, run.out.parent, args)
+        loop(run, held_out, args, at_end)
+        if run.progress["step"] < steps:
+            say(f"stopped by SIGTERM after step {run.progress['step']}, which is saved; --resume continues")
+            return
+        save_model(run.policy, run.tokenizer, run.out / "model", args, rank)
+        say(f"saved {run.out}/model")
+        together(lambda: None)                                         # no rank leaves before it is there
+
+
+def loop(run, held_out, args, at_end):
+    """The steps that are left, with their logs, evaluations and checkpoints; ends early on SIGTERM."""
+    at_end.callback(signal.signal, signal.SIGTERM,
+                    signal.signal(signal.SIGTERM, lambda *_: run.terminated.append(True)))
+
+    def evaluate_at(step):                                # only a sharded policy needs the other ranks for it
+        if held_out and (run.rank == 0 or args.shard):
+            run.policy.eval()
+            with in_step(run.policy, not args.shard_rollouts):
+                evaluate_now(run, held_out, args, step)
+
+    try:
+        if run.progress["step"] == 0 and args.eval_every:
+            together(lambda: evaluate_at(0))
+        for step in tqdm(range(run.progress["step"] + 1, run.steps + 1), args.variant, run.steps,
+                         initial=run.progress["step"], disable=None if run.rank == 0 else True):
+            record, totals, finite = training_step(run, step, args)
+            if run.rank == 0:
+                log(run.out, record, run.steps, args.log_every)
+                if not finite:
+                    prompts = [pair["prompt"] for pair in draw_pairs(run.examples, step, run.steps, run.total, args)]
+                    write_line(run.out, "skipped", {"step": step, "prompts": prompts})
+            if run.progress["skipped_in_a_row"] == 10:
+                raise InputError(f"steps {step - 9} to {step}: loss or gradient not finite ten times in a row; "
+                                 f"their prompts are in {run.out}/skipped.jsonl; lower --learning-rate, or "
+                                 "leave them out")
+            if step == run.steps or args.eval_every and step % args.eval_every == 0:
+                together(lambda: evaluate_at(step))
+            if totals["terminated"] or args.save_every and (step % args.save_every == 0 or step == run.steps):
+                save_checkpoint(run)
+            if totals["terminated"]:
+                return
+    except InputError as error:
+        if not run.progress["step"]:
+            raise
+        save_checkpoint(run)
+        raise InputError(f"{error} (step {run.progress['step']} is saved; --resume continues)") from None
 
 
 def parse_args(argv=None):
@@ -661,6 +969,8 @@ def parse_args(argv=None):
     add("--eval-data", help="held-out pairs (toy:test for the toy, else one prompt in twenty of --data)")
     add("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF's label to train on")
     add("--reward", help="toy, FILE.py:FUNCTION, or a one-logit classifier's directory or hub name")
+    add("--reward-timeout", type=positive, default=600.0, metavar="SECONDS", help="stop where a call of "
+        "FILE.py:FUNCTION takes longer (600)")
     add("--limit", type=number(int, 1), help="use at most so many pairs")
     add("--max-prompt-length", type=number(int, 1), help="tokens; cut from the left (512; toy 8)")
     add("--max-response-length", type=number(int, 1), help="tokens; cut from the right (512; toy 24)")
@@ -679,11 +989,25 @@ def parse_args(argv=None):
     add("--schedule", choices=["constant", "cosine"], default="constant", help="after it (constant)")
     add("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="rmsprop is the authors' (adamw)")
     add("--max-grad-norm", type=positive, default=1.0, help="clip the gradient to this norm (1)")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of arithmetic, not weights")
     add("--seed", type=number(int, 0, 2**20), default=0)
+    add = parser.add_argument_group("memory and speed").add_argument
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of arithmetic, not weights")
+    add("--lora", type=number(int, 1), metavar="RANK", help="train a LoRA adapter of this rank (needs peft); the "
+        "reference is the model without it. Where --model is itself an adapter, that is trained on, also without "
+        "this flag, and its start is the reference")
+    add("--merge", action="store_true", help="also save the model with its adapter merged, in OUT/merged")
+    add("--shard", action="store_true", help="split weights, gradients and optimizer over the processes (FSDP2)")
+    add("--shard-rollouts", action="store_true", help="keep a sharded policy so while it samples, too: slow, for "
+        "models of which one device cannot hold a copy")
+    add("--gradient-checkpointing", action="store_true", help="compute activations twice rather than keep them")
+    add("--precompute-reference", action="store_true", help="compute the reference's log-probabilities of the data "
+        "once, before training, and keep them in a file beside OUT")
     add = parser.add_argument_group("output").add_argument
     add("--out", help="directory for args.json, metrics.jsonl, eval.jsonl, samples.jsonl and model/; what an "
         "earlier run left there is replaced (runs/DATA/VARIANT)")
+    add("--save-every", type=number(int, 1), metavar="N", help="steps between checkpoints, of which the last two "
+        "stay in OUT/checkpoints (never; SIGTERM and errors save one too)")
+    add("--resume", action="store_true", help="continue from OUT's newest whole checkpoint; without one, start")
     add("--log-every", type=number(int, 1), default=10, help="steps between printed lines (10)")
     add("--eval-every", type=number(int, 0), help="steps between evaluations (100; toy 20); 0: at the end")
     add("--eval-limit", type=number(int, 1), default=128, help="held-out pairs to evaluate on (128)")
@@ -710,6 +1034,13 @@ def completed(args, parser):
                      "--response-coef 0")
     if args.target_margin and args.loss_type != "simpo":
         parser.error("argument --target-margin: only --loss-type simpo has one")
+    if args.lora and sft and args.model == "toy":
+        parser.error("argument --lora: the toy's SFT model starts from nothing; there is no base to adapt")
+    if args.precompute_reference and (sft or args.revkl_coef or args.shard and any(VARIANTS[args.variant]["on_policy"])):
+        parser.error("argument --precompute-reference: sft has no reference, --revkl-coef needs it at every step, and "
+                     "so do the samples of a sharded policy")
+    if args.shard_rollouts and not args.shard:
+        parser.error("argument --shard-rollouts: only with --shard")
     if args.variant == "pr" and args.mix > 0 and not args.reward:
         parser.error("argument --reward: pr needs one to label its samples; toy, FILE.py:FUNCTION or a "
                      "classifier")

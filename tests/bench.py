@@ -366,9 +366,9 @@ def overheads(args):
                 started = time.perf_counter()
                 losses_of = partial(sail.preference_losses, policy, reference, args=settings[variant],
                                     baseline=-0.7)
-                sail.accumulate_gradients(policy, losses_of, flagged, row["micro"] or args.batch,
-                                          1 / args.batch)
-                sail.update(policy, optimizer, scheduler, 1.0)
+                micros = sail.micro_batches(flagged, row["micro"] or args.batch)
+                sail.accumulate_gradients(policy, losses_of, micros, 1 / args.batch)
+                sail.update(policy, optimizer, scheduler, 1.0, 0.0)
                 seconds[variant].append(time.perf_counter() - started)
         ratios = [[one / dpo for one, dpo in list(zip(seconds[variant], seconds["dpo"]))[2:]]
                   for variant in VARIANTS[1:]]

@@ -35,8 +35,8 @@ def batch_gradient(n, variant, micro_batch_size, rank=0, world=1, label="expecte
     policy, reference = tiny_model(seed=1), tiny_model(seed=2)
     model = DistributedDataParallel(policy, broadcast_buffers=False) if world > 1 else policy
     losses_of = partial(preference_losses, model, reference, args=args, baseline=-0.6)
-    totals = accumulate_gradients(model, losses_of, pairs_of(n, variant)[rank::world], micro_batch_size,
-                                  world / n)
+    micros = sail.micro_batches(pairs_of(n, variant)[rank::world], micro_batch_size)
+    totals = accumulate_gradients(model, losses_of, micros, world / n)
     return torch.cat([p.grad.flatten() for p in policy.parameters()]), sail.sum_over_ranks(totals, "cpu")
 
 

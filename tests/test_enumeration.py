@@ -14,7 +14,7 @@ from conftest import tiny_model
 
 import generate
 from generate import roll_out
-from sail import accumulate_gradients, parse_args, preference_losses
+from sail import accumulate_gradients, micro_batches, parse_args, preference_losses
 
 END, PROMPT, BETA, MARGIN = 0, [1, 1], 0.7, 0.3
 ROUTES = {"dpo": (0, 0, 0), "dp": (0, 0, 1), "pp": (1, 1, 1), "pr": (1, 1, 0), "half sampled": (0, 1, 0)}
@@ -232,7 +232,7 @@ def test_the_accumulated_gradient_is_that_of_the_weighted_losses(world):
     losses, _ = losses_of(pairs)
     expected = flat_gradient((torch.tensor([1.0, 0.25, 1.0, 0.25]) * losses).sum() * 0.5, world.policy)
     world.policy.zero_grad()
-    totals = accumulate_gradients(world.policy, losses_of, pairs, 3, 0.5)
+    totals = accumulate_gradients(world.policy, losses_of, micro_batches(pairs, 3), 0.5)
     gradient = torch.cat([p.grad.flatten() for p in world.policy.parameters()])
     world.policy.zero_grad()
     assert relative_error(gradient, expected) < 1e-9

@@ -152,7 +152,7 @@ def test_every_script_gives_one_line_and_status_2(argv, tmp_path, checkpoint):
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sail, "join_processes", lambda: (0, 2, torch.device("cpu")))
+    monkeypatch.setattr(sail, "join_processes", lambda shard: (0, 2, torch.device("cpu")))
     for part in generate.toy_model():
         part.save_pretrained(tmp_path / "base")
     argv = ["sail.py", "--variant", "dpo", "--model", str(tmp_path / "base"), "--limit", "3", "--epochs", "1",
