@@ -281,7 +281,8 @@ def reference_logps(reference, pairs, dtype="float32"):
     known = [None if any(pair["on_policy"]) else pair.get("reference_logps") for pair in pairs]
     asked = [place for place, logps in enumerate(known) if logps is None]
     parameter = next(reference.parameters())
-    columns = torch.tensor([logps or (0.0, 0.0) for logps in known], dtype=parameter.dtype, device=parameter.device).T
+    columns = torch.tensor([logps or (0.0, 0.0) for logps in known], device=parameter.device,
+                           dtype=torch.promote_types(parameter.dtype, torch.float32)).T
     if asked:
         with torch.no_grad():
             columns[:, asked] = pair_logps(reference, [pairs[place] for place in asked], dtype)
@@ -638,9 +639,10 @@ def fingerprint(examples):
 
 def start(out, args):
     """Save the arguments and empty the logs, for a run from the beginning."""
-    if any((out / "checkpoints").glob("*")):
+    if any(path.name.isdigit() for path in (out / "checkpoints").glob("*")):
         raise InputError(f"{out}/checkpoints holds those of an earlier run; --resume continues it, without that "
                          "directory a new one starts")
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)             # only a half-written one can be there
     (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n", encoding="utf-8")
     for name in LOGS:
         (out / f"{name}.jsonl").write_text("")

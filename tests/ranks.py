@@ -1,4 +1,9 @@
-"""Run by torchrun from test_train.py: the gradient of one global batch, shared by the ranks, into a file."""
+"""Run by torchrun from the tests, on two ranks.
+
+    ranks.py gradients FILE     the gradient of one global batch, shared by the ranks, into a file
+    ranks.py runs FILE          sail.py with each list of arguments in the file; what each rank draws goes into
+                                its --out
+"""
 import json
 import sys
 from functools import partial
@@ -40,14 +45,36 @@ def batch_gradient(n, variant, micro_batch_size, rank=0, world=1, label="expecte
     return torch.cat([p.grad.flatten() for p in policy.parameters()]), sail.sum_over_ranks(totals, "cpu")
 
 
-if __name__ == "__main__":
-    rank, world, _ = join_processes()
+def write_gradients(file, rank, world):
     results = {}
     for variant, n, label in (("dpo", 8, "expected"), ("dpo", 7, "expected"), ("dp", 8, "expected"),
                               ("dp", 7, "expected"), ("dp", 7, "sampled"), ("pr", 7, "expected")):
         gradient, totals = batch_gradient(n, variant, 2, rank, world, label)
         results[f"{variant} {n} {label}"] = gradient.tolist(), totals
     if rank == 0:
-        Path(sys.argv[1]).write_text(json.dumps(results))
+        file.write_text(json.dumps(results))
+
+
+def run_all(file, rank, world):
+    roll_out, met = sail.roll_out, (rank, world, torch.device("cpu"))
+    sail.join_processes = lambda shard: met                    # once for all runs
+    leave, sail.dist.destroy_process_group = sail.dist.destroy_process_group, lambda: None
+    for arguments in json.loads(file.read_text()):
+        args = parse_args(arguments)
+
+        def recorded(*inputs, **options):
+            pairs = roll_out(*inputs, **options)
+            with open(Path(args.out, f"drawn-{rank}.jsonl"), "a") as drawn:
+                drawn.write(json.dumps([pair["chosen_ids"] for pair in pairs if all(pair["on_policy"])]) + "\n")
+            return pairs
+
+        sail.roll_out = recorded
+        sail.train(args)
+    sail.dist.destroy_process_group = leave
+
+
+if __name__ == "__main__":
+    rank, world, _ = join_processes()
+    {"gradients": write_gradients, "runs": run_all}[sys.argv[1]](Path(sys.argv[2]), rank, world)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()

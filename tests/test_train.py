@@ -87,7 +87,7 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(variant):
 def test_two_ranks_give_the_gradient_of_one_process_also_on_uneven_shares(tmp_path):
     out = tmp_path / "gradients.json"
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    ROOT / "tests/ranks.py", out], check=True, timeout=200,
+                    ROOT / "tests/ranks.py", "gradients", out], check=True, timeout=200,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
     for case, (shared, totals) in json.loads(out.read_text()).items():
         variant, n, label = case.split()

@@ -1,0 +1,107 @@
+"""Kill runs of sail.py with SIGKILL at random moments, resume them, and compare with a run that nobody killed.
+
+    python tests/kill.py                    # 20 kills, while sampling, in backward, while saving; one and two ranks
+    python tests/kill.py --kills 3
+
+Final weights and metrics.jsonl (but for its `seconds`) must be equal bit for bit. Ends with status 1 unless all are.
+"""
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+STEPS, PHASES = 12, {"rollout": "roll_out", "backward": "accumulate_gradients", "saving": "save_checkpoint"}
+ARGUMENTS = ["--variant", "pr", "--mix", "0.5", "--steps", str(STEPS), "--batch-size", "8", "--limit", "60",
+             "--eval-limit", "4", "--eval-every", "5", "--max-response-length", "12", "--save-every", "2"]
+
+
+def victim(phase, nth, delay, rank):
+    """Run sail.py in this process, to be killed `delay` seconds into the nth call of the phase's function."""
+    import sail
+    function, calls = getattr(sail, PHASES[phase]), []
+
+    def watched(*args, **options):
+        calls.append(1)
+        if len(calls) == nth and os.environ.get("RANK", "0") == str(rank):
+            threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+        return function(*args, **options)
+
+    setattr(sail, PHASES[phase], watched)
+    sail.command_line(lambda: sail.train(sail.parse_args()))
+
+
+def launch(ranks, out, base, *more, kill=None):
+    """sail.py on so many ranks; kill: the arguments of `victim`. Returns the finished process."""
+    start = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+                               if ranks > 1 else [])]
+    return subprocess.run([*start, *([__file__, "--victim", json.dumps(kill)] if kill else [ROOT / "sail.py"]),
+                           *ARGUMENTS, "--model", str(base), "--out", str(out), *more], capture_output=True,
+                          text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def result_of(out):
+    """What must be equal: the weights' bytes and the metrics without their seconds."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+    return ((out / "model/model.safetensors").read_bytes(), rows,
+            [(out / f"{name}.jsonl").read_text() for name in ("eval", "samples")])
+
+
+def trial(ranks, out, base, seed):
+    """One kill and its resumption: (what happened, whether the result equals the unbroken run's)."""
+    draw = random.Random(seed)
+    phase = list(PHASES)[seed % len(PHASES)]
+    nth, rank = draw.randint(1, STEPS // (2 if phase == "saving" else 1)), draw.randrange(ranks)
+    delay = draw.uniform(0, 0.02)
+    shutil.rmtree(out, ignore_errors=True)
+    killed = launch(ranks, out, base, kill=[phase, nth, delay, rank])
+    at = len((out / "metrics.jsonl").read_text().splitlines())
+    left = sorted(path.name for path in (out / "checkpoints").glob("*"))
+    resumed = launch(ranks, out, base, "--resume")
+    said = next((line for line in resumed.stdout.splitlines() if "continuing" in line), "from the start")
+    what = (f"{ranks} rank(s), rank {rank} {delay * 1000:4.1f} ms into {phase} {nth:2}: status {killed.returncode}, "
+            f"{at} steps logged, checkpoints {left}; {said.split(',')[0]}; status {resumed.returncode}")
+    assert killed.returncode != 0 and resumed.returncode == 0, what + resumed.stderr
+    return what
+
+
+def main():
+    if sys.argv[1:2] == ["--victim"]:
+        kill = json.loads(sys.argv[2])
+        del sys.argv[1:3]
+        return victim(*kill)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/kill"))
+    args = parser.parse_args()
+    from generate import toy_model
+    for part in toy_model(seed=5):
+        part.save_pretrained(args.out / "base")
+    unbroken, equal, started = {}, 0, time.time()
+    for ranks in (1, 2):
+        shutil.rmtree(args.out / f"unbroken-{ranks}", ignore_errors=True)
+        finished = launch(ranks, args.out / f"unbroken-{ranks}", args.out / "base")
+        assert finished.returncode == 0, finished.stderr
+        unbroken[ranks] = result_of(args.out / f"unbroken-{ranks}")
+    for seed in range(args.seed, args.seed + args.kills):
+        ranks = 1 + seed // 3 % 2
+        what = trial(ranks, args.out / "killed", args.out / "base", seed)
+        same = result_of(args.out / "killed") == unbroken[ranks]
+        equal += same
+        print(f"{'equal' if same else 'DIFFERENT'}: {what}", flush=True)
+    print(f"{equal} of {args.kills} equal the unbroken run bit for bit, {time.time() - started:.0f} s")
+    return sys.exit(equal != args.kills)
+
+
+if __name__ == "__main__":
+    main()
