@@ -479,6 +479,7 @@ def together(action):
     if dist.is_initialized():
         problems = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
+        dist.barrier()                     # a process that ended with gloo's threads still at the objects would abort
     for problem in filter(None, problems):
         raise InputError(problem)
     return result
@@ -809,9 +810,9 @@ def training_step(run, step, args):
     run.progress on. run: what `train` loaded and made."""
     started = time.perf_counter()
     torch.manual_seed((args.seed * 2**30 + step) * 2**10 + run.rank)   # a rollout depends on nothing else
-    # 1. draw the global batch; take this rank's share
+    # 1. draw the global batch; take this rank's share, of the pairs to sample for and of the others
     batch = draw_pairs(run.examples, step, run.steps, run.total, args)
-    pairs = batch[run.rank::run.world]
+    pairs = batch if run.world == 1 else sorted(batch, key=itemgetter("on_policy"))[run.rank::run.world]
     # 2. roll out, 3. label
     run.policy.eval()
     with in_step(run.policy, not args.shard_rollouts):

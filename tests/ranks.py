@@ -56,6 +56,7 @@ def write_gradients(file, rank, world):
 
 
 def run_all(file, rank, world):
+    policies, optimizers, gathered, make = [], [], [], sail.make_optimizer
     roll_out, met = sail.roll_out, (rank, world, torch.device("cpu"))
     sail.join_processes = lambda shard: met                    # once for all runs
     leave, sail.dist.destroy_process_group = sail.dist.destroy_process_group, lambda: None
@@ -66,10 +67,23 @@ def run_all(file, rank, world):
             pairs = roll_out(*inputs, **options)
             with open(Path(args.out, f"drawn-{rank}.jsonl"), "a") as drawn:
                 drawn.write(json.dumps([pair["chosen_ids"] for pair in pairs if all(pair["on_policy"])]) + "\n")
+            policies[:] = inputs[:1]
+            gathered[:] = [sum(p.numel() * p.itemsize for p in inputs[0].parameters())]
             return pairs
 
-        sail.roll_out = recorded
+        def make_optimizer(*inputs):
+            optimizers[:] = make(*inputs)
+            return optimizers
+
+        sail.roll_out, sail.make_optimizer = recorded, make_optimizer
         sail.train(args)
+
+        def own_bytes(tensors):
+            return sum(t.to_local().nbytes for t in tensors if hasattr(t, "to_local"))
+
+        states = [value for state in optimizers[0].state.values() for value in state.values()]
+        Path(args.out, f"bytes-{rank}.json").write_text(json.dumps(dict(
+            weights=own_bytes(policies[0].parameters()), optimizer=own_bytes(states), gathered=gathered[0])))
     sail.dist.destroy_process_group = leave
 
 

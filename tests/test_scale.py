@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import byte_tokenizer, tiny_model
+from memory import PeakBytes, estimate, sizes_of
 from ranks import pairs_of
 
 import generate
@@ -26,6 +27,7 @@ RUNS = {  # one launch of two ranks runs them all
     "pr": [*ONLINE], "pr again": [*ONLINE],
     "pr streamed": [*ONLINE, "--shard-rollouts", "--lora", "4", "--num-responses", "3", "--micro-batch-size", "1",
                     "--gradient-checkpointing", "--merge", "--eval-every", "2"],
+    "pr bfloat16": [*ONLINE, "--dtype", "bfloat16"],
     "revkl": ["--variant", "pp", "--steps", "2", "--shard", "--revkl-coef", "0.3"],
     "sft": ["--variant", "sft", "--shard", "--steps", "4", "--save-every", "2"],
     "bfloat16": ["--variant", "dpo", "--shard", "--dtype", "bfloat16", "--steps", "4"],
@@ -283,6 +285,67 @@ def test_gradient_checkpointing_trains_the_same_and_samples_with_its_cache(base,
     rows = run(base, tmp_path / "b", *more, "--gradient-checkpointing")
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in plain], abs=1e-6)
     assert (True, True, False) in modes and (False, False, True) in modes and (True, False, True) not in modes
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_estimate_fits_the_measured_bytes_of_rollout_and_update(checkpointing):
+    from functools import partial
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([f"w{i}" for i in range(2000 - len(tokenizer))])
+    torch.manual_seed(0)
+    policy, reference = (generate.prepare(LlamaForCausalLM(LlamaConfig(
+        vocab_size=2000, hidden_size=128, intermediate_size=352, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=1, pad_token_id=0)).eval(),
+        tokenizer) for _ in range(2))
+    args = parse_args(["--variant", "dpo"])
+    optimizer, scheduler = sail.make_optimizer(policy, 10, args)
+
+    def ids(length):
+        return torch.randint(5, 2000, (length,)).tolist()
+
+    pairs = [{"prompt_ids": ids(64), "chosen_ids": ids(64), "rejected_ids": ids(64), "preference": 1.0, "draw": 0.5,
+              "on_policy": (False, False), "self_labelled": False, "weight": 1.0} for _ in range(4)]
+
+    def update():
+        losses_of = partial(sail.preference_losses, policy, reference, args=args, baseline=-0.6)
+        sail.accumulate_gradients(policy, losses_of, sail.micro_batches(pairs, 1), 0.25)
+        sail.update(policy, optimizer, scheduler, 1.0, 0.0)
+
+    policy.train()
+    if checkpointing:
+        policy.gradient_checkpointing_enable({"use_reentrant": False})
+    update()
+    with PeakBytes() as updating:
+        update()
+    policy.eval()
+    prompts = [ids(64) for _ in range(8)]
+    with PeakBytes() as sampling:
+        responses, _ = generate.sample(policy, tokenizer, prompts, 64, 2)
+    assert sum(len(each) for group in responses for each in group) > 900       # hardly one ends early
+    wanted = estimate(policy.config, bytes_=4, samples=16, tokens=128, packed=192, scored=128)
+    assert sum(p.nbytes for p in policy.parameters()) == wanted["weights"] == wanted["reference"]
+    assert sum(v.nbytes for s in optimizer.state.values() for v in s.values()) == pytest.approx(wanted["optimizer"], rel=1e-3)
+    assert sampling.peak == pytest.approx(wanted["rollout"], rel=0.1)
+    if checkpointing:
+        assert updating.peak == pytest.approx(wanted["update"], rel=0.1)
+    else:
+        assert updating.peak > 1.5 * wanted["update"]
+
+
+def test_the_estimate_fits_the_bytes_of_two_sharded_ranks(on_two_ranks, base):
+    config = load_policy(base)[0].config
+    for name, lora, bytes_ in (("pr", 0, 4), ("pr bfloat16", 0, 2), ("dpo full", 0, 4), ("dpo lora", 4, 4)):
+        wanted = estimate(config, 2, shard=True, lora=lora, bytes_=bytes_, samples=0)
+        for rank in (0, 1):
+            found = json.loads((on_two_ranks / name / f"bytes-{rank}.json").read_text())
+            assert found["weights"] == pytest.approx(wanted["weights"], rel=0.03)      # norms do not halve evenly
+            assert found["optimizer"] == pytest.approx(wanted["optimizer"], rel=0.03)
+            if name.startswith("pr"):
+                assert found["gathered"] == wanted["rollout"]
+    total, outside, layer, lora = sizes_of(config)
+    assert total == outside + 2 * layer and lora == 2 * (4 * 2 * 112 + 3 * (112 + 288))
 
 
 def resident():
