@@ -204,12 +204,12 @@ def train_adapter(policy, rank, name="model", seed=0):
     extras = [key for key in ("modules_to_save", "trainable_token_indices") if getattr(loaded, key, None)]
     extras += ["bias"] * (getattr(loaded, "bias", "none") != "none") + ["embeddings"] * bool(outside)
     if loaded.peft_type != "LORA" or extras:
-        raise InputError(f"{name}: wants a LoRA adapter of inner linear layers alone, which can be switched off "
-                         f"to get the reference; this one is {loaded.peft_type} and trains "
+        raise InputError(f"{name}: want a LoRA adapter of inner linear layers alone, which can be switched "
+                         f"off to get the reference; this one is {loaded.peft_type} and trains "
                          f"{' and '.join(extras) or 'otherwise'}; merge it into its base first")
     if rank not in (None, loaded.r):
-        raise InputError(f"--lora {rank}: {name} is an adapter of rank {loaded.r}, which is trained on; leave "
-                         "--lora out")
+        raise InputError(f"--lora {rank}: {name} is an adapter of rank {loaded.r}, which is trained on; "
+                         "leave --lora out")
     loaded.task_type = "CAUSAL_LM"
     policy.add_adapter(copy.deepcopy(loaded), "reference")
     parameters = dict(policy.named_parameters())
@@ -244,9 +244,9 @@ class AdapterReference:
 def shard(model, dtype="float32"):
     """Split the model's parameters over the processes, decoder layer by decoder layer (FSDP2), in place.
 
-    Each process holds its part in float32; layers are gathered in `dtype` for as long as they compute, embeddings
-    and output layer, which sail.py calls apart, until the backward pass is over. The decoder layers are those
-    of the list of modules that holds most parameters.
+    Each process holds its part in float32. Layers are gathered in `dtype` for as long as they compute;
+    embeddings and output layer, which sail.py calls apart, until the backward pass is over. The decoder
+    layers are those of the list of modules that holds most parameters.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     bfloat16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

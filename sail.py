@@ -39,10 +39,12 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
 import warnings
 from collections import Counter
 from contextlib import ExitStack, contextmanager
+from datetime import timedelta
 from fractions import Fraction
 from functools import lru_cache, partial
 from operator import itemgetter
@@ -59,8 +61,8 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from data import InputError, Parser, collate, command_line, counted, encode, number, pack, train_and_held_out
-from generate import (AdapterReference, adapter_config, check_lengths, end_token_ids, first_line, in_step, load_policy,
-                      require_peft, roll_out, shard, toy_checkpoint, toy_model, train_adapter)
+from generate import (AdapterReference, adapter_config, check_lengths, end_token_ids, first_line, in_step,
+                      load_policy, require_peft, roll_out, shard, toy_checkpoint, toy_model, train_adapter)
 from reward import label_by_reward, load_reward
 
 # --- log-probabilities and losses ---------------------------------------------------------------------------
@@ -459,7 +461,8 @@ def join_processes(shard=False):
         torch.cuda.set_device(device)
     if world > 1 or shard:
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone,
+                                timeout=timedelta(hours=2))            # rank 0's evaluations may take long
     return rank, world, device
 
 
@@ -479,7 +482,7 @@ def together(action):
     if dist.is_initialized():
         problems = [None] * dist.get_world_size()
         dist.all_gather_object(problems, problem)
-        dist.barrier()                     # a process that ended with gloo's threads still at the objects would abort
+        dist.barrier()                    # gloo's threads must be done with the objects before a process ends
     for problem in filter(None, problems):
         raise InputError(problem)
     return result
@@ -512,7 +515,8 @@ def load_everything(args, device):
     else:
         args.model = toy_checkpoint() if args.model == "toy" else args.model
         policy, tokenizer = load_policy(args.model, place, args.trust_remote_code)
-    if args.lora or adapter_config(args.model):
+    adapted = bool(args.lora or getattr(policy, "peft_config", None))
+    if adapted:
         train_adapter(policy, args.lora, args.model, args.seed)
     elif args.merge:
         raise InputError("--merge: without --lora, and with no adapter in --model, there is nothing to merge")
@@ -521,7 +525,6 @@ def load_everything(args, device):
     if args.variant != "sft":
         args.reference = args.reference or args.model
         if args.reference == args.model:
-            adapted = args.lora or adapter_config(args.model)
             reference = AdapterReference(policy) if adapted else copy.deepcopy(policy).requires_grad_(False)
         else:
             reference, other = load_policy(args.reference, place, args.trust_remote_code)
@@ -546,8 +549,9 @@ def load_everything(args, device):
 
 
 def save_model(policy, tokenizer, directory, args, rank):
-    """save_pretrained into `directory`, of an adapter alone where one was trained, and with --merge the merged
-    model beside it. Written aside and renamed: what stands there is whole, old or new. All ranks take part."""
+    """save_pretrained into `directory`, of an adapter alone where one was trained, and with --merge the
+    merged model beside it. Written aside and renamed: what stands there is whole, old or new. All ranks take
+    part."""
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
     state = None
@@ -559,11 +563,11 @@ def save_model(policy, tokenizer, directory, args, rank):
         return
 
     def save(model, directory, **options):
-        warnings.simplefilter("ignore", FutureWarning)                 # transformers' of its own names
         aside, old = (directory.with_name(f"{directory.name}.{suffix}") for suffix in ("writing", "old"))
         for leftover in (aside, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        model.save_pretrained(aside, **options)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of transformers' own names
+            model.save_pretrained(aside, **options)
         tokenizer.save_pretrained(aside)
         if directory.exists():
             directory.rename(old)
@@ -572,7 +576,8 @@ def save_model(policy, tokenizer, directory, args, rank):
 
     save(policy, directory, state_dict=state)
     if args.merge:
-        base, _ = load_policy(adapter_config(directory)["base_model_name_or_path"], "cpu", args.trust_remote_code)
+        base = adapter_config(directory)["base_model_name_or_path"]
+        base, _ = load_policy(base, "cpu", args.trust_remote_code)
         merged = require_peft("--merge").PeftModel.from_pretrained(base, directory).merge_and_unload()
         save(merged, directory.with_name("merged"))
 
@@ -641,8 +646,8 @@ def fingerprint(examples):
 def start(out, args):
     """Save the arguments and empty the logs, for a run from the beginning."""
     if any(path.name.isdigit() for path in (out / "checkpoints").glob("*")):
-        raise InputError(f"{out}/checkpoints holds those of an earlier run; --resume continues it, without that "
-                         "directory a new one starts")
+        raise InputError(f"{out}/checkpoints holds those of an earlier run; --resume continues it, without "
+                         "that directory a new one starts")
     shutil.rmtree(out / "checkpoints", ignore_errors=True)             # only a half-written one can be there
     (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n", encoding="utf-8")
     for name in LOGS:
@@ -680,7 +685,8 @@ def tensors_of(policy, optimizer):
 
 
 def save_checkpoint(run):
-    """Write checkpoints/STEP in the run's directory, aside and renamed, and remove all but the last two. All ranks take part.
+    """Write checkpoints/STEP in the run's directory, aside and renamed; remove all but the last two. All
+    ranks take part.
 
     Random states are not in it, as each step's is made of seed, step and rank; nor is the position in the
     data, which follows from the step. Raises OSError where it cannot be written.
@@ -698,25 +704,30 @@ def save_checkpoint(run):
         with warnings.catch_warnings(action="ignore"):
             dcp.save(tensors_of(run.policy, run.optimizer), no_dist=not dist.is_initialized(),
                      storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True))
-    except dcp.CheckpointException as error:
-        reason = first_line(next(iter(error.failures.values()))[0])
+        if run.rank == 0:
+            files = {file.name: file.stat().st_size for file in aside.iterdir()}
+            logs = {name: (run.out / f"{name}.jsonl").stat().st_size for name in LOGS}
+            with open(aside / "progress.json", "w", encoding="utf-8") as file:
+                file.write(json.dumps({**run.progress, "logs": logs, "files": files}, indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            aside.rename(path)
+    except (dcp.CheckpointException, OSError) as error:
+        failures = getattr(error, "failures", {0: (error, None)})      # by rank; every rank raises DCP's
         shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"{path} cannot be written ({reason}); earlier checkpoints are untouched") from None
-    if run.rank == 0:
-        files = {file.name: file.stat().st_size for file in aside.iterdir()}
-        logs = {name: (run.out / f"{name}.jsonl").stat().st_size for name in LOGS}
-        with open(aside / "progress.json", "w", encoding="utf-8") as file:
-            file.write(json.dumps({**run.progress, "logs": logs, "files": files}, indent=1) + "\n")
-            os.fsync(file.flush() or file.fileno())
-        aside.rename(path)
-        for old in sorted((int(other.name) for other in path.parent.glob("*") if other.name.isdigit()))[:-2]:
-            shutil.rmtree(path.parent / str(old), ignore_errors=True)
+        if run.rank:
+            sys.exit(2)
+        raise OSError(f"{path} cannot be written ({first_line(next(iter(failures.values()))[0])}); earlier "
+                      "checkpoints are untouched") from None
+    steps = sorted(int(other.name) for other in path.parent.iterdir() if other.name.isdigit())
+    for step in steps[:-2] if run.rank == 0 else ():
+        shutil.rmtree(path.parent / str(step))
     together(lambda: None)                                             # it is whole
 
 
 def resume(run, path, args):
-    """Continue from the checkpoint `path`: weights, optimizer, scheduler, progress, and the logs as they were.
-    Raises InputError where the run had other arguments or other data."""
+    """Continue from the checkpoint `path`: weights, optimizer, scheduler, progress, and the logs as they
+    were. Raises InputError where the run had other arguments or other data."""
     import torch.distributed.checkpoint as dcp
     before = json.loads((run.out / "args.json").read_text(encoding="utf-8"))
     for name, value in vars(args).items():
@@ -748,11 +759,11 @@ def resume(run, path, args):
 
 
 def precompute(examples, reference, directory, args):
-    """Give each pair its `reference_logps`, from a file in the directory where an earlier run has left them, else
-    computed, and left there. The file is named by a hash of the reference's weights and the pairs' tokens."""
+    """Give each pair its `reference_logps`: from the file that an earlier run has left in the directory, else
+    computed, and left there. The file's name has a hash of the reference's weights and the pairs' tokens."""
     inner, digest = getattr(reference, "module", reference), hashlib.sha256(fingerprint(examples).encode())
     for name, weight in inner.named_parameters():
-        if not weight.requires_grad:                                   # an adapter in training is not the reference's
+        if not weight.requires_grad:                                   # so without an adapter in training
             digest.update(name.encode())
             digest.update(whole(weight).detach().cpu().flatten().view(torch.uint8).numpy())
     file = directory / f"reference-{args.dtype}-{digest.hexdigest()[:16]}.safetensors"
@@ -794,10 +805,9 @@ def make_optimizer(policy, steps, args):
 def update(policy, optimizer, scheduler, max_grad_norm, loss):
     """One optimizer step, unless the loss or the gradient is not finite; (gradient norm before clipping,
     learning rate, whether it was done)."""
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)
-    grad_norm = whole(grad_norm).item()
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm)).item()
     learning_rate = scheduler.get_last_lr()[0]
-    finite = math.isfinite(grad_norm) and math.isfinite(loss)          # the same on every rank: all step or none
+    finite = math.isfinite(grad_norm) and math.isfinite(loss)          # on all ranks alike: all step or none
     if finite:
         optimizer.step()
         scheduler.step()
@@ -917,12 +927,13 @@ def loop(run, held_out, args, at_end):
             if run.rank == 0:
                 log(run.out, record, run.steps, args.log_every)
                 if not finite:
-                    prompts = [pair["prompt"] for pair in draw_pairs(run.examples, step, run.steps, run.total, args)]
+                    pairs = draw_pairs(run.examples, step, run.steps, run.total, args)
+                    prompts = [pair["prompt"] for pair in pairs]
                     write_line(run.out, "skipped", {"step": step, "prompts": prompts})
-            if run.progress["skipped_in_a_row"] == 10:
-                raise InputError(f"steps {step - 9} to {step}: loss or gradient not finite ten times in a row; "
-                                 f"their prompts are in {run.out}/skipped.jsonl; lower --learning-rate, or "
-                                 "leave them out")
+            if run.progress["skipped_in_a_row"] >= 10:
+                raise InputError(f"steps {step - 9} to {step}: loss or gradient not finite ten times in a "
+                                 f"row; their prompts are in {run.out}/skipped.jsonl; try a lower "
+                                 "--learning-rate, or without them")
             if step == run.steps or args.eval_every and step % args.eval_every == 0:
                 together(lambda: evaluate_at(step))
             if totals["terminated"] or args.save_every and (step % args.save_every == 0 or step == run.steps):
@@ -934,6 +945,11 @@ def loop(run, held_out, args, at_end):
             raise
         save_checkpoint(run)
         raise InputError(f"{error} (step {run.progress['step']} is saved; --resume continues)") from None
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise OSError(f"rank {run.rank} has lost another process ({first_line(error)[-60:]}); --resume "
+                      "continues from the last checkpoint") from None
 
 
 def parse_args(argv=None):
@@ -995,22 +1011,22 @@ def parse_args(argv=None):
     add("--seed", type=number(int, 0, 2**20), default=0)
     add = parser.add_argument_group("memory and speed").add_argument
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of arithmetic, not weights")
-    add("--lora", type=number(int, 1), metavar="RANK", help="train a LoRA adapter of this rank (needs peft); the "
-        "reference is the model without it. Where --model is itself an adapter, that is trained on, also without "
-        "this flag, and its start is the reference")
+    add("--lora", type=number(int, 1), metavar="RANK", help="train a LoRA adapter of this rank (needs peft); "
+        "the reference is the model without it. Where --model is itself an adapter, that is trained on, also "
+        "without this flag, and its start is the reference")
     add("--merge", action="store_true", help="also save the model with its adapter merged, in OUT/merged")
-    add("--shard", action="store_true", help="split weights, gradients and optimizer over the processes (FSDP2)")
-    add("--shard-rollouts", action="store_true", help="keep a sharded policy so while it samples, too: slow, for "
-        "models of which one device cannot hold a copy")
-    add("--gradient-checkpointing", action="store_true", help="compute activations twice rather than keep them")
-    add("--precompute-reference", action="store_true", help="compute the reference's log-probabilities of the data "
-        "once, before training, and keep them in a file beside OUT")
+    add("--shard", action="store_true", help="split weights, gradients, optimizer over the processes, FSDP2")
+    add("--shard-rollouts", action="store_true", help="keep a sharded policy so while it samples, too: slow, "
+        "for models of which one device cannot hold a copy")
+    add("--gradient-checkpointing", action="store_true", help="compute activations twice, keep fewer of them")
+    add("--precompute-reference", action="store_true", help="compute the reference's log-probabilities of "
+        "the data once, before training, and keep them in a file beside OUT")
     add = parser.add_argument_group("output").add_argument
     add("--out", help="directory for args.json, metrics.jsonl, eval.jsonl, samples.jsonl and model/; what an "
         "earlier run left there is replaced (runs/DATA/VARIANT)")
-    add("--save-every", type=number(int, 1), metavar="N", help="steps between checkpoints, of which the last two "
-        "stay in OUT/checkpoints (never; SIGTERM and errors save one too)")
-    add("--resume", action="store_true", help="continue from OUT's newest whole checkpoint; without one, start")
+    add("--save-every", type=number(int, 1), metavar="N", help="steps between checkpoints, of which the last "
+        "two stay in OUT/checkpoints (never; SIGTERM and errors save one too)")
+    add("--resume", action="store_true", help="continue from OUT's newest whole checkpoint, if any")
     add("--log-every", type=number(int, 1), default=10, help="steps between printed lines (10)")
     add("--eval-every", type=number(int, 0), help="steps between evaluations (100; toy 20); 0: at the end")
     add("--eval-limit", type=number(int, 1), default=128, help="held-out pairs to evaluate on (128)")
@@ -1039,9 +1055,10 @@ def completed(args, parser):
         parser.error("argument --target-margin: only --loss-type simpo has one")
     if args.lora and sft and args.model == "toy":
         parser.error("argument --lora: the toy's SFT model starts from nothing; there is no base to adapt")
-    if args.precompute_reference and (sft or args.revkl_coef or args.shard and any(VARIANTS[args.variant]["on_policy"])):
-        parser.error("argument --precompute-reference: sft has no reference, --revkl-coef needs it at every step, and "
-                     "so do the samples of a sharded policy")
+    sampled_by_shards = args.shard and any(VARIANTS[args.variant]["on_policy"])
+    if args.precompute_reference and (sft or args.revkl_coef or sampled_by_shards):
+        parser.error("argument --precompute-reference: sft has no reference, --revkl-coef needs it at every "
+                     "step, and so do the samples of a sharded policy")
     if args.shard_rollouts and not args.shard:
         parser.error("argument --shard-rollouts: only with --shard")
     if args.variant == "pr" and args.mix > 0 and not args.reward:

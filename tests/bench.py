@@ -341,7 +341,6 @@ def overheads(args):
     sys.path.insert(0, str(ROOT))
     import copy
 
-    import torch
     import sail
     from generate import prepare
     print("| update alone, same pairs | " + " | ".join(f"{variant}/dpo" for variant in VARIANTS[1:]) + " |\n"

@@ -7,7 +7,6 @@ from conftest import TEMPLATE, byte_tokenizer, tiny_model
 from transformers import GenerationConfig
 
 import generate
-import generate
 from data import InputError, collate, encode
 from generate import end_token_ids, load_policy, prepare, roll_out, sample
 from sail import sequence_logps
