@@ -1,9 +1,11 @@
-"""Kill runs of sail.py with SIGKILL at random moments, resume them, and compare with a run that nobody killed.
+"""Kill runs of sail.py with SIGKILL at random moments, resume them, and compare with a run that nobody
+killed.
 
-    python tests/kill.py                    # 20 kills, while sampling, in backward, while saving; one and two ranks
+    python tests/kill.py            # 20 kills, while sampling, in backward, while saving; one and two ranks
     python tests/kill.py --kills 3
 
-Final weights and metrics.jsonl (but for its `seconds`) must be equal bit for bit. Ends with status 1 unless all are.
+Final weights and metrics.jsonl (but for its `seconds`) must be equal bit for bit. Ends with status 1 unless
+all are.
 """
 import argparse
 import json
@@ -43,9 +45,10 @@ def launch(ranks, out, base, *more, kill=None):
     """sail.py on so many ranks; kill: the arguments of `victim`. Returns the finished process."""
     start = [sys.executable, *(["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
                                if ranks > 1 else [])]
-    return subprocess.run([*start, *([__file__, "--victim", json.dumps(kill)] if kill else [ROOT / "sail.py"]),
-                           *ARGUMENTS, "--model", str(base), "--out", str(out), *more], capture_output=True,
-                          text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    script = [__file__, "--victim", json.dumps(kill)] if kill else [ROOT / "sail.py"]
+    return subprocess.run([*start, *script, *ARGUMENTS, "--model", str(base), "--out", str(out), *more],
+                          capture_output=True, text=True, timeout=200,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def result_of(out):
@@ -68,8 +71,9 @@ def trial(ranks, out, base, seed):
     left = sorted(path.name for path in (out / "checkpoints").glob("*"))
     resumed = launch(ranks, out, base, "--resume")
     said = next((line for line in resumed.stdout.splitlines() if "continuing" in line), "from the start")
-    what = (f"{ranks} rank(s), rank {rank} {delay * 1000:4.1f} ms into {phase} {nth:2}: status {killed.returncode}, "
-            f"{at} steps logged, checkpoints {left}; {said.split(',')[0]}; status {resumed.returncode}")
+    what = (f"{ranks} rank(s), rank {rank} {delay * 1000:4.1f} ms into {phase} {nth:2}: "
+            f"status {killed.returncode}, {at} steps logged, checkpoints {left}; {said.split(',')[0]}; "
+            f"status {resumed.returncode}")
     assert killed.returncode != 0 and resumed.returncode == 0, what + resumed.stderr
     return what
 
@@ -79,7 +83,7 @@ def main():
         kill = json.loads(sys.argv[2])
         del sys.argv[1:3]
         return victim(*kill)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/kill"))

@@ -26,8 +26,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 LLAMA_8B = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                 num_attention_heads=32, num_key_value_heads=8)
 SHAPES = {
-    "0.5B": dict(model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
-                 num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True),
+    "0.5B": dict(model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864,
+                 num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
+                 tie_word_embeddings=True),
     "8B": dict(model_type="llama", **LLAMA_8B),
     "70B": dict(model_type="llama", **{**LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672,
                                        "num_hidden_layers": 80, "num_attention_heads": 64}),
@@ -35,8 +36,8 @@ SHAPES = {
 
 
 def sizes_of(config):
-    """(parameters in all, outside the decoder layers, in the largest layer, of LoRA per rank) of a model with this
-    configuration, which is not allocated."""
+    """(parameters in all, outside the decoder layers, in the largest layer, of LoRA per rank) of a model
+    with this configuration, which is not allocated."""
     from transformers import AutoModelForCausalLM
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -47,23 +48,25 @@ def sizes_of(config):
     return count(model), count(model) - count(layers), max(map(count, layers)), lora
 
 
-def estimate(config, processes=1, shard=False, lora=0, stream=False, bytes_=2, samples=16, tokens=1024, packed=1536,
-             scored=1024):
-    """Bytes per device, by what they are for; the whole is their states plus the larger of rollout and update.
+def estimate(config, processes=1, shard=False, lora=0, stream=False, bytes_=2, samples=16, tokens=1024,
+             packed=1536, scored=1024):
+    """Bytes per device, by what they are for; the whole is their states plus the larger of rollout and
+    update.
 
-    bytes_: of the compute dtype. samples of `tokens` tokens each are drawn at a time. A micro-batch has `packed`
-    tokens, `scored` of them in responses, and gradient checkpointing is on.
+    bytes_: of the compute dtype. samples of `tokens` tokens each are drawn at a time. A micro-batch has
+    `packed` tokens, `scored` of them in responses, and gradient checkpointing is on.
     """
     total, outside, layer, adapter = sizes_of(config)
     adapter *= lora
     trained, part = adapter or total, processes if shard else 1
-    gathered = bytes_ * (outside + 2 * layer) if shard else 0          # one layer computes, the next is on its way
+    gathered = bytes_ * (outside + 2 * layer) if shard else 0     # one layer computes, the next is on its way
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * bytes_ * samples * tokens
     logits = min(scored * config.vocab_size, 2**27)
-    buckets = 0 if shard or processes == 1 else 4 * trained            # DDP's own copy of the gradients
-    stored = 4 if not shard else bytes_                                # autocast leaves the residual stream in float32
-    cast = 0 if shard or bytes_ == 4 else bytes_ * trained             # autocast's copies of what is trained
+    buckets = 0 if shard or processes == 1 else 4 * trained   # DDP's own copy of the gradients
+    stored = 4 if not shard else bytes_                       # autocast leaves the residual stream in float32
+    cast = 0 if shard or bytes_ == 4 else bytes_ * trained    # autocast's copies of what is trained
+    computed = packed * (8 * config.hidden_size + 4 * config.intermediate_size) * 4
     return {
         "weights": 4 * (total + adapter) / part,
         "reference": 0 if lora else 4 * total / part + (bytes_ * outside if shard else 0),
@@ -72,8 +75,8 @@ def estimate(config, processes=1, shard=False, lora=0, stream=False, bytes_=2, s
         + cache + cache // (2 * config.num_hidden_layers)              # a layer's keys grow by copying
         + samples * config.vocab_size * 16,                            # logits, softmax, its sums in float64
         "update": 4 * trained / part + buckets + gathered + cast
-        + packed * config.num_hidden_layers * config.hidden_size * stored       # each layer's input is kept; then
-        + max(packed * (8 * config.hidden_size + 4 * config.intermediate_size) * 4,      # what one layer computes, or
+        + packed * config.num_hidden_layers * config.hidden_size * stored  # each layer's input is kept; then
+        + max(computed,                                                # what one layer computes, or
               (12 + bytes_ % 4) * logits)                              # logits, log-softmax, their gradients
         + (4 * outside if shard and not lora else 0),                  # a gradient that is not yet sharded
     }
@@ -85,9 +88,10 @@ def whole(parts):
 
 def print_estimate():
     from transformers import AutoConfig
-    print("GiB per device: bfloat16 compute, float32 weights; 8 prompts on the route at a time (16 samples of 512 + "
-          "512 tokens),\n--micro-batch-size 1, --gradient-checkpointing\n")
-    print("| model | processes | flags | weights | reference | optimizer | rollout | update | in all |\n" + "|---" * 9 + "|")
+    print("GiB per device: bfloat16 compute, float32 weights; 8 prompts on the route at a time (16 samples "
+          "of 512 + 512 tokens),\n--micro-batch-size 1, --gradient-checkpointing\n")
+    print("| model | processes | flags | weights | reference | optimizer | rollout | update | in all |\n"
+          + "|---" * 9 + "|")
     for name, processes, flags, options in (
             ("0.5B", 1, "", {}), ("0.5B", 8, "`--shard`", dict(shard=True)),
             ("8B", 1, "`--lora 16`", dict(lora=16)), ("8B", 8, "`--shard`", dict(shard=True)),
@@ -117,7 +121,8 @@ class PeakBytes(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage, made = tensor.untyped_storage(), function.namespace == "aten" and not any(
-                    isinstance(each, torch.Tensor) and each.untyped_storage()._cdata == tensor.untyped_storage()._cdata
+                    isinstance(each, torch.Tensor)
+                    and each.untyped_storage()._cdata == tensor.untyped_storage()._cdata
                     for each in tree_leaves((args, kwargs)))
                 if made and storage._cdata not in self.known:
                     self.known.add(storage._cdata)
@@ -137,12 +142,15 @@ def resident(what="VmRSS"):
 
 
 def in_a_process(arguments, ranks=1):
-    """sail.py with these arguments in a process of its own; its memory: before loading, per step, at its peak."""
-    start = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    """sail.py with these arguments in a process of its own; its memory: before loading, per step, at its
+    peak."""
+    start = ([] if ranks == 1 else
+             ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)])
     with tempfile.TemporaryDirectory() as folder:
         finished = subprocess.run(
-            [sys.executable, *start, __file__, "--one", folder, *arguments, "--out", folder + "/run"], text=True,
-            capture_output=True, env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+            [sys.executable, *start, __file__, "--one", folder, *arguments, "--out", folder + "/run"],
+            text=True, capture_output=True,
+            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
         if finished.returncode:
             raise SystemExit(finished.stderr)
         return json.loads(Path(folder, "memory.json").read_text())
@@ -166,7 +174,8 @@ def one(folder):
     sail.load_everything, sail.training_step = loading, watched
     sail.train(sail.parse_args())
     if os.environ.get("RANK", "0") == "0":
-        Path(folder, "memory.json").write_text(json.dumps(dict(before=before[0], steps=steps, peak=resident("VmHWM"))))
+        figures = dict(before=before[0], steps=steps, peak=resident("VmHWM"))
+        Path(folder, "memory.json").write_text(json.dumps(figures))
 
 
 def checkpoint(folder, name):
@@ -179,19 +188,21 @@ def checkpoint(folder, name):
 def measure(name, steps):
     """Print the table of peak memory."""
     from bench import pairs_of
-    print(f"model {name}, {steps} steps of 8 pairs, prompts 64, responses up to 64, micro-batches of 2, MiB above the "
-          "memory before loading; sharded: of rank 0 of two\n| | full | --lora 8 | --shard, two ranks | --shard --lora 8 |\n"
-          "|---|---|---|---|---|")
+    print(f"model {name}, {steps} steps of 8 pairs, prompts 64, responses up to 64, micro-batches of 2, MiB "
+          "above the memory before loading; sharded: of rank 0 of two\n"
+          "| | full | --lora 8 | --shard, two ranks | --shard --lora 8 |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         checkpoint(folder + "/model", name)
         row = dict(prompt=64, response=64, steps=steps, batch=8, model=dict(vocab_size=8192))
         Path(folder, "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs_of(row)))
-        common = ["--model", folder + "/model", "--data", folder + "/pairs.jsonl", "--reward", f"{ROOT}/tests/bench.py:reward",
-                  "--steps", str(steps), "--batch-size", "8", "--micro-batch-size", "2", "--eval-every", "0", "--eval-limit",
-                  "1", "--max-prompt-length", "64", "--max-response-length", "64", "--log-every", "1000"]
+        common = ["--model", folder + "/model", "--data", folder + "/pairs.jsonl",
+                  "--reward", f"{ROOT}/tests/bench.py:reward", "--steps", str(steps), "--batch-size", "8",
+                  "--micro-batch-size", "2", "--eval-every", "0", "--eval-limit", "1",
+                  "--max-prompt-length", "64", "--max-response-length", "64", "--log-every", "1000"]
         for variant in ("dpo", "dp", "pp", "pr"):
             cells = []
-            for ranks, more in ((1, []), (1, ["--lora", "8"]), (2, ["--shard"]), (2, ["--shard", "--lora", "8"])):
+            for ranks, more in ((1, []), (1, ["--lora", "8"]), (2, ["--shard"]),
+                                (2, ["--shard", "--lora", "8"])):
                 figures = in_a_process([*common, "--variant", variant, *more], ranks)
                 cells.append(f"{(figures['peak'] - figures['before']) / 2**20:.0f}")
             print(f"| {variant} | " + " | ".join(cells) + " |", flush=True)
@@ -205,10 +216,11 @@ def flat(steps):
             part.save_pretrained(folder)
         print(f"| variant | after step 20, MiB | after step {steps} | |\n|---|---|---|---|")
         for variant in ("sft", "dpo", "dp", "pp", "pr", "spin"):
-            found = in_a_process(["--model", folder, "--variant", variant, "--steps", str(steps), "--batch-size", "8",
-                                  "--eval-every", "0", "--eval-limit", "4", "--log-every", "1000"])["steps"]
-            print(f"| {variant} | {found[19] / 2**20:.1f} | {found[-1] / 2**20:.1f} | {found[-1] / found[19] - 1:+.2%} |",
-                  flush=True)
+            found = in_a_process(["--model", folder, "--variant", variant, "--steps", str(steps),
+                                  "--batch-size", "8", "--eval-every", "0", "--eval-limit", "4",
+                                  "--log-every", "1000"])["steps"]
+            print(f"| {variant} | {found[19] / 2**20:.1f} | {found[-1] / 2**20:.1f} | "
+                  f"{found[-1] / found[19] - 1:+.2%} |", flush=True)
 
 
 def main():

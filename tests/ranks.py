@@ -1,8 +1,8 @@
 """Run by torchrun from the tests, on two ranks.
 
     ranks.py gradients FILE     the gradient of one global batch, shared by the ranks, into a file
-    ranks.py runs FILE          sail.py with each list of arguments in the file; what each rank draws goes into
-                                its --out
+    ranks.py runs FILE          sail.py with each list of arguments in the file; what each rank draws goes
+                                into its --out
 """
 import json
 import sys
@@ -65,8 +65,9 @@ def run_all(file, rank, world):
 
         def recorded(*inputs, **options):
             pairs = roll_out(*inputs, **options)
+            fresh = [pair["chosen_ids"] for pair in pairs if all(pair["on_policy"])]
             with open(Path(args.out, f"drawn-{rank}.jsonl"), "a") as drawn:
-                drawn.write(json.dumps([pair["chosen_ids"] for pair in pairs if all(pair["on_policy"])]) + "\n")
+                drawn.write(json.dumps(fresh) + "\n")
             policies[:] = inputs[:1]
             gathered[:] = [sum(p.numel() * p.itemsize for p in inputs[0].parameters())]
             return pairs

@@ -1,4 +1,5 @@
-"""Stopped, killed, starved: a run says what happened, loses nothing that was saved, and continues as if unbroken."""
+"""Stopped, killed, starved: a run says what happened, loses nothing that was saved, and continues as if
+unbroken."""
 import fcntl
 import json
 import math
@@ -19,8 +20,8 @@ from generate import toy_model
 from sail import parse_args, train
 
 ROOT = Path(sail.__file__).parent
-COMMON = ["--variant", "pr", "--mix", "0.5", "--steps", "6", "--save-every", "2", "--batch-size", "6", "--limit", "60",
-          "--eval-limit", "4", "--eval-every", "3", "--max-response-length", "10"]
+COMMON = ["--variant", "pr", "--mix", "0.5", "--steps", "6", "--save-every", "2", "--batch-size", "6",
+          "--limit", "60", "--eval-limit", "4", "--eval-every", "3", "--max-response-length", "10"]
 
 
 @pytest.fixture(scope="module")
@@ -68,15 +69,18 @@ def same(out, unbroken):
 
 def launched(base, out, *more, ranks=1, **options):
     """The command line in a process of its own, or on several ranks."""
-    start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks > 1 else []
+    start = (["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+             if ranks > 1 else [])
     return subprocess.run([sys.executable, *start, ROOT / "sail.py", *arguments(base, out, *more)], text=True,
-                          capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"}, **options)
+                          capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"},
+                          **options)
 
 
 # --- resume
 
-@pytest.mark.parametrize("more", [[], ["--optimizer", "rmsprop", "--schedule", "cosine", "--warmup-steps", "3"],
-                                  ["--lora", "4"], ["--shard"]], ids=["adamw", "rmsprop", "lora", "shard"])
+@pytest.mark.parametrize("more", [
+    [], ["--optimizer", "rmsprop", "--schedule", "cosine", "--warmup-steps", "3"], ["--lora", "4"],
+    ["--shard"]], ids=["adamw", "rmsprop", "lora", "shard"])
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(base, tmp_path, more):
     if "--lora" in more:
         pytest.importorskip("peft")
@@ -110,8 +114,8 @@ def test_a_run_is_continued_on_another_number_of_ranks(base, stopped, unbroken):
 
 def test_killed_runs_resume_to_the_same_bits(tmp_path):
     """Twenty: python tests/kill.py."""
-    finished = subprocess.run([sys.executable, ROOT / "tests/kill.py", "--kills", "3", "--seed", "2", "--out", tmp_path],
-                              text=True, capture_output=True, timeout=280)
+    finished = subprocess.run([sys.executable, ROOT / "tests/kill.py", "--kills", "3", "--seed", "2",
+                               "--out", tmp_path], text=True, capture_output=True, timeout=280)
     assert finished.returncode == 0 and "3 of 3 equal" in finished.stdout, finished.stdout + finished.stderr
 
 
@@ -121,7 +125,8 @@ def test_sigterm_saves_exits_cleanly_and_loses_nothing(base, tmp_path, ranks):
     mine.write_text("import os, signal\ncalls = []\ndef score(prompts, responses):\n"
                     "    calls.append(1)\n"
                     "    if len(calls) == 3 and os.environ.get('TERMINATE') == os.environ.get('RANK', '0'):\n"
-                    "        os.kill(os.getpid(), signal.SIGTERM)\n    return [float(len(r)) for r in responses]\n")
+                    "        os.kill(os.getpid(), signal.SIGTERM)\n"
+                    "    return [float(len(r)) for r in responses]\n")
     more = ["--reward", f"{mine}:score", "--save-every", "100", "--eval-every", "0"]
     environment = os.environ.copy()
     try:
@@ -147,7 +152,8 @@ def test_sigterm_saves_exits_cleanly_and_loses_nothing(base, tmp_path, ranks):
     (lambda path: os.truncate(path / "progress.json", 20), "is not whole"),
     (lambda path: path.rename(path.with_name("6.writing")), "continuing after step 4")],
     ids=["cut", "missing", "cut progress", "not renamed"])
-def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(base, unbroken, tmp_path, capsys, harm, said):
+def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(base, unbroken, tmp_path, capsys, harm,
+                                                                  said):
     out = shutil.copytree(unbroken, tmp_path / "run")
     harm(out / "checkpoints/6")
     run(base, out, "--resume")
@@ -164,7 +170,8 @@ def test_without_a_whole_checkpoint_one_line_says_so(base, unbroken, tmp_path, m
     assert "none of 2 is whole" in message and rows_of(out) == rows_of(unbroken)
 
 
-def test_a_checkpoint_of_the_right_size_with_other_bytes_is_named(base, unbroken, tmp_path, monkeypatch, capsys):
+def test_a_checkpoint_of_the_right_size_with_other_bytes_is_named(base, unbroken, tmp_path, monkeypatch,
+                                                                  capsys):
     out = shutil.copytree(unbroken, tmp_path / "run")
     file = next((out / "checkpoints/6").glob("*.safetensors"))
     file.write_bytes(b"\xff" * file.stat().st_size)
@@ -208,8 +215,8 @@ def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(base, stopp
 
     finished = launched(base, stopped, "--resume", preexec_fn=limit)
     assert finished.returncode == 2 and "Traceback" not in finished.stderr, finished.stderr
-    assert re.fullmatch(r"sail.py: error: .*checkpoints/6 cannot be written \(.*File too large.*\); earlier checkpoints "
-                        r"are untouched\n", finished.stderr), finished.stderr
+    assert re.fullmatch(r"sail.py: error: .*checkpoints/6 cannot be written \(.*File too large.*\); "
+                        r"earlier checkpoints are untouched\n", finished.stderr), finished.stderr
     assert [path.name for path in (stopped / "checkpoints").iterdir()] == ["4"]
     run(base, stopped, "--resume")
     assert same(stopped, unbroken)
@@ -238,9 +245,11 @@ def score(prompts, responses):
     ("return [float('nan')] * len(responses)", [], "returned nan for the response"),
     ("return 1", [], "returned int, want a list"),
     ("time.sleep(100)", ["--reward-timeout", "0.5"], "has not answered within 0.5 s, for one of"),
-    ("\n        try: time.sleep(100)\n        except Exception: pass", ["--reward-timeout", "0.5"], "has not answered")],
+    ("\n        try: time.sleep(100)\n        except Exception: pass", ["--reward-timeout", "0.5"],
+     "has not answered")],
     ids=["raises", "nan", "no list", "hangs", "hangs and catches"])
-def test_a_reward_that_fails_stops_the_run_at_a_saved_step(base, tmp_path, monkeypatch, capsys, harm, more, said):
+def test_a_reward_that_fails_stops_the_run_at_a_saved_step(base, tmp_path, monkeypatch, capsys, harm, more,
+                                                           said):
     sick, mine = tmp_path / "sick", tmp_path / "mine.py"
     mine.write_text(REWARD.format(sick=str(sick), harm=harm, where=True))
     more = [*more, "--reward", f"{mine}:score", "--eval-every", "0", "--save-every", "4"]
@@ -255,7 +264,8 @@ def test_a_reward_that_fails_stops_the_run_at_a_saved_step(base, tmp_path, monke
 
 def test_a_reward_that_fails_on_one_rank_stops_all_with_one_line(base, tmp_path):
     sick, mine = tmp_path / "sick", tmp_path / "mine.py"
-    mine.write_text(REWARD.format(sick=str(sick), harm="raise KeyError('mended')", where="os.environ['RANK'] == '1'"))
+    mine.write_text(REWARD.format(sick=str(sick), harm="raise KeyError('mended')",
+                                  where="os.environ['RANK'] == '1'"))
     sick.touch()
     finished = launched(base, tmp_path / "run", "--reward", f"{mine}:score", "--eval-every", "0", ranks=2)
     assert finished.returncode != 0 and finished.stderr.count("sail.py: error:") == 1
@@ -269,7 +279,7 @@ def test_a_reward_that_fails_on_one_rank_stops_all_with_one_line(base, tmp_path)
 
 @pytest.mark.parametrize("where", ["preference_losses", "clip"])
 def test_ten_non_finite_steps_stop_the_run_and_name_their_prompts(base, tmp_path, monkeypatch, capsys, where):
-    if where == "clip":                                                # a finite gradient of a loss that is not
+    if where == "clip":                                            # a finite gradient of a loss that is not
         original = sail.accumulate_gradients
         monkeypatch.setattr(sail, "accumulate_gradients",
                             lambda *inputs: sail.Counter({**original(*inputs), "loss": math.inf}))
@@ -289,7 +299,8 @@ def test_ten_non_finite_steps_stop_the_run_and_name_their_prompts(base, tmp_path
 
 def test_data_that_changed_under_a_resume_are_named(base, tmp_path, monkeypatch, capsys):
     data = tmp_path / "mine.jsonl"
-    rows = [{"prompt": f"review the soup {i}", "chosen": "good .", "rejected": f"bad soup {'very ' * i}"} for i in range(60)]
+    rows = [{"prompt": f"review the soup {i}", "chosen": "good .", "rejected": f"bad soup {'very ' * i}"}
+            for i in range(60)]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = ["--data", str(data), "--reward", f"{ROOT}/reward.py:toy_reward", "--max-prompt-length", "8"]
     run(base, tmp_path / "run", *more)
@@ -322,7 +333,8 @@ def test_two_runs_do_not_share_a_directory(base, unbroken, tmp_path, monkeypatch
 @pytest.mark.parametrize("argv, message", [
     (["--variant", "sft", "--lora", "4"], "--lora: the toy's SFT model starts from nothing"),
     (["--precompute-reference", "--revkl-coef", "1"], "--precompute-reference: sft has no reference"),
-    (["--shard-rollouts"], "--shard-rollouts: only with --shard"), (["--lora", "0"], "--lora: 0 is not in 1")])
+    (["--shard-rollouts"], "--shard-rollouts: only with --shard"),
+    (["--lora", "0"], "--lora: 0 is not in 1")])
 def test_flags_that_do_not_go_together_are_named(argv, message, monkeypatch, capsys):
     assert message in fails(lambda: train(parse_args()), ["sail.py", *argv], monkeypatch, capsys)
 

@@ -18,15 +18,15 @@ from generate import AdapterReference, load_policy, toy_model, train_adapter
 from sail import parse_args, train
 
 ROOT = Path(sail.__file__).parent
-COMMON = ["--steps", "20", "--batch-size", "7", "--micro-batch-size", "2", "--limit", "60", "--eval-limit", "4",
-          "--eval-every", "0", "--max-response-length", "12", "--learning-rate", "1e-4"]
+COMMON = ["--steps", "20", "--batch-size", "7", "--micro-batch-size", "2", "--limit", "60",
+          "--eval-limit", "4", "--eval-every", "0", "--max-response-length", "12", "--learning-rate", "1e-4"]
 ONLINE = ["--variant", "pr", "--mix", "0.5", "--steps", "4", "--shard"]
 RUNS = {  # one launch of two ranks runs them all
     **{f"{variant} {kind}": ["--variant", variant, "--shard", *more] for variant in ("dpo", "dp")
        for kind, more in (("full", []), ("lora", ["--lora", "4"]))},
     "pr": [*ONLINE], "pr again": [*ONLINE],
-    "pr streamed": [*ONLINE, "--shard-rollouts", "--lora", "4", "--num-responses", "3", "--micro-batch-size", "1",
-                    "--gradient-checkpointing", "--merge", "--eval-every", "2"],
+    "pr streamed": [*ONLINE, "--shard-rollouts", "--lora", "4", "--num-responses", "3",
+                    "--micro-batch-size", "1", "--gradient-checkpointing", "--merge", "--eval-every", "2"],
     "pr bfloat16": [*ONLINE, "--dtype", "bfloat16"],
     "revkl": ["--variant", "pp", "--steps", "2", "--shard", "--revkl-coef", "0.3"],
     "sft": ["--variant", "sft", "--shard", "--steps", "4", "--save-every", "2"],
@@ -81,24 +81,28 @@ def on_two_ranks(base, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["dpo full", "dp full", "dpo lora", "dp lora", "ddp lora"])
-def test_two_ranks_sharded_or_with_lora_reach_the_parameters_of_one_process(base, on_two_ranks, tmp_path, name):
+def test_two_ranks_sharded_or_with_lora_reach_the_parameters_of_one_process(base, on_two_ranks, tmp_path,
+                                                                            name):
     if "lora" in name:
         pytest.importorskip("peft")
     more = [word for word in RUNS[name] if word != "--shard"]
     rows = run(base, tmp_path, *more)
     one, two = weights(tmp_path / "model"), weights(on_two_ranks / name / "model")
     assert largest_difference(one, two) < 1e-5
-    assert any((one[key] != value).any() for key, value in weights(base).items() if key in one) or "lora" in name
+    assert (any((one[key] != value).any() for key, value in weights(base).items() if key in one)
+            or "lora" in name)
     assert rows_of(on_two_ranks / name)[-1]["loss"] == pytest.approx(rows[-1]["loss"], abs=1e-4)
 
 
 def test_sharded_ranks_draw_unlike_lengths_and_samples_and_the_same_on_a_rerun(on_two_ranks):
     drawn = {name: [[json.loads(line) for line in (on_two_ranks / name / f"drawn-{rank}.jsonl").open()]
                     for rank in (0, 1)] for name in ("pr", "pr again", "pr streamed")}
-    assert drawn["pr"] == drawn["pr again"] and rows_of(on_two_ranks / "pr") == rows_of(on_two_ranks / "pr again")
+    assert (drawn["pr"] == drawn["pr again"]
+            and rows_of(on_two_ranks / "pr") == rows_of(on_two_ranks / "pr again"))
     first, second = drawn["pr"]
     assert all(one != other for one, other in zip(first, second))
-    assert any(max(map(len, one), default=0) != max(map(len, other), default=0) for one, other in zip(first, second))
+    assert any(max(map(len, one), default=0) != max(map(len, other), default=0)
+               for one, other in zip(first, second))
     assert len(drawn["pr streamed"][0]) == 4
 
 
@@ -109,7 +113,8 @@ def test_a_sharded_run_leaves_the_files_of_any_other(on_two_ranks):
     adapter, merged = load_policy(str(out / "model"))[0], load_policy(str(out / "merged"))[0]
     ids = torch.tensor([[3, 9, 4, 7]])
     torch.testing.assert_close(adapter(ids).logits, merged(ids).logits, rtol=0, atol=1e-4)
-    assert all(math.isfinite(row["loss"]) for name in ("revkl", "sft") for row in rows_of(on_two_ranks / name))
+    assert all(math.isfinite(row["loss"])
+               for name in ("revkl", "sft") for row in rows_of(on_two_ranks / name))
 
 
 def test_a_sharded_policy_computes_in_bfloat16_and_keeps_float32(on_two_ranks):
@@ -163,12 +168,14 @@ def test_lora_starts_at_ln_2_and_leaves_the_base_bit_identical(base, tmp_path, m
     pytest.importorskip("peft")
     seen = []
     make = sail.make_optimizer
-    monkeypatch.setattr(sail, "make_optimizer", lambda policy, *rest: seen.append(policy) or make(policy, *rest))
+    monkeypatch.setattr(sail, "make_optimizer",
+                        lambda policy, *rest: seen.append(policy) or make(policy, *rest))
     rows = run(base, tmp_path, "--variant", "pr", "--lora", "4", "--steps", "50", "--mix", "0.5",
                "--learning-rate", "1e-3", "--merge")
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and rows[-1]["skipped"] == 0
     start = weights(base)
-    after = {name.replace(".base_layer", ""): value for name, value in seen[0].named_parameters() if "lora_" not in name}
+    after = {name.replace(".base_layer", ""): value
+             for name, value in seen[0].named_parameters() if "lora_" not in name}
     assert start.keys() == after.keys() and all(torch.equal(start[name], after[name]) for name in start)
     adapter, merged = load_policy(str(tmp_path / "model"))[0], load_policy(str(tmp_path / "merged"))[0]
     assert (scored(adapter) - scored(load_policy(base)[0])).abs().max() > 0.01
@@ -213,8 +220,9 @@ def test_the_adapter_reference_restores_the_policy_also_when_a_call_fails(base):
     (dict(r=2), "is an adapter of rank 2")])
 def test_adapters_that_would_move_the_reference_are_refused(base, tmp_path, changes, message):
     start = adapter_of(base, tmp_path / "sft", **changes)
+    args = parse_args(["--variant", "dpo", "--model", start, "--lora", "4", "--limit", "60"])
     with pytest.raises(sail.InputError, match=message):
-        sail.load_everything(parse_args(["--variant", "dpo", "--model", start, "--lora", "4", "--limit", "60"]), "cpu")
+        sail.load_everything(args, "cpu")
 
 
 def test_an_adapter_without_a_tokenizer_takes_its_base_s(base, tmp_path):
@@ -226,14 +234,16 @@ def test_an_adapter_without_a_tokenizer_takes_its_base_s(base, tmp_path):
 
 def test_without_peft_one_line_says_what_to_install(base, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
+    args = parse_args(["--variant", "dpo", "--model", base, "--lora", "4", "--limit", "60"])
     with pytest.raises(sail.InputError, match="--lora needs peft: pip install peft"):
-        sail.load_everything(parse_args(["--variant", "dpo", "--model", base, "--lora", "4", "--limit", "60"]), "cpu")
+        sail.load_everything(args, "cpu")
 
 
 # --- memory
 
 @pytest.mark.parametrize("variant", ["dp", "pr"])
-def test_precomputed_reference_log_probabilities_change_nothing_and_are_kept(base, tmp_path, variant, monkeypatch):
+def test_precomputed_reference_log_probabilities_change_nothing_and_are_kept(base, tmp_path, variant,
+                                                                             monkeypatch):
     more = ["--variant", variant, "--mix", "0.5", "--steps", "4"]
     plain = run(base, tmp_path / "plain", *more)
     rows = run(base, tmp_path / "a", *more, "--precompute-reference")
@@ -242,12 +252,13 @@ def test_precomputed_reference_log_probabilities_change_nothing_and_are_kept(bas
         assert {key: other[key] for key in finite} == pytest.approx(finite, rel=1e-3, abs=1e-4)
     (file,) = tmp_path.glob("reference-*.safetensors")
     made = file.stat().st_mtime_ns
-    assert run(base, tmp_path / "b", *more, "--precompute-reference") == rows and file.stat().st_mtime_ns == made
-    run(base, tmp_path / "c", *more, "--precompute-reference", "--limit", "59")                # other rows
+    assert (run(base, tmp_path / "b", *more, "--precompute-reference") == rows
+            and file.stat().st_mtime_ns == made)
+    run(base, tmp_path / "c", *more, "--precompute-reference", "--limit", "59")            # other rows
     other = tmp_path / "base2"
     for part in toy_model(seed=6):
         part.save_pretrained(other)
-    run(base, tmp_path / "d", *more, "--precompute-reference", "--reference", str(other))      # another reference
+    run(base, tmp_path / "d", *more, "--precompute-reference", "--reference", str(other))  # another reference
     assert len(list(tmp_path.glob("reference-*.safetensors"))) == 3
 
 
@@ -297,16 +308,17 @@ def test_the_estimate_fits_the_measured_bytes_of_rollout_and_update(checkpointin
     torch.manual_seed(0)
     policy, reference = (generate.prepare(LlamaForCausalLM(LlamaConfig(
         vocab_size=2000, hidden_size=128, intermediate_size=352, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=1, pad_token_id=0)).eval(),
-        tokenizer) for _ in range(2))
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=1,
+        pad_token_id=0)).eval(), tokenizer) for _ in range(2))
     args = parse_args(["--variant", "dpo"])
     optimizer, scheduler = sail.make_optimizer(policy, 10, args)
 
     def ids(length):
         return torch.randint(5, 2000, (length,)).tolist()
 
-    pairs = [{"prompt_ids": ids(64), "chosen_ids": ids(64), "rejected_ids": ids(64), "preference": 1.0, "draw": 0.5,
-              "on_policy": (False, False), "self_labelled": False, "weight": 1.0} for _ in range(4)]
+    pairs = [{"prompt_ids": ids(64), "chosen_ids": ids(64), "rejected_ids": ids(64), "preference": 1.0,
+              "draw": 0.5, "on_policy": (False, False), "self_labelled": False, "weight": 1.0}
+             for _ in range(4)]
 
     def update():
         losses_of = partial(sail.preference_losses, policy, reference, args=args, baseline=-0.6)
@@ -326,7 +338,8 @@ def test_the_estimate_fits_the_measured_bytes_of_rollout_and_update(checkpointin
     assert sum(len(each) for group in responses for each in group) > 900       # hardly one ends early
     wanted = estimate(policy.config, bytes_=4, samples=16, tokens=128, packed=192, scored=128)
     assert sum(p.nbytes for p in policy.parameters()) == wanted["weights"] == wanted["reference"]
-    assert sum(v.nbytes for s in optimizer.state.values() for v in s.values()) == pytest.approx(wanted["optimizer"], rel=1e-3)
+    states = sum(v.nbytes for s in optimizer.state.values() for v in s.values())
+    assert states == pytest.approx(wanted["optimizer"], rel=1e-3)
     assert sampling.peak == pytest.approx(wanted["rollout"], rel=0.1)
     if checkpointing:
         assert updating.peak == pytest.approx(wanted["update"], rel=0.1)
@@ -340,7 +353,7 @@ def test_the_estimate_fits_the_bytes_of_two_sharded_ranks(on_two_ranks, base):
         wanted = estimate(config, 2, shard=True, lora=lora, bytes_=bytes_, samples=0)
         for rank in (0, 1):
             found = json.loads((on_two_ranks / name / f"bytes-{rank}.json").read_text())
-            assert found["weights"] == pytest.approx(wanted["weights"], rel=0.03)      # norms do not halve evenly
+            assert found["weights"] == pytest.approx(wanted["weights"], rel=0.03)  # norms do not halve evenly
             assert found["optimizer"] == pytest.approx(wanted["optimizer"], rel=0.03)
             if name.startswith("pr"):
                 assert found["gathered"] == wanted["rollout"]
@@ -355,6 +368,7 @@ def resident():
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads Linux's /proc")
 def test_memory_is_flat_from_step_20_to_step_200(base, tmp_path):
     """tests/memory.py does this for every variant."""
+    arguments = ["--model", base, *COMMON, "--variant", "pr", "--steps", "200", "--out", str(tmp_path)]
     script = f"""
 import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
 import sail, test_scale
@@ -364,7 +378,7 @@ def watched(run, nth, args):
     seen.append(test_scale.resident())
     return result
 sail.training_step = watched
-sail.train(sail.parse_args({["--model", base, *COMMON, "--variant", "pr", "--steps", "200", "--out", str(tmp_path)]!r}))
+sail.train(sail.parse_args({arguments!r}))
 print(seen[19], seen[199])
 """
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=200)
