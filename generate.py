@@ -12,6 +12,7 @@ import math
 import os
 import subprocess
 import sys
+import warnings
 from contextlib import contextmanager
 from itertools import combinations
 from pathlib import Path
@@ -211,7 +212,8 @@ def train_adapter(policy, rank, name="model", seed=0):
         raise InputError(f"--lora {rank}: {name} is an adapter of rank {loaded.r}, which is trained on; "
                          "leave --lora out")
     loaded.task_type = "CAUSAL_LM"
-    policy.add_adapter(copy.deepcopy(loaded), "reference")
+    with warnings.catch_warnings(action="ignore"):                     # that a second adapter is rarely meant
+        policy.add_adapter(copy.deepcopy(loaded), "reference")
     parameters = dict(policy.named_parameters())
     for key in parameters:
         if ".reference." in key:

@@ -17,7 +17,7 @@ labels), SAIL-PP adds both. `sail_loss` below is all of it.
 
     python sail.py --variant pr                                         # the embedded toy world, on a CPU
     python sail.py --variant pr --model M --data D --reward R           # your own, on one GPU if there is one
-    torchrun --nproc_per_node 8 sail.py --variant pr …                  # eight GPUs
+    torchrun --nproc_per_node 8 sail.py --variant pr …                  # eight GPUs; --shard splits the model
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d \
         --rdzv_endpoint HOST:29500 sail.py …                            # two nodes
 
@@ -488,6 +488,15 @@ def together(action):
     return result
 
 
+def in_turns(action):
+    """action(), by one process of a node after the other, as each needs much of the node's memory for it."""
+    turns, own, result = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0)), None
+    for turn in range(turns):
+        mine = together(lambda: action() if turn == own else None)
+        result = mine if turn == own else result
+    return result
+
+
 def even_out(micros, device):
     """As many micro-batches on every rank as on that with most, since a sharded model's collectives demand
     it: a pair is repeated, with weight 0."""
@@ -502,18 +511,12 @@ def shared_by_ranks(policy):
         return DistributedDataParallel(policy, broadcast_buffers=False)
 
 
-def load_everything(args, device):
-    """(policy, reference, tokenizer, reward, examples, held-out examples, counts),
-    checked against each other."""
-    train, held_out, report = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
-    reward = None
-    if args.reward:
-        reward = load_reward(args.reward, device, args.trust_remote_code, args.reward_timeout)
+def load_models(args, device):
+    """(policy, reference, tokenizer), the reference None for sft, as args wants them: adapted, sharded."""
     place = "cpu" if args.shard else device                            # FSDP moves what it keeps
-    if args.variant == "sft" and args.model == "toy":
+    if args.model == "toy":
         policy, tokenizer = toy_model(args.seed)
     else:
-        args.model = toy_checkpoint() if args.model == "toy" else args.model
         policy, tokenizer = load_policy(args.model, place, args.trust_remote_code)
     adapted = bool(args.lora or getattr(policy, "peft_config", None))
     if adapted:
@@ -532,19 +535,38 @@ def load_everything(args, device):
             if other.get_vocab() != tokenizer.get_vocab():
                 raise InputError(f"--reference {args.reference} has another vocabulary than "
                                  f"--model {args.model}")
-    lengths = end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length
-    examples, counts = encode(train, tokenizer, *lengths)
-    held_out = encode(held_out[:args.eval_limit], tokenizer, *lengths)[0] if held_out else []
-    counts = {"dropped": sum(report["dropped"].values()) + counts.pop("dropped"), **report["dropped"],
-              **counts}
     for model in (policy, reference) if args.shard else ():
         if isinstance(model, torch.nn.Module):
             shard(model, args.dtype)
     if not args.shard:
         policy.to(device)
-    if args.gradient_checkpointing:                                    # renamed in transformers 5.2x
-        enable = getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+    if args.gradient_checkpointing:
+        recompute_activations(policy)
+    return policy, reference, tokenizer
+
+
+def recompute_activations(policy):
+    """Keep no activations within layers in train mode, but compute them again in backward."""
+    older = policy.gradient_checkpointing_enable                       # the name until transformers 5.2x
+    getattr(policy, "activation_checkpointing_enable", older)({"use_reentrant": False})
+
+
+def load_everything(args, device):
+    """(policy, reference, tokenizer, reward, examples, held-out examples, counts),
+    checked against each other."""
+    train, held_out, report = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
+    reward = None
+    if args.reward:
+        reward = load_reward(args.reward, device, args.trust_remote_code, args.reward_timeout)
+    if args.model == "toy" and args.variant != "sft":
+        args.model = toy_checkpoint()
+    load = partial(load_models, args, device)
+    policy, reference, tokenizer = in_turns(load) if args.shard else load()
+    lengths = end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length
+    examples, counts = encode(train, tokenizer, *lengths)
+    held_out = encode(held_out[:args.eval_limit], tokenizer, *lengths)[0] if held_out else []
+    counts = {"dropped": sum(report["dropped"].values()) + counts.pop("dropped"), **report["dropped"],
+              **counts}
     return policy, reference, tokenizer, reward, examples, held_out, counts
 
 
@@ -578,7 +600,8 @@ def save_model(policy, tokenizer, directory, args, rank):
     if args.merge:
         base = adapter_config(directory)["base_model_name_or_path"]
         base, _ = load_policy(base, "cpu", args.trust_remote_code)
-        merged = require_peft("--merge").PeftModel.from_pretrained(base, directory).merge_and_unload()
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
+            merged = require_peft("--merge").PeftModel.from_pretrained(base, directory).merge_and_unload()
         save(merged, directory.with_name("merged"))
 
 
