@@ -35,6 +35,8 @@ VARIANTS = ["dpo", "dp", "pp", "pr"]
 MODELS = {  # Llama shapes but for qwen2-*
     "S": dict(vocab_size=8192, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
               num_attention_heads=8, num_key_value_heads=8),
+    "M": dict(vocab_size=8192, hidden_size=768, intermediate_size=2048, num_hidden_layers=8,
+              num_attention_heads=12, num_key_value_heads=12),
     "V": dict(vocab_size=128256, hidden_size=256, intermediate_size=704, num_hidden_layers=2,
               num_attention_heads=8, num_key_value_heads=8),
     "tiny": dict(vocab_size=1024, hidden_size=64, intermediate_size=96, num_hidden_layers=2,

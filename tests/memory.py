@@ -1,7 +1,7 @@
 """What a run needs in memory: an estimate from the model's shapes, and measurements.
 
     python tests/memory.py                  the estimate per device for 0.5B, 8B and 70B
-    python tests/memory.py --measure        peak memory of dpo, dp, pp, pr: full, LoRA, sharded, on this CPU
+    python tests/memory.py --measure        memory of dpo, dp, pp, pr: full, LoRA, sharded, on this CPU
     python tests/memory.py --flat           memory after step 200 against step 20, every variant
 
 `estimate` counts bytes. tests/test_scale.py holds its terms against measured ones on small models.
@@ -143,14 +143,14 @@ def resident(what="VmRSS"):
 
 def in_a_process(arguments, ranks=1):
     """sail.py with these arguments in a process of its own; its memory: before loading, per step, at its
-    peak."""
+    peak. What is freed goes back to the kernel at once, so that it does not count."""
     start = ([] if ranks == 1 else
              ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)])
     with tempfile.TemporaryDirectory() as folder:
         finished = subprocess.run(
             [sys.executable, *start, __file__, "--one", folder, *arguments, "--out", folder + "/run"],
             text=True, capture_output=True,
-            env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+            env={"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", **os.environ})
         if finished.returncode:
             raise SystemExit(finished.stderr)
         return json.loads(Path(folder, "memory.json").read_text())
@@ -189,7 +189,8 @@ def measure(name, steps):
     """Print the table of peak memory."""
     from bench import pairs_of
     print(f"model {name}, {steps} steps of 8 pairs, prompts 64, responses up to 64, micro-batches of 2, MiB "
-          "above the memory before loading; sharded: of rank 0 of two\n"
+          "above the memory before loading: peak, loading and saving included / after the last step; sharded: of "
+          "rank 0 of two\n"
           "| | full | --lora 8 | --shard, two ranks | --shard --lora 8 |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         checkpoint(folder + "/model", name)
@@ -204,7 +205,8 @@ def measure(name, steps):
             for ranks, more in ((1, []), (1, ["--lora", "8"]), (2, ["--shard"]),
                                 (2, ["--shard", "--lora", "8"])):
                 figures = in_a_process([*common, "--variant", variant, *more], ranks)
-                cells.append(f"{(figures['peak'] - figures['before']) / 2**20:.0f}")
+                cells.append(" / ".join(f"{(figure - figures['before']) / 2**20:.0f}"
+                                        for figure in (figures["peak"], figures["steps"][-1])))
             print(f"| {variant} | " + " | ".join(cells) + " |", flush=True)
 
 
@@ -231,11 +233,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--measure", action="store_true")
     parser.add_argument("--flat", action="store_true")
-    parser.add_argument("--model", default="S", help="of bench.py's, to measure (S)")
-    parser.add_argument("--steps", type=int, help="(measure: 10, flat: 200)")
+    parser.add_argument("--model", default="M", help="of bench.py's, to measure (M)")
+    parser.add_argument("--steps", type=int, help="(measure: 3, flat: 200)")
     args = parser.parse_args()
     if args.measure:
-        measure(args.model, args.steps or 10)
+        measure(args.model, args.steps or 3)
     if args.flat:
         flat(args.steps or 200)
     if not args.measure and not args.flat:

@@ -160,6 +160,7 @@ def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(base, unbroken
     spoken = capsys.readouterr().out
     assert said in spoken and "continuing after step 4" in spoken and same(out, unbroken)
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["4", "6"]
+    assert sail.newest_checkpoint(out, print).name == "6"              # whole again
 
 
 def test_without_a_whole_checkpoint_one_line_says_so(base, unbroken, tmp_path, monkeypatch, capsys):

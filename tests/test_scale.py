@@ -131,6 +131,30 @@ def test_a_sharded_checkpoint_is_continued_by_one_process(base, on_two_ranks):
     assert largest_difference(weights(sharded / "model"), before) == 0
 
 
+def test_a_sharded_policy_is_whole_for_a_rollout_and_its_layers_never_longer(base):
+    sail.join_processes(shard=True)
+    try:
+        model = load_policy(base)[0]
+        generate.shard(model)
+
+        def gathered():
+            """After a forward: whether a layer's weights are gathered, and the output layer's."""
+            with torch.no_grad():
+                model(torch.tensor([[3, 4]]))
+            weights = model.model.layers[0].mlp.up_proj.weight, model.lm_head.weight
+            return [not hasattr(weight, "full_tensor") for weight in weights]
+
+        assert gathered() == [False, True]
+        with generate.in_step(model):
+            assert gathered() == [True, True]
+        assert not [p for p in model.parameters() if not hasattr(p, "full_tensor")] and gathered() == [False, True]
+        with generate.in_step(model, gather=False):
+            assert gathered() == [False, True]
+        assert gathered() == [False, True]
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma2", "cohere"])
 def test_the_decoder_layers_are_found_in_any_architecture(family, monkeypatch):
     sharded = []
