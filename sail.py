@@ -490,11 +490,9 @@ def together(action):
 
 def in_turns(action):
     """action(), by one process of a node after the other, as each needs much of the node's memory for it."""
-    turns, own, result = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0)), None
-    for turn in range(turns):
-        mine = together(lambda: action() if turn == own else None)
-        result = mine if turn == own else result
-    return result
+    results = [together(lambda: action() if turn == int(os.environ.get("LOCAL_RANK", 0)) else None)
+               for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))]
+    return next(result for result in results if result is not None)
 
 
 def even_out(micros, device):
@@ -580,7 +578,9 @@ def save_model(policy, tokenizer, directory, args, rank):
     if args.shard:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        names = {name for name, _ in (*policy.named_parameters(), *policy.named_buffers())}     # tied: one
         state = get_model_state_dict(policy, options=options)
+        state = {name: value for name, value in state.items() if name in names}
     if rank:
         return
 

@@ -63,3 +63,13 @@ def checkpoint(tmp_path_factory):
     tiny_model().save_pretrained(path)
     byte_tokenizer(TEMPLATE).save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """An untrained toy model, saved: training starts from it in seconds. Its directory, a string."""
+    from generate import toy_model
+    path = tmp_path_factory.mktemp("base")
+    for part in toy_model(seed=5):
+        part.save_pretrained(path)
+    return str(path)

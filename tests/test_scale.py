@@ -37,15 +37,6 @@ RUNS = {  # one launch of two ranks runs them all
 }
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """An untrained toy model, saved."""
-    path = tmp_path_factory.mktemp("base")
-    for part in toy_model(seed=5):
-        part.save_pretrained(path)
-    return str(path)
-
-
 def run(base, out, *more):
     """Train in this process; returns metrics.jsonl as rows without their seconds."""
     train(parse_args(["--model", base, *COMMON, "--out", str(out), *more]))
@@ -147,7 +138,8 @@ def test_a_sharded_policy_is_whole_for_a_rollout_and_its_layers_never_longer(bas
         assert gathered() == [False, True]
         with generate.in_step(model):
             assert gathered() == [True, True]
-        assert not [p for p in model.parameters() if not hasattr(p, "full_tensor")] and gathered() == [False, True]
+        assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+        assert gathered() == [False, True]
         with generate.in_step(model, gather=False):
             assert gathered() == [False, True]
         assert gathered() == [False, True]

@@ -18,15 +18,6 @@ from sail import draw_pairs, parse_args, plan, train
 ROOT = Path(sail.__file__).parent
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """An untrained toy model, saved: training starts from it in seconds."""
-    path = tmp_path_factory.mktemp("base")
-    for part in toy_model(seed=5):
-        part.save_pretrained(path)
-    return str(path)
-
-
 def run(base, out, *more):
     """Train on the toy for a few steps; returns metrics.jsonl as rows without their seconds."""
     train(parse_args(["--model", base, "--steps", "3", "--batch-size", "10", "--limit", "60",
