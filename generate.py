@@ -212,8 +212,10 @@ def train_adapter(policy, rank, name="model", seed=0):
         raise InputError(f"--lora {rank}: {name} is an adapter of rank {loaded.r}, which is trained on; "
                          "leave --lora out")
     loaded.task_type = "CAUSAL_LM"
+    frozen = copy.deepcopy(loaded)
+    frozen.init_lora_weights = True                                    # others may change the base (PiSSA)
     with warnings.catch_warnings(action="ignore"):                     # that a second adapter is rarely meant
-        policy.add_adapter(copy.deepcopy(loaded), "reference")
+        policy.add_adapter(frozen, "reference")
     parameters = dict(policy.named_parameters())
     for key in parameters:
         if ".reference." in key:

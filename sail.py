@@ -795,7 +795,7 @@ def precompute(examples, reference, directory, args):
         logps = load_file(file)["logps"]                               # (pairs, 2)
     else:
         own, size, parts = examples[rank::world], args.micro_batch_size or 16, []
-        with in_step(inner), torch.no_grad():
+        with in_step(inner, not args.shard_rollouts), torch.no_grad():
             for start in tqdm(range(0, len(own), size), "reference", disable=None if rank == 0 else True):
                 parts.append(pair_logps(reference, own[start:start + size], args.dtype).T.cpu())
         shares = [torch.cat(parts)]

@@ -71,9 +71,13 @@ def trial(ranks, out, base, seed):
     left = sorted(path.name for path in (out / "checkpoints").glob("*"))
     resumed = launch(ranks, out, base, "--resume")
     said = next((line for line in resumed.stdout.splitlines() if "continuing" in line), "from the start")
+    survivor = next((said for said in ("has lost another process", "cannot be written", 'sail.py", line')
+                     if said in killed.stderr), "silent")
     what = (f"{ranks} rank(s), rank {rank} {delay * 1000:4.1f} ms into {phase} {nth:2}: "
             f"status {killed.returncode}, {at} steps logged, checkpoints {left}; {said.split(',')[0]}; "
             f"status {resumed.returncode}")
+    what += f"; the other rank: {survivor}" if ranks > 1 else ""
+    assert "line" not in survivor, killed.stderr                       # no traceback
     assert killed.returncode != 0 and resumed.returncode == 0, what + resumed.stderr
     return what
 

@@ -92,8 +92,8 @@ def test_resume_without_a_checkpoint_starts_and_with_the_last_only_saves(base, u
     assert same(tmp_path, unbroken)
 
 
-def test_a_run_is_continued_on_another_number_of_ranks(base, stopped, unbroken):
-    finished = launched(base, stopped, "--resume", ranks=2)
+def test_a_run_is_continued_on_another_number_of_ranks_and_sharded(base, stopped, unbroken):
+    finished = launched(base, stopped, "--resume", "--shard", ranks=2)
     assert finished.returncode == 0, finished.stderr
     ours, theirs = rows_of(stopped), rows_of(unbroken)
     assert [row["step"] for row in ours] == [1, 2, 3, 4, 5, 6] and ours[:4] == theirs[:4]
