@@ -661,7 +661,7 @@ def claimed(out):
 
 
 def fingerprint(examples):
-    """SHA-256 of the token ids to train on: it tells data, tokenizer, template and truncation apart."""
+    """SHA-256 of the pairs' token ids: it tells data, tokenizer, template and truncation apart."""
     ids = [[example[f"{side}_ids"] for side in ("prompt", "chosen", "rejected")] for example in examples]
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
@@ -755,7 +755,7 @@ def resume(run, path, args):
     before = json.loads((run.out / "args.json").read_text(encoding="utf-8"))
     for name, value in vars(args).items():
         if name not in FREE and before.get(name) != value:
-            what = "the training pairs have" if name == "data_sha256" else f"--{name.replace('_', '-')} has"
+            what = "the data have" if name == "data_sha256" else f"--{name.replace('_', '-')} has"
             raise InputError(f"--resume: {what} changed since {path} was written, from {before.get(name)} to "
                              f"{value}; go back to that, or start afresh with another --out")
     for parameter in run.policy.parameters():
@@ -894,7 +894,7 @@ def train(args):
         (run.policy, run.reference, run.tokenizer, run.reward, run.examples, held_out,
          run.counts) = load_everything(args, device)
         run.total, run.steps = total, steps = plan(len(run.examples), args)
-        args.data_sha256 = fingerprint(run.examples)
+        args.data_sha256 = fingerprint([*run.examples, *held_out])
         if total // max(steps, 1) < world:
             raise InputError(f"{total} pairs in {steps} steps are too few for {world} process(es); more "
                              "--epochs, or a larger --batch-size")

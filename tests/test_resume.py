@@ -292,7 +292,7 @@ def test_data_that_changed_under_a_resume_are_named(base, tmp_path, monkeypatch,
     assert len(json.loads((tmp_path / "run/args.json").read_text())["data_sha256"]) == 64
     data.write_text("".join(json.dumps(row) + "\n" for row in rows[:40] + rows[41:]))
     message = fails_here(base, tmp_path / "run", monkeypatch, capsys, *more, "--resume")
-    assert "--resume: the training pairs have changed since" in message
+    assert "--resume: the data have changed since" in message
 
 
 def test_an_argument_that_changed_under_a_resume_is_named(base, stopped, monkeypatch, capsys):
