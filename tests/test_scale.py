@@ -231,7 +231,7 @@ def test_the_adapter_reference_restores_the_policy_also_when_a_call_fails(base):
 
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(modules_to_save=["embed_tokens"]), "trains modules_to_save"), (dict(bias="all"), "trains bias"),
+    (dict(modules_to_save=["embed_tokens"]), "modules_to_save"), (dict(bias="all"), "trains bias"),
     (dict(target_modules=["q_proj", "lm_head"]), "trains embeddings"),
     (dict(r=2), "is an adapter of rank 2")])
 def test_adapters_that_would_move_the_reference_are_refused(base, tmp_path, changes, message):
