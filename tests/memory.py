@@ -189,8 +189,8 @@ def measure(name, steps):
     """Print the table of peak memory."""
     from bench import pairs_of
     print(f"model {name}, {steps} steps of 8 pairs, prompts 64, responses up to 64, micro-batches of 2, MiB "
-          "above the memory before loading:\npeak, loading and saving included / after the last step; sharded: "
-          "of rank 0 of two\n"
+          "above the memory before loading:\npeak, loading and saving included / after the last step; of two"
+          " ranks, sharded, the first\n"
           "| | full | --lora 8 | --shard, two ranks | --shard --lora 8 |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         checkpoint(folder + "/model", name)
