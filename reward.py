@@ -19,7 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import ADJECTIVES, ADVERBS, NOUNS, InputError, Parser, command_line, read_rows, render
-from generate import load_tokenizer, load_weights
+from generate import first_line, load_tokenizer, load_weights
 
 
 def load_reward(name, device="cpu", trust_remote_code=False, timeout=600.0):
@@ -101,7 +101,8 @@ def guarded(function, name, timeout):
             return f"has not answered within {timeout:g} s", None
         except Exception as error:                       # it is the user's code: anything can come
             place = traceback.extract_tb(error.__traceback__)[:2][-1]     # the function's own line
-            return f"raised {type(error).__name__} ({error}) at {place.filename}:{place.lineno}", None
+            what = f"raised {type(error).__name__} ({first_line(error)})"
+            return f"{what} at {place.filename}:{place.lineno}", None
 
     def score(prompts, responses):
         problem, scores = problem_of(prompts, responses)

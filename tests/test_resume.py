@@ -229,7 +229,8 @@ def score(prompts, responses):
 
 
 @pytest.mark.parametrize("harm, more, said", [
-    ("raise KeyError('mended')", [], r"raised KeyError \('mended'\) at .*mine.py:6, for the response '"),
+    ("raise ValueError('not yet\\nmended')", [],
+     r"raised ValueError \(not yet\) at .*mine.py:6, for the response '"),
     ("return [float('nan')] * len(responses)", [], "returned nan for the response"),
     ("return 1", [], "returned int, want a list"),
     ("time.sleep(100)", ["--reward-timeout", "0.5"], "has not answered within 0.5 s, for one of"),

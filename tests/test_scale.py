@@ -213,6 +213,17 @@ def test_a_run_continued_from_an_sft_adapter_has_that_adapter_as_its_reference(b
     assert (trained - expected).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("changes", [dict(lora_dropout=0.5), dict(init_lora_weights="pissa")],
+                         ids=["dropout", "an initialisation that changes the base"])
+def test_a_continued_adapter_starts_as_saved_and_so_does_its_reference(base, tmp_path, changes):
+    start = adapter_of(base, tmp_path / "sft", **changes)
+    expected = scored(load_policy(start)[0])
+    args = parse_args(["--variant", "dpo", "--model", start, "--limit", "60"])
+    policy, reference, *_ = sail.load_everything(args, "cpu")
+    policy.train()
+    assert torch.equal(scored(policy), expected) and torch.equal(scored(reference), expected)
+
+
 def test_the_adapter_reference_restores_the_policy_also_when_a_call_fails(base):
     pytest.importorskip("peft")
     policy, _ = load_policy(base)
