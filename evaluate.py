@@ -22,17 +22,86 @@ from reward import load_reward
 from sail import dpo_loss, pair_logps, parse_args
 
 
-def mean_and_interval(values):
-    """(mean, half-width of its 95 % interval): the normal approximation over independent values."""
-    values = torch.as_tensor(values, dtype=torch.float64)
-    if len(values) < 2:
-        return values.mean().item(), math.nan
-    return values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values))
+# --- figures, each with its 95 % bootstrap interval over prompts --------------------------------------------
+
+def bootstrap(statistic, *columns, draws=1000, centred=False):
+    """(value, low, high): statistic(*columns), and its 95 % interval when the n rows are drawn anew.
+
+    columns: n numbers each. statistic: takes them as float64 tensors (R, n), one row per draw, and returns
+    (R,). The percentile interval of `draws` draws of n rows with replacement, always the same ones; centred:
+    moved to have its mean at the value. One row has no interval: nan.
+    """
+    columns = [torch.as_tensor(column, dtype=torch.float64) for column in columns]
+    value, n = statistic(*(column[None] for column in columns)).item(), len(columns[0])
+    if n < 2:
+        return value, math.nan, math.nan
+    rows = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
+    drawn = statistic(*(column[rows] for column in columns))                                        # (R,)
+    drawn += value - drawn.mean() if centred else 0
+    return value, *drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+
+
+def mean(values):
+    """(R, n) -> (R,)."""
+    return values.mean(-1)
+
+
+def distinct(texts, n):
+    """distinct-n (arXiv 1510.03055), as `bootstrap` returns it: different n-grams of words over all n-grams,
+    in all texts together. 0 where no text has n words."""
+    words = [text.split() for text in texts]
+    grams = [(row, tuple(text[at:at + n])) for row, text in enumerate(words) for at in range(len(text) - n + 1)]
+    ids = {gram: place for place, gram in enumerate(dict.fromkeys(gram for _, gram in grams))}
+    gram_of = torch.tensor([ids[gram] for _, gram in grams], dtype=torch.long)
+    row_of = torch.tensor([row for row, _ in grams], dtype=torch.long)
+
+    def ratio(rows):                                                   # (R, n) numbers of texts
+        ratios = []
+        for drawn in rows.long():
+            times = drawn.bincount(minlength=len(texts))[row_of]       # of each n-gram's text in this draw
+            seen = torch.zeros(len(ids), dtype=torch.bool).index_fill_(0, gram_of[times > 0], True)
+            ratios.append(seen.sum() / times.sum().clamp(min=1))
+        return torch.stack(ratios).double()
+
+    return bootstrap(ratio, torch.arange(len(texts)), centred=True)    # a text drawn twice brings nothing new
+
+
+def length_controlled(verdicts, lengths):
+    """The win rate that is left at equal lengths, (R, n) × 2 -> (R,), as in AlpacaEval 2 (arXiv 2404.04475).
+
+    verdicts: 1, ½ or 0. lengths: how much longer the response is than its opponent, scaled by
+    `scaled_lengths`. The model P(win) = σ(quality + bias · length) is fitted by Newton's method; the rate is
+    σ(quality); where no length differs, the raw rate. A trace of ridge keeps both finite, and weighs a
+    thousand times more on quality: what the two explain equally well, as when all wins are longer, counts
+    as length. (AlpacaEval's model also has a term for the instruction's difficulty, which needs the verdicts
+    on many models.)
+    """
+    inputs = torch.stack([torch.ones_like(lengths), lengths], -1)                             # (R, n, 2)
+    ridge, weights = torch.tensor([0.1, 1e-4], dtype=verdicts.dtype), verdicts.new_zeros(len(verdicts), 2)
+    for _ in range(100):
+        p = torch.sigmoid((inputs @ weights[..., None])[..., 0])                              # (R, n)
+        gradient = ((verdicts - p)[..., None] * inputs).sum(1) - ridge * weights              # (R, 2)
+        hessian = (inputs * (p * (1 - p))[..., None]).mT @ inputs + ridge.diag()              # (R, 2, 2)
+        step = torch.linalg.solve(hessian, gradient)
+        weights = weights + step / (step.norm(dim=-1, keepdim=True) / 5).clamp(min=1)
+    return torch.where((lengths == 0).all(-1), verdicts.mean(-1), torch.sigmoid(weights[:, 0]))
+
+
+def scaled_lengths(ours, theirs):
+    """tanh(difference / its root mean square) of the lengths of texts, in characters: (n,), between −1 and 1."""
+    difference = torch.tensor([float(len(one) - len(other)) for one, other in zip(ours, theirs)])
+    return torch.tanh(difference / difference.square().mean().sqrt().clamp(min=1e-9))
+
+
+def win_figures(verdicts, ours, theirs):
+    """Raw and length-controlled win rate of the responses `ours` against `theirs`; verdicts: 1, ½ (tie), 0."""
+    return {"win_rate": bootstrap(mean, verdicts),
+            "lc_win_rate": bootstrap(length_controlled, verdicts, scaled_lengths(ours, theirs))}
 
 
 @torch.no_grad()
 def evaluate_policy(policy, reference, tokenizer, examples, reward, args, batch_size=32):
-    """Figures of a policy on held-out examples: ({name: (mean, half-width)}, samples).
+    """Figures of a policy on held-out examples: ({name: (value, low, high)}, samples).
 
     reference: None leaves out what is measured against it. reward: None leaves out reward and win rate.
     args: beta, dtype, max_response_length, and the seed that the samples are drawn with. KL is estimated from
@@ -44,7 +113,7 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, batch_
                                      args.max_response_length)
     samples = [{"prompt": example["prompt"], "response": response_text(tokenizer, ids)}
                for example, (ids,) in zip(examples, responses)]
-    columns = {}
+    texts, columns, wins = [row["response"] for row in samples], {}, {}
     if reference is not None:
         columns = {"loss": [], "margin": [], "accuracy": [], "kl": []}
         for start in tqdm(range(0, len(examples), batch_size), "scoring", leave=False,
@@ -60,16 +129,16 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, batch_
                               - pair_logps(reference, sampled, args.dtype)[1]).tolist()
     if reward is not None:
         prompts = [example["prompt"] for example in examples]
-        scores = reward(prompts, [row["response"] for row in samples])
-        chosen = reward(prompts, [response_text(tokenizer, example["chosen_ids"]) for example in examples])
-        columns["reward"] = scores
-        columns["win_rate"] = [0.5 if ours == theirs else float(ours > theirs)
-                               for ours, theirs in zip(scores, chosen)]
-        for row, score in zip(samples, scores):
+        chosen = [response_text(tokenizer, example["chosen_ids"]) for example in examples]
+        columns["reward"] = reward(prompts, texts)
+        wins = win_figures([0.5 * (1 + (one > other) - (one < other)) for one, other in zip(
+            columns["reward"], reward(prompts, chosen))], texts, chosen)
+        for row, score in zip(samples, columns["reward"]):
             row["reward"] = score
     columns["length"] = [float(len(ids)) for ids, in responses]
     columns["unfinished"] = [float(not done) for done, in finished]
-    return {name: mean_and_interval(values) for name, values in columns.items()}, samples
+    return {**{name: bootstrap(mean, values) for name, values in columns.items()}, **wins,
+            "distinct_1": distinct(texts, 1), "distinct_2": distinct(texts, 2)}, samples
 
 
 def find_run(path, overrides):
@@ -85,12 +154,17 @@ def find_run(path, overrides):
     return path.name or str(path), str(path / "model") if saved else str(path), Namespace(**settings)
 
 
+def shown(value, low, high):
+    """A figure as text, with half the width of its interval."""
+    return f"{value:.3f} ± {(high - low) / 2:.3f}"
+
+
 def print_table(results):
-    """The results as an aligned table, a model per line, mean ± half-width of the 95 % interval."""
+    """The results as an aligned table, a model per line."""
     names = [name for name in ("reward", "win_rate", "kl", "length", "unfinished", "loss", "margin",
                                "accuracy") if any(name in figures for figures in results.values())]
     rows = [["model", *names]] + [
-        [model] + ["{:.3f} ± {:.3f}".format(*figures[name]) if name in figures else "" for name in names]
+        [model] + [shown(*figures[name]) if name in figures else "" for name in names]
         for model, figures in results.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     for row in rows:

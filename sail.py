@@ -628,16 +628,19 @@ def log(out, record, steps, log_every):
 
 def evaluate_now(run, held_out, args, step):
     """Evaluate on the held-out pairs; append to eval.jsonl, and eight samples to
-    samples.jsonl; print a line. Rank 0 scores and writes."""
-    from evaluate import evaluate_policy
+    samples.jsonl; print a line, value ± half the 95 % interval. Rank 0 scores and writes."""
+    from evaluate import evaluate_policy, shown
     figures, samples = evaluate_policy(run.policy, run.reference, run.tokenizer, held_out,
                                        run.reward if run.rank == 0 else None, args)
     if run.rank:
         return
-    write_line(run.out, "eval", {"step": step, **{name: mean for name, (mean, _) in figures.items()}})
+    row = {"step": step}
+    for name, (value, *interval) in figures.items():
+        row.update({name: value, f"{name}_interval": interval if math.isfinite(interval[0]) else None})
+    write_line(run.out, "eval", row)
     for row in samples[:8]:
         write_line(run.out, "samples", {"step": step, **row})
-    tqdm.write(f"eval {step} | " + " | ".join(f"{name} {mean:.3f}" for name, (mean, _) in figures.items()))
+    tqdm.write(f"eval {step} | " + " | ".join(f"{name} {shown(*figure)}" for name, figure in figures.items()))
 
 
 # --- a run that can be stopped and continued: its directory, its checkpoints --------------------------------
