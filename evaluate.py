@@ -10,6 +10,7 @@ chosen responses by the reward, a tie counting ½.
 """
 import json
 import math
+import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -50,7 +51,8 @@ def distinct(texts, n):
     """distinct-n (arXiv 1510.03055), as `bootstrap` returns it: different n-grams of words over all n-grams,
     in all texts together. 0 where no text has n words."""
     words = [text.split() for text in texts]
-    grams = [(row, tuple(text[at:at + n])) for row, text in enumerate(words) for at in range(len(text) - n + 1)]
+    grams = [(row, tuple(text[at:at + n]))
+             for row, text in enumerate(words) for at in range(len(text) - n + 1)]
     ids = {gram: place for place, gram in enumerate(dict.fromkeys(gram for _, gram in grams))}
     gram_of = torch.tensor([ids[gram] for _, gram in grams], dtype=torch.long)
     row_of = torch.tensor([row for row, _ in grams], dtype=torch.long)
@@ -88,13 +90,13 @@ def length_controlled(verdicts, lengths):
 
 
 def scaled_lengths(ours, theirs):
-    """tanh(difference / its root mean square) of the lengths of texts, in characters: (n,), between −1 and 1."""
+    """tanh(difference / its root mean square) of the texts' lengths in characters: (n,), within ±1."""
     difference = torch.tensor([float(len(one) - len(other)) for one, other in zip(ours, theirs)])
     return torch.tanh(difference / difference.square().mean().sqrt().clamp(min=1e-9))
 
 
 def win_figures(verdicts, ours, theirs):
-    """Raw and length-controlled win rate of the responses `ours` against `theirs`; verdicts: 1, ½ (tie), 0."""
+    """Raw and length-controlled win rate of the texts `ours` against `theirs`; verdicts: 1, ½ (tie), 0."""
     return {"win_rate": bootstrap(mean, verdicts),
             "lc_win_rate": bootstrap(length_controlled, verdicts, scaled_lengths(ours, theirs))}
 
@@ -154,6 +156,10 @@ def find_run(path, overrides):
     return path.name or str(path), str(path / "model") if saved else str(path), Namespace(**settings)
 
 
+COLUMNS = ("reward", "win_rate", "lc_win_rate", "kl", "length", "unfinished", "distinct_1", "distinct_2", "loss",
+           "margin", "accuracy")
+
+
 def shown(value, low, high):
     """A figure as text, with half the width of its interval."""
     return f"{value:.3f} ± {(high - low) / 2:.3f}"
@@ -161,8 +167,7 @@ def shown(value, low, high):
 
 def print_table(results):
     """The results as an aligned table, a model per line."""
-    names = [name for name in ("reward", "win_rate", "kl", "length", "unfinished", "loss", "margin",
-                               "accuracy") if any(name in figures for figures in results.values())]
+    names = [name for name in COLUMNS if any(name in figures for figures in results.values())]
     rows = [["model", *names]] + [
         [model] + [shown(*figures[name]) if name in figures else "" for name in names]
         for model, figures in results.items()]
@@ -172,37 +177,147 @@ def print_table(results):
                         for column, (cell, width) in enumerate(zip(row, widths))))
 
 
-def plot(results, runs, path):
-    """Reward against KL, and the held-out reward over training, as a PNG; labels stand
-    beside what they name."""
+def write_figures(results, path):
+    """{model: {name: [value, low, high]}} as JSON; what is not a finite number is null."""
+    finite = {model: {name: [number if math.isfinite(number) else None for number in figure]
+                      for name, figure in figures.items()} for model, figures in results.items()}
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(json.dumps(finite, indent=1) + "\n", encoding="utf-8")
+
+
+# --- finished runs side by side: a table and a picture ------------------------------------------------------
+
+def over_seeds(values):
+    """(mean, low, high) of one figure of several runs: the 95 % t-interval; nan with fewer than two."""
+    values = torch.tensor(values, dtype=torch.float64)
+    n, mean = len(values), values.mean().item()
+    quantile = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
+    t = quantile[n - 2] if 2 <= n <= 16 else 1.96 + 2.5 / max(n - 1, 1)
+    half = t * values.std().item() / math.sqrt(n) if n > 1 else math.nan
+    return mean, mean - half, mean + half
+
+
+def read_runs(paths):
+    """{variant: [rows of eval.jsonl, for each of its runs]} of finished runs of sail.py. Runs whose names differ
+    in their ending -sN alone are a variant's seeds; what is no finished run is passed over. Raises InputError
+    where there is none."""
+    groups = {}
+    for path in map(Path, paths):
+        file = path / "eval.jsonl"
+        if (path / "model").is_dir() and file.is_file() and file.stat().st_size:
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+            groups.setdefault(re.sub(r"-s\d+$", "", path.name), []).append(rows)
+    if not groups:
+        raise InputError("--compare: no finished run with held-out figures among the arguments; want "
+                         "directories that sail.py wrote, as in runs/toy/*")
+    return groups
+
+
+def figure_of(name, rows):
+    """(value, low, high) of one figure: of one run's evaluation, with its interval over prompts, or of several
+    seeds', with that over seeds; None where it was not measured."""
+    if any(row.get(name) is None for row in rows):
+        return None
+    if len(rows) == 1:
+        return rows[0][name], *(rows[0][f"{name}_interval"] or (math.nan, math.nan))
+    return over_seeds([row[name] for row in rows])
+
+
+def compare(paths, out):
+    """Print finished runs as one markdown table; write its figures to `out` and a picture beside it."""
+    groups, results = read_runs(paths), {}
+    for name, runs in groups.items():
+        figures = {column: figure_of(column, [rows[-1] for rows in runs]) for column in COLUMNS}
+        results[name] = {column: figure for column, figure in figures.items() if figure}
+    names = [name for name in COLUMNS if any(name in figures for figures in results.values())]
+    print(f"| | runs | {' | '.join(names)} |\n|---|{'---|' * (len(names) + 1)}")
+    for model, figures in results.items():
+        cells = [shown(*figures[name]) if name in figures else "" for name in names]
+        print(f"| {model} | {len(groups[model])} | {' | '.join(cells)} |")
+    picture = Path(out).with_suffix(".png")
+    write_figures(results, out)
+    plot(groups, results, picture)
+    print(f"\n± half the 95 % interval: over seeds (t) where there are several, else over prompts (bootstrap)\n"
+          f"figures in {out}, picture in {picture}")
+
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker each besides.
+COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F"]
+MARKERS = "osD^vPX*"
+
+
+def put_labels(axes, labels):
+    """Write (text, x, y, colour) beside their points, each at the first place where it covers no other."""
+    taken = []
+    axes.figure.draw_without_rendering()                               # until then no place is known
+    for text, x, y, colour in sorted(labels, key=lambda label: -label[2]):
+        for dy in (-4, -16, 8, -28, 20, -40, 32):
+            label = axes.annotate(text, (x, y), (8, dy), textcoords="offset points", color=colour, fontsize=11)
+            box = label.get_window_extent()
+            if dy == 32 or not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            label.remove()
+
+
+def errors(figure):
+    """(value, low, high) as what matplotlib calls yerr."""
+    value, low, high = figure
+    return [[value - low], [high - value]]
+
+
+def plot(groups, results, path):
+    """Reward against KL, the held-out reward over training, and win rates, as a PNG; names stand beside what they
+    name. On the left a small point is one evaluation of one run, a line the mean over runs."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
-    colours = dict(zip(results, ["#000000", "#0072B2", "#E69F00", "#CC79A7", "#009E73", "#56B4E9",
-                                 "#D55E00"] * 9))
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    for name, figures in results.items():
-        if "reward" in figures and "kl" in figures:
-            (reward, reward_half), (kl, kl_half) = figures["reward"], figures["kl"]
-            left.errorbar(kl, reward, reward_half, kl_half, fmt="o", color=colours[name], capsize=2)
-            left.annotate(name, (kl, reward), (6, 6), textcoords="offset points", color=colours[name])
-        curve = Path(runs[name], "eval.jsonl")
-        rows = [json.loads(line) for line in curve.read_text().split("\n") if line] if curve.is_file() else []
-        rows = [row for row in rows if row.get("reward") is not None]
-        if rows and "kl" in rows[0]:                       # not SFT, which starts from nothing
-            right.plot([row["step"] for row in rows], [row["reward"] for row in rows], color=colours[name])
-            right.annotate(name, (rows[-1]["step"], rows[-1]["reward"]), (4, -3), textcoords="offset points",
-                           color=colours[name])
-    left.set(xlabel="KL(π‖π_ref), nats per response", ylabel="held-out reward",
-             title="after training, 95 % intervals")
-    left.set_xscale("symlog")
+        raise InputError("the picture needs matplotlib: pip install matplotlib") from None
+    figure = Figure(figsize=(10, 5.6 + 0.33 * len(groups)), layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=[4.6, 1 + 0.33 * len(groups)])
+    left, right, bars = (figure.add_subplot(place) for place in (grid[0, 0], grid[0, 1], grid[1, :]))
+    beside_left, beside_right = [], []
+    for nth, (name, runs) in enumerate(groups.items()):
+        colour, marker, last = COLOURS[nth % 8], MARKERS[nth % 8], results[name]
+        style = dict(color=colour, marker=marker, markersize=7, capsize=3)
+        for key, shift, shade in (("win_rate", -0.17, 1), ("lc_win_rate", 0.17, 0.4)):
+            if key in last:
+                percent = [100 * number for number in last[key]]
+                bars.barh(nth + shift, percent[0], 0.3, color=colour, alpha=shade, linewidth=0)
+                bars.errorbar(percent[0], nth + shift, xerr=errors(percent), color="#555555", capsize=2)
+        if "reward" not in last:
+            continue
+        if "kl" not in last:                               # SFT, which has no reference: it is the others'
+            left.errorbar(0, last["reward"][0], errors(last["reward"]), **style)
+            beside_left.append((name, 0, last["reward"][0], colour))
+            continue
+        steps = sorted(set.intersection(*({row["step"] for row in rows} for rows in runs)))
+        at = [[row for rows in runs for row in rows if row["step"] == step] for step in steps]
+        reward, low, high = zip(*[figure_of("reward", rows) for rows in at])
+        left.scatter(*zip(*[(row["kl"], row["reward"]) for rows in at for row in rows]), s=9, color=colour,
+                     marker=marker, alpha=0.35, linewidths=0)
+        left.plot([figure_of("kl", rows)[0] for rows in at], reward, color=colour)
+        left.errorbar(last["kl"][0], last["reward"][0], errors(last["reward"]), errors(last["kl"]), **style)
+        right.plot(steps, reward, color=colour)
+        right.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        beside_left.append((name, last["kl"][0], last["reward"][0], colour))
+        beside_right.append((name, steps[-1], reward[-1], colour))
+    left.set_xscale("symlog", linthresh=1)
+    left.set_xlim(left=-0.1)
+    left.margins(x=0.2)
+    right.margins(x=0.2)
+    left.set(xlabel="KL(π‖π_ref), nats per response", ylabel="held-out reward", title="reward against KL")
     right.set(xlabel="optimizer step", ylabel="held-out reward", title="during training")
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
+    bars.set(yticks=range(len(groups)), yticklabels=groups, xlim=(0, 100), xlabel="wins against the data's chosen "
+             "responses, %; pale: length-controlled")
+    bars.axvline(50, color="black", linewidth=0.8, linestyle=":")
+    bars.invert_yaxis()
+    for axes in (left, right, bars):
+        axes.grid(alpha=0.25)
+        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.margins(x=0.12)
+    put_labels(left, beside_left)
+    put_labels(right, beside_right)
     figure.savefig(path, dpi=130, format="png")
 
 
@@ -226,11 +341,15 @@ def main():
     parser.add_argument("--seed", type=number(int, 0, 2**20), default=0)
     parser.add_argument("--trust-remote-code", action="store_true", default=None,
                         help="run code of a hub model")
-    parser.add_argument("--out", default="results.json", help="the figures as JSON: [mean, half-width]")
-    parser.add_argument("--plot", metavar="PNG", help="draw reward, KL and learning curves")
+    parser.add_argument("--compare", action="store_true",
+                        help="only read what finished runs have measured, into one table and one picture")
+    parser.add_argument("--out", default="results.json",
+                        help="the figures as JSON: [value, low, high]; --compare puts its picture beside it")
     overrides = vars(parser.parse_args())
-    paths, out, picture, reference = (overrides.pop(key) for key in ("models", "out", "plot", "reference"))
+    paths, out, reference = (overrides.pop(key) for key in ("models", "out", "reference"))
     paths = [path for path in paths if not Path(path).is_file()]       # runs/toy/* also names results.json
+    if overrides.pop("compare"):
+        return compare(paths, out)
     if not paths:
         raise InputError("no run or model directory among the arguments")
     runs = [find_run(path, overrides) for path in paths]
@@ -244,10 +363,8 @@ def main():
         raise InputError(f"{args.data}: no pair is held out; name some with --eval-data")
     reward = load_reward(args.reward, device, args.trust_remote_code) if args.reward else None
     reference, reference_tokenizer = load_policy(reference_name, device, args.trust_remote_code)
-    for file in filter(None, (out, picture)):
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
     print(f"{min(len(held_out), args.eval_limit)} held-out pairs of {args.eval_data or args.data}, reference "
-          f"{reference_name}, reward {args.reward}; mean ± half-width of the 95 % interval over pairs")
+          f"{reference_name}, reward {args.reward}; ± half the 95 % interval over prompts")
     results = {}
     for name, model, _ in runs:
         policy, tokenizer = load_policy(model, device, args.trust_remote_code)
@@ -259,12 +376,8 @@ def main():
                              args.max_prompt_length, args.max_response_length)
         results[name], _ = evaluate_policy(policy, reference, tokenizer, examples, reward, args)
     print_table(results)
-    finite = {name: {key: [value if math.isfinite(value) else None for value in figure]
-                     for key, figure in figures.items()} for name, figures in results.items()}
-    Path(out).write_text(json.dumps(finite, indent=1) + "\n", encoding="utf-8")
-    if picture:
-        plot(results, {name: path for (name, *_), path in zip(runs, paths)}, picture)
-    print(f"figures in {out}" + (f", picture in {picture}" if picture else ""))
+    write_figures(results, out)
+    print(f"figures in {out}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from conftest import TEMPLATE, byte_tokenizer
 import evaluate
 import reward as reward_module
 from data import InputError, encode
-from evaluate import evaluate_policy, mean_and_interval
+from evaluate import (bootstrap, compare, distinct, evaluate_policy, length_controlled, mean, over_seeds,
+                      scaled_lengths, win_figures)
 from generate import toy_model
 from reward import label_by_reward, load_reward, toy_reward
 from sail import dpo_loss, pair_logps, parse_args, train
@@ -143,11 +144,84 @@ def test_the_reward_command_line_scores_a_responses_file(tmp_path, monkeypatch, 
 
 # --- evaluation
 
-def test_the_interval_is_that_of_the_mean():
+def test_the_bootstrap_interval_of_a_mean_is_that_of_the_normal_approximation():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)) * 3 + 1
-    mean, half = mean_and_interval(values)
-    assert (mean == pytest.approx(values.mean().item(), abs=1e-6)
-            and half == pytest.approx(1.96 * 3 / 20, rel=0.1))
+    value, low, high = bootstrap(mean, values)
+    assert value == pytest.approx(values.mean().item(), abs=1e-6)
+    assert value - low == pytest.approx(1.96 * 3 / 20, rel=0.1) == high - value
+    assert math.isnan(bootstrap(mean, [1.0])[1])
+
+
+def test_ninety_five_of_a_hundred_intervals_hold_the_truth():
+    generator = torch.Generator().manual_seed(1)
+    held = [low <= 0.3 <= high for _, low, high in (
+        bootstrap(mean, (torch.rand(200, generator=generator) < 0.3).double()) for _ in range(300))]
+    assert 0.91 <= sum(held) / 300 <= 0.98
+
+
+def test_distinct_n_equals_a_hand_computed_value():
+    texts = ["a b a b", "a b", "c", ""]                # bigrams: ab, ba, ab; ab
+    assert distinct(texts, 1)[0] == pytest.approx(3 / 7) and distinct(texts, 2)[0] == pytest.approx(2 / 4)
+    assert distinct(["a", "b"], 2)[0] == 0
+    value, low, high = distinct(["a b c d", "e f"] * 40, 1)
+    assert low <= value <= high and value == pytest.approx(6 / 240)
+
+
+def opponents(lengths):
+    """Texts of these lengths, and as many of 500 characters."""
+    return ["x" * int(length) for length in lengths], ["y" * 500] * len(lengths)
+
+
+def test_on_equal_lengths_the_length_controlled_win_rate_is_the_raw_one():
+    figures = win_figures([1.0] * 13 + [0.5] * 3 + [0.0] * 4, *opponents([500] * 20))
+    assert figures["lc_win_rate"] == pytest.approx(figures["win_rate"]) and figures["win_rate"][0] == 14.5 / 20
+
+
+def test_a_model_that_only_pads_gains_nothing_under_length_control():
+    """The same model twice, one pads its answers; the judge loves length, softly or strictly."""
+    generator = torch.Generator().manual_seed(0)
+    for softness in (30.0, 1e-9):
+        for padding in (0, 60):
+            difference = (50 * torch.randn(400, generator=generator)).round() + padding
+            wins = torch.rand(400, generator=generator) < torch.sigmoid(difference / softness)
+            figures = win_figures(wins.double(), *opponents(500 + difference))
+            assert figures["lc_win_rate"][1] < 0.5 < figures["lc_win_rate"][2]
+            assert (figures["win_rate"][1] > 0.7) == (padding > 0)
+    always = win_figures([1.0] * 50, *opponents(torch.linspace(510, 600, 50)))     # every answer, and always
+    assert always["win_rate"][0] == 1 and always["lc_win_rate"][0] < 0.55
+
+
+def test_quality_is_no_length():
+    """P(win) = σ(1 + Δ/50): at Δ 0 that is 0.731, whatever the padding."""
+    generator = torch.Generator().manual_seed(0)
+    difference = (50 * torch.randn(2000, generator=generator)).round() + 50
+    wins = torch.rand(2000, generator=generator) < torch.sigmoid(1 + difference / 50)
+    value, low, high = win_figures(wins.double(), *opponents(500 + difference))["lc_win_rate"]
+    assert value == pytest.approx(0.731, abs=0.05) and low < 0.731 < high and high - low < 0.2
+
+
+def test_the_length_model_is_fitted_to_its_maximum():
+    generator = torch.Generator().manual_seed(0)
+    lengths = scaled_lengths(*opponents(500 + 50 * torch.randn(60, generator=generator)))
+    wins = (torch.rand(60, generator=generator) < 0.6).double()
+    weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weights], lr=0.5, max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-14)
+
+    def loss():
+        optimizer.zero_grad()
+        margin = weights[0] + weights[1] * lengths.double()
+        value = torch.nn.functional.binary_cross_entropy_with_logits(margin, wins, reduction="sum")
+        value.backward()
+        return value
+
+    optimizer.step(loss)
+    assert length_controlled(wins[None], lengths.double()[None]).item() == pytest.approx(
+        torch.sigmoid(weights[0]).item(), abs=2e-3)
+
+
+def test_the_interval_over_seeds_is_students():
+    assert over_seeds([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(     # t(0.975, 4) = 2.776
+        (3.0, 3 - 2.776 * (2.5 / 5) ** 0.5, 3 + 2.776 * (2.5 / 5) ** 0.5), abs=5e-3)
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +250,7 @@ def evaluated():
 def test_a_tie_is_half_a_win(evaluated):
     *_, figures, samples = evaluated
     assert figures["win_rate"][0] == 0.5 and figures["reward"][0] == 0 and samples[0]["reward"] == 1.0
-    assert figures["win_rate"][1] == pytest.approx(1.96 * (1 / 6) ** 0.5 / 60**0.5, rel=0.02)
+    assert figures["win_rate"][2] - 0.5 == pytest.approx(1.96 * (1 / 6) ** 0.5 / 60**0.5, rel=0.1)
 
 
 def test_the_figures_on_pairs_are_those_of_the_loss(evaluated):
@@ -196,7 +270,7 @@ def test_kl_is_positive_and_zero_against_itself(evaluated):
             and "reward" not in same)
 
 
-def test_runs_are_compared_in_a_table_a_file_and_a_picture(tmp_path, monkeypatch, capsys):
+def test_models_are_evaluated_into_a_table_and_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     base = tmp_path / "base"
     for part in toy_model(seed=5):
@@ -204,17 +278,40 @@ def test_runs_are_compared_in_a_table_a_file_and_a_picture(tmp_path, monkeypatch
     for variant in ("sft", "dpo", "pr"):
         train(parse_args(["--variant", variant, "--model", str(base), "--steps", "2", "--eval-limit", "4"]))
     monkeypatch.setattr("sys.argv", ["evaluate.py", "runs/toy/sft", "runs/toy/dpo", "runs/toy/pr",
-                                     "--eval-limit", "8", "--plot", "picture.png"])
+                                     "--eval-limit", "8"])
     evaluate.main()
     table = capsys.readouterr().out
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["sft", "dpo", "pr"] and "win_rate" in table and f"reference {base}" in table
-    assert all(len(figure) == 2 for figures in results.values() for figure in figures.values())
-    assert (tmp_path / "picture.png").read_bytes()[:4] == b"\x89PNG"
+    assert all(low <= value <= high for figures in results.values() for value, low, high in figures.values())
     monkeypatch.setattr("sys.argv", ["evaluate.py", "results.json", "runs/toy/dpo/model", "--eval-limit", "8",
                                      "--out", "again.json"])
     evaluate.main()                                    # a bare checkpoint: its own reference, so no KL
     assert json.loads((tmp_path / "again.json").read_text())["model"]["kl"][0] == 0
+
+
+def finished_run(path, *rows):
+    """A directory as sail.py leaves it, with these evaluations: (step, KL, reward)."""
+    (path / "model").mkdir(parents=True)
+    lines = [{"step": step, "kl": kl, "kl_interval": [kl - 0.1, kl + 0.1], "reward": reward,
+              "reward_interval": [reward - 0.2, reward + 0.3]} for step, kl, reward in rows]
+    (path / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_finished_runs_are_compared_with_their_seeds_together(tmp_path, capsys):
+    runs = [finished_run(tmp_path / "pr-s0", (0, 0.0, 0.0), (5, 1.0, 2.0)),
+            finished_run(tmp_path / "pr-s1", (0, 0.0, 0.5), (5, 2.0, 3.0)),
+            finished_run(tmp_path / "dpo", (0, 0.0, 0.0), (5, 3.0, 1.0)), tmp_path / "results.json", tmp_path]
+    compare(runs, tmp_path / "out" / "results.json")
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["dpo"] == {"reward": [1.0, 0.8, 1.3], "kl": [3.0, 2.9, 3.1]}        # its own intervals
+    assert results["pr"]["reward"] == pytest.approx([2.5, 2.5 - 12.71 * 0.5, 2.5 + 12.71 * 0.5])
+    lines = capsys.readouterr().out.splitlines()
+    assert "| pr | 2 | 2.500 ± 6.355 | 1.500 ± 6.355 |" in lines and lines[1].startswith("|---|")
+    assert (tmp_path / "out" / "results.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(InputError, match="no finished run"):
+        compare([tmp_path / "results.json"], tmp_path / "results.json")
 
 
 def test_a_model_with_another_vocabulary_than_the_reference_is_refused(tmp_path, monkeypatch, checkpoint):
