@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# ./run.sh              sft → dpo → dp → pp → pr → evaluate, on the embedded toy world
+# ./run.sh              sft → dpo → dp → pp → pr → compare, on the embedded toy world
 # ./run.sh ARGS         the same with ARGS passed to sail.py: ./run.sh --model DIR --data FILE --reward DIR
 # ./run.sh test         the tests
 # NPROC=8 ./run.sh …    with eight processes, one for each GPU; PYTHON=python3.12 ./run.sh … picks the Python
@@ -40,4 +40,4 @@ for variant in sft dpo dp pp pr; do
     if [ $variant = dpo ]; then set -- "$@" --model "runs/$name/sft/model"; fi         # the last --model counts
     run "${train[@]}" --variant $variant "$@" --out "runs/$name/$variant"
 done
-run "$PYTHON" "$here/evaluate.py" "runs/$name/"{sft,dpo,dp,pp,pr} --out "runs/$name/results.json" --plot "runs/$name/results.png"
+run "$PYTHON" "$here/evaluate.py" --compare "runs/$name/"{sft,dpo,dp,pp,pr} --out "runs/$name/results.json"

@@ -366,10 +366,10 @@ VARIANTS = {  # the route: which responses are sampled, whose label; and the aut
     "pr": dict(on_policy=(True, True), self_labelled=False, mix=0.3, response_coef=0.3, label_coef=0.0),
     "spin": dict(on_policy=(False, True), self_labelled=False, mix=1.0, response_coef=0.0, label_coef=0.0),
 }
-DEFAULTS = dict(epochs=1.0, batch_size=32, learning_rate=1e-6, eval_every=100, max_prompt_length=512,
-                max_response_length=512)
-TOY_DEFAULTS = dict(epochs=3.0, batch_size=48, learning_rate=2e-4, eval_every=20, max_prompt_length=8,
-                    max_response_length=24, reward="toy")
+DEFAULTS = dict(epochs=1.0, batch_size=32, learning_rate=1e-6, eval_every=100, eval_limit=128,
+                max_prompt_length=512, max_response_length=512)
+TOY_DEFAULTS = dict(epochs=3.0, batch_size=48, learning_rate=2e-4, eval_every=20, eval_limit=256,
+                    max_prompt_length=8, max_response_length=24, reward="toy")
 TOY_REVKL = {"pp": 0.3}                 # without it PP runs away from the reference: tests/terms_toy.py
 SFT_DEFAULTS = {False: dict(learning_rate=2e-5),                        # by "is it the toy?"
                 True: dict(epochs=4.0, learning_rate=1e-3)}
@@ -1055,7 +1055,7 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="continue from OUT's newest whole checkpoint, if any")
     add("--log-every", type=number(int, 1), default=10, help="steps between printed lines (10)")
     add("--eval-every", type=number(int, 0), help="steps between evaluations (100; toy 20); 0: at the end")
-    add("--eval-limit", type=number(int, 1), default=128, help="held-out pairs to evaluate on (128)")
+    add("--eval-limit", type=number(int, 1), help="held-out pairs to evaluate on (128; toy 256)")
     return completed(parser.parse_args(argv), parser)
 
 
