@@ -3,6 +3,7 @@
     python evaluate.py runs/toy/*                        # runs of sail.py: their own data, reward, lengths
     python evaluate.py MODEL … --data D --reward R       # any checkpoints
     python evaluate.py runs/toy/* --plot picture.png     # … and draw it
+    python evaluate.py --check-judge FILE --reward R     # does R, or a --judge, say what humans said?
 
 On held-out pairs: DPO loss, margin and accuracy against the reference. On responses sampled to their prompts,
 at temperature 1 as in training: reward, length, unfinished, KL(π‖π_ref), and the win rate against the data's
@@ -11,14 +12,16 @@ chosen responses by the reward, a tie counting ½.
 import json
 import math
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import InputError, Parser, command_line, encode, number, train_and_held_out
+from data import (NO_TEXT, BadRow, InputError, Parser, command_line, counted, encode, number, read_rows,
+                  train_and_held_out)
 from generate import check_lengths, end_token_ids, load_policy, response_text, sample
-from reward import load_reward
+from reward import TEMPLATES, load_judge, load_reward, reward_judge
 from sail import dpo_loss, pair_logps, parse_args
 
 
@@ -206,11 +209,139 @@ def plot(results, runs, path):
     figure.savefig(path, dpi=130, format="png")
 
 
+# --- judges against humans ----------------------------------------------------------------------------------
+
+def judge_from(args, reward):
+    """The judge that --judge, --judge-model, --judge-template and --verdicts name; reward: that of --reward,
+    or None. Raises InputError where they name no judge."""
+    if (args.judge == "reward") == bool(args.judge_model):
+        raise InputError("--judge: want a URL, http://HOST/v1, together with --judge-model NAME, or neither")
+    if args.judge != "reward":
+        return load_judge(args.judge, args.judge_model, args.judge_template, args.verdicts)
+    if reward is None:
+        raise InputError("--judge reward: which one? name it with --reward")
+    return reward_judge(reward)
+
+
+def from_pandalm(row):
+    """PandaLM's human test set (arXiv 2306.05087): the vote of most annotators, 1, 2, or 0 for a tie."""
+    (vote, times), = Counter(int(row[f"annotator{place}"]) for place in (1, 2, 3)).most_common(1)
+    if times == 1:
+        raise BadRow("annotators without a majority")
+    prompt = row["instruction"] + (f"\n\n{row['input']}" if row["input"].strip() else "")
+    # the published file has the answer "True" as a boolean
+    return prompt, *(str(row[side]) if isinstance(row[side], bool) else row[side]
+                     for side in ("response1", "response2")), {1: 1.0, 2: 0.0, 0: 0.5}[vote]
+
+
+def from_mt_bench(row):
+    """MT-Bench's human judgments (arXiv 2306.05685), of which first turns are read: a dialogue's second turn
+    follows another first answer on each side."""
+    if int(row["turn"]) != 1:
+        raise BadRow("second turn")
+    (prompt, first), (_, second) = ([turn["content"] for turn in row[f"conversation_{side}"][:2]]
+                                    for side in "ab")
+    return prompt, first, second, {"model_a": 1.0, "model_b": 0.0, "tie": 0.5}[row["winner"].split(" (")[0]]
+
+
+HUMANS = {  # name: (the columns that identify it, converter of a row into prompt, two responses, verdict)
+    "PandaLM": ("instruction input response1 response2 annotator1 annotator2 annotator3", from_pandalm),
+    "MT-Bench": ("model_a model_b winner conversation_a conversation_b turn", from_mt_bench)}
+
+
+def load_human_verdicts(source):
+    """Human verdicts on pairs of responses, as HUMANS says: (prompts, firsts, seconds, verdicts), report.
+
+    A verdict is 1.0 where the first response is better, 0.0 where the second is, 0.5 for a tie. report: a
+    dict {format, dropped}, where `dropped` counts rows by reason. Raises InputError where no row can be used.
+    """
+    rows, kept, dropped = list(read_rows(source)), [], Counter()
+    columns = {*rows[0]} if rows else set()
+    name = next((name for name, (needed, _) in HUMANS.items() if columns.issuperset(needed.split())), None)
+    if name is None:
+        known = "; ".join(f"{name}'s {needed.replace(' ', ', ')}" for name, (needed, _) in HUMANS.items())
+        raise InputError(f"{source}: no rows with human verdicts; want the columns {known}")
+    for row in rows:
+        try:
+            *texts, verdict = HUMANS[name][1](row)
+            if not all(isinstance(text, str) for text in texts):
+                raise BadRow(NO_TEXT)
+            kept.append((*texts, verdict))
+        except BadRow as reason:
+            dropped[str(reason)] += 1
+        except (KeyError, TypeError, AttributeError, ValueError):
+            dropped[NO_TEXT] += 1
+    if not kept:
+        raise InputError(f"{source}: no usable row in {len(rows)} ({counted(dropped)})")
+    return map(list, zip(*kept)), {"format": name, "dropped": dropped}
+
+
+def kappa(ours, theirs):
+    """Cohen's kappa of two columns of wins, ties and losses, (R, n) × 2 -> (R,): of the agreement that chance
+    would not bring, with the same shares of each, the part that is there. nan where chance brings all."""
+    agreement = (ours == theirs).double().mean(-1)
+    chance = sum((ours == value).double().mean(-1) * (theirs == value).double().mean(-1)
+                 for value in (0.0, 0.5, 1.0))
+    return (agreement - chance) / (1 - chance)
+
+
+def length_bias(ours, theirs, longer):
+    """How much more of its decided verdicts a judge gives to the longer response than humans do of theirs,
+    (R, n) × 3 -> (R,): ours the judge's, theirs the humans', longer: 1 where the first response is the longer
+    one, 0 where the second is, ½ where both have as many characters; those rows do not count."""
+    def share(verdicts):
+        decided = (verdicts != 0.5) & (longer != 0.5)
+        return (decided & (verdicts == longer)).double().sum(-1) / decided.sum(-1)
+
+    return share(ours) - share(theirs)
+
+
+def judge_figures(verdicts, human, longer):
+    """What a judge's Verdicts are worth against the humans' (1, ½, 0): {name: (value, low, high)}.
+
+    accuracy: share of the same win, tie or loss; decided: the same on rows where humans saw no tie, a tie of
+    the judge counting ½; kappa; flipped: share whose two orders disagreed; unparsable; length_bias.
+    """
+    ours = [verdict.win for verdict in verdicts]
+    agreement = [1 - abs(one - other) for one, other in zip(ours, human)]
+    decided = [float(verdict != 0.5) for verdict in human]
+    return {"accuracy": bootstrap(mean, [float(share == 1) for share in agreement]),
+            "decided": bootstrap(lambda share, of: (share * of).sum(-1) / of.sum(-1), agreement, decided),
+            "kappa": bootstrap(kappa, ours, human),
+            "flipped": bootstrap(mean, [float(verdict.flipped) for verdict in verdicts]),
+            "unparsable": bootstrap(mean, [float(verdict.unparsable) for verdict in verdicts]),
+            "length_bias": bootstrap(length_bias, ours, human, longer)}
+
+
+def check_judge(args):
+    """Print how the judge of the command line agrees with the humans of --check-judge, and how "the longer
+    response wins" does."""
+    if args.models:
+        raise InputError("--check-judge: judges the responses of its file; name no models")
+    (prompts, first, second, human), report = load_human_verdicts(args.check_judge)
+    reward = None
+    if args.judge == "reward" and args.reward:
+        reward = load_reward(args.reward, "cuda" if torch.cuda.is_available() else "cpu",
+                             args.trust_remote_code)
+    judge = judge_from(args, reward)
+    by_length = reward_judge(load_reward("length"))(prompts, first, second)
+    longer, name = [verdict.win for verdict in by_length], args.judge_model or args.reward
+    results = {} if name == "length" else {name: judge_figures(judge(prompts, first, second), human, longer)}
+    results["longer wins"] = judge_figures(by_length, human, longer)
+    print(f"{len(human)} rows of {args.check_judge} ({report['format']}), {human.count(0.5)} ties among the "
+          f"humans, dropped: {counted(report['dropped'])}; value ± half-width of the 95 % interval over rows")
+    rows = [["judge", *results["longer wins"]]] + [
+        [name, *(shown(*figure) for figure in figures.values())] for name, figures in results.items()]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]))
+
+
 def main():
     """`python evaluate.py RUN …`."""
     parser = Parser(
         description="Evaluate runs of sail.py, or any checkpoints, side by side on held-out data.")
-    parser.add_argument("models", nargs="+", metavar="RUN",
+    parser.add_argument("models", nargs="*", metavar="RUN",
                         help="a run's directory, or a checkpoint's directory or name")
     parser.add_argument("--data", help="as in sail.py (default: the run's)")
     parser.add_argument("--eval-data", help="held-out pairs (default: the run's rule)")
@@ -228,11 +359,24 @@ def main():
                         help="run code of a hub model")
     parser.add_argument("--out", default="results.json", help="the figures as JSON: [mean, half-width]")
     parser.add_argument("--plot", metavar="PNG", help="draw reward, KL and learning curves")
-    overrides = vars(parser.parse_args())
+    parser.add_argument("--judge", default="reward", metavar="URL",
+                        help="who says which response is better: --reward (default), or the model at an "
+                        "OpenAI-compatible http://HOST/v1, with the key in OPENAI_API_KEY")
+    parser.add_argument("--judge-model", metavar="NAME", help="the model at that URL")
+    parser.add_argument("--judge-template", choices=TEMPLATES, default="helpful",
+                        help="what it is asked: which response is more helpful, or safer, or a grade of each")
+    parser.add_argument("--verdicts", metavar="FILE", default="verdicts.jsonl",
+                        help="its answers; none is asked for twice (default: verdicts.jsonl)")
+    parser.add_argument("--check-judge", metavar="FILE",
+                        help="compare the judge with the humans in PandaLM's or MT-Bench's file instead")
+    args = parser.parse_args()
+    if args.check_judge:
+        return check_judge(args)
+    overrides = vars(args)
     paths, out, picture, reference = (overrides.pop(key) for key in ("models", "out", "plot", "reference"))
     paths = [path for path in paths if not Path(path).is_file()]       # runs/toy/* also names results.json
     if not paths:
-        raise InputError("no run or model directory among the arguments")
+        raise InputError("no run or model directory among the arguments, and no --check-judge")
     runs = [find_run(path, overrides) for path in paths]
     if len({name for name, *_ in runs}) < len(runs):
         runs = [(path, *rest) for path, (_, *rest) in zip(paths, runs)]
