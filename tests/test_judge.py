@@ -289,6 +289,22 @@ def test_a_line_says_what_was_asked_and_answered(host, judge_of, tmp_path):
     assert (line["mark"], line["answer"]) == ("a", "Schön\u2028? [[A]]") and line["question"] in host.log
 
 
+def test_an_answer_is_in_the_file_while_the_next_one_is_made(host, tmp_path, monkeypatch):
+    monkeypatch.setattr(reward, "THREADS", 1)
+    path, missing = tmp_path / "verdicts.jsonl", []
+
+    def patient(question):
+        until = time.monotonic() + 5
+        while path.read_bytes().count(b"\n") < len(host.log) - 1 and time.monotonic() < until:
+            time.sleep(0.005)
+        missing.append(len(host.log) - 1 - path.read_bytes().count(b"\n"))
+        return "[[A]]"
+
+    host.answer = patient
+    load_judge(host.url, "m", verdicts=path)(["p", "q"], ["aaa", "aaa"], ["b", "b"])
+    assert missing == [0] * 4
+
+
 def test_half_a_line_is_cut_off_and_its_question_asked_again(host, judge_of, tmp_path):
     path, pairs = tmp_path / "verdicts.jsonl", (["p"], ["aaa"], ["b"])
     judge_of()(*pairs)
