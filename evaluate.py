@@ -2,24 +2,28 @@
 
     python evaluate.py runs/toy/*                        # runs of sail.py: their own data, reward, lengths
     python evaluate.py MODEL … --data D --reward R       # any checkpoints
-    python evaluate.py runs/toy/* --plot picture.png     # … and draw it
+    python evaluate.py MODEL --against OTHER …           # win rates against another model's responses
+    python evaluate.py --compare runs/toy/*              # what finished runs have measured: table and picture
+    python evaluate.py --check-judge FILE --reward R     # does R, or a --judge, say what humans said?
 
 On held-out pairs: DPO loss, margin and accuracy against the reference. On responses sampled to their prompts,
-at temperature 1 as in training: reward, length, unfinished, KL(π‖π_ref), and the win rate against the data's
-chosen responses by the reward, a tie counting ½.
+at temperature 1 as in training: reward, length, unfinished, distinct-n, KL(π‖π_ref), and the win rate against
+the data's chosen responses or another model's, a tie counting ½, raw and length-controlled.
 """
 import json
 import math
 import re
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from data import InputError, Parser, command_line, encode, number, train_and_held_out
+from data import (NO_TEXT, BadRow, InputError, Parser, command_line, counted, encode, number, read_rows,
+                  train_and_held_out)
 from generate import check_lengths, end_token_ids, load_policy, response_text, sample
-from reward import load_reward
+from reward import TEMPLATES, load_judge, load_reward, reward_judge, verdicts_of
 from sail import dpo_loss, pair_logps, parse_args
 
 
@@ -96,16 +100,28 @@ def scaled_lengths(ours, theirs):
 
 
 def win_figures(verdicts, ours, theirs):
-    """Raw and length-controlled win rate of the texts `ours` against `theirs`; verdicts: 1, ½ (tie), 0."""
-    return {"win_rate": bootstrap(mean, verdicts),
-            "lc_win_rate": bootstrap(length_controlled, verdicts, scaled_lengths(ours, theirs))}
+    """What a judge's Verdicts on the texts `ours` against `theirs` come to: win rate, raw and
+    length-controlled, and `notes_of`."""
+    wins = [verdict.win for verdict in verdicts]
+    return {"win_rate": bootstrap(mean, wins),
+            "lc_win_rate": bootstrap(length_controlled, wins, scaled_lengths(ours, theirs)),
+            **notes_of(verdicts)}
+
+
+def notes_of(verdicts):
+    """Of a model's Verdicts the shares of flipped and of unparsable ones, and the mean grade; {} of a reward's."""
+    columns = {name: [getattr(verdict, name) for verdict in verdicts] for name in ("flipped", "unparsable", "grade")}
+    return {name: bootstrap(mean, [float(value) for value in values if value is not None])
+            for name, values in columns.items() if any(value is not None for value in values)}
 
 
 @torch.no_grad()
-def evaluate_policy(policy, reference, tokenizer, examples, reward, args, batch_size=32):
+def evaluate_policy(policy, reference, tokenizer, examples, reward, args, judge=None, opponents=None,
+                    batch_size=32):
     """Figures of a policy on held-out examples: ({name: (value, low, high)}, samples).
 
-    reference: None leaves out what is measured against it. reward: None leaves out reward and win rate.
+    reference: None leaves out what is measured against it. reward: None leaves out the reward. judge: None
+    lets the reward judge; with neither, no win rates. opponents: a text for each example (the chosen ones).
     args: beta, dtype, max_response_length, and the seed that the samples are drawn with. KL is estimated from
     the samples, log π(y) − log π_ref(y) summed over y's tokens, in nats per response.
     """
@@ -115,7 +131,9 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, batch_
                                      args.max_response_length)
     samples = [{"prompt": example["prompt"], "response": response_text(tokenizer, ids)}
                for example, (ids,) in zip(examples, responses)]
-    texts, columns, wins = [row["response"] for row in samples], {}, {}
+    prompts, texts = ([row[key] for row in samples] for key in ("prompt", "response"))
+    columns, wins = {}, {}
+    opponents = opponents or [response_text(tokenizer, example["chosen_ids"]) for example in examples]
     if reference is not None:
         columns = {"loss": [], "margin": [], "accuracy": [], "kl": []}
         for start in tqdm(range(0, len(examples), batch_size), "scoring", leave=False,
@@ -130,13 +148,13 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, batch_
             columns["kl"] += (pair_logps(policy, sampled, args.dtype)[1]
                               - pair_logps(reference, sampled, args.dtype)[1]).tolist()
     if reward is not None:
-        prompts = [example["prompt"] for example in examples]
-        chosen = [response_text(tokenizer, example["chosen_ids"]) for example in examples]
         columns["reward"] = reward(prompts, texts)
-        wins = win_figures([0.5 * (1 + (one > other) - (one < other)) for one, other in zip(
-            columns["reward"], reward(prompts, chosen))], texts, chosen)
         for row, score in zip(samples, columns["reward"]):
             row["reward"] = score
+    if judge is not None:
+        wins = win_figures(judge(prompts, texts, opponents), texts, opponents)
+    elif reward is not None:
+        wins = win_figures(verdicts_of(columns["reward"], reward(prompts, opponents)), texts, opponents)
     columns["length"] = [float(len(ids)) for ids, in responses]
     columns["unfinished"] = [float(not done) for done, in finished]
     return {**{name: bootstrap(mean, values) for name, values in columns.items()}, **wins,
@@ -156,8 +174,9 @@ def find_run(path, overrides):
     return path.name or str(path), str(path / "model") if saved else str(path), Namespace(**settings)
 
 
-COLUMNS = ("reward", "win_rate", "lc_win_rate", "kl", "length", "unfinished", "distinct_1", "distinct_2", "loss",
-           "margin", "accuracy")
+COLUMNS = ("reward", "win_rate", "lc_win_rate", "grade", "kl", "length", "unfinished", "distinct_1",
+           "distinct_2", "loss", "margin", "accuracy", "decided", "kappa", "length_bias", "flipped",
+           "unparsable")
 
 
 def shown(value, low, high):
@@ -198,9 +217,11 @@ def over_seeds(values):
 
 
 def read_runs(paths):
-    """{variant: [rows of eval.jsonl, for each of its runs]} of finished runs of sail.py. Runs whose names differ
-    in their ending -sN alone are a variant's seeds; what is no finished run is passed over. Raises InputError
-    where there is none."""
+    """{variant: [rows of eval.jsonl, for each of its runs]} of finished runs of sail.py.
+
+    Runs whose names differ in their ending -sN alone are a variant's seeds; what is no finished run is passed
+    over. Raises InputError where there is none.
+    """
     groups = {}
     for path in map(Path, paths):
         file = path / "eval.jsonl"
@@ -214,7 +235,7 @@ def read_runs(paths):
 
 
 def figure_of(name, rows):
-    """(value, low, high) of one figure: of one run's evaluation, with its interval over prompts, or of several
+    """(value, low, high) of one figure: of one evaluation, with its interval over prompts, or of several
     seeds', with that over seeds; None where it was not measured."""
     if any(row.get(name) is None for row in rows):
         return None
@@ -237,7 +258,7 @@ def compare(paths, out):
     picture = Path(out).with_suffix(".png")
     write_figures(results, out)
     plot(groups, results, picture)
-    print(f"\n± half the 95 % interval: over seeds (t) where there are several, else over prompts (bootstrap)\n"
+    print("\n± half the 95 % interval: over seeds (t) where there are several, else over prompts (bootstrap)\n"
           f"figures in {out}, picture in {picture}")
 
 
@@ -252,7 +273,8 @@ def put_labels(axes, labels):
     axes.figure.draw_without_rendering()                               # until then no place is known
     for text, x, y, colour in sorted(labels, key=lambda label: -label[2]):
         for dy in (-4, -16, 8, -28, 20, -40, 32):
-            label = axes.annotate(text, (x, y), (8, dy), textcoords="offset points", color=colour, fontsize=11)
+            label = axes.annotate(text, (x, y), (8, dy), textcoords="offset points", color=colour,
+                                  fontsize=11)
             box = label.get_window_extent()
             if dy == 32 or not any(box.overlaps(other) for other in taken):
                 taken.append(box)
@@ -267,8 +289,8 @@ def errors(figure):
 
 
 def plot(groups, results, path):
-    """Reward against KL, the held-out reward over training, and win rates, as a PNG; names stand beside what they
-    name. On the left a small point is one evaluation of one run, a line the mean over runs."""
+    """Reward against KL, the held-out reward over training, and win rates, as a PNG; names stand beside what
+    they name. On the left a small point is one evaluation of one run, a line the mean over runs."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -308,8 +330,8 @@ def plot(groups, results, path):
     right.margins(x=0.2)
     left.set(xlabel="KL(π‖π_ref), nats per response", ylabel="held-out reward", title="reward against KL")
     right.set(xlabel="optimizer step", ylabel="held-out reward", title="during training")
-    bars.set(yticks=range(len(groups)), yticklabels=groups, xlim=(0, 100), xlabel="wins against the data's chosen "
-             "responses, %; pale: length-controlled")
+    bars.set(yticks=range(len(groups)), yticklabels=groups, xlim=(0, 100),
+             xlabel="wins against the data's chosen responses, %; pale: length-controlled")
     bars.axvline(50, color="black", linewidth=0.8, linestyle=":")
     bars.invert_yaxis()
     for axes in (left, right, bars):
@@ -321,50 +343,187 @@ def plot(groups, results, path):
     figure.savefig(path, dpi=130, format="png")
 
 
-def main():
-    """`python evaluate.py RUN …`."""
-    parser = Parser(
-        description="Evaluate runs of sail.py, or any checkpoints, side by side on held-out data.")
-    parser.add_argument("models", nargs="+", metavar="RUN",
-                        help="a run's directory, or a checkpoint's directory or name")
-    parser.add_argument("--data", help="as in sail.py (default: the run's)")
-    parser.add_argument("--eval-data", help="held-out pairs (default: the run's rule)")
-    parser.add_argument("--reward", help="as in sail.py (default: the run's)")
-    parser.add_argument("--reference", help="for KL, loss and margin (default: the reference of the first "
-                        "run that has one, else the first model)")
-    parser.add_argument("--beta", type=number(float, 1e-9), help="(default: the run's)")
-    parser.add_argument("--eval-limit", type=number(int, 1), default=256,
-                        help="held-out pairs (default: 256)")
-    parser.add_argument("--max-prompt-length", type=number(int, 1))
-    parser.add_argument("--max-response-length", type=number(int, 1))
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"])
-    parser.add_argument("--seed", type=number(int, 0, 2**20), default=0)
-    parser.add_argument("--trust-remote-code", action="store_true", default=None,
-                        help="run code of a hub model")
-    parser.add_argument("--compare", action="store_true",
-                        help="only read what finished runs have measured, into one table and one picture")
-    parser.add_argument("--out", default="results.json",
-                        help="the figures as JSON: [value, low, high]; --compare puts its picture beside it")
-    overrides = vars(parser.parse_args())
-    paths, out, reference = (overrides.pop(key) for key in ("models", "out", "reference"))
-    paths = [path for path in paths if not Path(path).is_file()]       # runs/toy/* also names results.json
-    if overrides.pop("compare"):
-        return compare(paths, out)
+# --- judges against humans ----------------------------------------------------------------------------------
+
+def judge_from(args, reward):
+    """The judge that --judge, --judge-model, --judge-template and --verdicts name; reward: that of --reward,
+    or None. Raises InputError where they name no judge."""
+    if (args.judge == "reward") == bool(args.judge_model):
+        raise InputError("--judge: want a URL, http://HOST/v1, together with --judge-model NAME, or neither")
+    if args.judge != "reward":
+        return load_judge(args.judge, args.judge_model, args.judge_template, args.verdicts)
+    if reward is None:
+        raise InputError("--judge reward: which one? name it with --reward")
+    return reward_judge(reward)
+
+
+def from_pandalm(row):
+    """PandaLM's human test set (arXiv 2306.05087): the vote of most annotators, 1, 2, or 0 for a tie."""
+    (vote, times), = Counter(int(row[f"annotator{place}"]) for place in (1, 2, 3)).most_common(1)
+    if times == 1:
+        raise BadRow("annotators without a majority")
+    prompt = row["instruction"] + (f"\n\n{row['input']}" if row["input"].strip() else "")
+    # the published file has the answer "True" as a boolean
+    return prompt, *(str(row[side]) if isinstance(row[side], bool) else row[side]
+                     for side in ("response1", "response2")), {1: 1.0, 2: 0.0, 0: 0.5}[vote]
+
+
+def from_mt_bench(row):
+    """MT-Bench's human judgments (arXiv 2306.05685), of which first turns are read: a dialogue's second turn
+    follows another first answer on each side."""
+    if int(row["turn"]) != 1:
+        raise BadRow("second turn")
+    (prompt, first), (_, second) = ([turn["content"] for turn in row[f"conversation_{side}"][:2]]
+                                    for side in "ab")
+    return prompt, first, second, {"model_a": 1.0, "model_b": 0.0, "tie": 0.5}[row["winner"].split(" (")[0]]
+
+
+HUMANS = {  # name: (the columns that identify it, converter of a row into prompt, two responses, verdict)
+    "PandaLM": ("instruction input response1 response2 annotator1 annotator2 annotator3", from_pandalm),
+    "MT-Bench": ("model_a model_b winner conversation_a conversation_b turn", from_mt_bench)}
+
+
+def load_human_verdicts(source):
+    """Human verdicts on pairs of responses, as HUMANS says: (prompts, firsts, seconds, verdicts), report.
+
+    A verdict is 1.0 where the first response is better, 0.0 where the second is, 0.5 for a tie. report: a
+    dict {format, dropped}, where `dropped` counts rows by reason. Raises InputError where no row can be used.
+    """
+    rows, kept, dropped = list(read_rows(source)), [], Counter()
+    columns = {*rows[0]} if rows else set()
+    name = next((name for name, (needed, _) in HUMANS.items() if columns.issuperset(needed.split())), None)
+    if name is None:
+        known = "; ".join(f"{name}'s {needed.replace(' ', ', ')}" for name, (needed, _) in HUMANS.items())
+        raise InputError(f"{source}: no rows with human verdicts; want the columns {known}")
+    for row in rows:
+        try:
+            *texts, verdict = HUMANS[name][1](row)
+            if not all(isinstance(text, str) for text in texts):
+                raise BadRow(NO_TEXT)
+            kept.append((*texts, verdict))
+        except BadRow as reason:
+            dropped[str(reason)] += 1
+        except (KeyError, TypeError, AttributeError, ValueError):
+            dropped[NO_TEXT] += 1
+    if not kept:
+        raise InputError(f"{source}: no usable row in {len(rows)} ({counted(dropped)})")
+    return map(list, zip(*kept)), {"format": name, "dropped": dropped}
+
+
+def kappa(ours, theirs):
+    """Cohen's kappa of two columns of wins, ties and losses, (R, n) × 2 -> (R,): of the agreement that chance
+    would not bring, with the same shares of each, the part that is there. nan where chance brings all."""
+    agreement = (ours == theirs).double().mean(-1)
+    chance = sum((ours == value).double().mean(-1) * (theirs == value).double().mean(-1)
+                 for value in (0.0, 0.5, 1.0))
+    return (agreement - chance) / (1 - chance)
+
+
+def length_bias(ours, theirs, longer):
+    """How much more of its decided verdicts a judge gives to the longer response than humans do of theirs,
+    (R, n) × 3 -> (R,): ours the judge's, theirs the humans', longer: 1 where the first response is the longer
+    one, 0 where the second is, ½ where both have as many characters; those rows do not count."""
+    def share(verdicts):
+        decided = (verdicts != 0.5) & (longer != 0.5)
+        return (decided & (verdicts == longer)).double().sum(-1) / decided.sum(-1)
+
+    return share(ours) - share(theirs)
+
+
+def judge_figures(verdicts, human, longer):
+    """What a judge's Verdicts are worth against the humans' (1, ½, 0): {name: (value, low, high)}.
+
+    accuracy: share of the same win, tie or loss; decided: the same on rows where humans saw no tie, a tie of
+    the judge counting ½; kappa; flipped: share whose two orders disagreed; unparsable; length_bias.
+    """
+    ours = [verdict.win for verdict in verdicts]
+    agreement = [1 - abs(one - other) for one, other in zip(ours, human)]
+    decided = [float(verdict != 0.5) for verdict in human]
+    return {"accuracy": bootstrap(mean, [float(share == 1) for share in agreement]),
+            "decided": bootstrap(lambda share, of: (share * of).sum(-1) / of.sum(-1), agreement, decided),
+            "kappa": bootstrap(kappa, ours, human),
+            "length_bias": bootstrap(length_bias, ours, human, longer), **notes_of(verdicts)}
+
+
+def check_judge(args):
+    """Print how the judge of the command line agrees with the humans of --check-judge, and how "the longer
+    response wins" does."""
+    if args.models:
+        raise InputError("--check-judge: judges the responses of its file; name no models")
+    (prompts, first, second, human), report = load_human_verdicts(args.check_judge)
+    reward = None
+    if args.judge == "reward" and args.reward:
+        reward = load_reward(args.reward, "cuda" if torch.cuda.is_available() else "cpu",
+                             args.trust_remote_code)
+    judge = judge_from(args, reward)
+    by_length = reward_judge(load_reward("length"))(prompts, first, second)
+    longer, name = [verdict.win for verdict in by_length], args.judge_model or args.reward
+    results = {} if name == "length" else {name: judge_figures(judge(prompts, first, second), human, longer)}
+    results["longer wins"] = judge_figures(by_length, human, longer)
+    print(f"{len(human)} rows of {args.check_judge} ({report['format']}), {human.count(0.5)} ties among the "
+          f"humans, dropped: {counted(report['dropped'])}; value ± half-width of the 95 % interval over rows")
+    print_table(results)
+
+
+def responses_of(name, pairs, args, device):
+    """[(prompt, response)] of --against: those of a file, as generate.py writes it for data or for AlpacaEval,
+    or what a model says to the pairs' prompts."""
+    if Path(name).is_file():
+        rows = [(row.get("prompt", row.get("instruction")), row.get("response", row.get("output")))
+                for row in read_rows(name)]
+        if not rows or not all(isinstance(response, str) for _, response in rows):
+            raise InputError(f"--against {name}: want rows with prompt and response, or with instruction and "
+                             "output, as generate.py writes them")
+        return rows
+    _, model, _ = find_run(name, {})
+    policy, tokenizer = load_policy(model, device, args.trust_remote_code)
+    check_lengths(policy, model, args.max_prompt_length, args.max_response_length)
+    examples, _ = encode(pairs, tokenizer, end_token_ids(tokenizer, policy), args.max_prompt_length, 10**9)
+    torch.manual_seed(args.seed + 1)                     # not the draws of the model that is evaluated
+    responses, _ = sample(policy, tokenizer, [example["prompt_ids"] for example in examples],
+                          args.max_response_length)
+    return [(example["prompt"], response_text(tokenizer, ids))
+            for example, (ids,) in zip(examples, responses)]
+
+
+def opponents_of(examples, responses, name):
+    """The response to each example's prompt, the k-th where the prompt comes for the k-th time."""
+    left = {}
+    for prompt, response in responses:
+        left.setdefault(json.dumps(prompt), []).append(response)
+    opponents = []
+    for example in examples:
+        texts = left.get(json.dumps(example["prompt"]))
+        if not texts:
+            raise InputError(f"--against {name}: no response to the prompt {str(example['prompt'])[:60]!r}")
+        opponents.append(texts[0])
+        texts.append(texts.pop(0))                       # in turn, where there are too few
+    return opponents
+
+
+def evaluate_models(options):
+    """Sample from the models of the command line, print a table of their figures and write these to --out."""
+    paths, against = options.models, options.against
     if not paths:
-        raise InputError("no run or model directory among the arguments")
+        raise InputError("no run or model directory among the arguments, and no --check-judge")
+    overrides = {key: value for key, value in vars(options).items() if key not in ("out", "reference")}
     runs = [find_run(path, overrides) for path in paths]
     if len({name for name, *_ in runs}) < len(runs):
         runs = [(path, *rest) for path, (_, *rest) in zip(paths, runs)]
     args = runs[0][2]                           # the same held-out pairs, lengths and seed for every model
-    reference_name = reference or next((run.reference for _, _, run in runs if run.reference), runs[0][1])
+    reference_name = options.reference or next((run.reference for _, _, run in runs if run.reference), runs[0][1])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _, held_out, _ = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
+    held_out = held_out[:args.eval_limit]
     if not held_out:
         raise InputError(f"{args.data}: no pair is held out; name some with --eval-data")
     reward = load_reward(args.reward, device, args.trust_remote_code) if args.reward else None
+    judge = judge_from(options, reward) if reward or options.judge != "reward" else None
     reference, reference_tokenizer = load_policy(reference_name, device, args.trust_remote_code)
-    print(f"{min(len(held_out), args.eval_limit)} held-out pairs of {args.eval_data or args.data}, reference "
-          f"{reference_name}, reward {args.reward}; ± half the 95 % interval over prompts")
+    responses = responses_of(against, held_out, args, device) if against else None
+    print(f"{len(held_out)} held-out pairs of {args.eval_data or args.data}, reference {reference_name}, "
+          f"reward {args.reward}; wins over {against or 'the chosen responses'}, judged by "
+          f"{options.judge_model or args.reward}; ± half the 95 % interval over prompts")
     results = {}
     for name, model, _ in runs:
         policy, tokenizer = load_policy(model, device, args.trust_remote_code)
@@ -372,12 +531,59 @@ def main():
         if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
             raise InputError(f"{model} has another vocabulary than the reference {reference_name}; "
                              "evaluate it by itself")
-        examples, _ = encode(held_out[:args.eval_limit], tokenizer, end_token_ids(tokenizer, policy),
-                             args.max_prompt_length, args.max_response_length)
-        results[name], _ = evaluate_policy(policy, reference, tokenizer, examples, reward, args)
+        examples, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), args.max_prompt_length,
+                             args.max_response_length)
+        opponents = opponents_of(examples, responses, against) if against else None
+        results[name], _ = evaluate_policy(policy, reference, tokenizer, examples, reward, args, judge,
+                                           opponents)
     print_table(results)
-    write_figures(results, out)
-    print(f"figures in {out}")
+    write_figures(results, options.out)
+    print(f"figures in {options.out}")
+
+
+def main():
+    """`python evaluate.py RUN …`."""
+    parser = Parser(
+        description="Evaluate runs of sail.py, or any checkpoints, side by side on held-out data.")
+    parser.add_argument("models", nargs="*", metavar="RUN",
+                        help="a run's directory, or a checkpoint's directory or name")
+    parser.add_argument("--compare", action="store_true",
+                        help="only read what finished runs have measured, into one table and one picture")
+    parser.add_argument("--out", default="results.json",
+                        help="the figures as JSON: [value, low, high]; --compare puts its picture beside it")
+    add = parser.add_argument_group("what to evaluate on").add_argument
+    add("--data", help="as in sail.py (default: the run's)")
+    add("--eval-data", help="held-out pairs (default: the run's rule)")
+    add("--eval-limit", type=number(int, 1), default=256, help="held-out pairs (default: 256)")
+    add("--reward", help="as in sail.py (default: the run's)")
+    add("--reference", help="for KL, loss and margin (default: the reference of the first run that has one, "
+        "else the first model)")
+    add("--beta", type=number(float, 1e-9), help="(default: the run's)")
+    add("--max-prompt-length", type=number(int, 1))
+    add("--max-response-length", type=number(int, 1))
+    add("--dtype", choices=["float32", "bfloat16"])
+    add("--seed", type=number(int, 0, 2**20), default=0)
+    add("--trust-remote-code", action="store_true", default=None, help="run code of a hub model")
+    add = parser.add_argument_group("win rates").add_argument
+    add("--against", metavar="MODEL_OR_FILE", help="whose responses to win against: a run, a checkpoint, or "
+        "a file that generate.py has written (default: the data's chosen ones)")
+    add("--judge", default="reward", metavar="URL", help="who says which response is better: --reward "
+        "(default), or the model at an OpenAI-compatible http://HOST/v1, with the key in OPENAI_API_KEY")
+    add("--judge-model", metavar="NAME", help="the model at that URL")
+    add("--judge-template", choices=TEMPLATES, default="helpful",
+        help="what it is asked: which response is more helpful, or safer, or a grade of each")
+    add("--verdicts", metavar="FILE", default="verdicts.jsonl",
+        help="its answers; none is asked for twice (default: verdicts.jsonl)")
+    add("--check-judge", metavar="FILE",
+        help="compare the judge with the humans in PandaLM's or MT-Bench's file instead")
+    args = parser.parse_args()
+    args.models = [path for path in args.models if not Path(path).is_file()]     # runs/toy/* has results.json
+    if args.check_judge:
+        check_judge(args)
+    elif args.compare:
+        compare(args.models, args.out)
+    else:
+        evaluate_models(args)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from data import InputError, encode
 from evaluate import (bootstrap, compare, distinct, evaluate_policy, length_controlled, mean, over_seeds,
                       scaled_lengths, win_figures)
 from generate import toy_model
-from reward import label_by_reward, load_reward, toy_reward
+from reward import Verdict, label_by_reward, load_reward, toy_reward
 from sail import dpo_loss, pair_logps, parse_args, train
 
 
@@ -173,8 +173,9 @@ def opponents(lengths):
 
 
 def test_on_equal_lengths_the_length_controlled_win_rate_is_the_raw_one():
-    figures = win_figures([1.0] * 13 + [0.5] * 3 + [0.0] * 4, *opponents([500] * 20))
-    assert figures["lc_win_rate"] == pytest.approx(figures["win_rate"]) and figures["win_rate"][0] == 14.5 / 20
+    figures = win_figures([Verdict(win) for win in [1.0] * 13 + [0.5] * 3 + [0.0] * 4], *opponents([500] * 20))
+    assert figures["lc_win_rate"] == pytest.approx(figures["win_rate"])
+    assert figures["win_rate"][0] == 14.5 / 20
 
 
 def test_a_model_that_only_pads_gains_nothing_under_length_control():
@@ -184,10 +185,10 @@ def test_a_model_that_only_pads_gains_nothing_under_length_control():
         for padding in (0, 60):
             difference = (50 * torch.randn(400, generator=generator)).round() + padding
             wins = torch.rand(400, generator=generator) < torch.sigmoid(difference / softness)
-            figures = win_figures(wins.double(), *opponents(500 + difference))
+            figures = win_figures([Verdict(float(win)) for win in wins], *opponents(500 + difference))
             assert figures["lc_win_rate"][1] < 0.5 < figures["lc_win_rate"][2]
             assert (figures["win_rate"][1] > 0.7) == (padding > 0)
-    always = win_figures([1.0] * 50, *opponents(torch.linspace(510, 600, 50)))     # every answer, and always
+    always = win_figures([Verdict(1.0)] * 50, *opponents(torch.linspace(510, 600, 50)))     # every answer, and always
     assert always["win_rate"][0] == 1 and always["lc_win_rate"][0] < 0.55
 
 
@@ -196,7 +197,8 @@ def test_quality_is_no_length():
     generator = torch.Generator().manual_seed(0)
     difference = (50 * torch.randn(2000, generator=generator)).round() + 50
     wins = torch.rand(2000, generator=generator) < torch.sigmoid(1 + difference / 50)
-    value, low, high = win_figures(wins.double(), *opponents(500 + difference))["lc_win_rate"]
+    verdicts = [Verdict(float(win)) for win in wins]
+    value, low, high = win_figures(verdicts, *opponents(500 + difference))["lc_win_rate"]
     assert value == pytest.approx(0.731, abs=0.05) and low < 0.731 < high and high - low < 0.2
 
 
@@ -205,7 +207,8 @@ def test_the_length_model_is_fitted_to_its_maximum():
     lengths = scaled_lengths(*opponents(500 + 50 * torch.randn(60, generator=generator)))
     wins = (torch.rand(60, generator=generator) < 0.6).double()
     weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], lr=0.5, max_iter=200, tolerance_grad=1e-12, tolerance_change=1e-14)
+    optimizer = torch.optim.LBFGS([weights], lr=0.5, max_iter=200, tolerance_grad=1e-12,
+                                  tolerance_change=1e-14)
 
     def loss():
         optimizer.zero_grad()
