@@ -324,3 +324,64 @@ def test_a_model_with_another_vocabulary_than_the_reference_is_refused(tmp_path,
                                      "--out", str(tmp_path / "r.json")])
     with pytest.raises(InputError, match="another vocabulary"):
         evaluate.main()
+
+
+# --- wins against another model
+
+def run_evaluate(monkeypatch, *argv):
+    """The figures that evaluate.py writes for these arguments."""
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, argv), "--out", "figures.json"])
+    evaluate.main()
+    return json.loads(open("figures.json").read())
+
+
+def test_two_identical_models_win_half_raw_and_length_controlled(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    figures, = run_evaluate(monkeypatch, base, "--against", base, "--reward", "toy").values()
+    for name in ("win_rate", "lc_win_rate"):
+        value, low, high = figures[name]
+        assert low < 0.5 < high and high - low < 0.2 and value != 0.5          # other samples, so no draw
+
+
+def test_wins_are_counted_against_the_responses_of_a_file_each_to_its_prompt(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"prompt": f"how was the {noun} ?", "chosen": "the", "rejected": "was"}
+             for noun in ("soup", "tea", "tea", "cake")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    answers = {"cake": ["C"], "tea": ["T1", "T2"], "soup": ["S"]}
+    rows = [{"instruction": f"how was the {noun} ?", "output": text, "generator": "g"}
+            for noun, texts in answers.items() for text in texts]
+    (tmp_path / "answers.json").write_text(json.dumps(rows))
+    (tmp_path / "mine.py").write_text(
+        "def score(prompts, responses):\n"
+        "    with open('seen', 'a') as file:\n"
+        "        file.writelines(f'{p} {r}\\n' for p, r in zip(prompts, responses))\n"
+        "    return [float(r in ('S', 'T1')) for r in responses]\n")
+    figures, = run_evaluate(monkeypatch, base, "--data", "toy", "--eval-data", "pairs.jsonl", "--reward",
+                            "mine.py:score", "--against", "answers.json").values()
+    assert figures["win_rate"][0] == 0.25                              # two lost, two ties
+    seen = (tmp_path / "seen").read_text().splitlines()
+    assert seen[-4:] == ["how was the soup ? S", "how was the tea ? T1", "how was the tea ? T2",
+                         "how was the cake ? C"]
+
+
+@pytest.mark.parametrize("rows, message", [
+    ([{"prompt": "p", "response": "r"}], "no response to the prompt 'how was the"),
+    ([{"prompt": "p"}], "want rows with prompt and response")])
+def test_a_file_without_the_responses_is_refused(rows, message, tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(
+        {"prompt": "how was the soup ?", "chosen": "the", "rejected": "was"}))
+    (tmp_path / "answers.json").write_text(json.dumps(rows))
+    with pytest.raises(InputError, match=message):
+        run_evaluate(monkeypatch, base, "--data", "toy", "--eval-data", "pairs.jsonl", "--against", "answers.json")
+
+
+def test_a_model_as_judge_gives_win_rate_flips_and_grades(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    verdicts = [Verdict(1.0, False, False, 7.0), Verdict(0.5, False, True, None), Verdict(0.5, True, False, 4.0)]
+    monkeypatch.setattr(evaluate, "load_judge", lambda *_: lambda prompts, *_: (verdicts * 3)[:len(prompts)])
+    figures, = run_evaluate(monkeypatch, base, "--eval-limit", "9", "--judge", "http://h/v1", "--judge-model",
+                            "m").values()
+    assert figures["win_rate"][0] == pytest.approx(2 / 3) and figures["grade"][0] == 5.5
+    assert figures["flipped"][0] == figures["unparsable"][0] == pytest.approx(1 / 3)
