@@ -8,7 +8,7 @@ from conftest import TEMPLATE, byte_tokenizer, tiny_model
 from test_errors import fails
 
 import generate
-from data import encode
+from data import InputError, encode
 from generate import answer_questions, draw, end_token_ids, load_questions, model_name, prepare
 
 CATEGORIES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
@@ -117,6 +117,7 @@ def test_a_question_has_the_prompt_ids_that_training_has(template, monkeypatch):
         pair = {"prompt": "a long question", "chosen": "good", "rejected": "bad"}
         (example,), _ = encode([pair], tokenizer, end_token_ids(tokenizer), limit, 50)
         assert seen.pop() == example["prompt_ids"]
+        assert (example["prompt_ids"][0] == 4) == (template is None)             # no <bos> but the template's
 
 
 def test_each_category_is_answered_at_fastchats_temperature(checkpoint, tmp_path, monkeypatch, calls):
@@ -157,12 +158,19 @@ def test_the_same_seed_gives_the_same_file_but_for_the_time(checkpoint, tmp_path
         assert not changed or temperature > 0
 
 
+def test_equal_answers_of_two_questions_or_models_have_their_own_ids():
+    rows = [generate.answer_row("Arena-Hard", {**QUESTIONS["Arena-Hard"][0], "uid": uid}, ["same"], name)
+            for uid, name in (("a", "m"), ("b", "m"), ("a", "n"), ("a", "m"))]
+    ids = [row["ans_id"] for row in rows]
+    assert len(set(ids)) == 3 and ids[0] == ids[3]
+
+
 def test_prompts_over_the_limit_are_cut_from_the_left_and_counted(checkpoint, tmp_path, monkeypatch, calls,
                                                                   capsys):
-    answer_file("MT-Bench", checkpoint, tmp_path, monkeypatch, "--max-prompt-length", "12", "--limit", "2")
+    answer_file("MT-Bench", checkpoint, tmp_path, monkeypatch, "--max-prompt-length", "8", "--limit", "2")
     assert [prompt for prompt, _ in calls] == [
         "<|user|>ask 0<eos><|assistant|>", "<|user|>ask 1<eos><|assistant|>",
-        " 0<eos><|user|>then 0<eos><|assistant|>", " 1<eos><|user|>then 1<eos><|assistant|>"]
+        "then 0<eos><|assistant|>", "then 1<eos><|assistant|>"]              # eight tokens, as the first ones
     assert capsys.readouterr().out == (f"2 questions of MT-Bench answered in {tmp_path}/out.jsonl, 1 of 4 "
                                        "answers finished, 2 prompts cut\n")
 
@@ -179,7 +187,7 @@ BAD = {  # a question file and what must be said about it
                       "question_id, category, turns (MT-Bench); uid, category, prompt (Arena-Hard); "
                       "dataset, instruction (AlpacaEval)"),
     "none.jsonl": ([], "columns (no rows) fit no benchmark's questions"),
-    "turn.jsonl": ([*QUESTIONS["MT-Bench"], {"question_id": 1, "category": "math"}], "row 10: turns: want two"),
+    "turn.jsonl": ([*QUESTIONS["MT-Bench"], {"question_id": 1, "category": "math"}], "row 10: turns: want"),
     "one.jsonl": ([{"question_id": 1, "category": "math", "turns": ["Q"]}], "row 1: turns: want two"),
     "text.jsonl": ([{"question_id": 1, "category": "math", "turns": "QQ"}], "row 1: turns: want two"),
     "null.jsonl": ([{"question_id": 1, "category": "math", "turns": ["Q", None]}], "row 1: turns: want two"),
@@ -216,6 +224,11 @@ def test_a_question_that_the_template_refuses_is_named(checkpoint, tmp_path, mon
             "--out", str(tmp_path / "out.jsonl")]
     assert "question 2: refused by the chat template: not this" in fails(generate.main, argv, monkeypatch,
                                                                          capsys)
+
+
+def test_a_question_without_tokens_is_named(calls):
+    with pytest.raises(InputError, match="question 1: it has no tokens"):
+        answer_questions(None, byte_tokenizer("{{ '' }}"), [["Q"]], [1.0], 200, 8)
 
 
 def test_a_run_that_fails_while_writing_leaves_the_answers_that_were_there(checkpoint, tmp_path, monkeypatch,
