@@ -363,6 +363,14 @@ def render(prompt, response, tokenizer=None):
     return head, whole[len(head):]
 
 
+def prompt_tokens(head, tokenizer):
+    """The ids of a prompt's text, as `render` returns it: what training and sampling condition on, uncut."""
+    ids = tokenizer(head, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+    if ids and ids[-1] == tokenizer.eos_token_id and not tokenizer.chat_template:
+        ids = ids[:-1]                                                    # some tokenizers end every text
+    return ids
+
+
 def truncate_prompt(ids, limit, tokenizer):
     """The last `limit` ids, after the BOS token where there is one: a prompt is cut from the left."""
     keep_bos = len(ids) > limit > 1 and ids[0] == tokenizer.bos_token_id
@@ -386,9 +394,7 @@ def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length):
             counts["dropped"] += 1
             counts[str(reason)] += 1
             continue
-        prompt_ids = tokenizer(head, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-        if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and not tokenizer.chat_template:
-            prompt_ids = prompt_ids[:-1]                                  # some tokenizers end every text
+        prompt_ids = prompt_tokens(head, tokenizer)
         example = {**pair, "prompt_ids": truncate_prompt(prompt_ids, max_prompt_length, tokenizer)}
         counts["truncated_prompts"] += len(prompt_ids) > max_prompt_length
         for side, text in (("chosen", chosen), ("rejected", rejected)):

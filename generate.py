@@ -2,6 +2,8 @@
 
     python generate.py --model M --data D --out responses.jsonl     # one line per prompt: prompt, response,
                                                                       tokens, …
+    python generate.py --model M --questions Q --out answers.jsonl  # of AlpacaEval, MT-Bench or Arena-Hard:
+                                                                      what their own judges read
 
 SAIL's second term is the score of the distribution that was sampled from, so `sample` draws from the full
 softmax, whatever the checkpoint's generation_config says, and hands on the very ids it drew.
@@ -12,9 +14,11 @@ import math
 import os
 import subprocess
 import sys
+import time
+import uuid
 import warnings
 from contextlib import contextmanager
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
 
 import torch
@@ -23,7 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import (ADJECTIVES, ADVERBS, NOUNS, PROMPTS, BadRow, InputError, Parser, collate, command_line,
-                  encode, load_pairs, number, pack, render)
+                  encode, load_pairs, number, pack, prompt_tokens, read_rows, render, truncate_prompt)
 
 TOY_SFT = Path("runs/toy-sft")          # the toy's SFT model, trained on first use
 
@@ -336,7 +340,8 @@ def end_token_ids(tokenizer, model=None):
 @torch.no_grad()
 def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, temperature=1.0,
            batch_size=64):
-    """Draw `num_responses` responses to each prompt from the model's full softmax at `temperature`.
+    """Draw `num_responses` responses to each prompt from the model's full softmax at `temperature`; at 0, the
+    likeliest token each time.
 
     prompt_ids: a list of lists of token ids, unpadded. Returns (responses, finished), lists with a list of
     num_responses entries per prompt: the generated ids, up to and with the first end token; and whether
@@ -379,7 +384,7 @@ def draw(model, prompt_ids, end_ids, max_response_length, num_responses, tempera
     responses = [[] for _ in range(len(mask))]
     going = list(responses)                                            # those without an end token yet
     while True:
-        cumulative = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+        cumulative = (logits / max(temperature, 1e-30)).softmax(-1).cumsum(-1, dtype=torch.float64)
         tokens = torch.searchsorted(cumulative, cumulative[:, -1:] * torch.rand(
             len(going), 1, dtype=torch.float64, device=mask.device), right=True)                    # (B, 1)
         for response, token in zip(going, tokens[:, 0].tolist()):
@@ -477,15 +482,113 @@ def toy_checkpoint():
     return str(TOY_SFT / "model")
 
 
+# --- benchmarks: their question files in, the answer files out that their own judges read -------------------
+
+BENCHMARKS = {  # name: the columns that identify its questions; the last one holds what is asked
+    "MT-Bench": "question_id category turns", "Arena-Hard": "uid category prompt",
+    "AlpacaEval": "dataset instruction"}
+MT_BENCH_TEMPERATURES = {  # FastChat's; 0.7 for other categories
+    "writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1,
+    "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0}
+
+
+def load_questions(source, limit=None):
+    """The questions of a benchmark, told by their columns: (its name in BENCHMARKS, rows, turns).
+
+    turns: what the user says, per row a list of two texts for MT-Bench, of one for the others. Raises
+    InputError where the columns fit no benchmark, and for a row that cannot be asked: a judge wants them all.
+    """
+    rows = list(islice(read_rows(source), limit))
+    columns = set().union(*rows)
+    name = next((name for name, needed in BENCHMARKS.items() if columns.issuperset(needed.split())), None)
+    if name is None:
+        known = "; ".join(f"{', '.join(needed.split())} ({name})" for name, needed in BENCHMARKS.items())
+        raise InputError(f"{source}: columns {', '.join(sorted(columns)) or '(no rows)'} fit no benchmark's "
+                         f"questions; want one of: {known}")
+    *others, asked = BENCHMARKS[name].split()
+    n, all_turns = (2 if name == "MT-Bench" else 1), []
+    for place, row in enumerate(rows, 1):
+        turns = row.get(asked) if n > 1 else [row.get(asked)]
+        if not isinstance(turns, list) or len(turns) != n or not all(
+                isinstance(turn, str) and turn.strip()
+                and turn.encode(errors="ignore").decode() == turn for turn in turns):     # no half surrogates
+            raise InputError(f"{source}: row {place}: {asked}: want {'two texts' if n > 1 else 'a text'}")
+        for column in others:
+            if row.get(column) is None:
+                raise InputError(f"{source}: row {place}: {column} is missing")
+        all_turns.append(turns)
+    return name, rows, all_turns
+
+
+def answer_questions(model, tokenizer, turns, temperatures, max_prompt_length, max_response_length,
+                     batch_size=64):
+    """The model's answers to what users ask, turn by turn: (answers, finished, truncated).
+
+    turns: as from load_questions; a later one is asked after the earlier ones and the model's own answers.
+    temperatures: one per row. answers: texts, in the shape of turns. finished: how many ended by themselves;
+    truncated: how many prompts were cut. Raises InputError for a prompt that the chat template refuses.
+    """
+    dialogues, ended, truncated = [[] for _ in turns], 0, 0
+    for texts in zip(*turns):
+        prompts = []
+        for place, (dialogue, text) in enumerate(zip(dialogues, texts), 1):
+            dialogue.append({"role": "user", "content": text})
+            try:                                     # a single turn is a string, as a prompt of training data
+                head, _ = render(dialogue if len(turns[0]) > 1 else text, "answer", tokenizer)
+            except BadRow as reason:
+                raise InputError(f"question {place}: {reason}") from None
+            ids = prompt_tokens(head, tokenizer)
+            if not ids:
+                raise InputError(f"question {place}: it has no tokens; wrong tokenizer?")
+            truncated += len(ids) > max_prompt_length
+            prompts.append(truncate_prompt(ids, max_prompt_length, tokenizer))
+        for temperature in sorted(set(temperatures)):
+            places = [place for place, own in enumerate(temperatures) if own == temperature]
+            responses, finished = sample(model, tokenizer, [prompts[place] for place in places],
+                                         max_response_length, 1, temperature, batch_size)
+            for place, (ids,), (done,) in zip(places, responses, finished):
+                dialogues[place].append({"role": "assistant", "content": response_text(tokenizer, ids)})
+                ended += done
+    return [[turn["content"] for turn in dialogue[1::2]] for dialogue in dialogues], ended, truncated
+
+
+def model_name(model):
+    """What the answer files call a model: its directory's name; for the `model` or `merged` of a run of
+    sail.py the run's, as in toy-pr for runs/toy/pr/model."""
+    _, *above, name = Path(os.path.abspath(model)).parts
+    return "-".join(above[-2:]) or name if name in ("model", "merged") else name
+
+
+def answer_row(benchmark, row, answers, name):
+    """The row of an answer file: of AlpacaEval's model_outputs.json, of FastChat's or arena-hard-auto's
+    model_answer/*.jsonl. The same answers get the same id; `tstamp`, which no judge reads, is the time."""
+    *_, question = (row[column] for column in BENCHMARKS[benchmark].split())
+    if benchmark == "AlpacaEval":
+        return {"dataset": row["dataset"], "instruction": question, "output": answers[0], "generator": name}
+    key = row["question_id"] if benchmark == "MT-Bench" else row["uid"]
+    answer_id, now = str(uuid.uuid5(uuid.NAMESPACE_OID, repr((name, key, answers)))), time.time()
+    if benchmark == "MT-Bench":
+        return {"question_id": key, "answer_id": answer_id, "model_id": name,
+                "choices": [{"index": 0, "turns": answers}], "tstamp": now}
+    return {"uid": key, "ans_id": answer_id, "model": name, "tstamp": now,
+            "messages": [{"role": "user", "content": question},
+                         {"role": "assistant", "content": {"answer": answers[0]}}]}
+
+
 def main():
-    """`python generate.py --model M --data D --out FILE`."""
-    parser = Parser(description="Sample a response to each prompt of a data set.")
+    """`python generate.py --model M --data D --out FILE`, or `--questions Q` in the place of `--data D`."""
+    parser = Parser(description="Sample a response to each prompt of a data set, or answer a benchmark's "
+                    "questions.")
     parser.add_argument("--model", default="toy", help="a Hugging Face directory or name, or toy (default)")
-    parser.add_argument("--data", default="toy:test", help="as in data.py (default: toy:test)")
+    prompts = parser.add_mutually_exclusive_group()
+    prompts.add_argument("--data", default="toy:test", help="as in data.py (default: toy:test)")
+    prompts.add_argument("--questions", help="a question file of AlpacaEval, MT-Bench or Arena-Hard")
     parser.add_argument("--out", default="responses.jsonl",
-                        help="JSON lines: prompt, response, tokens, finished")
-    parser.add_argument("--limit", type=number(int, 1), help="use the first LIMIT pairs")
-    parser.add_argument("--temperature", type=number(float, 1e-3), default=1.0)
+                        help="JSON lines: prompt, response, tokens, finished; for --questions, the "
+                        "benchmark's answer file")
+    parser.add_argument("--limit", type=number(int, 1), help="use the first LIMIT pairs or questions")
+    parser.add_argument("--temperature", type=number(float, 0), help="0: the likeliest token each time "
+                        "(default: 1; for MT-Bench, FastChat's for each category)")
     parser.add_argument("--batch-size", type=number(int, 1), default=64, help="prompts generated together")
     parser.add_argument("--max-prompt-length", type=number(int, 1), default=512)
     parser.add_argument("--max-response-length", type=number(int, 1), default=128)
@@ -493,16 +596,40 @@ def main():
     parser.add_argument("--trust-remote-code", action="store_true",
                         help="run code that comes with a hub model")
     args = parser.parse_args()
-    pairs, _ = load_pairs(args.data, args.limit)
+    if args.questions:
+        benchmark, rows, turns = load_questions(args.questions, args.limit)
+        suffix = ".json" if benchmark == "AlpacaEval" else ".jsonl"
+        if Path(args.out).suffix != suffix:
+            raise InputError(f"--out {args.out}: {benchmark}'s judge wants a file that ends in {suffix}")
+    else:
+        pairs, _ = load_pairs(args.data, args.limit)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, tokenizer = load_policy(args.model, device, args.trust_remote_code)
     check_lengths(model, args.model, args.max_prompt_length, args.max_response_length)
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    temperature = 1.0 if args.temperature is None else args.temperature
+    if args.questions:
+        temperatures = [temperature] * len(rows)
+        if benchmark == "MT-Bench" and args.temperature is None:
+            temperatures = [MT_BENCH_TEMPERATURES.get(str(row["category"]), 0.7) for row in rows]
+        torch.manual_seed(args.seed)
+        answers, finished, truncated = answer_questions(
+            model, tokenizer, turns, temperatures, args.max_prompt_length, args.max_response_length,
+            args.batch_size)
+        rows = [answer_row(benchmark, row, texts, model_name(args.model))
+                for row, texts in zip(rows, answers)]
+        aside = Path(f"{args.out}.writing")                # no judge shall take half a file for a whole one
+        aside.write_text(json.dumps(rows, indent=1) if suffix == ".json" else
+                         "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        aside.replace(args.out)
+        print(f"{len(rows)} questions of {benchmark} answered in {args.out}, {finished} of "
+              f"{sum(map(len, answers))} answers finished, {truncated} prompts cut")
+        return
     # The data's own responses are not used here: no limit, so that none is dropped for being cut short.
     examples, _ = encode(pairs, tokenizer, end_token_ids(tokenizer, model), args.max_prompt_length, 10**9)
     torch.manual_seed(args.seed)
     responses, finished = sample(model, tokenizer, [example["prompt_ids"] for example in examples],
-                                 args.max_response_length, 1, args.temperature, args.batch_size)
+                                 args.max_response_length, 1, temperature, args.batch_size)
     with open(args.out, "w", encoding="utf-8") as file:
         for example, (ids,), (done,) in zip(examples, responses, finished):
             row = {"prompt": example["prompt"], "response": response_text(tokenizer, ids),
