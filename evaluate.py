@@ -3,23 +3,30 @@
     python evaluate.py runs/toy/*                        # runs of sail.py: their own data, reward, lengths
     python evaluate.py MODEL … --data D --reward R       # any checkpoints
     python evaluate.py runs/toy/* --plot picture.png     # … and draw it
+    python evaluate.py MODEL … --choices FILE            # multiple choice: ARC, MMLU
 
 On held-out pairs: DPO loss, margin and accuracy against the reference. On responses sampled to their prompts,
 at temperature 1 as in training: reward, length, unfinished, KL(π‖π_ref), and the win rate against the data's
-chosen responses by the reward, a tie counting ½.
+chosen responses by the reward, a tie counting ½. On multiple choice: accuracy by log-likelihood, with the
+prompts and figures of lm-evaluation-harness.
 """
+import csv
 import json
 import math
+import re
 from argparse import Namespace
+from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import InputError, Parser, command_line, encode, number, train_and_held_out
+from data import (NO_TEXT, BadRow, InputError, Parser, collate, command_line, counted, encode, number,
+                  read_rows, train_and_held_out)
 from generate import check_lengths, end_token_ids, load_policy, response_text, sample
 from reward import load_reward
-from sail import dpo_loss, pair_logps, parse_args
+from sail import dpo_loss, pair_logps, parse_args, sequence_logps
 
 
 # --- figures, each with its 95 % bootstrap interval over prompts --------------------------------------------
@@ -162,7 +169,8 @@ def shown(value, low, high):
 def print_table(results):
     """The results as an aligned table, a model per line."""
     names = [name for name in ("reward", "win_rate", "kl", "length", "unfinished", "loss", "margin",
-                               "accuracy") if any(name in figures for figures in results.values())]
+                               "accuracy", "acc", "acc_norm", "acc_bytes")
+             if any(name in figures for figures in results.values())]
     rows = [["model", *names]] + [
         [model] + [shown(*figures[name]) if name in figures else "" for name in names]
         for model, figures in results.items()]
@@ -206,6 +214,146 @@ def plot(results, runs, path):
     figure.savefig(path, dpi=130, format="png")
 
 
+# --- multiple choice, scored as lm-evaluation-harness does --------------------------------------------------
+
+def choice_item(row, lettered):
+    """A row -> {question: its text up to and with "Answer:", options: what may follow after a blank, answer:
+    the place of the right one}. lettered: the text lists the options, and the letters are to choose from."""
+    question, choices = row["question"], row.get("choices")
+    labels, answer = (choices["label"], row["answerKey"]) if choices else (row["label"], row["answer"])
+    texts = choices["text"] if choices else [row[label] for label in labels]
+    "".join([question, *texts]).encode()                      # raises where one is no text
+    if len(texts) < 2 or len(texts) != len(labels) or labels.count(answer) != 1:
+        raise BadRow("answer is not one of the options")
+    options, text = texts, f"Question: {question}\nAnswer:"
+    if lettered:
+        listed = "".join(f"{label}. {option}\n" for label, option in zip(labels, texts))
+        options, text = labels, f"{question.strip()}\n{listed}Answer:"
+    if not all(each.strip() for each in (question, *options)):
+        raise BadRow("empty question or option")
+    return {"question": text, "options": options, "answer": labels.index(answer)}
+
+
+def load_choices(source):
+    """Multiple-choice items in the harness's words: (what `choice_item` returns, heading, dropped rows by
+    reason).
+
+    A .csv is MMLU's: no header; question, four options, letter; the heading takes the subject from its name.
+    Otherwise ARC, told by its columns: question, choices {text, label}, answerKey; or question, answer, label
+    and each option under its label. Raises InputError where nothing can be used.
+    """
+    path, heading = Path(source), ""
+    if path.suffix == ".csv" and path.is_file():
+        subject = re.sub("_(dev|val|test)$", "", path.stem).replace("_", " ")
+        heading = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                rows = [{**row, "label": [*"ABCD"]}
+                        for row in csv.DictReader(file, ["question", *"ABCD", "answer"])]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{source}: not UTF-8 text in columns ({error})") from None
+    else:
+        rows = read_rows(source)
+    items, dropped = [], Counter()
+    for row in rows:
+        try:
+            if None in row:
+                raise BadRow("more than six columns")
+            items.append(choice_item(row, bool(heading)))
+        except BadRow as reason:
+            dropped[str(reason)] += 1
+        except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
+            dropped[NO_TEXT] += 1
+    if not items:
+        raise InputError(f"{source}: no usable item in {len(rows)} rows ({counted(dropped)}); want question, "
+                         "choices, answerKey; or question, answer, label and the options under their labels; "
+                         "or a .csv without header: question, four options, letter")
+    return items, heading, dropped
+
+
+def choice_prompt(item, heading="", shots=(), n_shot=0):
+    """What the options follow: the heading, the first n_shot of `shots` with their answers, and the item's
+    question. No item is an example for itself."""
+    examples = [shot for shot in shots if shot != item][:n_shot]
+    return heading + "".join(f"{shot['question']} {shot['options'][shot['answer']]}\n\n"
+                             for shot in examples) + item["question"]
+
+
+@torch.no_grad()
+def choice_logps(model, tokenizer, items, prompts, dtype="float32", batch_size=8):
+    """log π(option | prompt) of each item's options, summed over tokens: a list of lists, in nats.
+
+    An option's tokens are those that prompt and option together have more than the prompt. Texts get the
+    tokenizer's BOS, where it has one, and no chat template. What is longer than the model's positions is cut
+    from the left. Raises InputError for an option that has no tokens of its own, or too many.
+    """
+    def encoded(text):
+        ids = tokenizer(text)["input_ids"]
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids    # some tokenizers end every text
+
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    rows, logps = [], [None] * len(items)             # rows: of each item, its options' (context, ids)
+    for item, prompt in zip(items, prompts):
+        context = encoded(prompt)
+        options = [encoded(f"{prompt} {option}")[len(context):] for option in item["options"]]
+        for option, ids in zip(item["options"], options):
+            if not 0 < len(ids) <= positions:
+                raise InputError(f"option {option[:80]!r} adds {len(ids)} tokens to its prompt; "
+                                 f"want 1 to the model's {positions}")
+        rows.append([(context[-(positions + 1 - len(ids)):], ids) for ids in options])
+    by_length = sorted(range(len(rows)), key=lambda place: max(len(c) + len(ids) for c, ids in rows[place]))
+    for start in tqdm(range(0, len(rows), batch_size), "scoring", leave=False,
+                      disable=None if len(rows) > 8 * batch_size else True):
+        batch = by_length[start:start + batch_size]
+        contexts, options = zip(*(row for place in batch for row in rows[place]))
+        input_ids, mask, response_mask = collate(contexts, options, model.device)
+        mask = F.pad(mask[:, 1:], (0, 1))          # a row's last token predicts nothing and takes no position
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            sums = iter(sequence_logps(model, input_ids, mask, response_mask).tolist())
+        for place in batch:
+            logps[place] = [next(sums) for _ in rows[place]]
+    return logps
+
+
+def choice_figures(items, logps):
+    """How often the right option has the highest log-probability (acc), or that per character (acc_norm) or
+    UTF-8 byte (acc_bytes) of its text; of equal ones the first counts. As `bootstrap` returns them."""
+    lengths = {"acc": lambda option: 1, "acc_norm": len, "acc_bytes": lambda option: len(option.encode())}
+    figures = {}
+    for name, length in lengths.items():
+        scores = [[logp / length(option) for logp, option in zip(row, item["options"])]
+                  for row, item in zip(logps, items)]
+        figures[name] = bootstrap(mean, [float(row.index(max(row)) == item["answer"])
+                                         for row, item in zip(scores, items)])
+    return figures
+
+
+def evaluate_choices(runs, args, source, shots, n_shot, out):
+    """`python evaluate.py MODEL … --choices FILE`: a table and `out`, a model per line."""
+    items, heading, dropped = load_choices(source)
+    examples, _, more = load_choices(shots) if shots else ([], "", Counter())
+    if len(examples) < n_shot:
+        raise InputError(f"--n-shot {n_shot}: {shots or 'no --shots FILE'} has {len(examples)} examples")
+    print(f"{len(items)} items of {source}, {n_shot}-shot; dropped: {counted(dropped + more)}; "
+          "mean ± half-width of the 95 % interval over items")
+    prompts, results = [choice_prompt(item, heading, examples, n_shot) for item in items], {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    for name, path, _ in runs:
+        model, tokenizer = load_policy(path, device, args.trust_remote_code)
+        results[name] = choice_figures(items, choice_logps(model, tokenizer, items, prompts, args.dtype))
+    print_table(results)
+    write_figures(results, out)
+    print(f"figures in {out}")
+
+
+def write_figures(results, path):
+    """The results as JSON, {model: {name: [value, low, high]}}; what is not finite as null."""
+    finite = {name: {key: [value if math.isfinite(value) else None for value in figure]
+                     for key, figure in figures.items()} for name, figures in results.items()}
+    Path(path).write_text(json.dumps(finite, indent=1) + "\n", encoding="utf-8")
+
+
 def main():
     """`python evaluate.py RUN …`."""
     parser = Parser(
@@ -226,10 +374,16 @@ def main():
     parser.add_argument("--seed", type=number(int, 0, 2**20), default=0)
     parser.add_argument("--trust-remote-code", action="store_true", default=None,
                         help="run code of a hub model")
+    parser.add_argument("--choices", metavar="FILE",
+                        help="instead of all that: accuracy on multiple choice, ARC's rows or MMLU's .csv")
+    parser.add_argument("--n-shot", type=number(int, 0), default=0, metavar="N",
+                        help="… after the first N examples (default: 0)")
+    parser.add_argument("--shots", metavar="FILE", help="… of this file, a kind that --choices takes")
     parser.add_argument("--out", default="results.json", help="the figures as JSON: [mean, half-width]")
     parser.add_argument("--plot", metavar="PNG", help="draw reward, KL and learning curves")
     overrides = vars(parser.parse_args())
     paths, out, picture, reference = (overrides.pop(key) for key in ("models", "out", "plot", "reference"))
+    choices, shots, n_shot = (overrides.pop(key) for key in ("choices", "shots", "n_shot"))
     paths = [path for path in paths if not Path(path).is_file()]       # runs/toy/* also names results.json
     if not paths:
         raise InputError("no run or model directory among the arguments")
@@ -237,6 +391,8 @@ def main():
     if len({name for name, *_ in runs}) < len(runs):
         runs = [(path, *rest) for path, (_, *rest) in zip(paths, runs)]
     args = runs[0][2]                           # the same held-out pairs, lengths and seed for every model
+    if choices:
+        return evaluate_choices(runs, args, choices, shots, n_shot, out)
     reference_name = reference or next((run.reference for _, _, run in runs if run.reference), runs[0][1])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     _, held_out, _ = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
@@ -259,9 +415,7 @@ def main():
                              args.max_prompt_length, args.max_response_length)
         results[name], _ = evaluate_policy(policy, reference, tokenizer, examples, reward, args)
     print_table(results)
-    finite = {name: {key: [value if math.isfinite(value) else None for value in figure]
-                     for key, figure in figures.items()} for name, figures in results.items()}
-    Path(out).write_text(json.dumps(finite, indent=1) + "\n", encoding="utf-8")
+    write_figures(results, out)
     if picture:
         plot(results, {name: path for (name, *_), path in zip(runs, paths)}, picture)
     print(f"figures in {out}" + (f", picture in {picture}" if picture else ""))
