@@ -333,7 +333,8 @@ def evaluate_choices(runs, args, source, shots, n_shot, out):
     items, heading, dropped = load_choices(source)
     examples, _, more = load_choices(shots) if shots else ([], "", Counter())
     if len(examples) < n_shot:
-        raise InputError(f"--n-shot {n_shot}: {shots or 'no --shots FILE'} has {len(examples)} examples")
+        raise InputError(f"--n-shot {n_shot}: {shots} has {len(examples)} usable rows" if shots else
+                         "--n-shot needs --shots FILE")
     print(f"{len(items)} items of {source}, {n_shot}-shot; dropped: {counted(dropped + more)}; "
           "mean ± half-width of the 95 % interval over items")
     prompts, results = [choice_prompt(item, heading, examples, n_shot) for item in items], {}
@@ -391,6 +392,8 @@ def main():
     if len({name for name, *_ in runs}) < len(runs):
         runs = [(path, *rest) for path, (_, *rest) in zip(paths, runs)]
     args = runs[0][2]                           # the same held-out pairs, lengths and seed for every model
+    if (shots or n_shot) and not choices:
+        raise InputError("--shots and --n-shot need --choices FILE")
     if choices:
         return evaluate_choices(runs, args, choices, shots, n_shot, out)
     reference_name = reference or next((run.reference for _, _, run in runs if run.reference), runs[0][1])

@@ -39,7 +39,8 @@ def test_arc_has_any_labels_and_number_of_options_in_either_form(tmp_path, items
     assert items == [
         {"question": "Question: What is wet?\nAnswer:", "answer": 1,
          "options": ["a stone", "water", "dust", "fire"]},
-        {"question": "Question:  Which one floats?\nAnswer:", "answer": 2, "options": ["iron", "lead", "cork"]},
+        {"question": "Question:  Which one floats?\nAnswer:", "answer": 2,
+         "options": ["iron", "lead", "cork"]},
         {"question": "Question: Où?\nAnswer:", "answer": 4,
          "options": ["à côté", "là", "ici", "au café", "ailleurs"]}]
     assert load_choices(write(tmp_path / "hub.json", HUB)) == (items, "", {})
@@ -74,7 +75,8 @@ BAD_ROWS = {
         {**HUB[0], "choices": {"text": [*"xyz"], "label": [*"AB"]}}, {**ROWS[0], "label": [*"ABB"]}],
     "null or malformed text": [
         {**ROWS[0], "D": None}, {**ROWS[0], "label": [*"ABCDE"]}, {**ROWS[0], "question": 5},
-        {**ROWS[0], "A": "\ud800"}, {**HUB[0], "choices": "AB"}, {**ROWS[0], "label": None}, {"question": "Q"}],
+        {**ROWS[0], "A": "\ud800"}, {**HUB[0], "choices": "AB"}, {**ROWS[0], "label": None},
+        {"question": "Q"}],
     "empty question or option": [{**ROWS[0], "question": " "}, {**ROWS[0], "C": ""}]}
 
 
@@ -108,7 +110,7 @@ def spelled(text, tokenizer):
 
 
 @pytest.mark.parametrize("bos", [False, True], ids=["", "bos"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "cohere"])      # the last in padded rows, logits scaled
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])      # the last cannot be packed
 @pytest.mark.parametrize("batch_size", [1, 8])
 def test_log_probabilities_equal_a_softmax_by_hand(family, bos, batch_size, items):
     tokenizer = byte_tokenizer(bos=bos)
@@ -201,18 +203,29 @@ def test_several_models_are_a_table_and_a_file_and_no_chat_template_is_applied(t
         assert line.split()[0] == name and line.endswith(f"{value:.3f} ± {(high - low) / 2:.3f}")
 
 
+def complaint(monkeypatch, capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *argv)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1
+    return error
+
+
 @pytest.mark.parametrize("name, content, message", [
     ("missing.csv", None, "missing.csv: no such file"), ("missing.json", None, "missing.json: no such file"),
     ("latin.csv", b"\xe9,a,b,c,d,A\n", "latin.csv: not UTF-8 text in columns"),
     ("text.jsonl", b"hello", "text.jsonl:1: not JSON"), ("empty.csv", b"", "no usable item in 0 rows (none)"),
     ("pairs.jsonl", b'{"prompt": "Q", "chosen": "a", "rejected": "b"}',
-     "pairs.jsonl: no usable item in 1 rows (1 null or malformed text); want question, choices"),
-    ("good.csv", MMLU.encode(), "--n-shot 1: no --shots FILE has 0 examples")])
-def test_bad_input_is_one_line(name, content, message, tmp_path, monkeypatch, capsys, checkpoint):
+     "pairs.jsonl: no usable item in 1 rows (1 null or malformed text); want question, choices")])
+def test_a_bad_file_is_one_line(name, content, message, tmp_path, monkeypatch, capsys, checkpoint):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, checkpoint, "--choices", tmp_path / name, "--n-shot", 1, "--out", tmp_path / "r")
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and message in error
-    assert not (tmp_path / "r").exists()
+    assert message in complaint(monkeypatch, capsys, checkpoint, "--choices", tmp_path / name)
+
+
+def test_missing_examples_are_one_line(tmp_path, monkeypatch, capsys, checkpoint):
+    path = write(tmp_path / "x_dev.csv", MMLU)
+    for argv, message in [(["--choices", path, "--n-shot", 3], "--n-shot needs --shots FILE"),
+                          (["--choices", path, "--n-shot", 3, "--shots", path], "_dev.csv has 2 usable rows"),
+                          (["--n-shot", 3], "need --choices"), (["--shots", path], "need --choices")]:
+        assert message in complaint(monkeypatch, capsys, checkpoint, *argv)
