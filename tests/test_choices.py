@@ -179,27 +179,30 @@ def run(monkeypatch, *argv):
 
 def test_several_models_are_a_table_and_a_file_and_no_chat_template_is_applied(tmp_path, monkeypatch, capsys,
                                                                                checkpoint):
-    other = tmp_path / "other"
+    other, seen, figures = tmp_path / "other", [], evaluate.choice_figures
     for part in (tiny_model("gpt2", seed=3), byte_tokenizer()):
         part.save_pretrained(other)
-    rows = [{**row, "answer": label} for row in ROWS for label in row["label"]]      # so that some are right
-    source, out = write(tmp_path / "arc.json", rows), tmp_path / "out" / "r.json"
+    monkeypatch.setattr(evaluate, "choice_figures",
+                        lambda items, logps: seen.append(logps) or figures(items, logps))
+    source, out = write(tmp_path / "arc.json", [*ROWS, {}]), tmp_path / "out" / "r.json"
     run(monkeypatch, checkpoint, other, "--choices", source, "--n-shot", 1, "--shots",
         write(tmp_path / "shots.json", [{**ROWS[0], "question": "Why?"}]), "--out", out)
     table, results = capsys.readouterr().out.split("\n"), json.loads(out.read_text())
-    assert f"12 items of {source}, 1-shot; dropped: none" in table[0]
+    assert f"3 items of {source}, 1-shot; dropped: 1 null or malformed text" in table[0]
     assert table[1].split() == ["model", "acc", "acc_norm", "acc_bytes"]
     assert list(results) == [checkpoint.name, "other"]
     tokenizer = byte_tokenizer()
-    for name, model, line in zip(results, (tiny_model(), tiny_model("gpt2", seed=3)), table[2:]):
+    for name, model, logps, line in zip(results, (tiny_model(), tiny_model("gpt2", seed=3)), seen, table[2:]):
         right = []
-        for row in rows:
+        for row, sums in zip(ROWS, logps):
             prompt = f"Question: Why?\nAnswer: water\n\nQuestion: {row['question']}\nAnswer:"
-            scores = {label: by_hand(model, spelled(prompt, tokenizer), spelled(" " + row[label], tokenizer))
-                      / len(row[label].encode()) for label in row["label"]}
-            right.append(max(scores, key=scores.get) == row["answer"])
+            exact = {label: by_hand(model, spelled(prompt, tokenizer), spelled(" " + row[label], tokenizer))
+                     for label in row["label"]}
+            assert sums == pytest.approx([*exact.values()], abs=2e-4)
+            by_byte = {label: sum_ / len(row[label].encode()) for label, sum_ in exact.items()}
+            right.append(max(by_byte, key=by_byte.get) == row["answer"])
         value, low, high = results[name]["acc_bytes"]
-        assert value == pytest.approx(sum(right) / 12) and low < value < high
+        assert value == pytest.approx(sum(right) / 3) and low <= value <= high
         assert line.split()[0] == name and line.endswith(f"{value:.3f} ± {(high - low) / 2:.3f}")
 
 
