@@ -5,11 +5,14 @@
     python evaluate.py MODEL --against OTHER …           # win rates against another model's responses
     python evaluate.py --compare runs/toy/*              # what finished runs have measured: table and picture
     python evaluate.py --check-judge FILE --reward R     # does R, or a --judge, say what humans said?
+    python evaluate.py MODEL … --choices FILE            # multiple choice: ARC, MMLU
 
 On held-out pairs: DPO loss, margin and accuracy against the reference. On responses sampled to their prompts,
 at temperature 1 as in training: reward, length, unfinished, distinct-n, KL(π‖π_ref), and the win rate against
-the data's chosen responses or another model's, a tie counting ½, raw and length-controlled.
+the data's chosen responses or another model's, a tie counting ½, raw and length-controlled. On multiple
+choice: accuracy by log-likelihood, with the prompts and figures of lm-evaluation-harness.
 """
+import csv
 import json
 import math
 import re
@@ -18,13 +21,14 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (NO_TEXT, BadRow, InputError, Parser, command_line, counted, encode, number, read_rows,
-                  train_and_held_out)
+from data import (NO_TEXT, BadRow, InputError, Parser, collate, command_line, counted, encode, number,
+                  read_rows, train_and_held_out)
 from generate import check_lengths, end_token_ids, load_policy, response_text, sample
 from reward import TEMPLATES, load_judge, load_reward, reward_judge, verdicts_of
-from sail import dpo_loss, pair_logps, parse_args
+from sail import dpo_loss, pair_logps, parse_args, sequence_logps
 
 
 # --- figures, each with its 95 % bootstrap interval over prompts --------------------------------------------
@@ -109,8 +113,9 @@ def win_figures(verdicts, ours, theirs):
 
 
 def notes_of(verdicts):
-    """Of a model's Verdicts the shares of flipped and of unparsable ones, and the mean grade; {} of a reward's."""
-    columns = {name: [getattr(verdict, name) for verdict in verdicts] for name in ("flipped", "unparsable", "grade")}
+    """Of a model's Verdicts the shares of flipped and of unparsable ones, and the mean grade."""
+    columns = {name: [getattr(verdict, name) for verdict in verdicts]
+               for name in ("flipped", "unparsable", "grade")}
     return {name: bootstrap(mean, [float(value) for value in values if value is not None])
             for name, values in columns.items() if any(value is not None for value in values)}
 
@@ -174,9 +179,20 @@ def find_run(path, overrides):
     return path.name or str(path), str(path / "model") if saved else str(path), Namespace(**settings)
 
 
+def runs_of(options):
+    """`find_run` of every model of the command line. Raises InputError without any."""
+    overrides = {key: value for key, value in vars(options).items() if key not in ("out", "reference")}
+    runs = [find_run(path, overrides) for path in options.models]
+    if not runs:
+        raise InputError("no run or model directory among the arguments, and no --check-judge")
+    if len({name for name, *_ in runs}) < len(runs):
+        runs = [(path, *rest) for path, (_, *rest) in zip(options.models, runs)]
+    return runs
+
+
 COLUMNS = ("reward", "win_rate", "lc_win_rate", "grade", "kl", "length", "unfinished", "distinct_1",
            "distinct_2", "loss", "margin", "accuracy", "decided", "kappa", "length_bias", "flipped",
-           "unparsable")
+           "unparsable", "acc", "acc_norm", "acc_bytes")
 
 
 def shown(value, low, high):
@@ -202,6 +218,79 @@ def write_figures(results, path):
                       for name, figure in figures.items()} for model, figures in results.items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path).write_text(json.dumps(finite, indent=1) + "\n", encoding="utf-8")
+
+
+# --- models of the command line -----------------------------------------------------------------------------
+
+def responses_of(name, pairs, args, device):
+    """[(prompt, response)] of --against: those of a file, as generate.py writes it for data or for AlpacaEval,
+    or what a model says to the pairs' prompts."""
+    if Path(name).is_file():
+        rows = [(row.get("prompt", row.get("instruction")), row.get("response", row.get("output")))
+                for row in read_rows(name)]
+        if not rows or not all(isinstance(response, str) for _, response in rows):
+            raise InputError(f"--against {name}: want rows with prompt and response, or with instruction and "
+                             "output, as generate.py writes them")
+        return rows
+    _, model, _ = find_run(name, {})
+    policy, tokenizer = load_policy(model, device, args.trust_remote_code)
+    check_lengths(policy, model, args.max_prompt_length, args.max_response_length)
+    examples, _ = encode(pairs, tokenizer, end_token_ids(tokenizer, policy), args.max_prompt_length, 10**9)
+    torch.manual_seed(args.seed + 1)                     # not the draws of the model that is evaluated
+    responses, _ = sample(policy, tokenizer, [example["prompt_ids"] for example in examples],
+                          args.max_response_length)
+    return [(example["prompt"], response_text(tokenizer, ids))
+            for example, (ids,) in zip(examples, responses)]
+
+
+def opponents_of(examples, responses, name):
+    """The response to each example's prompt, the k-th where the prompt comes for the k-th time."""
+    left = {}
+    for prompt, response in responses:
+        left.setdefault(json.dumps(prompt), []).append(response)
+    opponents = []
+    for example in examples:
+        texts = left.get(json.dumps(example["prompt"]))
+        if not texts:
+            raise InputError(f"--against {name}: no response to the prompt {str(example['prompt'])[:60]!r}")
+        opponents.append(texts[0])
+        texts.append(texts.pop(0))                       # in turn, where there are too few
+    return opponents
+
+
+def evaluate_models(options):
+    """Sample from the models of the command line, print a table of their figures and write these to --out."""
+    runs, against = runs_of(options), options.against
+    args = runs[0][2]                           # the same held-out pairs, lengths and seed for every model
+    reference_name = options.reference or next((run.reference for *_, run in runs if run.reference),
+                                               runs[0][1])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    _, held_out, _ = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
+    held_out = held_out[:args.eval_limit]
+    if not held_out:
+        raise InputError(f"{args.data}: no pair is held out; name some with --eval-data")
+    reward = load_reward(args.reward, device, args.trust_remote_code) if args.reward else None
+    judge = judge_from(options, reward) if reward or options.judge != "reward" else None
+    reference, reference_tokenizer = load_policy(reference_name, device, args.trust_remote_code)
+    responses = responses_of(against, held_out, args, device) if against else None
+    print(f"{len(held_out)} held-out pairs of {args.eval_data or args.data}, reference {reference_name}, "
+          f"reward {args.reward}; wins over {against or 'the chosen responses'}, judged by "
+          f"{options.judge_model or args.reward}; ± half the 95 % interval over prompts")
+    results = {}
+    for name, model, _ in runs:
+        policy, tokenizer = load_policy(model, device, args.trust_remote_code)
+        check_lengths(policy, model, args.max_prompt_length, args.max_response_length)
+        if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
+            raise InputError(f"{model} has another vocabulary than the reference {reference_name}; "
+                             "evaluate it by itself")
+        examples, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), args.max_prompt_length,
+                             args.max_response_length)
+        opponents = opponents_of(examples, responses, against) if against else None
+        results[name], _ = evaluate_policy(policy, reference, tokenizer, examples, reward, args, judge,
+                                           opponents)
+    print_table(results)
+    write_figures(results, options.out)
+    print(f"figures in {options.out}")
 
 
 # --- finished runs side by side: a table and a picture ------------------------------------------------------
@@ -465,77 +554,135 @@ def check_judge(args):
     print_table(results)
 
 
-def responses_of(name, pairs, args, device):
-    """[(prompt, response)] of --against: those of a file, as generate.py writes it for data or for AlpacaEval,
-    or what a model says to the pairs' prompts."""
-    if Path(name).is_file():
-        rows = [(row.get("prompt", row.get("instruction")), row.get("response", row.get("output")))
-                for row in read_rows(name)]
-        if not rows or not all(isinstance(response, str) for _, response in rows):
-            raise InputError(f"--against {name}: want rows with prompt and response, or with instruction and "
-                             "output, as generate.py writes them")
-        return rows
-    _, model, _ = find_run(name, {})
-    policy, tokenizer = load_policy(model, device, args.trust_remote_code)
-    check_lengths(policy, model, args.max_prompt_length, args.max_response_length)
-    examples, _ = encode(pairs, tokenizer, end_token_ids(tokenizer, policy), args.max_prompt_length, 10**9)
-    torch.manual_seed(args.seed + 1)                     # not the draws of the model that is evaluated
-    responses, _ = sample(policy, tokenizer, [example["prompt_ids"] for example in examples],
-                          args.max_response_length)
-    return [(example["prompt"], response_text(tokenizer, ids))
-            for example, (ids,) in zip(examples, responses)]
+# --- multiple choice, scored as lm-evaluation-harness does --------------------------------------------------
+
+def choice_item(row, lettered):
+    """A row -> {question: its text up to and with "Answer:", options: what may follow after a blank, answer:
+    the place of the right one}. lettered: the text lists the options, and the letters are to choose from."""
+    question, choices = row["question"], row.get("choices")
+    labels, answer = (choices["label"], row["answerKey"]) if choices else (row["label"], row["answer"])
+    texts = choices["text"] if choices else [row[label] for label in labels]
+    "".join([question, *texts]).encode()                      # raises where one is no text
+    if len(texts) < 2 or len(texts) != len(labels) or labels.count(answer) != 1:
+        raise BadRow("answer is not one of the options")
+    options, text = texts, f"Question: {question}\nAnswer:"
+    if lettered:
+        listed = "".join(f"{label}. {option}\n" for label, option in zip(labels, texts))
+        options, text = labels, f"{question.strip()}\n{listed}Answer:"
+    if not all(each.strip() for each in (question, *options)):
+        raise BadRow("empty question or option")
+    return {"question": text, "options": options, "answer": labels.index(answer)}
 
 
-def opponents_of(examples, responses, name):
-    """The response to each example's prompt, the k-th where the prompt comes for the k-th time."""
-    left = {}
-    for prompt, response in responses:
-        left.setdefault(json.dumps(prompt), []).append(response)
-    opponents = []
-    for example in examples:
-        texts = left.get(json.dumps(example["prompt"]))
-        if not texts:
-            raise InputError(f"--against {name}: no response to the prompt {str(example['prompt'])[:60]!r}")
-        opponents.append(texts[0])
-        texts.append(texts.pop(0))                       # in turn, where there are too few
-    return opponents
+def load_choices(source):
+    """Multiple-choice items in the harness's words: (what `choice_item` returns, heading, dropped rows by
+    reason).
+
+    A .csv is MMLU's: no header; question, four options, letter; the heading takes the subject from its name.
+    Otherwise ARC, told by its columns: question, choices {text, label}, answerKey; or question, answer, label
+    and each option under its label. Raises InputError where nothing can be used.
+    """
+    path, heading = Path(source), ""
+    if path.suffix == ".csv" and path.is_file():
+        subject = re.sub("_(dev|val|test)$", "", path.stem).replace("_", " ")
+        heading = f"The following are multiple choice questions (with answers) about {subject}.\n\n"
+        try:
+            with open(path, encoding="utf-8-sig", newline="") as file:
+                rows = [{**row, "label": [*"ABCD"]}
+                        for row in csv.DictReader(file, ["question", *"ABCD", "answer"])]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise InputError(f"{source}: not UTF-8 text in columns ({error})") from None
+    else:
+        rows = read_rows(source)
+    items, dropped = [], Counter()
+    for row in rows:
+        try:
+            if None in row:
+                raise BadRow("more than six columns")
+            items.append(choice_item(row, bool(heading)))
+        except BadRow as reason:
+            dropped[str(reason)] += 1
+        except (KeyError, TypeError, AttributeError, UnicodeEncodeError):
+            dropped[NO_TEXT] += 1
+    if not items:
+        raise InputError(f"{source}: no usable item in {len(rows)} rows ({counted(dropped)}); want question, "
+                         "choices, answerKey; or question, answer, label and the options under their labels; "
+                         "or a .csv without header: question, four options, letter")
+    return items, heading, dropped
 
 
-def evaluate_models(options):
-    """Sample from the models of the command line, print a table of their figures and write these to --out."""
-    paths, against = options.models, options.against
-    if not paths:
-        raise InputError("no run or model directory among the arguments, and no --check-judge")
-    overrides = {key: value for key, value in vars(options).items() if key not in ("out", "reference")}
-    runs = [find_run(path, overrides) for path in paths]
-    if len({name for name, *_ in runs}) < len(runs):
-        runs = [(path, *rest) for path, (_, *rest) in zip(paths, runs)]
-    args = runs[0][2]                           # the same held-out pairs, lengths and seed for every model
-    reference_name = options.reference or next((run.reference for _, _, run in runs if run.reference), runs[0][1])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    _, held_out, _ = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
-    held_out = held_out[:args.eval_limit]
-    if not held_out:
-        raise InputError(f"{args.data}: no pair is held out; name some with --eval-data")
-    reward = load_reward(args.reward, device, args.trust_remote_code) if args.reward else None
-    judge = judge_from(options, reward) if reward or options.judge != "reward" else None
-    reference, reference_tokenizer = load_policy(reference_name, device, args.trust_remote_code)
-    responses = responses_of(against, held_out, args, device) if against else None
-    print(f"{len(held_out)} held-out pairs of {args.eval_data or args.data}, reference {reference_name}, "
-          f"reward {args.reward}; wins over {against or 'the chosen responses'}, judged by "
-          f"{options.judge_model or args.reward}; ± half the 95 % interval over prompts")
-    results = {}
-    for name, model, _ in runs:
-        policy, tokenizer = load_policy(model, device, args.trust_remote_code)
-        check_lengths(policy, model, args.max_prompt_length, args.max_response_length)
-        if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
-            raise InputError(f"{model} has another vocabulary than the reference {reference_name}; "
-                             "evaluate it by itself")
-        examples, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), args.max_prompt_length,
-                             args.max_response_length)
-        opponents = opponents_of(examples, responses, against) if against else None
-        results[name], _ = evaluate_policy(policy, reference, tokenizer, examples, reward, args, judge,
-                                           opponents)
+def choice_prompt(item, heading="", shots=(), n_shot=0):
+    """What the options follow: the heading, the first n_shot of `shots` with their answers, and the item's
+    question. No item is an example for itself."""
+    examples = [shot for shot in shots if shot != item][:n_shot]
+    return heading + "".join(f"{shot['question']} {shot['options'][shot['answer']]}\n\n"
+                             for shot in examples) + item["question"]
+
+
+@torch.no_grad()
+def choice_logps(model, tokenizer, items, prompts, dtype="float32", batch_size=8):
+    """log π(option | prompt) of each item's options, summed over tokens: a list of lists, in nats.
+
+    An option's tokens are those that prompt and option together have more than the prompt. Texts get the
+    tokenizer's BOS, where it has one, and no chat template. What is longer than the model's positions is cut
+    from the left. Raises InputError for an option that has no tokens of its own, or too many.
+    """
+    def encoded(text):
+        ids = tokenizer(text)["input_ids"]
+        return ids[:-1] if ids[-1:] == [tokenizer.eos_token_id] else ids    # some tokenizers end every text
+
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+    rows, logps = [], [None] * len(items)             # rows: of each item, its options' (context, ids)
+    for item, prompt in zip(items, prompts):
+        context = encoded(prompt)
+        options = [encoded(f"{prompt} {option}")[len(context):] for option in item["options"]]
+        for option, ids in zip(item["options"], options):
+            if not 0 < len(ids) <= positions:
+                raise InputError(f"option {option[:80]!r} adds {len(ids)} tokens to its prompt; "
+                                 f"want 1 to the model's {positions}")
+        rows.append([(context[-(positions + 1 - len(ids)):], ids) for ids in options])
+    by_length = sorted(range(len(rows)), key=lambda place: max(len(c) + len(ids) for c, ids in rows[place]))
+    for start in tqdm(range(0, len(rows), batch_size), "scoring", leave=False,
+                      disable=None if len(rows) > 8 * batch_size else True):
+        batch = by_length[start:start + batch_size]
+        contexts, options = zip(*(row for place in batch for row in rows[place]))
+        input_ids, mask, response_mask = collate(contexts, options, model.device)
+        mask = F.pad(mask[:, 1:], (0, 1))          # a row's last token predicts nothing and takes no position
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            sums = iter(sequence_logps(model, input_ids, mask, response_mask).tolist())
+        for place in batch:
+            logps[place] = [next(sums) for _ in rows[place]]
+    return logps
+
+
+def choice_figures(items, logps):
+    """How often the right option has the highest log-probability (acc), or that per character (acc_norm) or
+    UTF-8 byte (acc_bytes) of its text; of equal ones the first counts. As `bootstrap` returns them."""
+    lengths = {"acc": lambda option: 1, "acc_norm": len, "acc_bytes": lambda option: len(option.encode())}
+    figures = {}
+    for name, length in lengths.items():
+        scores = [[logp / length(option) for logp, option in zip(row, item["options"])]
+                  for row, item in zip(logps, items)]
+        figures[name] = bootstrap(mean, [float(row.index(max(row)) == item["answer"])
+                                         for row, item in zip(scores, items)])
+    return figures
+
+
+def evaluate_choices(options):
+    """`python evaluate.py MODEL … --choices FILE`: a table and --out, a model per line."""
+    items, heading, dropped = load_choices(options.choices)
+    examples, _, more = load_choices(options.shots) if options.shots else ([], "", Counter())
+    if len(examples) < options.n_shot:
+        raise InputError(f"--n-shot {options.n_shot}: {options.shots} has {len(examples)} usable rows"
+                         if options.shots else "--n-shot needs --shots FILE")
+    runs = runs_of(options)
+    print(f"{len(items)} items of {options.choices}, {options.n_shot}-shot; dropped: "
+          f"{counted(dropped + more)}; ± half the 95 % interval over items")
+    prompts, results = [choice_prompt(item, heading, examples, options.n_shot) for item in items], {}
+    for name, path, args in runs:
+        model, tokenizer = load_policy(path, "cuda" if torch.cuda.is_available() else "cpu",
+                                       args.trust_remote_code)
+        results[name] = choice_figures(items, choice_logps(model, tokenizer, items, prompts, args.dtype))
     print_table(results)
     write_figures(results, options.out)
     print(f"figures in {options.out}")
@@ -576,10 +723,18 @@ def main():
         help="its answers; none is asked for twice (default: verdicts.jsonl)")
     add("--check-judge", metavar="FILE",
         help="compare the judge with the humans in PandaLM's or MT-Bench's file instead")
+    add = parser.add_argument_group("multiple choice").add_argument
+    add("--choices", metavar="FILE", help="instead of all that: accuracy on ARC's rows or MMLU's .csv")
+    add("--shots", metavar="FILE", help="examples to put before each question, a kind that --choices takes")
+    add("--n-shot", type=number(int, 0), default=0, metavar="N", help="how many of them, the first (0)")
     args = parser.parse_args()
     args.models = [path for path in args.models if not Path(path).is_file()]     # runs/toy/* has results.json
+    if (args.shots or args.n_shot) and not args.choices:
+        raise InputError("--shots and --n-shot need --choices FILE")
     if args.check_judge:
         check_judge(args)
+    elif args.choices:
+        evaluate_choices(args)
     elif args.compare:
         compare(args.models, args.out)
     else:
