@@ -223,8 +223,8 @@ def write_figures(results, path):
 # --- models of the command line -----------------------------------------------------------------------------
 
 def responses_of(name, pairs, args, device):
-    """[(prompt, response)] of --against: those of a file, as generate.py writes it for data or for AlpacaEval,
-    or what a model says to the pairs' prompts."""
+    """[(prompt, response)] of --against: of a file, as generate.py writes it for data or for AlpacaEval, or
+    what a model says to the pairs' prompts."""
     if Path(name).is_file():
         rows = [(row.get("prompt", row.get("instruction")), row.get("response", row.get("output")))
                 for row in read_rows(name)]
@@ -347,8 +347,8 @@ def compare(paths, out):
     picture = Path(out).with_suffix(".png")
     write_figures(results, out)
     plot(groups, results, picture)
-    print("\n± half the 95 % interval: over seeds (t) where there are several, else over prompts (bootstrap)\n"
-          f"figures in {out}, picture in {picture}")
+    print("\n± half the 95 % interval: over seeds (t) where there are several, else over prompts "
+          f"(bootstrap)\nfigures in {out}, picture in {picture}")
 
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker each besides.

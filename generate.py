@@ -71,11 +71,11 @@ def load_policy(name, device="cpu", trust_remote_code=False):
     return prepare(model.float(), tokenizer, name).to(device), tokenizer
 
 
-def load_weights(auto_class, name, trust_remote_code=False, **options):
+def load_weights(auto_class, name, trust_remote_code=False, may_lack=frozenset(), **options):
     """auto_class.from_pretrained(name), without the network for a local directory.
 
-    Raises InputError where there is no such model, or where some of its weights are missing from the
-    checkpoint: transformers would make them up.
+    Raises InputError where there is no such model, or where some of its weights, but for those that it
+    `may_lack`, are missing from the checkpoint: transformers would make them up.
     """
     from safetensors import SafetensorError
     from transformers.utils import logging
@@ -88,9 +88,10 @@ def load_weights(auto_class, name, trust_remote_code=False, **options):
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{name}: no model for {auto_class.__name__[12:]} to load "
                          f"({first_line(error)})") from None
-    if loading["missing_keys"]:
+    lacking = loading["missing_keys"] - may_lack
+    if lacking:
         raise InputError(f"{name}: as a model for {auto_class.__name__[12:]} it lacks the weights "
-                         f"{', '.join(sorted(loading['missing_keys'])[:3])}; want a trained one")
+                         f"{', '.join(sorted(lacking)[:3])}; want a trained one")
     return model
 
 

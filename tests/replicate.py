@@ -153,8 +153,8 @@ def dialogues(source, runs, seeds, at_a_time):
     models = [folder / "sft", *(out for out, _ in jobs)]
     for half in ("first", "second"):
         if not (folder / f"{half}.json").is_file():
-            run("evaluate.py", *models, "--reference", folder / "sft/model", "--data", folder / "second.jsonl",
-                "--eval-data", held_out, "--reward", folder / f"reward-{half}",
+            run("evaluate.py", *models, "--reference", folder / "sft/model",
+                "--data", folder / "second.jsonl", "--eval-data", held_out, "--reward", folder / f"reward-{half}",
                 "--out", folder / f"{half}.json")
 
 

@@ -173,7 +173,8 @@ def opponents(lengths):
 
 
 def test_on_equal_lengths_the_length_controlled_win_rate_is_the_raw_one():
-    figures = win_figures([Verdict(win) for win in [1.0] * 13 + [0.5] * 3 + [0.0] * 4], *opponents([500] * 20))
+    verdicts = [Verdict(win) for win in [1.0] * 13 + [0.5] * 3 + [0.0] * 4]
+    figures = win_figures(verdicts, *opponents([500] * 20))
     assert figures["lc_win_rate"] == pytest.approx(figures["win_rate"])
     assert figures["win_rate"][0] == 14.5 / 20
 
@@ -188,7 +189,7 @@ def test_a_model_that_only_pads_gains_nothing_under_length_control():
             figures = win_figures([Verdict(float(win)) for win in wins], *opponents(500 + difference))
             assert figures["lc_win_rate"][1] < 0.5 < figures["lc_win_rate"][2]
             assert (figures["win_rate"][1] > 0.7) == (padding > 0)
-    always = win_figures([Verdict(1.0)] * 50, *opponents(torch.linspace(510, 600, 50)))     # every answer, and always
+    always = win_figures([Verdict(1.0)] * 50, *opponents(torch.linspace(510, 600, 50)))      # every answer
     assert always["win_rate"][0] == 1 and always["lc_win_rate"][0] < 0.55
 
 
@@ -374,12 +375,14 @@ def test_a_file_without_the_responses_is_refused(rows, message, tmp_path, monkey
         {"prompt": "how was the soup ?", "chosen": "the", "rejected": "was"}))
     (tmp_path / "answers.json").write_text(json.dumps(rows))
     with pytest.raises(InputError, match=message):
-        run_evaluate(monkeypatch, base, "--data", "toy", "--eval-data", "pairs.jsonl", "--against", "answers.json")
+        run_evaluate(monkeypatch, base, "--data", "toy", "--eval-data", "pairs.jsonl", "--against",
+                     "answers.json")
 
 
 def test_a_model_as_judge_gives_win_rate_flips_and_grades(tmp_path, monkeypatch, base):
     monkeypatch.chdir(tmp_path)
-    verdicts = [Verdict(1.0, False, False, 7.0), Verdict(0.5, False, True, None), Verdict(0.5, True, False, 4.0)]
+    verdicts = [Verdict(1.0, False, False, 7.0), Verdict(0.5, False, True, None),
+                Verdict(0.5, True, False, 4.0)]
     monkeypatch.setattr(evaluate, "load_judge", lambda *_: lambda prompts, *_: (verdicts * 3)[:len(prompts)])
     figures, = run_evaluate(monkeypatch, base, "--eval-limit", "9", "--judge", "http://h/v1", "--judge-model",
                             "m").values()
