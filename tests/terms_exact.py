@@ -29,6 +29,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from evaluate import over_seeds
 from sail import utility
 
 RESPONSES, BETA = 40, 0.1
@@ -147,12 +148,9 @@ def reward_at(kls, rewards, at):
 
 def summary(values):
     """Mean, half-width of the 95 % t-interval and count over the worlds that have a value; values (S,)."""
-    values = values[values.isfinite()]
-    n = len(values)
-    quantile = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
-    t = quantile[n - 2] if 2 <= n <= 16 else 1.96 + 2.5 / max(n - 1, 1)
-    return {"mean": values.mean().item() if n else None,
-            "half": t * values.std().item() / math.sqrt(n) if n > 1 else None, "worlds": n}
+    values = values[values.isfinite()].tolist()
+    mean, low, high = over_seeds(values) if values else (None, math.nan, math.nan)
+    return {"mean": mean, "half": None if math.isnan(low) else (high - low) / 2, "worlds": len(values)}
 
 
 def measure(seeds, steps, optimizer):
