@@ -237,8 +237,9 @@ def responses_of(name, pairs, args, device):
     check_lengths(policy, model, args.max_prompt_length, args.max_response_length)
     examples, _ = encode(pairs, tokenizer, end_token_ids(tokenizer, policy), args.max_prompt_length, 10**9)
     torch.manual_seed(args.seed + 1)                     # not the draws of the model that is evaluated
-    responses, _ = sample(policy, tokenizer, [example["prompt_ids"] for example in examples],
-                          args.max_response_length)
+    with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        responses, _ = sample(policy, tokenizer, [example["prompt_ids"] for example in examples],
+                              args.max_response_length)
     return [(example["prompt"], response_text(tokenizer, ids))
             for example, (ids,) in zip(examples, responses)]
 
@@ -270,12 +271,12 @@ def evaluate_models(options):
     if not held_out:
         raise InputError(f"{args.data}: no pair is held out; name some with --eval-data")
     reward = load_reward(args.reward, device, args.trust_remote_code) if args.reward else None
-    judge = judge_from(options, reward) if reward or options.judge != "reward" else None
+    judge = judge_from(options, reward) if options.judge != "reward" or options.judge_model else None
     reference, reference_tokenizer = load_policy(reference_name, device, args.trust_remote_code)
     responses = responses_of(against, held_out, args, device) if against else None
     print(f"{len(held_out)} held-out pairs of {args.eval_data or args.data}, reference {reference_name}, "
           f"reward {args.reward}; wins over {against or 'the chosen responses'}, judged by "
-          f"{options.judge_model or args.reward}; ± half the 95 % interval over prompts")
+          f"{options.judge_model or args.reward}; ± half the 95 % interval, over prompts, or over seeds")
     results = {}
     for name, model, _ in runs:
         policy, tokenizer = load_policy(model, device, args.trust_remote_code)
@@ -288,6 +289,11 @@ def evaluate_models(options):
         opponents = opponents_of(examples, responses, against) if against else None
         results[name], _ = evaluate_policy(policy, reference, tokenizer, examples, reward, args, judge,
                                            opponents)
+    for variant, names in seeds_of(results).items():
+        if len(names) > 1:
+            results[f"{variant}, {len(names)} seeds"] = {
+                figure: over_seeds([results[name][figure][0] for name in names])
+                for figure in results[names[0]]}
     print_table(results)
     write_figures(results, options.out)
     print(f"figures in {options.out}")
@@ -305,22 +311,26 @@ def over_seeds(values):
     return mean, mean - half, mean + half
 
 
-def read_runs(paths):
-    """{variant: [rows of eval.jsonl, for each of its runs]} of finished runs of sail.py.
-
-    Runs whose names differ in their ending -sN alone are a variant's seeds; what is no finished run is passed
-    over. Raises InputError where there is none.
-    """
+def seeds_of(names):
+    """{variant: its names}: those that differ in their ending -sN alone are a variant's seeds."""
     groups = {}
+    for name in names:
+        groups.setdefault(re.sub(r"-s\d+$", "", str(name)), []).append(name)
+    return groups
+
+
+def read_runs(paths):
+    """{path: rows of eval.jsonl} of finished runs of sail.py; other paths are passed over. Raises InputError
+    where there is no such run."""
+    runs = {}
     for path in map(Path, paths):
         file = path / "eval.jsonl"
         if (path / "model").is_dir() and file.is_file() and file.stat().st_size:
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-            groups.setdefault(re.sub(r"-s\d+$", "", path.name), []).append(rows)
-    if not groups:
+            runs[path] = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+    if not runs:
         raise InputError("--compare: no finished run with held-out figures among the arguments; want "
                          "directories that sail.py wrote, as in runs/toy/*")
-    return groups
+    return runs
 
 
 def figure_of(name, rows):
@@ -329,13 +339,17 @@ def figure_of(name, rows):
     if any(row.get(name) is None for row in rows):
         return None
     if len(rows) == 1:
-        return rows[0][name], *(rows[0][f"{name}_interval"] or (math.nan, math.nan))
+        return rows[0][name], *(rows[0].get(f"{name}_interval") or (math.nan, math.nan))
     return over_seeds([row[name] for row in rows])
 
 
 def compare(paths, out):
     """Print finished runs as one markdown table; write its figures to `out` and a picture beside it."""
-    groups, results = read_runs(paths), {}
+    found, results = read_runs(paths), {}
+    variants = seeds_of(found)
+    parts = 1 if len({Path(variant).name for variant in variants}) == len(variants) else 2
+    groups = {"/".join(Path(variant).parts[-parts:]): [found[path] for path in runs]
+              for variant, runs in variants.items()}
     for name, runs in groups.items():
         figures = {column: figure_of(column, [rows[-1] for rows in runs]) for column in COLUMNS}
         results[name] = {column: figure for column, figure in figures.items() if figure}

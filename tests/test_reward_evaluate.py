@@ -314,6 +314,8 @@ def test_finished_runs_are_compared_with_their_seeds_together(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "| pr | 2 | 2.500 ± 6.355 | 1.500 ± 6.355 |" in lines and lines[1].startswith("|---|")
     assert (tmp_path / "out" / "results.png").read_bytes()[:4] == b"\x89PNG"
+    compare([runs[2], finished_run(tmp_path / "other" / "dpo", (5, 1.0, 1.0))], tmp_path / "two.json")
+    assert list(json.loads((tmp_path / "two.json").read_text())) == [f"{tmp_path.name}/dpo", "other/dpo"]
     with pytest.raises(InputError, match="no finished run"):
         compare([tmp_path / "results.json"], tmp_path / "results.json")
 
@@ -388,3 +390,12 @@ def test_a_model_as_judge_gives_win_rate_flips_and_grades(tmp_path, monkeypatch,
                             "m").values()
     assert figures["win_rate"][0] == pytest.approx(2 / 3) and figures["grade"][0] == 5.5
     assert figures["flipped"][0] == figures["unparsable"][0] == pytest.approx(1 / 3)
+
+
+def test_several_seeds_get_a_line_of_their_own_with_the_interval_over_them(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 1):
+        (tmp_path / f"pr-s{seed}").symlink_to(base)
+    figures = run_evaluate(monkeypatch, "pr-s0", "pr-s1", "--eval-limit", "8", "--reward", "toy")
+    assert list(figures) == ["pr-s0", "pr-s1", "pr, 2 seeds"]
+    assert figures["pr, 2 seeds"]["reward"] == pytest.approx([figures["pr-s0"]["reward"][0]] * 3)
