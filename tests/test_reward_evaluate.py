@@ -281,6 +281,10 @@ def test_models_are_evaluated_into_a_table_and_a_file(tmp_path, monkeypatch, cap
         part.save_pretrained(base)
     for variant in ("sft", "dpo", "pr"):
         train(parse_args(["--variant", variant, "--model", str(base), "--steps", "2", "--eval-limit", "4"]))
+    row = json.loads((tmp_path / "runs/toy/pr/eval.jsonl").read_text().split("\n")[0])
+    figures = {name for name in row if not name.endswith("_interval")} - {"step"}
+    assert {"kl", "reward", "lc_win_rate", "distinct_2", "loss"} <= figures
+    assert all(row[f"{name}_interval"][0] <= row[name] <= row[f"{name}_interval"][1] for name in figures)
     monkeypatch.setattr("sys.argv", ["evaluate.py", "runs/toy/sft", "runs/toy/dpo", "runs/toy/pr",
                                      "--eval-limit", "8"])
     evaluate.main()
