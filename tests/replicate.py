@@ -143,7 +143,7 @@ def dialogues(source, runs, seeds, at_a_time):
     for half in ("first", "second"):
         if not (folder / f"reward-{half}/model.safetensors").is_file():
             run("reward.py", "--train", "--model", folder / "sft/model", "--data", folder / f"{half}.jsonl",
-                "--eval-data", held_out, "--epochs", 2, "--learning-rate", 3e-4, "--max-length", 192, "--out",
+                "--eval-data", held_out, "--learning-rate", 1e-4, "--max-length", 192, "--out",
                 folder / f"reward-{half}")
     jobs = [(folder / f"{method}-s{seed}",
              f"{flags} --model {folder}/sft/model --data {folder}/second.jsonl --eval-data {held_out} {HH} "
