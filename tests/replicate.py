@@ -147,15 +147,18 @@ def dialogues(source, runs, seeds, at_a_time):
                 folder / f"reward-{half}")
     jobs = [(folder / f"{method}-s{seed}",
              f"{flags} --model {folder}/sft/model --data {folder}/second.jsonl --eval-data {held_out} {HH} "
-             f"--epochs 2 --learning-rate 1e-4 --eval-every 16 --reward {folder}/reward-first --seed {seed}")
+             f"--learning-rate 1e-4 --eval-every 0 --reward {folder}/reward-first --seed {seed}")
             for seed in range(seeds) for method, flags in HH_METHODS.items()]
     train_all(jobs, at_a_time, "dialogues")
-    models = [folder / "sft", *(out for out, _ in jobs)]
-    for half in ("first", "second"):
+
+    def judge(half):
         if not (folder / f"{half}.json").is_file():
-            run("evaluate.py", *models, "--reference", folder / "sft/model",
-                "--data", folder / "second.jsonl", "--eval-data", held_out, "--reward", folder / f"reward-{half}",
-                "--out", folder / f"{half}.json")
+            run("evaluate.py", folder / "sft", *(out for out, _ in jobs), "--reference", folder / "sft/model",
+                "--data", folder / "second.jsonl", "--eval-data", held_out, "--reward",
+                folder / f"reward-{half}", "--out", folder / f"{half}.json")
+
+    with ThreadPoolExecutor(at_a_time) as pool:
+        list(pool.map(judge, ("first", "second")))
 
 
 # --- the report ---------------------------------------------------------------------------------------------
