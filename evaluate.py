@@ -372,12 +372,13 @@ MARKERS = "osD^vPX*"
 
 def put_labels(axes, labels):
     """Write (text, x, y, colour) beside their points, each at the first place where it covers no other."""
+    from matplotlib.patheffects import withStroke
     taken = []
     axes.figure.draw_without_rendering()                               # until then no place is known
     for text, x, y, colour in sorted(labels, key=lambda label: -label[2]):
         for dy in (-4, -16, 8, -28, 20, -40, 32):
             label = axes.annotate(text, (x, y), (8, dy), textcoords="offset points", color=colour,
-                                  fontsize=11)
+                                  fontsize=12, path_effects=[withStroke(linewidth=3, foreground="white")])
             box = label.get_window_extent()
             if dy == 32 or not any(box.overlaps(other) for other in taken):
                 taken.append(box)
@@ -400,8 +401,9 @@ def plot(groups, results, path):
         raise InputError("the picture needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(10, 5.6 + 0.33 * len(groups)), layout="constrained")
     grid = figure.add_gridspec(2, 2, height_ratios=[4.6, 1 + 0.33 * len(groups)])
-    left, right, bars = (figure.add_subplot(place) for place in (grid[0, 0], grid[0, 1], grid[1, :]))
-    beside_left, beside_right = [], []
+    left, bars = figure.add_subplot(grid[0, 0]), figure.add_subplot(grid[1, :])
+    right = figure.add_subplot(grid[0, 1], sharey=left)
+    beside_left, beside_right, points = [], [], []
     for nth, (name, runs) in enumerate(groups.items()):
         colour, marker, last = COLOURS[nth % 8], MARKERS[nth % 8], results[name]
         style = dict(color=colour, marker=marker, markersize=7, capsize=3)
@@ -419,8 +421,9 @@ def plot(groups, results, path):
         steps = sorted(set.intersection(*({row["step"] for row in rows} for rows in runs)))
         at = [[row for rows in runs for row in rows if row["step"] == step] for step in steps]
         reward, low, high = zip(*[figure_of("reward", rows) for rows in at])
-        left.scatter(*zip(*[(row["kl"], row["reward"]) for rows in at for row in rows]), s=9, color=colour,
-                     marker=marker, alpha=0.35, linewidths=0)
+        points += [row["reward"] for rows in at for row in rows]
+        left.scatter(*zip(*[(row["kl"], row["reward"]) for rows in at for row in rows]), s=12, color=colour,
+                     marker=marker, alpha=0.4, linewidths=0)
         left.plot([figure_of("kl", rows)[0] for rows in at], reward, color=colour)
         left.errorbar(last["kl"][0], last["reward"][0], errors(last["reward"]), errors(last["kl"]), **style)
         right.plot(steps, reward, color=colour)
@@ -428,11 +431,15 @@ def plot(groups, results, path):
         beside_left.append((name, last["kl"][0], last["reward"][0], colour))
         beside_right.append((name, steps[-1], reward[-1], colour))
     left.set_xscale("symlog", linthresh=1)
-    left.set_xlim(left=-0.1)
     left.margins(x=0.2)
-    right.margins(x=0.2)
+    right.margins(x=0.25)
+    left.set_xlim(left=-0.1)
+    right.set_xlim(left=0)
+    if points:                                             # an interval may be wider than the picture is high
+        margin = 0.1 * (max(points) - min(points)) + 0.1
+        left.set_ylim(min(points) - margin, max(points) + margin)
     left.set(xlabel="KL(π‖π_ref), nats per response", ylabel="held-out reward", title="reward against KL")
-    right.set(xlabel="optimizer step", ylabel="held-out reward", title="during training")
+    right.set(xlabel="optimizer step", title="during training")
     bars.set(yticks=range(len(groups)), yticklabels=groups, xlim=(0, 100),
              xlabel="wins against the data's chosen responses, %; pale: length-controlled")
     bars.axvline(50, color="black", linewidth=0.8, linestyle=":")
