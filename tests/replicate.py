@@ -164,8 +164,9 @@ def dialogues(source, runs, seeds, at_a_time):
 # --- the report ---------------------------------------------------------------------------------------------
 
 def rows_of(runs):
-    """One row per finished run: {world, method, seed, steps, seconds, figures, curve}; a figure is [value,
-    low, high], the curve [[step, KL, reward]]; `second`, on dialogues: by the other reward model."""
+    """One row per finished run: {world, method, seed, steps, seconds, figures, curve, best}; a figure is
+    [value, low, high], the curve [[step, KL, reward]], best the highest reward along it, told by hindsight;
+    `second`, on dialogues: figures by the other reward model."""
     rows = []
     for out in sorted(path.parent for path in runs.glob("*/*/model")):
         method, _, seed = out.name.rpartition("-s")
@@ -179,6 +180,9 @@ def rows_of(runs):
                "figures": {name: [value, *last[f"{name}_interval"]] for name, value in last.items()
                            if f"{name}_interval" in last},
                "curve": [[each["step"], each.get("kl"), each.get("reward")] for each in evals]}
+        rewards = [reward for _, _, reward in row["curve"] if reward is not None]
+        if rewards:
+            row["best"] = {"reward": [max(rewards), None, None]}
         for name, file in (("figures", "first.json"), ("second", "second.json")):
             if (out.parent / file).is_file():
                 row[name] = json.loads((out.parent / file).read_text())[out.name]
@@ -220,9 +224,9 @@ def report(runs):
     print("\nToy world:\n\n" + table(rows, {
         "reward": ("toy", "figures", "reward"), "minus DPO": ("toy", "figures", "-reward"),
         "KL": ("toy", "figures", "kl"), "win rate": ("toy", "figures", "win_rate"),
-        "length-controlled": ("toy", "figures", "lc_win_rate"),
+        "length-controlled": ("toy", "figures", "lc_win_rate"), "best evaluation": ("toy", "best", "reward"),
         **{f"{head}, {world[4:]}": (world, "figures", name) for world in ("toy-quarter", "toy-flipped")
-           for head, name in (("reward", "reward"), ("minus DPO", "-reward"), ("KL", "kl"))}}))
+           for head, name in (("reward", "reward"), ("minus DPO", "-reward"))}}))
     if any(row["world"] == "dialogues" for row in rows):
         print("\nDialogues, by the first reward model, which PR saw, and by the second:\n\n" + table(rows, {
             "reward": ("dialogues", "figures", "reward"), "minus DPO": ("dialogues", "figures", "-reward"),
