@@ -15,7 +15,6 @@ where it takes any. A second reward model, of that other half, then judges as we
 """
 import argparse
 import json
-import math
 import os
 import random
 import shutil
@@ -191,21 +190,20 @@ def rows_of(runs):
 
 
 def table(rows, columns):
-    """Markdown: a line per method, mean ± half the 95 % t-interval over seeds; columns: {head: (world, key,
-    name)}; a name with a leading "-" is the difference to DPO, seed by seed."""
+    """Markdown: a line per method, mean ± half the 95 % t-interval over seeds, for a single run over prompts;
+    columns: {head: (world, key, name)}; a name with a leading "-" is the difference to DPO, seed by seed."""
     from evaluate import over_seeds
 
     def cell(method, world, key, name):
-        values = {(row["method"], row["seed"]): row[key][name.lstrip("-")][0] for row in rows
-                  if row["world"] == world and name.lstrip("-") in row.get(key, {})}
-        seeds = sorted(seed for other, seed in values if other == method)
+        figures = {(row["method"], row["seed"]): row[key][name.lstrip("-")] for row in rows
+                   if row["world"] == world and name.lstrip("-") in row.get(key, {})}
+        seeds = sorted(seed for other, seed in figures if other == method)
         base = "dpo" if name.startswith("-") else None
-        if not seeds or base == method or base and any((base, seed) not in values for seed in seeds):
+        if not seeds or base == method or base and len(seeds) == 1:
             return ""
-        value, low, high = over_seeds([values[method, seed] - (values[base, seed] if base else 0)
-                                       for seed in seeds])
-        half = "" if math.isnan(low) else f" ± {(high - low) / 2:.2f}"
-        return f"{value:{'+' if base else ''}.2f}{half}"
+        value, low, high = figures[method, seeds[0]] if len(seeds) == 1 else over_seeds(
+            [figures[method, seed][0] - (figures[base, seed][0] if base else 0) for seed in seeds])
+        return f"{value:{'+' if base else ''}.2f} ± {(high - low) / 2:.2f}"
 
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for method in ("sft", *METHODS):
@@ -230,10 +228,12 @@ def report(runs):
     if any(row["world"] == "dialogues" for row in rows):
         print("\nDialogues, by the first reward model, which PR saw, and by the second:\n\n" + table(rows, {
             "reward": ("dialogues", "figures", "reward"), "minus DPO": ("dialogues", "figures", "-reward"),
-            "second": ("dialogues", "second", "reward"), "minus DPO ": ("dialogues", "second", "-reward"),
-            **{f"{name.replace('_', ' ')}{mark}": ("dialogues", key, name)
-               for name in ("win_rate", "lc_win_rate") for mark, key in ((", first", "figures"),
-                                                                         (", second", "second"))},
+            "win rate": ("dialogues", "figures", "win_rate"),
+            "length-controlled": ("dialogues", "figures", "lc_win_rate"),
+            "reward, second": ("dialogues", "second", "reward"),
+            "minus DPO, second": ("dialogues", "second", "-reward"),
+            "win rate, second": ("dialogues", "second", "win_rate"),
+            "length-controlled, second": ("dialogues", "second", "lc_win_rate"),
             "KL": ("dialogues", "figures", "kl"), "tokens": ("dialogues", "figures", "length")}))
 
 
