@@ -67,13 +67,16 @@ def distinct(texts, n):
 
     def ratio(rows):                                                   # (R, n) numbers of texts
         ratios = []
-        for drawn in rows.long():
-            times = drawn.bincount(minlength=len(texts))[row_of]       # of each n-gram's text in this draw
-            seen = torch.zeros(len(ids), dtype=torch.bool).index_fill_(0, gram_of[times > 0], True)
-            ratios.append(seen.sum() / times.sum().clamp(min=1))
-        return torch.stack(ratios).double()
+        for drawn in rows.long().split(50):                            # (r, n); all at once might be too large
+            ones = torch.ones(drawn.shape)
+            times = torch.zeros(len(drawn), len(texts)).scatter_add(1, drawn, ones)[:, row_of]      # (r, grams)
+            seen = torch.zeros(len(drawn), len(ids)).index_add(1, gram_of, times) > 0
+            ratios.append(seen.sum(1) / times.sum(1).clamp(min=1))
+        return torch.cat(ratios).double()
 
-    return bootstrap(ratio, torch.arange(len(texts)), centred=True)    # a text drawn twice brings nothing new
+    # Centred, since a text that is drawn twice brings nothing new.
+    value, low, high = bootstrap(ratio, torch.arange(len(texts)), centred=True)
+    return value, low, min(high, 1.0)
 
 
 def length_controlled(verdicts, lengths):
@@ -94,6 +97,8 @@ def length_controlled(verdicts, lengths):
         hessian = (inputs * (p * (1 - p))[..., None]).mT @ inputs + ridge.diag()              # (R, 2, 2)
         step = torch.linalg.solve(hessian, gradient)
         weights = weights + step / (step.norm(dim=-1, keepdim=True) / 5).clamp(min=1)
+        if step.abs().max() < 1e-9:
+            break
     return torch.where((lengths == 0).all(-1), verdicts.mean(-1), torch.sigmoid(weights[:, 0]))
 
 
