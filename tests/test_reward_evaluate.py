@@ -310,9 +310,12 @@ def finished_run(path, *rows):
 def test_finished_runs_are_compared_with_their_seeds_together(tmp_path, capsys):
     runs = [finished_run(tmp_path / "pr-s0", (0, 0.0, 0.0), (5, 1.0, 2.0)),
             finished_run(tmp_path / "pr-s1", (0, 0.0, 0.5), (5, 2.0, 3.0)),
-            finished_run(tmp_path / "dpo", (0, 0.0, 0.0), (5, 3.0, 1.0)), tmp_path / "results.json", tmp_path]
+            finished_run(tmp_path / "dpo", (0, 0.0, 0.0), (5, 3.0, 1.0)), tmp_path / "results.json", tmp_path,
+            finished_run(tmp_path / "unfinished", (0, 0.0, 0.0))]
+    (tmp_path / "unfinished" / "model").rmdir()
     compare(runs, tmp_path / "out" / "results.json")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert list(results) == ["pr", "dpo"]
     assert results["dpo"] == {"reward": [1.0, 0.8, 1.3], "kl": [3.0, 2.9, 3.1]}        # its own intervals
     assert results["pr"]["reward"] == pytest.approx([2.5, 2.5 - 12.71 * 0.5, 2.5 + 12.71 * 0.5])
     lines = capsys.readouterr().out.splitlines()
