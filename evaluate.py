@@ -27,7 +27,7 @@ from tqdm import tqdm
 from data import (NO_TEXT, BadRow, InputError, Parser, collate, command_line, counted, encode, number,
                   read_rows, train_and_held_out)
 from generate import check_lengths, end_token_ids, load_policy, response_text, sample
-from reward import TEMPLATES, load_judge, load_reward, reward_judge, verdicts_of
+from reward import TEMPLATES, load_judge, load_reward, prefers_chosen, reward_judge, verdicts_of
 from sail import dpo_loss, pair_logps, parse_args, sequence_logps
 
 
@@ -67,9 +67,9 @@ def distinct(texts, n):
 
     def ratio(rows):                                                   # (R, n) numbers of texts
         ratios = []
-        for drawn in rows.long().split(50):                            # (r, n); all at once might be too large
-            ones = torch.ones(drawn.shape)
-            times = torch.zeros(len(drawn), len(texts)).scatter_add(1, drawn, ones)[:, row_of]      # (r, grams)
+        for drawn in rows.long().split(50):                            # (r, n); all at once may be too large
+            times = torch.zeros(len(drawn), len(texts))
+            times = times.scatter_add(1, drawn, torch.ones(drawn.shape))[:, row_of]           # (r, n-grams)
             seen = torch.zeros(len(drawn), len(ids)).index_add(1, gram_of, times) > 0
             ratios.append(seen.sum(1) / times.sum(1).clamp(min=1))
         return torch.cat(ratios).double()
@@ -154,7 +154,7 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, judge=
             margin = args.beta * ((ours[0] - theirs[0]) - (ours[1] - theirs[1]))
             columns["loss"] += dpo_loss(*ours, *theirs, beta=args.beta).tolist()
             columns["margin"] += margin.tolist()
-            columns["accuracy"] += ((margin > 0) + 0.5 * (margin == 0)).tolist()
+            columns["accuracy"] += prefers_chosen(margin).tolist()
             columns["kl"] += (pair_logps(policy, sampled, args.dtype)[1]
                               - pair_logps(reference, sampled, args.dtype)[1]).tolist()
     if reward is not None:

@@ -576,6 +576,56 @@ def answer_row(benchmark, row, answers, name):
                          {"role": "assistant", "content": {"answer": answers[0]}}]}
 
 
+# --- the command line ---------------------------------------------------------------------------------------
+
+def model_of(args):
+    """(model, tokenizer) of the command line, with everything made ready to sample."""
+    model, tokenizer = load_policy(args.model, "cuda" if torch.cuda.is_available() else "cpu",
+                                   args.trust_remote_code)
+    check_lengths(model, args.model, args.max_prompt_length, args.max_response_length)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(args.seed)
+    return model, tokenizer
+
+
+def answer_benchmark(args):
+    """`python generate.py --questions Q`: the benchmark's answer file."""
+    benchmark, rows, turns = load_questions(args.questions, args.limit)
+    suffix = ".json" if benchmark == "AlpacaEval" else ".jsonl"
+    if Path(args.out).suffix != suffix:
+        raise InputError(f"--out {args.out}: {benchmark}'s judge wants a file that ends in {suffix}")
+    temperatures = [1.0 if args.temperature is None else args.temperature] * len(rows)
+    if benchmark == "MT-Bench" and args.temperature is None:
+        temperatures = [MT_BENCH_TEMPERATURES.get(str(row["category"]), 0.7) for row in rows]
+    answers, finished, truncated = answer_questions(
+        *model_of(args), turns, temperatures, args.max_prompt_length, args.max_response_length,
+        args.batch_size)
+    rows = [answer_row(benchmark, row, texts, model_name(args.model)) for row, texts in zip(rows, answers)]
+    aside = Path(f"{args.out}.writing")                    # no judge shall take half a file for a whole one
+    aside.write_text(json.dumps(rows, indent=1) if suffix == ".json" else
+                     "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    aside.replace(args.out)
+    print(f"{len(rows)} questions of {benchmark} answered in {args.out}, {finished} of "
+          f"{sum(map(len, answers))} answers finished, {truncated} prompts cut")
+
+
+def respond(args):
+    """`python generate.py --data D`: a response to each of its prompts."""
+    pairs, _ = load_pairs(args.data, args.limit)
+    model, tokenizer = model_of(args)
+    # The data's own responses are not used here: no limit, so that none is dropped for being cut short.
+    examples, _ = encode(pairs, tokenizer, end_token_ids(tokenizer, model), args.max_prompt_length, 10**9)
+    responses, finished = sample(
+        model, tokenizer, [example["prompt_ids"] for example in examples], args.max_response_length, 1,
+        1.0 if args.temperature is None else args.temperature, args.batch_size)
+    with open(args.out, "w", encoding="utf-8") as file:
+        for example, (ids,), (done,) in zip(examples, responses, finished):
+            row = {"prompt": example["prompt"], "response": response_text(tokenizer, ids),
+                   "tokens": len(ids), "finished": done}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(f"{len(examples)} responses in {args.out}, {sum(done for done, in finished)} of them finished")
+
+
 def main():
     """`python generate.py --model M --data D --out FILE`, or `--questions Q` in the place of `--data D`."""
     parser = Parser(description="Sample a response to each prompt of a data set, or answer a benchmark's "
@@ -598,45 +648,9 @@ def main():
                         help="run code that comes with a hub model")
     args = parser.parse_args()
     if args.questions:
-        benchmark, rows, turns = load_questions(args.questions, args.limit)
-        suffix = ".json" if benchmark == "AlpacaEval" else ".jsonl"
-        if Path(args.out).suffix != suffix:
-            raise InputError(f"--out {args.out}: {benchmark}'s judge wants a file that ends in {suffix}")
+        answer_benchmark(args)
     else:
-        pairs, _ = load_pairs(args.data, args.limit)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model, tokenizer = load_policy(args.model, device, args.trust_remote_code)
-    check_lengths(model, args.model, args.max_prompt_length, args.max_response_length)
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    temperature = 1.0 if args.temperature is None else args.temperature
-    if args.questions:
-        temperatures = [temperature] * len(rows)
-        if benchmark == "MT-Bench" and args.temperature is None:
-            temperatures = [MT_BENCH_TEMPERATURES.get(str(row["category"]), 0.7) for row in rows]
-        torch.manual_seed(args.seed)
-        answers, finished, truncated = answer_questions(
-            model, tokenizer, turns, temperatures, args.max_prompt_length, args.max_response_length,
-            args.batch_size)
-        rows = [answer_row(benchmark, row, texts, model_name(args.model))
-                for row, texts in zip(rows, answers)]
-        aside = Path(f"{args.out}.writing")                # no judge shall take half a file for a whole one
-        aside.write_text(json.dumps(rows, indent=1) if suffix == ".json" else
-                         "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        aside.replace(args.out)
-        print(f"{len(rows)} questions of {benchmark} answered in {args.out}, {finished} of "
-              f"{sum(map(len, answers))} answers finished, {truncated} prompts cut")
-        return
-    # The data's own responses are not used here: no limit, so that none is dropped for being cut short.
-    examples, _ = encode(pairs, tokenizer, end_token_ids(tokenizer, model), args.max_prompt_length, 10**9)
-    torch.manual_seed(args.seed)
-    responses, finished = sample(model, tokenizer, [example["prompt_ids"] for example in examples],
-                                 args.max_response_length, 1, temperature, args.batch_size)
-    with open(args.out, "w", encoding="utf-8") as file:
-        for example, (ids,), (done,) in zip(examples, responses, finished):
-            row = {"prompt": example["prompt"], "response": response_text(tokenizer, ids),
-                   "tokens": len(ids), "finished": done}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    print(f"{len(examples)} responses in {args.out}, {sum(done for done, in finished)} of them finished")
+        respond(args)
 
 
 if __name__ == "__main__":
