@@ -344,8 +344,7 @@ def train(args):
     args: the command line's, with what sail.make_optimizer reads. Raises InputError on bad input, and where
     loss or gradient is not finite.
     """
-    from evaluate import shown                                         # these two import this file
-    from sail import log, make_optimizer, run_name, update, write_line
+    from sail import log, log_figures, make_optimizer, run_name, update                # imports this file
     args.learning_rate = args.learning_rate or (2e-4 if args.data == "toy" else 1e-5)
     train_pairs, held_out, report = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
     model, tokenizer = load_trainee(args.model, args.seed, args.max_length, args.trust_remote_code)
@@ -374,11 +373,7 @@ def train(args):
         if not held_out:
             return
         scores = [classifier_scores(model, side) for side in zip(*held_out)]
-        figures, row = pair_figures([one - other for one, other in zip(*scores)]), {"step": step}
-        for name, (value, *interval) in figures.items():
-            row.update({name: value, f"{name}_interval": interval if math.isfinite(interval[0]) else None})
-        write_line(out, "eval", row)
-        tqdm.write(f"eval {step} | " + " | ".join(f"{name} {shown(*f)}" for name, f in figures.items()))
+        log_figures(out, step, pair_figures([one - other for one, other in zip(*scores)]))
 
     evaluate_at(0)
     for step, batch in enumerate(tqdm(batches, "reward", disable=None), 1):

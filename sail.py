@@ -626,21 +626,27 @@ def log(out, record, steps, log_every):
     tqdm.write(f"step {record['step']}/{steps} | " + " | ".join(fields))
 
 
+def log_figures(out, step, figures):
+    """Append figures, {name: (value, low, high)}, to eval.jsonl; print a line, value ± half the interval."""
+    from evaluate import shown
+    row = {"step": step}
+    for name, (value, *interval) in figures.items():
+        row.update({name: value, f"{name}_interval": interval if math.isfinite(interval[0]) else None})
+    write_line(out, "eval", row)
+    tqdm.write(f"eval {step} | " + " | ".join(f"{name} {shown(*figure)}" for name, figure in figures.items()))
+
+
 def evaluate_now(run, held_out, args, step):
-    """Evaluate on the held-out pairs; append to eval.jsonl, and eight samples to
-    samples.jsonl; print a line, value ± half the 95 % interval. Rank 0 scores and writes."""
-    from evaluate import evaluate_policy, shown
+    """Evaluate on the held-out pairs; log the figures, and eight samples in samples.jsonl. Rank 0 scores and
+    writes."""
+    from evaluate import evaluate_policy
     figures, samples = evaluate_policy(run.policy, run.reference, run.tokenizer, held_out,
                                        run.reward if run.rank == 0 else None, args)
     if run.rank:
         return
-    row = {"step": step}
-    for name, (value, *interval) in figures.items():
-        row.update({name: value, f"{name}_interval": interval if math.isfinite(interval[0]) else None})
-    write_line(run.out, "eval", row)
+    log_figures(run.out, step, figures)
     for row in samples[:8]:
         write_line(run.out, "samples", {"step": step, **row})
-    tqdm.write(f"eval {step} | " + " | ".join(f"{name} {shown(*figure)}" for name, figure in figures.items()))
 
 
 # --- a run that can be stopped and continued: its directory, its checkpoints --------------------------------
