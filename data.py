@@ -3,8 +3,7 @@
     python data.py SOURCE                what was detected, kept and dropped, how long it is, two pairs
     python data.py SOURCE --model M      the same in M's tokens and chat template
 
-SOURCE is `toy` (or `toy:test`), a .jsonl, .json, .csv or .parquet file, or a hub name written
-OWNER/NAME[/CONFIG][:SPLIT].
+SOURCE is a .jsonl, .json, .csv or .parquet file, or a hub name written OWNER/NAME[/CONFIG][:SPLIT].
 
 A pair is a dict {prompt, chosen, rejected}. The responses are strings; the prompt is a string, or a list of
 {role, content} messages where the data is a dialogue. How a pair becomes text:
@@ -16,7 +15,6 @@ import csv
 import json
 import math
 import os
-import random
 import re
 import sys
 import zlib
@@ -25,6 +23,8 @@ from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
+
+# --- the command line: what every script shares -------------------------------------------------------------
 
 
 class InputError(ValueError):
@@ -60,11 +60,26 @@ def command_line(main):
     try:
         main()
     except (InputError, OSError) as error:
-        # InputError is raised by all processes alike, and rank 0 speaks; other errors may be one's own.
+        # InputError is raised by all processes alike, and one speaks; other errors may be one's own.
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):
             message = f"{error.filename}: {error.strerror}" if getattr(error, "filename", None) else error
             print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def first_line(error):
+    """The first line of an exception's text, for one-line messages."""
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def counted(counter):
+    """{'empty response': 4} -> '4 empty response', for messages."""
+    return ", ".join(f"{times} {what}" for what, times in counter.items()) or "none"
+
+
+def run_name(source):
+    """The directory under runs/ for a data source: a file's stem, or a hub name with - for / and :."""
+    return Path(source).stem if Path(source).exists() else source.replace("/", "-").replace(":", "-")
 
 
 # --- formats: told apart by their columns; a converter takes a row and returns (prompt, chosen, rejected) ---
@@ -176,12 +191,15 @@ FORMATS = {  # name: (the columns that identify it, converter of (row, prefer));
 
 # --- loading ------------------------------------------------------------------------------------------------
 
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+
+
 def read_rows(source):
     """The raw rows of `source`, an iterable of dicts. Raises InputError where it cannot be read."""
     path = Path(source)
-    if path.suffix in (".jsonl", ".json", ".csv", ".parquet") and not path.is_file():
+    if path.suffix in SUFFIXES and not path.is_file():
         raise InputError(f"{source}: no such file")
-    if path.is_file() and path.suffix not in (".jsonl", ".json", ".csv", ".parquet"):
+    if path.is_file() and path.suffix not in SUFFIXES:
         raise InputError(f"{source}: want a file that ends in .jsonl, .json, .csv or .parquet")
     if path.suffix == ".csv":
         with open(path, encoding="utf-8-sig", newline="") as file:
@@ -192,8 +210,7 @@ def read_rows(source):
             text = path.read_text(encoding="utf-8-sig")
             if text.lstrip().startswith("["):
                 rows = json.loads(text)
-            else:
-                # not splitlines: U+2028 may stand in a string
+            else:                                # not splitlines: U+2028 may stand in a string
                 for line, each in enumerate(text.split("\n"), 1):
                     rows += [json.loads(each)] if each.strip() else []
         except UnicodeDecodeError as error:
@@ -204,7 +221,7 @@ def read_rows(source):
         if not all(isinstance(row, dict) for row in rows):
             raise InputError(f"{source}: a row is not an object with columns")
         return rows
-    import datasets                              # slow to import, and not needed for the toy or for JSON
+    import datasets                              # slow to import, and not needed for JSON and CSV
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)    # its errors are told below, in one line
     try:
@@ -216,9 +233,9 @@ def read_rows(source):
             name, _, config = name.rpartition("/")
         return datasets.load_dataset(name, config, split=split or "train")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error.__cause__ or error).split("\n")[0]
-        raise InputError(f"{source}: cannot be read as a data set ({reason}); want a .jsonl, .json, .csv or "
-                         ".parquet file, or a hub name OWNER/NAME[/CONFIG][:SPLIT]") from None
+        raise InputError(f"{source}: cannot be read as a data set ({first_line(error.__cause__ or error)}); "
+                         "want a .jsonl, .json, .csv or .parquet file, or a hub name "
+                         "OWNER/NAME[/CONFIG][:SPLIT]") from None
 
 
 def load_pairs(source, limit=None, prefer="better"):
@@ -228,9 +245,6 @@ def load_pairs(source, limit=None, prefer="better"):
     Returns (pairs, report): a list of {prompt, chosen, rejected}, and a dict {format, rows, dropped}, where
     `dropped` counts rows by reason. Raises InputError where nothing can be used.
     """
-    if str(source) in ("toy", "toy:test"):
-        pairs = toy_pairs("test" if source == "toy:test" else "train")[:limit]
-        return pairs, {"format": "the embedded toy world", "rows": len(pairs), "dropped": Counter()}
     rows = read_rows(source)
     if len(rows) == 0:
         raise InputError(f"{source}: empty, no rows")
@@ -245,20 +259,7 @@ def load_pairs(source, limit=None, prefer="better"):
         if len(pairs) == limit:
             break
         try:
-            prompt, chosen, rejected = FORMATS[name][1](row, prefer)
-            if (not all(isinstance(text, str) for text in (chosen, rejected))
-                    or not isinstance(prompt, (str, list))):
-                raise BadRow(NO_TEXT)
-            if not prompt or not (prompt.strip() if isinstance(prompt, str)
-                                  else prompt[-1]["content"].strip()):
-                raise BadRow("empty prompt")
-            if not chosen.strip() or not rejected.strip():
-                raise BadRow("empty response")
-            if chosen.strip() == rejected.strip():
-                raise BadRow("chosen equals rejected")
-            # half a surrogate pair is no text
-            json.dumps([prompt, chosen, rejected], ensure_ascii=False).encode()
-            pairs.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+            pairs.append(checked_pair(*FORMATS[name][1](row, prefer)))
         except BadRow as reason:
             dropped[str(reason)] += 1
         except (KeyError, TypeError, AttributeError, IndexError, UnicodeEncodeError):
@@ -268,70 +269,66 @@ def load_pairs(source, limit=None, prefer="better"):
     return pairs, {"format": name, "rows": len(pairs) + sum(dropped.values()), "dropped": dropped}
 
 
-def counted(counter):
-    """{'empty response': 4} -> '4 empty response', for messages."""
-    return ", ".join(f"{number} {what}" for what, number in counter.items()) or "none"
+def checked_pair(prompt, chosen, rejected):
+    """The pair as a dict; raises BadRow, or UnicodeEncodeError, where there is nothing to learn from it."""
+    if not (isinstance(prompt, (str, list)) and isinstance(chosen, str) and isinstance(rejected, str)):
+        raise BadRow(NO_TEXT)
+    if not prompt or not (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip():
+        raise BadRow("empty prompt")
+    if not chosen.strip() or not rejected.strip():
+        raise BadRow("empty response")
+    if chosen.strip() == rejected.strip():
+        raise BadRow("chosen equals rejected")
+    json.dumps([prompt, chosen, rejected], ensure_ascii=False).encode()     # half a surrogate pair is no text
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def train_and_held_out(data, eval_data=None, limit=None, prefer="better"):
-    """Training pairs and held-out pairs, the same for every script, and the report of the training source.
-
-    Held out are the pairs of `eval_data` where it is given, the toy's test nouns for the toy, else those of
-    one prompt in twenty of `data`, told by the prompt's CRC-32, so that no prompt is on both sides.
-    """
-    pairs, report = load_pairs(data, limit, prefer)
-    if eval_data is None and data == "toy":
-        eval_data = "toy:test"
-    if eval_data is not None:
-        return pairs, load_pairs(eval_data, None, prefer)[0], report
+def hold_out(pairs):
+    """(training pairs, held-out pairs): those of one prompt in twenty are held out, told by the prompt's
+    CRC-32, so that no prompt is on both sides."""
     out = [zlib.crc32(json.dumps(pair["prompt"]).encode()) % 20 == 0 for pair in pairs]
-    train = [pair for pair, held in zip(pairs, out) if not held]
-    if not train:
-        raise InputError(f"{data}: all {len(pairs)} pairs are held out; give more, or name others with "
-                         "--eval-data")
-    return train, [pair for pair, held in zip(pairs, out) if held], report
-
-
-# --- the toy world: reviews of a noun; reward.py's toy_reward is its ground truth ---------------------------
-
-NOUNS = ("soup coffee pizza bread salad cake tea pasta hotel room pool beach movie song book show "
-         "curry museum garden phone").split()                             # the last four are held out
-ADJECTIVES = dict(
-    superb=1.0, wonderful=1.0, great=0.8, lovely=0.8, good=0.6, pleasant=0.6, decent=0.3, fine=0.3,
-    plain=-0.3, dull=-0.3, weak=-0.6, poor=-0.6, bad=-0.8, nasty=-0.8, awful=-1.0, horrible=-1.0)
-ADVERBS = dict(slightly=0.5, fairly=0.8, rather=1.0, very=1.5, truly=1.5, utterly=1.8)
-PROMPTS = ("review the {} :", "how was the {} ?", "tell me about the {} :", "what about the {} ?")
-
-
-def toy_response(rng, noun):
-    """One random review, wanted or not: it may stray to another noun, repeat itself,
-    or lack its full stop."""
-    noun = noun if rng.random() < 0.8 else rng.choice(NOUNS)
-    clauses = [f"{rng.choice([*ADVERBS])} {rng.choice([*ADJECTIVES])}"
-               for _ in range(rng.choice((1, 2, 2, 2, 3)))]
-    if rng.random() < 0.2:
-        clauses[-1] = clauses[0]
-    return f"the {noun} was " + " and ".join(clauses) + (" ." if rng.random() < 0.8 else "")
-
-
-def toy_pairs(split, seed=0):
-    """3,000 training or 256 test pairs; which one is chosen is drawn from Bradley-Terry on the toy reward."""
-    from reward import toy_reward
-    rng = random.Random(f"{split} {seed}")
-    nouns, pairs = (NOUNS[-4:], []) if split == "test" else (NOUNS[:-4], [])
-    while len(pairs) < (256 if split == "test" else 3000):
-        noun = rng.choice(nouns)
-        prompt = rng.choice(PROMPTS).format(noun)
-        first, second = toy_response(rng, noun), toy_response(rng, noun)
-        margin = torch.tensor(toy_reward([prompt], [first])[0] - toy_reward([prompt], [second])[0])
-        if rng.random() > torch.sigmoid(margin):
-            first, second = second, first
-        if first != second:
-            pairs.append({"prompt": prompt, "chosen": first, "rejected": second})
-    return pairs
+    return ([pair for pair, held in zip(pairs, out) if not held],
+            [pair for pair, held in zip(pairs, out) if held])
 
 
 # --- text to tokens -----------------------------------------------------------------------------------------
+
+def load_tokenizer(name, trust_remote_code=False, ends=True):
+    """The tokenizer of a Hugging Face directory or hub name; a local directory is loaded without the network.
+
+    Raises InputError where there is none, or, with `ends`, where it has no end-of-sequence token.
+    """
+    from transformers import AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code, local_files_only=Path(name).is_dir())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name}: no tokenizer to load ({first_line(error)})") from None
+    if ends and tokenizer.eos_token_id is None:
+        raise InputError(f"{name}: its tokenizer has no end-of-sequence token; set eos_token in "
+                         "tokenizer_config.json")
+    return tokenizer
+
+
+def end_token_ids(tokenizer, model=None):
+    """The ids that end a response: the tokenizer's EOS, the special token with which the chat template closes
+    an answer, and those that the checkpoint's generation_config adds.
+
+    The latter count only where they are special tokens: a config that was never told its tokenizer names a
+    default id, which may be any word.
+    """
+    special, ids = tokenizer.added_tokens_decoder, {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        try:
+            _, _, closing = render("question", "answer", tokenizer)[1].rpartition("answer")
+            tokens = tokenizer(closing, add_special_tokens=False)["input_ids"]
+            ids.update([token for token in tokens if token in special and special[token].special][:1])
+        except BadRow:
+            pass                                         # a template that refuses this dialogue tells nothing
+    extra = model.generation_config.eos_token_id if model is not None else None
+    extra = extra if isinstance(extra, list) else [extra]
+    return ids | {token for token in extra if token in special}
+
 
 def render(prompt, response, tokenizer=None):
     """(prompt text, response text) whose concatenation is the whole dialogue, as the top of this file says.
@@ -427,38 +424,6 @@ def collate(prompts, responses, device="cpu"):
             pad([[0] * len(prompt) + [1] * len(response) for prompt, response in zip(prompts, responses)]))
 
 
-def pack(input_ids, attention_mask, response_mask):
-    """`collate`'s rows, without padding, in one row of N tokens, where a prompt that rows share stands once.
-
-    Returns (inputs, places). inputs: what a model with `generate.packed_attention` takes in the rows' stead,
-    input_ids and position_ids (1, N), and `packing`, for attention to lay the rows out again in grids, like
-    lengths together: the token of each place in the grids, the grids' shapes, the place of each token.
-    places: (B, T), where in the one row a token stands (padding: anywhere).
-    """
-    real, positions = attention_mask.bool(), (attention_mask.cumsum(-1) - 1).clamp(min=0)          # (B, T)
-    prompt = real & (response_mask.cumsum(-1) == 0)
-    seen = {}                                                          # prompt -> the first row that has it
-    first = [seen.setdefault(tuple(ids[of].tolist()), row)
-             for row, (ids, of) in enumerate(zip(input_ids, prompt))]
-    first = torch.tensor(first, device=real.device)
-    own = real & ~(prompt & (first != torch.arange(len(first), device=real.device))[:, None])
-    starts = own.sum(1).cumsum(0) - own.sum(1)
-    places = torch.where(own, own.flatten().cumsum(0).view_as(positions) - 1, starts[first, None] + positions)
-
-    grids, n = [], int(own.sum())
-    for row in sorted((place[of] for place, of in zip(places, real)), key=len, reverse=True):
-        if not grids or len(row) < 0.8 * len(grids[-1][0]):
-            grids.append([])
-        grids[-1].append(row)
-    grids = [pad_sequence(grid, batch_first=True, padding_value=n) for grid in grids]
-    tokens = torch.cat([grid.flatten() for grid in grids])             # n stands for padding
-    back = tokens.new_full((n + 1,), len(tokens)).scatter_reduce(
-        0, tokens, torch.arange(len(tokens), device=tokens.device), "amin")[:n]
-    return dict(input_ids=input_ids[own][None], position_ids=positions[own][None],
-                attention_mask=real.new_ones(1, 1, 1, 1),              # 4-D: transformers then makes none
-                packing=(tokens.clamp(max=n - 1), [grid.shape for grid in grids], back)), places
-
-
 def main():
     """`python data.py SOURCE [--model M]`."""
     parser = Parser(description="Show what a preference data set holds and how it will be read.")
@@ -473,28 +438,24 @@ def main():
     pairs, report = load_pairs(args.source, args.limit, args.prefer)
     print(f"{args.source}: {report['format']}; {report['rows']} rows, {len(pairs)} pairs kept, dropped: "
           f"{counted(report['dropped'])}")
+    sides, unit, show = ("prompt", "chosen", "rejected"), "characters", str
+    rows = [(*render(pair["prompt"], pair["chosen"]), render(pair["prompt"], pair["rejected"])[1])
+            for pair in pairs]
     if args.model:
-        from generate import end_token_ids, load_tokenizer
         tokenizer = load_tokenizer(args.model)
         examples, counts = encode(pairs, tokenizer, end_token_ids(tokenizer), args.max_prompt_length,
                                   args.max_response_length)
         print(f"{len(examples)} encoded; {counted(counts)}")
         unit, show = "tokens", tokenizer.decode
-        rows = [[example[f"{side}_ids"] for side in ("prompt", "chosen", "rejected")] for example in examples]
-    else:
-        unit, show = "characters", str
-        rows = [[*render(pair["prompt"], pair["chosen"]), render(pair["prompt"], pair["rejected"])[1]]
-                for pair in pairs]
-    for side, column in zip(("prompt", "chosen", "rejected"), zip(*rows)):
-        lengths, shares = (torch.tensor([float(len(each)) for each in column]),
-                           torch.tensor([0, 0.5, 0.9, 0.99, 1]))
-        low, median, most, nearly_all, high = lengths.quantile(shares, interpolation="nearest").int().tolist()
-        print(f"{side:>9}: {unit} min {low}, median {median}, 90 % {most}, 99 % {nearly_all}, max {high}")
-    for place, row in enumerate(rows[:2], 1):
-        print(f"--- pair {place}\nprompt:   {show(row[0])!r}\nchosen:   {show(row[1])!r}\n"
-              f"rejected: {show(row[2])!r}")
+        rows = [[example[f"{side}_ids"] for side in sides] for example in examples]
+    for side, texts in zip(sides, zip(*rows)):
+        lengths = sorted(map(len, texts))
+        low, median, most, high = (lengths[int(share * (len(lengths) - 1))] for share in (0, 0.5, 0.9, 1))
+        print(f"{side:>9}: {unit} min {low}, median {median}, 90 % {most}, max {high}")
+    for nth, row in enumerate(rows[:2], 1):
+        shown = [f"{side + ':':10}{show(text)!r}" for side, text in zip(sides, row)]
+        print(f"--- pair {nth}", *shown, sep="\n")
 
 
 if __name__ == "__main__":
-    import data                     # the module that generate.py imports too, so that there is one InputError
-    data.command_line(data.main)
+    command_line(main)

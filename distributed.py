@@ -1,0 +1,416 @@
+"""What a big or a long run needs and no reader of the method: processes, shards, logs, checkpoints.
+
+torchrun starts the processes; each works on its share of a step's pairs. `joined` lets them meet, `together`
+lets one's bad input end all, `shard` splits a model over them (FSDP2), `in_step` keeps their calls of it equal
+in number. A run is a directory: args.json, logs of JSON lines, checkpoints/STEP, model/. What stands there
+under its own name is whole, since everything is written aside and renamed. Random states are not saved: each
+step's are made of seed, step and rank; nor is the position in the data, which follows from the step.
+"""
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import warnings
+from collections import Counter
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import InputError, first_line
+
+# --- processes ----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def joined(shard=False):
+    """The device of this process, which has met the others of torchrun while inside; alone without torchrun.
+    shard: a process alone joins itself, too, as FSDP needs it."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if shard or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone,
+                                timeout=timedelta(hours=2))            # rank 0's evaluations may take long
+    try:
+        yield device
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def rank():
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def is_first():
+    """Whether this process is the one that speaks, writes and, where none need the others, evaluates."""
+    return rank() == 0
+
+
+def world():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def say(line):
+    """Print a line, once for all processes."""
+    if is_first():
+        tqdm.write(line)
+
+
+def together(action=lambda: None):
+    """action(), on every process; where it raises InputError on one, all raise that."""
+    problem = result = None
+    try:
+        result = action()
+    except InputError as error:
+        problem = str(error)
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [None] * world()
+        dist.all_gather_object(problems, problem)
+        dist.barrier()                    # gloo's threads must be done with the objects before a process ends
+    for problem in filter(None, problems):
+        raise InputError(problem)
+    return result
+
+
+def in_turns(action):
+    """action(), by one process of a node after the other, as each needs much of the node's memory for it."""
+    results = [together(lambda: action() if turn == int(os.environ.get("LOCAL_RANK", 0)) else None)
+               for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1)))]
+    return next(result for result in results if result is not None)
+
+
+def share(pairs):
+    """This process's share of a step's pairs: as many as the others', or one more. Raises InputError where
+    there are fewer than processes."""
+    if len(pairs) < world():
+        raise InputError(f"{len(pairs)} pairs a step are too few for {world()} processes; want a larger "
+                         "--batch-size, or more --epochs")
+    return pairs[rank()::world()]
+
+
+def seed_samples(seed, step):
+    """Seed what this process draws in this step; it depends on nothing else."""
+    torch.manual_seed((seed * 2**30 + step) * 2**10 + rank())
+
+
+def summed(totals, device):
+    """A Counter of floats, summed over the processes; all must hold the same keys."""
+    if not dist.is_initialized():
+        return totals
+    names = sorted(totals)
+    values = torch.tensor([float(totals[name]) for name in names], dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return Counter(dict(zip(names, values.tolist())))
+
+
+def data_parallel(policy):
+    """The policy to train: in DistributedDataParallel, which averages the gradients over the processes, unless
+    it is alone or sharded, where FSDP does that."""
+    if world() == 1 or is_sharded(policy):
+        return policy
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):    # torch 2.13 renames the option
+        return torch.nn.parallel.DistributedDataParallel(policy, broadcast_buffers=False)
+
+
+# --- shards -------------------------------------------------------------------------------------------------
+
+def is_sharded(model):
+    """Whether `shard` has split it: FSDP adds this method."""
+    return hasattr(model, "reshard")
+
+
+def shard(model, dtype="float32", gather=True):
+    """Split the model's parameters over the processes, decoder layer by decoder layer (FSDP2), in place.
+
+    Each process holds its part in float32; layers are gathered in `dtype` for as long as they compute. The
+    decoder layers are those of the list of modules that holds most parameters. gather: for `in_step`.
+    """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    bfloat16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    policy = bfloat16 if dtype == "bfloat16" else MixedPrecisionPolicy()
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())):
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy, reshard_after_forward=False)
+    model.gather_in_step = gather
+
+
+@contextmanager
+def in_step(model):
+    """While inside, all processes call a sharded model equally often, as its collectives demand: one that is
+    done calls it with a dummy token until all are. For other models, nothing.
+
+    From the first call to the end each process keeps a whole copy in the compute dtype; where it was sharded
+    without `gather`, every call gathers layer after layer, which is slow and takes little memory.
+    """
+    if not is_sharded(model):
+        yield
+        return
+
+    def any_calls(mine):
+        calls = torch.tensor(float(mine), device=model.device)
+        dist.all_reduce(calls)
+        return calls.item() > 0
+
+    def reshard_layers_after_forward(flag):              # the rest of the model stays gathered, as in `shard`
+        model.set_reshard_after_forward(flag)
+        model.set_reshard_after_forward(False, recurse=False)
+
+    def announce(*_):
+        any_calls(True)
+
+    announcing = model.register_forward_pre_hook(announce, prepend=True)
+    reshard_layers_after_forward(not model.gather_in_step)
+    try:
+        yield
+    finally:
+        announcing.remove()
+        with torch.no_grad():
+            while any_calls(False):
+                model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+        reshard_layers_after_forward(True)
+        for module in model.modules():
+            if is_sharded(module):
+                module.reshard()
+
+
+def weighted(micros, model):
+    """The micro-batches as (pairs, weight). The weight is the number of processes, since DDP and FSDP divide
+    the gradient by it. A sharded model's collectives demand as many on every process as on that with most:
+    what is added weighs 0."""
+    most = torch.tensor(len(micros), device=next(model.parameters()).device)
+    if is_sharded(model):
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    return [(pairs, world()) for pairs in micros] + [(micros[0], 0)] * (int(most) - len(micros))
+
+
+# --- the optimizer ------------------------------------------------------------------------------------------
+
+def make_optimizer(parameters, steps, learning_rate, name="adamw", schedule="constant", warmup_steps=None):
+    """(optimizer, scheduler): linear warm-up, over a tenth of the steps for None, then constant or cosine."""
+    optimizer = (torch.optim.RMSprop(parameters, learning_rate) if name == "rmsprop" else
+                 torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0, fused=True))
+    warmup = max(1, steps // 10 if warmup_steps is None else warmup_steps)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: min(1, (done + 1) / warmup) * (
+            (1 + math.cos(math.pi * done / steps)) / 2 if schedule == "cosine" else 1))
+
+
+def update(model, optimizer, scheduler, max_grad_norm, loss):
+    """One optimizer step, unless the loss or the gradient is not finite; (gradient norm before clipping,
+    learning rate, whether it was done)."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    grad_norm = (grad_norm.full_tensor() if is_sharded(model) else grad_norm).item()
+    learning_rate = scheduler.get_last_lr()[0]
+    finite = math.isfinite(grad_norm) and math.isfinite(loss)          # on all processes alike
+    if finite:
+        optimizer.step()
+        scheduler.step()
+    optimizer.zero_grad()
+    return grad_norm, learning_rate, finite
+
+
+# --- a run's directory: its logs ----------------------------------------------------------------------------
+
+LOGS = ("metrics", "eval", "samples")
+
+
+@contextmanager
+def claimed(out):
+    """Make the directory and keep other runs out of it, until this process ends in whatever way."""
+    if not is_first():
+        yield
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out} is in use by another run; wait for its end, or give another "
+                             "--out") from None
+        yield
+
+
+def fingerprint(examples):
+    """SHA-256 of the pairs' token ids: it tells data, tokenizer, template and truncation apart."""
+    ids = [[example[f"{side}_ids"] for side in ("prompt", "chosen", "rejected")] for example in examples]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def start(out, args):
+    """Save the arguments and empty the logs, for a run from the beginning."""
+    if not is_first():
+        return
+    if newest_checkpoint(out):
+        raise InputError(f"{out}/checkpoints holds those of an earlier run; --resume continues it, without "
+                         "that directory a new one starts")
+    (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n", encoding="utf-8")
+    for name in LOGS:
+        (out / f"{name}.jsonl").write_text("")
+
+
+def write_line(out, name, row):
+    """Append a row to out/name.jsonl; what is not a finite number is written as null."""
+    if not is_first():
+        return
+    row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+           for key, value in row.items()}
+    with open(out / f"{name}.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+SHOWN = {"loss": "{:.4f}", "margin": "{:.3f}", "accuracy": "{:.2f}", "reward": "{:.2f}", "kl": "{:.2f}",
+         "response_length": "{:.1f}", "grad_norm": "{:.2f}", "learning_rate": "{:.1e}", "seconds": "{:.2f}"}
+
+
+def log(out, record, steps, log_every=10):
+    """Append a step's record to metrics.jsonl; print every log_every-th, the first and the last as a line."""
+    write_line(out, "metrics", record)
+    if record["step"] % log_every == 0 or record["step"] in (1, steps):
+        fields = [f"{name} {form.format(record[name])}" for name, form in SHOWN.items()
+                  if record.get(name) is not None]
+        say(f"step {record['step']}/{steps} | " + " | ".join(fields))
+
+
+def shown(value, low, high):
+    """A figure as text, with half the width of its interval."""
+    return f"{value:.3f} ± {(high - low) / 2:.3f}"
+
+
+def log_figures(out, step, figures):
+    """Append figures, {name: (value, low, high)}, to eval.jsonl; print a line, value ± half the interval."""
+    row = {"step": step}
+    for name, (value, *interval) in figures.items():
+        row.update({name: value, f"{name}_interval": interval if math.isfinite(interval[0]) else None})
+    write_line(out, "eval", row)
+    say(f"eval {step} | " + " | ".join(f"{name} {shown(*figure)}" for name, figure in figures.items()))
+
+
+# --- its checkpoints and its model --------------------------------------------------------------------------
+
+def newest_checkpoint(out):
+    """The directory of the newest checkpoint, None without any."""
+    return max((path for path in (out / "checkpoints").glob("*") if path.name.isdigit()),
+               key=lambda path: int(path.name), default=None)
+
+
+def state_of(policy, optimizer):
+    """What a checkpoint holds, by name: the parameters that are trained, and the optimizer's state of each."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
+    weights, state = get_state_dict(policy, optimizer, options=options)
+    return {f"{kind}.{name}": value for kind, values in (("model", weights), ("optimizer", state))
+            for name, value in values.items() if isinstance(value, torch.Tensor)}
+
+
+def save_checkpoint(out, policy, optimizer, progress):
+    """Write checkpoints/STEP, aside and renamed; remove all but the last two. All processes take part.
+    Raises OSError where it cannot be written."""
+    import torch.distributed.checkpoint as dcp                         # here, since it takes a second
+    path = out / "checkpoints" / str(progress["step"])
+    aside = path.with_name(path.name + ".writing")
+    if path.exists():
+        return
+    if rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    together()                                                         # the directory is there
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dcp.save(state_of(policy, optimizer), no_dist=not dist.is_initialized(),
+                     storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True))
+        if rank() == 0:
+            logs = {name: (out / f"{name}.jsonl").stat().st_size for name in LOGS}
+            with open(aside / "progress.json", "w", encoding="utf-8") as file:
+                file.write(json.dumps({**progress, "logs": logs}, indent=1) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            aside.rename(path)
+            for old in sorted(path.parent.glob("*[0-9]"), key=lambda other: int(other.name))[:-2]:
+                shutil.rmtree(old)
+    except (dcp.CheckpointException, OSError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        if rank():                                                     # every process raises DCP's
+            sys.exit(2)
+        failures = getattr(error, "failures", {0: (error, None)})      # by rank
+        raise OSError(f"{path} cannot be written ({first_line(next(iter(failures.values()))[0])}); earlier "
+                      "checkpoints are untouched") from None
+    together()                                                         # it is whole
+
+
+def resume(path, policy, optimizer, scheduler, args, may_change):
+    """Continue from the checkpoint `path`: weights, optimizer, scheduler, and the logs as they were; returns
+    the progress. Raises InputError where other arguments than `may_change` or the data are others."""
+    import torch.distributed.checkpoint as dcp
+    out = path.parents[1]
+    before = json.loads((out / "args.json").read_text(encoding="utf-8"))
+    for name, value in vars(args).items():
+        if name not in may_change and before.get(name) != value:
+            what = "the data have" if name == "data_sha256" else f"--{name.replace('_', '-')} has"
+            raise InputError(f"--resume: {what} changed since {path} was written, from {before.get(name)} to "
+                             f"{value}; go back to that, or start afresh with another --out")
+    try:
+        with warnings.catch_warnings(action="ignore"):                 # into the tensors of policy, optimizer
+            dcp.load(state_of(policy, optimizer), no_dist=not dist.is_initialized(),
+                     storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    except (dcp.CheckpointException, RuntimeError) as error:
+        raise InputError(f"{path} cannot be read ({first_line(error)}); remove it to use an earlier "
+                         "one") from None
+    progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
+    logs = progress.pop("logs")
+    scheduler.last_epoch = progress["step"] - progress["skipped"] - 1
+    scheduler.step()
+    if rank() == 0:
+        for name, size in logs.items():
+            os.truncate(out / f"{name}.jsonl", size)
+        for half in path.parent.glob("*.writing"):
+            shutil.rmtree(half)
+    return progress
+
+
+def save_model(policy, tokenizer, out, load_base):
+    """Write out/model, a whole model that any tool loads; of a policy with an adapter that is the base, from
+    `load_base`, with the adapter merged in, which also lies beside it in out/adapter. All processes take part."""
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
+    state = None
+    if is_sharded(policy):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        names = {name for name, _ in (*policy.named_parameters(), *policy.named_buffers())}     # tied: one
+        state = {name: value for name, value in get_model_state_dict(policy, options=options).items()
+                 if name in names}
+    if rank() == 0:
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of transformers' own names
+            if hasattr(policy, "peft_config"):
+                from peft import PeftModel
+                replace(out / "adapter", lambda aside: policy.save_pretrained(aside, state_dict=state))
+                policy, state = PeftModel.from_pretrained(load_base(), out / "adapter").merge_and_unload(), None
+            replace(out / "model", lambda aside: (policy.save_pretrained(aside, state_dict=state),
+                                                  tokenizer.save_pretrained(aside)))
+    together()                                                         # no process leaves before it is there
+
+
+def replace(directory, write):
+    """write(path) beside the directory, then rename: what stands there is whole, old or new."""
+    aside, old = (Path(f"{directory}.{suffix}") for suffix in ("writing", "old"))
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write(aside)
+    if directory.exists():
+        directory.rename(old)
+    aside.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
