@@ -17,7 +17,6 @@ import math
 import os
 import re
 import sys
-import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -142,12 +141,6 @@ def from_prompt_chosen_rejected(row):
     return prompt, chosen, rejected
 
 
-def from_sharegpt(row):
-    """The context as turns, the two answers as single turns."""
-    return as_messages(row["conversations"]), *(
-        split_dialogue([row[side]])[1] for side in ("chosen", "rejected"))
-
-
 def from_winner(prompt, responses, winner):
     """Two responses and the index of the preferred one."""
     if str(winner) not in ("0", "1"):
@@ -155,25 +148,24 @@ def from_winner(prompt, responses, winner):
     return prompt, responses[int(winner)], responses[1 - int(winner)]
 
 
-def from_summaries(row):
-    """The query format of "Learning to summarize from human feedback" (arXiv 2009.01325)."""
-    info = row["info"]
-    prompt = (f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\n"
-              f"POST: {info.get('post') or info.get('article')}\n\nTL;DR:")
-    return from_winner(prompt, [summary["text"] for summary in row["summaries"]], row["choice"])
-
-
-def from_scores(prompt, responses, scores):
-    """Scored responses: the best against the worst."""
-    ranked = sorted(((float(score), text) for score, text in zip(scores, responses) if score is not None),
-                    key=lambda scored: scored[0])
+def from_scores(prompt, scored):
+    """(score, response)s: the best against the worst."""
+    ranked = sorted(((float(score), text) for score, text in scored if score is not None), key=lambda s: s[0])
     if not ranked or ranked[0][0] == ranked[-1][0]:
         raise BadRow(TIE)
     return prompt, ranked[-1][1], ranked[0][1]
 
 
+def from_summaries(row):
+    """The query format of "Learning to summarize from human feedback" (arXiv 2009.01325)."""
+    info = row["info"]
+    return (f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\n"
+            f"POST: {info.get('post') or info.get('article')}\n\nTL;DR:")
+
+
 FORMATS = {  # name: (the columns that identify it, converter of (row, prefer)); the first that fits is taken
-    "ShareGPT": ("conversations chosen rejected", lambda row, _: from_sharegpt(row)),
+    "ShareGPT": ("conversations chosen rejected", lambda row, _: (
+        as_messages(row["conversations"]), *(split_dialogue([row[side]])[1] for side in ("chosen", "rejected")))),
     "prompt, chosen, rejected": ("prompt chosen rejected", lambda row, _: from_prompt_chosen_rejected(row)),
     "whole dialogues": ("chosen rejected", lambda row, _: from_dialogues(row["chosen"], row["rejected"])),
     "whole dialogues as messages": ("chosen_messages rejected_messages", lambda row, _: from_dialogues(
@@ -181,51 +173,34 @@ FORMATS = {  # name: (the columns that identify it, converter of (row, prefer));
     "PKU-SafeRLHF": ("prompt response_0 response_1 better_response_id safer_response_id", lambda row, prefer:
         from_winner(row["prompt"], [row["response_0"], row["response_1"]], row[f"{prefer}_response_id"])),
     "UltraFeedback": ("instruction completions", lambda row, _: from_scores(
-        row["instruction"], [c["response"] for c in row["completions"]],
-        [c["overall_score"] for c in row["completions"]])),
-    "summarize_from_feedback": ("info summaries choice", lambda row, _: from_summaries(row)),
+        row["instruction"], [(c["overall_score"], c["response"]) for c in row["completions"]])),
+    "summarize_from_feedback": ("info summaries choice", lambda row, _: from_winner(
+        from_summaries(row), [summary["text"] for summary in row["summaries"]], row["choice"])),
     "webgpt_comparisons": ("question answer_0 answer_1 score_0 score_1", lambda row, _: from_scores(
-        row["question"]["full_text"], [row["answer_0"], row["answer_1"]], [row["score_0"], row["score_1"]])),
+        row["question"]["full_text"], [(row["score_0"], row["answer_0"]), (row["score_1"], row["answer_1"])])),
 }
 
 
 # --- loading ------------------------------------------------------------------------------------------------
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-
-
 def read_rows(source):
     """The raw rows of `source`, an iterable of dicts. Raises InputError where it cannot be read."""
     path = Path(source)
-    if path.suffix in SUFFIXES and not path.is_file():
+    kind = path.suffix if path.suffix in (".jsonl", ".json", ".csv", ".parquet") else None
+    if kind and not path.is_file():
         raise InputError(f"{source}: no such file")
-    if path.is_file() and path.suffix not in SUFFIXES:
+    if path.is_file() and not kind:
         raise InputError(f"{source}: want a file that ends in .jsonl, .json, .csv or .parquet")
-    if path.suffix == ".csv":
+    if kind in (".jsonl", ".json"):
+        return read_json(path)
+    if kind == ".csv":
         with open(path, encoding="utf-8-sig", newline="") as file:
             return list(csv.DictReader(file))
-    if path.suffix in (".jsonl", ".json"):
-        line, rows = 0, []
-        try:
-            text = path.read_text(encoding="utf-8-sig")
-            if text.lstrip().startswith("["):
-                rows = json.loads(text)
-            else:                                # not splitlines: U+2028 may stand in a string
-                for line, each in enumerate(text.split("\n"), 1):
-                    rows += [json.loads(each)] if each.strip() else []
-        except UnicodeDecodeError as error:
-            raise InputError(f"{source}: not UTF-8 text ({error})") from None
-        except json.JSONDecodeError as error:
-            raise InputError(f"{source}:{line or error.lineno}: not JSON ({error.msg}); "
-                             "want one object per line, or one array of objects") from None
-        if not all(isinstance(row, dict) for row in rows):
-            raise InputError(f"{source}: a row is not an object with columns")
-        return rows
     import datasets                              # slow to import, and not needed for JSON and CSV
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)    # its errors are told below, in one line
     try:
-        if path.is_file():
+        if kind:
             return datasets.load_dataset("parquet", data_files=str(path), split="train")
         name, _, split = str(source).partition(":")
         config = None
@@ -233,17 +208,35 @@ def read_rows(source):
             name, _, config = name.rpartition("/")
         return datasets.load_dataset(name, config, split=split or "train")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"{source}: cannot be read as a data set ({first_line(error.__cause__ or error)}); "
-                         "want a .jsonl, .json, .csv or .parquet file, or a hub name "
-                         "OWNER/NAME[/CONFIG][:SPLIT]") from None
+        raise InputError(f"{source}: cannot be read as a data set ({first_line(error.__cause__ or error)}); want "
+                         "a .jsonl, .json, .csv or .parquet file, or OWNER/NAME[/CONFIG][:SPLIT]") from None
+
+
+def read_json(path):
+    """The rows of a file with one JSON object per line, or one array of objects."""
+    line, rows = 0, []
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:                                    # not splitlines: U+2028 may stand in a string
+            for line, each in enumerate(text.split("\n"), 1):
+                rows += [json.loads(each)] if each.strip() else []
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error})") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}:{line or error.lineno}: not JSON ({error.msg}); want one object per line, or "
+                         "one array of objects") from None
+    if not all(isinstance(row, dict) for row in rows):
+        raise InputError(f"{path}: a row is not an object with columns")
+    return rows
 
 
 def load_pairs(source, limit=None, prefer="better"):
-    """Preference pairs from `source` (see the top of this file).
+    """Preference pairs from `source` (see the top of this file): ([{prompt, chosen, rejected}], report).
 
-    limit: keep at most so many pairs. prefer: "better" or "safer", for PKU-SafeRLHF.
-    Returns (pairs, report): a list of {prompt, chosen, rejected}, and a dict {format, rows, dropped}, where
-    `dropped` counts rows by reason. Raises InputError where nothing can be used.
+    limit: keep at most so many pairs. prefer: "better" or "safer", for PKU-SafeRLHF. report: a dict {format,
+    rows, dropped}, where `dropped` counts rows by reason. Raises InputError where nothing can be used.
     """
     rows = read_rows(source)
     if len(rows) == 0:
@@ -281,14 +274,6 @@ def checked_pair(prompt, chosen, rejected):
         raise BadRow("chosen equals rejected")
     json.dumps([prompt, chosen, rejected], ensure_ascii=False).encode()     # half a surrogate pair is no text
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
-def hold_out(pairs):
-    """(training pairs, held-out pairs): those of one prompt in twenty are held out, told by the prompt's
-    CRC-32, so that no prompt is on both sides."""
-    out = [zlib.crc32(json.dumps(pair["prompt"]).encode()) % 20 == 0 for pair in pairs]
-    return ([pair for pair, held in zip(pairs, out) if not held],
-            [pair for pair, held in zip(pairs, out) if held])
 
 
 # --- text to tokens -----------------------------------------------------------------------------------------
@@ -387,27 +372,31 @@ def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length):
         try:
             (head, chosen), (_, rejected) = (render(pair["prompt"], pair[side], tokenizer)
                                              for side in ("chosen", "rejected"))
+            prompt_ids = prompt_tokens(head, tokenizer)
+            if not prompt_ids:
+                raise BadRow("prompt without tokens")
+            ids = [response_tokens(text, tokenizer, end_ids) for text in (chosen, rejected)]
+            chosen_ids, rejected_ids = (each[:max_response_length] for each in ids)
+            if chosen_ids == rejected_ids:
+                raise BadRow("same tokens in both responses")
         except BadRow as reason:
-            counts["dropped"] += 1
-            counts[str(reason)] += 1
+            counts.update({"dropped": 1, str(reason): 1})
             continue
-        prompt_ids = prompt_tokens(head, tokenizer)
-        example = {**pair, "prompt_ids": truncate_prompt(prompt_ids, max_prompt_length, tokenizer)}
         counts["truncated_prompts"] += len(prompt_ids) > max_prompt_length
-        for side, text in (("chosen", chosen), ("rejected", rejected)):
-            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            end = next((place for place, token in enumerate(ids) if token in end_ids), None)
-            ids = ids + [tokenizer.eos_token_id] if end is None else ids[:end + 1]
-            counts["truncated_responses"] += len(ids) > max_response_length
-            example[f"{side}_ids"] = ids[:max_response_length]
-        if not prompt_ids or example["chosen_ids"] == example["rejected_ids"]:
-            counts["dropped"] += 1
-            counts["same tokens in both responses" if prompt_ids else "prompt without tokens"] += 1
-        else:
-            examples.append(example)
+        counts["truncated_responses"] += sum(len(each) > max_response_length for each in ids)
+        examples.append({**pair, "prompt_ids": truncate_prompt(prompt_ids, max_prompt_length, tokenizer),
+                         "chosen_ids": chosen_ids, "rejected_ids": rejected_ids})
     if not examples:
         raise InputError(f"none of {len(pairs)} pairs has anything to learn as tokens: {counted(+counts)}")
     return examples, counts
+
+
+def response_tokens(text, tokenizer, end_ids):
+    """The ids of a response's text with exactly one end token: the first of `end_ids` in it, or the tokenizer's
+    EOS appended."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    end = next((place for place, token in enumerate(ids) if token in end_ids), None)
+    return ids + [tokenizer.eos_token_id] if end is None else ids[:end + 1]
 
 
 def collate(prompts, responses, device="cpu"):
