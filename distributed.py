@@ -1,10 +1,9 @@
 """What a big or a long run needs and no reader of the method: processes, shards, logs, checkpoints.
 
-torchrun starts the processes; each works on its share of a step's pairs. `joined` lets them meet, `together`
-lets one's bad input end all, `shard` splits a model over them (FSDP2), `in_step` keeps their calls of it equal
-in number. A run is a directory: args.json, logs of JSON lines, checkpoints/STEP, model/. What stands there
-under its own name is whole, since everything is written aside and renamed. Random states are not saved: each
-step's are made of seed, step and rank; nor is the position in the data, which follows from the step.
+torchrun starts the processes; each works on its share of a step's pairs. A run is a directory: args.json, logs
+of JSON lines, checkpoints/STEP, model/. What stands there under its own name is whole, as it is written aside
+and renamed. Random states are not saved, since each step's are made of seed, step and rank; nor is the position
+in the data, which follows from the step.
 """
 import fcntl
 import hashlib
@@ -30,8 +29,8 @@ from data import InputError, first_line
 
 @contextmanager
 def joined(shard=False):
-    """The device of this process, which has met the others of torchrun while inside; alone without torchrun.
-    shard: a process alone joins itself, too, as FSDP needs it."""
+    """The device of this process, which has met torchrun's others while inside; with `shard` it also meets
+    itself alone, as FSDP needs."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -39,7 +38,7 @@ def joined(shard=False):
     if shard or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         alone = {} if "RANK" in os.environ else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", **alone,
-                                timeout=timedelta(hours=2))            # rank 0's evaluations may take long
+                                timeout=timedelta(hours=2))            # the first's evaluations may take long
     try:
         yield device
     finally:
@@ -52,14 +51,14 @@ def rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def is_first():
-    """Whether this process is the one that speaks, writes and, where none need the others, evaluates."""
-    return rank() == 0
-
-
 def world():
     """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first():
+    """Whether this is the process that speaks and writes."""
+    return rank() == 0
 
 
 def say(line):
@@ -93,8 +92,7 @@ def in_turns(action):
 
 
 def share(pairs):
-    """This process's share of a step's pairs: as many as the others', or one more. Raises InputError where
-    there are fewer than processes."""
+    """This process's share of a step's pairs. Raises InputError where there are fewer than processes."""
     if len(pairs) < world():
         raise InputError(f"{len(pairs)} pairs a step are too few for {world()} processes; want a larger "
                          "--batch-size, or more --epochs")
@@ -102,7 +100,7 @@ def share(pairs):
 
 
 def seed_samples(seed, step):
-    """Seed what this process draws in this step; it depends on nothing else."""
+    """Seed what this process draws in this step."""
     torch.manual_seed((seed * 2**30 + step) * 2**10 + rank())
 
 
@@ -117,8 +115,7 @@ def summed(totals, device):
 
 
 def data_parallel(policy):
-    """The policy to train: in DistributedDataParallel, which averages the gradients over the processes, unless
-    it is alone or sharded, where FSDP does that."""
+    """What to train: the policy in DistributedDataParallel, or itself, where it is alone or sharded."""
     if world() == 1 or is_sharded(policy):
         return policy
     with warnings.catch_warnings(action="ignore", category=FutureWarning):    # torch 2.13 renames the option
@@ -133,11 +130,9 @@ def is_sharded(model):
 
 
 def shard(model, dtype="float32", gather=True):
-    """Split the model's parameters over the processes, decoder layer by decoder layer (FSDP2), in place.
-
-    Each process holds its part in float32; layers are gathered in `dtype` for as long as they compute. The
-    decoder layers are those of the list of modules that holds most parameters. gather: for `in_step`.
-    """
+    """Split the model's parameters over the processes, decoder layer by decoder layer (FSDP2), in place. Each
+    process holds its part in float32; layers are gathered in `dtype` while they compute. gather: for
+    `in_step`."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     bfloat16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = bfloat16 if dtype == "bfloat16" else MixedPrecisionPolicy()
@@ -151,11 +146,9 @@ def shard(model, dtype="float32", gather=True):
 @contextmanager
 def in_step(model):
     """While inside, all processes call a sharded model equally often, as its collectives demand: one that is
-    done calls it with a dummy token until all are. For other models, nothing.
-
-    From the first call to the end each process keeps a whole copy in the compute dtype; where it was sharded
-    without `gather`, every call gathers layer after layer, which is slow and takes little memory.
-    """
+    done calls it with a dummy token until all are. For other models, nothing. From the first call to the end
+    each process keeps a whole copy in the compute dtype; where it was sharded without `gather`, every call
+    gathers layer after layer, which is slow and takes little memory."""
     if not is_sharded(model):
         yield
         return
@@ -165,12 +158,12 @@ def in_step(model):
         dist.all_reduce(calls)
         return calls.item() > 0
 
+    def announce(*_):
+        any_calls(True)
+
     def reshard_layers_after_forward(flag):              # the rest of the model stays gathered, as in `shard`
         model.set_reshard_after_forward(flag)
         model.set_reshard_after_forward(False, recurse=False)
-
-    def announce(*_):
-        any_calls(True)
 
     announcing = model.register_forward_pre_hook(announce, prepend=True)
     reshard_layers_after_forward(not model.gather_in_step)
@@ -182,15 +175,13 @@ def in_step(model):
             while any_calls(False):
                 model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
         reshard_layers_after_forward(True)
-        for module in model.modules():
-            if is_sharded(module):
-                module.reshard()
+        for module in filter(is_sharded, model.modules()):
+            module.reshard()
 
 
 def weighted(micros, model):
-    """The micro-batches as (pairs, weight). The weight is the number of processes, since DDP and FSDP divide
-    the gradient by it. A sharded model's collectives demand as many on every process as on that with most:
-    what is added weighs 0."""
+    """The micro-batches as (pairs, weight), the weight the number of processes, by which DDP and FSDP divide
+    the gradient. A sharded model's collectives demand as many on every process: what is added weighs 0."""
     most = torch.tensor(len(micros), device=next(model.parameters()).device)
     if is_sharded(model):
         dist.all_reduce(most, dist.ReduceOp.MAX)
@@ -223,9 +214,10 @@ def update(model, optimizer, scheduler, max_grad_norm, loss):
     return grad_norm, learning_rate, finite
 
 
-# --- a run's directory: its logs ----------------------------------------------------------------------------
+# --- a run's directory: logs --------------------------------------------------------------------------------
 
 LOGS = ("metrics", "eval", "samples")
+SHOWN = "loss margin accuracy reward kl response_length grad_norm learning_rate seconds".split()
 
 
 @contextmanager
@@ -244,44 +236,32 @@ def claimed(out):
         yield
 
 
-def fingerprint(examples):
-    """SHA-256 of the pairs' token ids: it tells data, tokenizer, template and truncation apart."""
-    ids = [[example[f"{side}_ids"] for side in ("prompt", "chosen", "rejected")] for example in examples]
-    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
-
-
-def start(out, args):
+def start(out, args, logs=LOGS):
     """Save the arguments and empty the logs, for a run from the beginning."""
-    if not is_first():
-        return
     if newest_checkpoint(out):
         raise InputError(f"{out}/checkpoints holds those of an earlier run; --resume continues it, without "
                          "that directory a new one starts")
-    (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n", encoding="utf-8")
-    for name in LOGS:
-        (out / f"{name}.jsonl").write_text("")
+    if is_first():
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n", encoding="utf-8")
+        for name in logs:
+            (out / f"{name}.jsonl").write_text("")
 
 
 def write_line(out, name, row):
     """Append a row to out/name.jsonl; what is not a finite number is written as null."""
-    if not is_first():
-        return
     row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
            for key, value in row.items()}
-    with open(out / f"{name}.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-SHOWN = {"loss": "{:.4f}", "margin": "{:.3f}", "accuracy": "{:.2f}", "reward": "{:.2f}", "kl": "{:.2f}",
-         "response_length": "{:.1f}", "grad_norm": "{:.2f}", "learning_rate": "{:.1e}", "seconds": "{:.2f}"}
+    if is_first():
+        with open(out / f"{name}.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def log(out, record, steps, log_every=10):
     """Append a step's record to metrics.jsonl; print every log_every-th, the first and the last as a line."""
     write_line(out, "metrics", record)
     if record["step"] % log_every == 0 or record["step"] in (1, steps):
-        fields = [f"{name} {form.format(record[name])}" for name, form in SHOWN.items()
-                  if record.get(name) is not None]
+        fields = [f"{name} {record[name]:.4g}" for name in SHOWN if record.get(name) is not None]
         say(f"step {record['step']}/{steps} | " + " | ".join(fields))
 
 
@@ -299,7 +279,13 @@ def log_figures(out, step, figures):
     say(f"eval {step} | " + " | ".join(f"{name} {shown(*figure)}" for name, figure in figures.items()))
 
 
-# --- its checkpoints and its model --------------------------------------------------------------------------
+# --- checkpoints and models ---------------------------------------------------------------------------------
+
+def fingerprint(examples):
+    """SHA-256 of the pairs' token ids: it tells data, tokenizer, template and truncation apart."""
+    ids = [[example[f"{side}_ids"] for side in ("prompt", "chosen", "rejected")] for example in examples]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
 
 def newest_checkpoint(out):
     """The directory of the newest checkpoint, None without any."""
@@ -317,14 +303,14 @@ def state_of(policy, optimizer):
 
 
 def save_checkpoint(out, policy, optimizer, progress):
-    """Write checkpoints/STEP, aside and renamed; remove all but the last two. All processes take part.
-    Raises OSError where it cannot be written."""
+    """Write checkpoints/STEP, aside and renamed; keep the last two. All processes take part. Raises OSError
+    where it cannot be written."""
     import torch.distributed.checkpoint as dcp                         # here, since it takes a second
     path = out / "checkpoints" / str(progress["step"])
     aside = path.with_name(path.name + ".writing")
     if path.exists():
         return
-    if rank() == 0:
+    if is_first():
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     together()                                                         # the directory is there
@@ -332,7 +318,7 @@ def save_checkpoint(out, policy, optimizer, progress):
         with warnings.catch_warnings(action="ignore"):
             dcp.save(state_of(policy, optimizer), no_dist=not dist.is_initialized(),
                      storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True))
-        if rank() == 0:
+        if is_first():
             logs = {name: (out / f"{name}.jsonl").stat().st_size for name in LOGS}
             with open(aside / "progress.json", "w", encoding="utf-8") as file:
                 file.write(json.dumps({**progress, "logs": logs}, indent=1) + "\n")
@@ -343,7 +329,7 @@ def save_checkpoint(out, policy, optimizer, progress):
                 shutil.rmtree(old)
     except (dcp.CheckpointException, OSError) as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if rank():                                                     # every process raises DCP's
+        if not is_first():                                             # every process raises DCP's
             sys.exit(2)
         failures = getattr(error, "failures", {0: (error, None)})      # by rank
         raise OSError(f"{path} cannot be written ({first_line(next(iter(failures.values()))[0])}); earlier "
@@ -352,8 +338,8 @@ def save_checkpoint(out, policy, optimizer, progress):
 
 
 def resume(path, policy, optimizer, scheduler, args, may_change):
-    """Continue from the checkpoint `path`: weights, optimizer, scheduler, and the logs as they were; returns
-    the progress. Raises InputError where other arguments than `may_change` or the data are others."""
+    """Continue from the checkpoint `path`: weights, optimizer, scheduler and logs as they were; returns the
+    progress. Raises InputError where the data or other arguments than `may_change` are others."""
     import torch.distributed.checkpoint as dcp
     out = path.parents[1]
     before = json.loads((out / "args.json").read_text(encoding="utf-8"))
@@ -370,30 +356,23 @@ def resume(path, policy, optimizer, scheduler, args, may_change):
         raise InputError(f"{path} cannot be read ({first_line(error)}); remove it to use an earlier "
                          "one") from None
     progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-    logs = progress.pop("logs")
     scheduler.last_epoch = progress["step"] - progress["skipped"] - 1
     scheduler.step()
-    if rank() == 0:
-        for name, size in logs.items():
-            os.truncate(out / f"{name}.jsonl", size)
-        for half in path.parent.glob("*.writing"):
-            shutil.rmtree(half)
+    for name, size in progress.pop("logs").items() if is_first() else ():
+        os.truncate(out / f"{name}.jsonl", size)
     return progress
 
 
 def save_model(policy, tokenizer, out, load_base):
-    """Write out/model, a whole model that any tool loads; of a policy with an adapter that is the base, from
-    `load_base`, with the adapter merged in, which also lies beside it in out/adapter. All processes take part."""
+    """Write out/model, a whole model that any tool loads: of a policy with an adapter the base, from
+    `load_base`, with the adapter merged in; the adapter is in out/adapter. All processes take part."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
-    state = None
-    if is_sharded(policy):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        names = {name for name, _ in (*policy.named_parameters(), *policy.named_buffers())}     # tied: one
-        state = {name: value for name, value in get_model_state_dict(policy, options=options).items()
-                 if name in names}
-    if rank() == 0:
+    state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    names = {name for name, _ in (*policy.named_parameters(), *policy.named_buffers())}     # of tied ones, one
+    state = {name: value for name, value in state.items() if name in names}
+    if is_first():
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of transformers' own names
             if hasattr(policy, "peft_config"):
                 from peft import PeftModel

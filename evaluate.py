@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from data import InputError, Parser, command_line, encode, end_token_ids, number, read_rows
 from distributed import shown
-from generate import check_lengths, load_policy, micro_batches, pair_logps, response_text, sample
+from generate import load_policy, micro_batches, pair_logps, response_text, sample
 from reward import TEMPLATES, bootstrap, load_judge, load_reward, mean, prefers_chosen, verdicts_of
 from toy import TOY_DEFAULTS, train_and_held_out
 
@@ -31,12 +31,10 @@ from toy import TOY_DEFAULTS, train_and_held_out
 def length_controlled(verdicts, lengths):
     """The win rate that is left at equal lengths, (R, n) × 2 -> (R,), as in AlpacaEval 2 (arXiv 2404.04475).
 
-    verdicts: 1, ½ or 0. lengths: how much longer the response is than its opponent, scaled by
-    `scaled_lengths`. The model P(win) = σ(quality + bias · length) is fitted by Newton's method; the rate is
-    σ(quality); where no length differs, the raw rate. A trace of ridge keeps both finite, and weighs a
-    thousand times more on quality: what the two explain equally well, as when all wins are longer, counts
-    as length. (AlpacaEval's model also has a term for the instruction's difficulty, which needs the verdicts
-    on many models.)
+    verdicts: 1, ½ or 0. lengths: of `scaled_lengths`. The model P(win) = σ(quality + bias · length) is fitted
+    by Newton's method; the rate is σ(quality), or the raw one where no length differs. A trace of ridge keeps
+    both finite, and weighs a thousand times more on quality: what the two explain equally well, as when all
+    wins are longer, counts as length. (AlpacaEval's term for the instruction's difficulty needs many models.)
     """
     inputs = torch.stack([torch.ones_like(lengths), lengths], -1)                             # (R, n, 2)
     ridge, weights = torch.tensor([0.1, 1e-4], dtype=verdicts.dtype), verdicts.new_zeros(len(verdicts), 2)
@@ -58,8 +56,8 @@ def scaled_lengths(ours, theirs):
 
 
 def win_figures(verdicts, ours, theirs):
-    """What a judge's Verdicts on the texts `ours` against `theirs` come to: the win rate, raw and
-    length-controlled, and, of a model's verdicts, the shares of flipped and of unparsable ones."""
+    """What Verdicts on the texts `ours` against `theirs` come to: the win rate, raw and length-controlled,
+    and, of a model's verdicts, the shares of flipped and of unparsable ones."""
     wins = [verdict.win for verdict in verdicts]
     notes = {name: [getattr(verdict, name) for verdict in verdicts] for name in ("flipped", "unparsable")}
     return {"win_rate": bootstrap(mean, wins),
@@ -82,10 +80,9 @@ def over_seeds(values):
 def evaluate_policy(policy, reference, tokenizer, examples, reward, args, judge=None, opponents=None):
     """Figures of a policy on held-out examples: ({name: (value, low, high)}, samples).
 
-    reference: None leaves out what is measured against it. reward: None leaves out the reward. judge: None
-    lets the reward judge; with neither, no win rates. opponents: a text for each example (the chosen ones).
-    args: beta, dtype, max_response_length, and the seed that the samples are drawn with. KL is estimated from
-    the samples, log π(y) − log π_ref(y) summed over y's tokens, in nats per response.
+    reference, reward: None leaves out what they measure. judge: None lets the reward judge. opponents: a text
+    for each example (the chosen ones). args: beta, dtype, max_response_length, and the seed of the samples.
+    KL is estimated from the samples, log π(y) − log π_ref(y) summed over y's tokens, in nats per response.
     """
     torch.manual_seed(args.seed)
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -166,8 +163,8 @@ def find_run(path, options):
 
 
 def opponents_of(examples, path):
-    """The response to each example's prompt in a file of generate.py's, the k-th where the prompt comes for the
-    k-th time. Raises InputError where one is missing."""
+    """The response to each example's prompt in a file of generate.py's, in turn where the prompt comes more
+    than once. Raises InputError where one is missing."""
     left = {}
     for row in read_rows(path):
         prompt, response = row.get("prompt", row.get("instruction")), row.get("response", row.get("output"))
@@ -202,6 +199,7 @@ def evaluate_models(options):
         runs = [(path, *rest) for path, (_, *rest) in zip(options.models, runs)]
     args = runs[0][2]                           # the same held-out pairs, lengths and seed for every model
     reference_name = next((run.reference for *_, run in runs if run.reference), runs[0][1])
+    lengths = args.max_prompt_length, args.max_response_length
     device = "cuda" if torch.cuda.is_available() else "cpu"
     held_out = train_and_held_out(args.data, args.eval_data, None, args.prefer)[1][:args.eval_limit]
     if not held_out:
@@ -214,13 +212,11 @@ def evaluate_models(options):
           f"{options.judge_model or args.reward}; ± half the 95 % interval, over prompts, or over seeds\n")
     results = {}
     for name, model, _ in runs:
-        policy, tokenizer = load_policy(model, device, args.trust_remote_code)
-        check_lengths(policy, model, args.max_prompt_length, args.max_response_length)
+        policy, tokenizer = load_policy(model, device, args.trust_remote_code, lengths)
         if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
             raise InputError(f"{model} has another vocabulary than the reference {reference_name}; "
                              "evaluate it by itself")
-        examples, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), args.max_prompt_length,
-                             args.max_response_length)
+        examples, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths)
         opponents = opponents_of(examples, options.against) if options.against else None
         results[name], _ = evaluate_policy(policy, reference, tokenizer, examples, reward, args, judge,
                                            opponents)
@@ -245,8 +241,8 @@ def seeds_of(names):
 
 
 def read_runs(paths):
-    """{path: rows of eval.jsonl} of finished runs of sail.py; other paths are passed over. Raises InputError
-    where there is no such run."""
+    """{path: rows of eval.jsonl} of finished runs of sail.py among the paths. Raises InputError without
+    any."""
     runs = {}
     for path in map(Path, paths):
         file = path / "eval.jsonl"
@@ -291,8 +287,8 @@ MARKERS = "osD^vPX*"
 
 
 def plot(groups, results, path):
-    """Reward against KL and the held-out reward over training, as a PNG; names stand beside what they name. On
-    the left a small point is one evaluation of one run, a line the mean over runs."""
+    """Reward against KL and the held-out reward over training, as a PNG. On the left a small point is one
+    evaluation of one run, a line the mean over runs."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -1,7 +1,6 @@
-"""A policy: load it, adapt it, sample from it, and score with it exactly what was sampled.
+"""A policy: load it, adapt it, score with it, and sample from it exactly the distribution that is scored.
 
-    python generate.py --model M --data D --out responses.jsonl     # one line per prompt: prompt, response,
-                                                                      tokens, …
+    python generate.py --model M --data D --out responses.jsonl     # prompt, response, tokens, finished
     python generate.py --model M --questions Q --out answers.jsonl  # of AlpacaEval, MT-Bench or Arena-Hard:
                                                                       what their own judges read
 
@@ -25,41 +24,41 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import (BadRow, InputError, Parser, collate, command_line, end_token_ids, first_line,
-                  load_tokenizer, number, prompt_tokens, read_rows, render, truncate_prompt)
+from data import (BadRow, InputError, Parser, collate, command_line, end_token_ids, first_line, load_tokenizer,
+                  number, prompt_tokens, read_rows, render, truncate_prompt)
 from distributed import in_step, shard
 from toy import SFT_MODEL, pairs_of, toy_model
 
-# --- load ---------------------------------------------------------------------------------------------------
+# --- load and adapt -----------------------------------------------------------------------------------------
 
 
-def load_policy(name, device="cpu", trust_remote_code=False):
-    """A causal language model with float32 weights and no dropout, and its tokenizer: (model, tokenizer).
-
-    name: a Hugging Face directory or hub name; `toy` for the toy world's SFT model. A local directory is
-    loaded without the network. Ids that the tokenizer cannot produce (padded vocabularies) get no
-    probability, in sampling and in scoring alike. Raises InputError where there is nothing to load.
-    """
+def load_policy(name, device="cpu", trust_remote_code=False, lengths=(0, 0)):
+    """(model, tokenizer): a causal language model with float32 weights and no dropout, of a Hugging Face
+    directory (without the network) or hub name; `toy` is the toy world's SFT model. Ids that the tokenizer
+    cannot produce (padded vocabularies) get no probability, in sampling and in scoring alike. Raises
+    InputError where there is nothing to load, or too few positions for prompt and response of these
+    `lengths`."""
     from transformers import AutoModelForCausalLM
-    if name == "toy":
-        name = str(SFT_MODEL)
-        if not SFT_MODEL.is_dir():
-            raise InputError(f"toy: no SFT model in {name} yet; `python sail.py --variant sft` trains it")
+    name = str(SFT_MODEL) if name == "toy" else name
+    if name == str(SFT_MODEL) and not SFT_MODEL.is_dir():
+        raise InputError(f"toy: no SFT model in {name} yet; `python sail.py --variant sft` trains it")
     tokenizer = load_tokenizer(name, trust_remote_code)
-    model = load_weights(AutoModelForCausalLM, name, trust_remote_code, dtype=torch.float32)
-    return prepare(model.float(), tokenizer, name).to(device), tokenizer
+    model = load_weights(AutoModelForCausalLM, name, trust_remote_code, dtype=torch.float32).float()
+    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    if sum(lengths) > positions:
+        raise InputError(f"{name} takes {positions} tokens, --max-prompt-length {lengths[0]} and "
+                         f"--max-response-length {lengths[1]} make more; lower them")
+    return prepare(model, tokenizer, name).to(device), tokenizer
 
 
 def load_weights(auto_class, name, trust_remote_code=False, may_lack=frozenset(), **options):
-    """auto_class.from_pretrained(name), without the network for a local directory.
-
-    Raises InputError where there is no such model, or where some of its weights, but for those that it
-    `may_lack`, are missing from the checkpoint: transformers would make them up.
-    """
+    """auto_class.from_pretrained(name), without the network for a local directory. Raises InputError where
+    there is no such model, or where weights are missing, but for those that it `may_lack`: transformers would
+    make them up."""
     from safetensors import SafetensorError
     from transformers.utils import logging
     logging.set_verbosity_error()                   # its report of missing weights is told below, in one line
-    logging.disable_progress_bar()                        # of loading, and later of saving
+    logging.disable_progress_bar()
     kind = auto_class.__name__.removeprefix("AutoModelFor")
     if Path(name, "adapter_config.json").is_file():
         raise InputError(f"{name} is an adapter; merge it into its base first, as OUT/model of sail.py is")
@@ -71,14 +70,14 @@ def load_weights(auto_class, name, trust_remote_code=False, may_lack=frozenset()
         raise InputError(f"{name}: no model for {kind} to load ({first_line(error)})") from None
     lacking = loading["missing_keys"] - may_lack
     if lacking:
-        raise InputError(f"{name}: as a model for {kind} it lacks the weights "
-                         f"{', '.join(sorted(lacking)[:3])}; want a trained one")
+        raise InputError(f"{name}: as a model for {kind} it lacks the weights {', '.join(sorted(lacking)[:3])}; "
+                         "want a trained one")
     return model
 
 
 def prepare(model, tokenizer, name="model"):
-    """Switch dropout off for good, mask the ids beyond the tokenizer's, and allow packed rows where the model
-    can take them; returns the model."""
+    """Switch dropout off for good, mask the ids beyond the tokenizer's, allow packed rows where the model can
+    take them; returns the model."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -100,47 +99,35 @@ def prepare(model, tokenizer, name="model"):
     return model
 
 
-def check_lengths(model, name, max_prompt_length, max_response_length):
-    """Raise InputError where prompt and response together are longer than the model's positions."""
-    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
-    if max_prompt_length + max_response_length > positions:
-        raise InputError(f"{name} takes {positions} tokens, --max-prompt-length {max_prompt_length} and "
-                         f"--max-response-length {max_response_length} make more; lower them")
-
-
 def load_models(args, device):
     """(policy, reference, tokenizer) as the flags of sail.py want them: adapted, sharded, on the device. The
     reference is None for sft, and the policy without its adapter where it has one."""
     place = "cpu" if args.shard else device                            # FSDP moves what it keeps
+    lengths = args.max_prompt_length, args.max_response_length
     if args.model == "toy":                                            # sft, which starts from nothing
         policy, tokenizer = toy_model(args.seed)
-        prepare(policy, tokenizer)
+        prepare(policy, tokenizer).to(place)
     else:
-        policy, tokenizer = load_policy(args.model, place, args.trust_remote_code)
-    check_lengths(policy, args.model, args.max_prompt_length, args.max_response_length)
+        policy, tokenizer = load_policy(args.model, place, args.trust_remote_code, lengths)
     reference = None
     if args.reference not in (None, args.model):
-        reference, other = load_policy(args.reference, place, args.trust_remote_code)
+        reference, other = load_policy(args.reference, place, args.trust_remote_code, lengths)
         if other.get_vocab() != tokenizer.get_vocab():
             raise InputError(f"--reference {args.reference} has another vocabulary than --model {args.model}")
     elif args.reference:
         reference = AdapterReference(policy) if args.lora else copy.deepcopy(policy)
-    if isinstance(reference, torch.nn.Module):
-        reference.requires_grad_(False)
+    models = [policy] + [reference] * isinstance(reference, torch.nn.Module)
+    for model in models[1:]:
+        model.requires_grad_(False)
     if args.lora:
         add_adapter(policy, args.lora, args.seed)
-    for model in (policy, reference) if args.shard else ():
-        if isinstance(model, torch.nn.Module):
-            shard(model, args.dtype, gather=not args.shard_rollouts)
-    if not args.shard:
-        policy.to(device)
+    for model in models if args.shard else ():
+        shard(model, args.dtype, gather=not args.shard_rollouts)
     if args.gradient_checkpointing:
         older = policy.gradient_checkpointing_enable                   # the name until transformers 5.2x
         getattr(policy, "activation_checkpointing_enable", older)({"use_reentrant": False})
     return policy, reference, tokenizer
 
-
-# --- adapt --------------------------------------------------------------------------------------------------
 
 def add_adapter(policy, rank, seed=0):
     """Make a fresh LoRA adapter (arXiv 2106.09685) all that is trained: of this rank, with alpha 2·rank, on
@@ -149,10 +136,12 @@ def add_adapter(policy, rank, seed=0):
         import peft
     except ImportError:
         raise InputError("--lora needs peft: pip install peft") from None
+    device = policy.device
     policy.requires_grad_(False)
     torch.manual_seed(seed)
     policy.add_adapter(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
                                        task_type="CAUSAL_LM"))
+    policy.to(device)
 
 
 class AdapterReference:
@@ -179,10 +168,9 @@ def sequence_logps(model, input_ids, attention_mask, response_mask, reference=No
     """log π(y|x): the log-probabilities of a row's response tokens, summed; (B,), float32 at least.
 
     input_ids, attention_mask, response_mask: (B, T), padded on either side; response_mask is 1 on the
-    response's tokens, its end token included.
-
-    With `reference`, a model that is held fixed, returns (3, B) from the same forwards: log π, log π_ref
-    and RevKL, Σ_tokens KL(π_ref(·|context) ‖ π(·|context)), exact over the vocabulary (arXiv 2606.31524).
+    response's tokens, its end token included. With `reference`, a model that is held fixed: (3, B), log π,
+    log π_ref and RevKL, Σ_tokens KL(π_ref(·|context) ‖ π(·|context)), exact over the vocabulary (arXiv
+    2606.31524).
     """
     scored = response_mask[:, 1:].bool()                               # (B, T−1): place t predicts token t+1
     tokens, rows = input_ids[:, 1:][scored], scored.nonzero()[:, 0]    # (N,)
@@ -244,12 +232,12 @@ def micro_batches(pairs, model, size=None):
 # Packing: how `response_logits` saves the work of padding and of shared prompts.
 
 def pack(input_ids, attention_mask, response_mask):
-    """`data.collate`'s rows, without padding, in one row of N tokens, where a prompt that rows share stands once.
+    """`data.collate`'s rows, without padding, in one row of N tokens, where a prompt that rows share stands
+    once: (inputs, places).
 
-    Returns (inputs, places). inputs: what a model with ``packed_attention`` takes in the rows' stead,
-    input_ids and position_ids (1, N), and `packing`, for attention to lay the rows out again in grids, like
-    lengths together: the token of each place in the grids, the grids' shapes, the place of each token.
-    places: (B, T), where in the one row a token stands (padding: anywhere).
+    inputs: input_ids and position_ids (1, N), and `packing`, for attention to lay the rows out again in
+    grids, like lengths together: the token of each place in the grids, the grids' shapes, the place of each
+    token. places: (B, T), where in the one row a token stands (padding: anywhere).
     """
     real, positions = attention_mask.bool(), (attention_mask.cumsum(-1) - 1).clamp(min=0)          # (B, T)
     prompt = real & (response_mask.cumsum(-1) == 0)
@@ -276,11 +264,8 @@ def pack(input_ids, attention_mask, response_mask):
 
 
 def packed_attention(module, query, key, value, attention_mask, packing=None, **options):
-    """transformers' SDPA attention; of a packed row (data.pack), within each of the rows that it holds.
-
-    query, key, value: (1, heads, N, D) -> (1, N, heads, D). All of the model but attention thus works on no
-    padding, and on a prompt once.
-    """
+    """transformers' SDPA attention; of a packed row, within each of the rows that it holds, so that all else
+    works on no padding, and on a prompt once. query, key, value: (1, heads, N, D) -> (1, N, heads, D)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -298,10 +283,8 @@ def packed_attention(module, query, key, value, attention_mask, packing=None, **
 @torch.no_grad()
 def allow_packing(model):
     """Switch the model to `packed_attention` if it then gives its own logits on a packed row; returns it.
-
-    This is tried on two short rows: recurrent layers, for one, mix what a row holds. Models with sliding
-    windows, or with another attention than SDPA, stay as they are.
-    """
+    This is tried on two short rows, as recurrent layers, for one, mix what a row holds. Models with sliding
+    windows, or with another attention than SDPA, stay as they are."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
     config = model.config.get_text_config()
@@ -330,13 +313,12 @@ def allow_packing(model):
 @torch.no_grad()
 def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, temperature=1.0,
            batch_size=64):
-    """Draw `num_responses` responses to each prompt from the model's full softmax at `temperature`; at 0, the
-    likeliest token each time.
+    """Draw `num_responses` responses to each prompt (lists of ids) from the full softmax at `temperature`; at
+    0, the likeliest token each time. Uses torch's global random state.
 
-    prompt_ids: a list of lists of token ids, unpadded. Returns (responses, finished), lists with a list of
-    num_responses entries per prompt: the generated ids, up to and with the first end token; and whether
-    there is one. A response that reaches max_response_length without it gets none. Uses torch's global
-    random state. Raises InputError for a model without a key-value cache.
+    Returns (responses, finished), with a list of num_responses entries per prompt: the generated ids, up to
+    and with the first end token; whether there is one, as a response that reaches max_response_length gets
+    none. Raises InputError for a model without a key-value cache.
     """
     end_ids = torch.tensor(sorted(end_token_ids(tokenizer, model)), device=model.device)
     by_length = sorted(range(len(prompt_ids)), key=lambda place: len(prompt_ids[place]))
@@ -391,12 +373,9 @@ def draw(model, prompt_ids, end_ids, max_response_length, num_responses, tempera
 
 
 def roll_out(policy, tokenizer, pairs, max_response_length, temperature=1.0, dtype="float32"):
-    """Put fresh samples of the policy in the place of the responses that the pairs call `sampled`; returns the
-    new pairs.
-
-    What is new: chosen and rejected, as ids and text, and `unfinished`, how many of the samples. Two equal
-    samples stay a pair: without such pairs the expectation would be another one.
-    """
+    """The pairs, with fresh samples of the policy in the place of the responses that they call `sampled`, as
+    ids and text; `unfinished` counts the cut ones. Two equal samples stay a pair: without such pairs the
+    expectation would be another one."""
     fresh = [pair for pair in pairs if pair["sampled"]]
     sides = fresh[0]["sampled"] if fresh else ()
     with in_step(policy), torch.autocast(policy.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
@@ -428,8 +407,8 @@ MT_BENCH_TEMPERATURES = {  # FastChat's; 0.7 for other categories
 
 
 def load_questions(source, limit=None):
-    """The questions of a benchmark, told by their columns: (its name in BENCHMARKS, rows, turns). turns: what
-    the user says, two texts a row for MT-Bench, else one. Raises InputError where a row cannot be asked."""
+    """A benchmark's questions, told by their columns: (its name in BENCHMARKS, rows, turns). turns: what the
+    user says, two texts a row for MT-Bench, else one. Raises InputError where a row cannot be asked."""
     rows = list(islice(read_rows(source), limit))
     columns = set().union(*rows)
     name = next((name for name, needed in BENCHMARKS.items() if columns.issuperset(needed.split())), None)
@@ -449,7 +428,7 @@ def load_questions(source, limit=None):
 
 def answer_row(benchmark, row, answers, name):
     """The row of an answer file: of AlpacaEval's model_outputs.json, of FastChat's or arena-hard-auto's
-    model_answer/*.jsonl. The same answers get the same id; `tstamp`, which no judge reads, is the time."""
+    model_answer/*.jsonl. The same answers get the same id; no judge reads `tstamp`."""
     key, now = row.get("question_id", row.get("uid")), time.time()
     answer_id = str(uuid.uuid5(uuid.NAMESPACE_OID, repr((name, key, answers))))
     if benchmark == "MT-Bench":
@@ -464,8 +443,8 @@ def answer_row(benchmark, row, answers, name):
 
 
 def answer(model, tokenizer, prompts, temperatures, args):
-    """A response to each prompt, at its temperature: (texts, lengths in tokens, whether they finished). Raises
-    InputError for a prompt that cannot be asked."""
+    """A response to each prompt, at its temperature: (texts, lengths in tokens, whether they finished).
+    Raises InputError for a prompt that cannot be asked."""
     prompt_ids = []
     for nth, prompt in enumerate(prompts, 1):
         try:
@@ -530,8 +509,7 @@ def main():
                          f"{'.json' if benchmark == 'AlpacaEval' else '.jsonl'}")
     prompts = None if benchmark else [pair["prompt"] for pair in pairs_of(args.data, args.limit)[0]]
     model, tokenizer = load_policy(args.model, "cuda" if torch.cuda.is_available() else "cpu",
-                                   args.trust_remote_code)
-    check_lengths(model, args.model, args.max_prompt_length, args.max_response_length)
+                                   args.trust_remote_code, (args.max_prompt_length, args.max_response_length))
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
     if benchmark:

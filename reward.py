@@ -38,11 +38,9 @@ from toy import SFT_MODEL, toy_reward, train_and_held_out
 
 
 def load_reward(name, device="cpu", trust_remote_code=False):
-    """The reward called `name` (see the top of this file), checked at every call.
-
-    Returns reward(prompts, responses) -> list of floats. Raises InputError where there is nothing to load; a
-    call does where the scores are not one finite number per response, and, below the traceback, where it fails.
-    """
+    """reward(prompts, responses) -> list of floats, of the reward called `name` (see the top of this file).
+    Raises InputError where there is nothing to load; a call does where the scores are not one finite number
+    per response, and, below the traceback, where it fails."""
     if name == "toy":
         score = toy_reward
     elif name == "length":
@@ -100,8 +98,7 @@ def load_function(name):
 
 def load_classifier(name, device="cpu", trust_remote_code=False):
     """A sequence classifier with one logit as a reward; its own tokenizer and chat template render the
-    dialogue. Those longer than the classifier takes lose tokens on the left. Scores do not depend on batch
-    mates."""
+    dialogue, which loses tokens on the left where it is too long. Scores do not depend on batch mates."""
     from transformers import AutoModelForSequenceClassification
     tokenizer = load_tokenizer(name, trust_remote_code, ends=False)
     model = load_weights(AutoModelForSequenceClassification, name, trust_remote_code).to(device).eval()
@@ -163,11 +160,9 @@ def classifier_scores(model, rows, batch_size=32):
 
 
 def label_by_reward(pairs, reward, preference="hard"):
-    """Put the sampled pairs into the reward's order and label them. Changes the pairs.
-
-    Their `preference` P(chosen ≻ rejected) becomes 1, or ½ for a tie; "soft": σ(reward difference). Adds
-    `rewards`, in the new order, and `tie`.
-    """
+    """Put the sampled pairs into the reward's order and label them, in place: `preference` P(chosen ≻
+    rejected) becomes 1, or ½ for a tie; "soft": σ(reward difference). Adds `rewards`, in the new order, and
+    `tie`."""
     fresh = [pair for pair in pairs if pair["sampled"]]
     if not fresh:
         return
@@ -186,8 +181,8 @@ def label_by_reward(pairs, reward, preference="hard"):
 # --- a reward model of your own -----------------------------------------------------------------------------
 
 def bradley_terry_loss(chosen, rejected):
-    """−log P(chosen ≻ rejected), P = σ(r(x, chosen) − r(x, rejected)) (arXiv 1706.03741; 2203.02155, eq. 1).
-    Rewards (B,) × 2 -> (B,)."""
+    """−log P(chosen ≻ rejected), P = σ(r(x, chosen) − r(x, rejected)) (arXiv 1706.03741); rewards (B,) × 2 ->
+    (B,)."""
     return -F.logsigmoid(chosen - rejected)
 
 
@@ -197,12 +192,9 @@ def prefers_chosen(margins):
 
 
 def bootstrap(statistic, *columns, draws=1000):
-    """(value, low, high): statistic(*columns), and its 95 % interval when the n rows are drawn anew.
-
-    columns: n numbers each. statistic: takes them as float64 tensors (R, n), one row per draw, and returns
-    (R,). The percentile interval of `draws` draws of n rows with replacement, always the same ones. One row
-    has no interval: nan.
-    """
+    """(value, low, high): statistic(*columns), and its 95 % interval when the n rows are drawn anew: the
+    percentiles of `draws` draws with replacement, always the same ones; nan for one row. columns: n numbers
+    each. statistic: takes them as float64 tensors (R, n), one row per draw, and returns (R,)."""
     columns = [torch.as_tensor(column, dtype=torch.float64) for column in columns]
     value, n = statistic(*(column[None] for column in columns)).item(), len(columns[0])
     if n < 2:
@@ -218,11 +210,9 @@ def mean(values):
 
 
 def load_trainee(name, seed, max_length=None, trust_remote_code=False):
-    """The classifier to train, with float32 weights, and its tokenizer: (model, tokenizer).
-
-    name: a causal language model, whose score head is drawn with `seed`, or a classifier with one logit.
-    max_length: in tokens; it goes into the tokenizer, so that a saved model is served with it.
-    """
+    """(model, tokenizer): the classifier to train, in float32: a causal language model, whose score head is
+    drawn with `seed`, or a classifier with one logit. max_length goes into the tokenizer, so that a saved
+    model is served with it."""
     from transformers import AutoModelForSequenceClassification
     tokenizer = load_tokenizer(name, trust_remote_code, ends=False)
     torch.manual_seed(seed)
@@ -239,8 +229,8 @@ def load_trainee(name, seed, max_length=None, trust_remote_code=False):
 
 
 def encode_pairs(pairs, ids_of):
-    """Pairs as ids, ([(chosen, rejected)], how many were dropped by reason): those that a chat template
-    refuses, and those whose difference was cut off."""
+    """([(chosen, rejected)] as ids, how many were dropped by reason): those that a chat template refuses, and
+    those whose difference was cut off."""
     encoded, dropped = [], Counter()
     for pair in pairs:
         try:
@@ -256,8 +246,8 @@ def encode_pairs(pairs, ids_of):
 
 
 def train(args):
-    """Train a reward model, and evaluate it on held-out pairs before and after. Returns the model. Raises
-    InputError on bad input, and where loss or gradient is not finite."""
+    """Train a reward model, and evaluate it on held-out pairs before and after; returns it. Raises InputError
+    on bad input, and where loss or gradient is not finite."""
     train_pairs, held_out, report = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
     model, tokenizer = load_trainee(str(SFT_MODEL) if args.model == "toy" else args.model, args.seed,
                                     args.max_length, args.trust_remote_code)
@@ -353,14 +343,12 @@ POINTS = {"a": 1.0, "tie": 0.5, "b": 0.0}                              # of the 
 
 def load_judge(url, model, template="helpful", verdicts="verdicts.jsonl", timeout=60.0, max_tokens=1024):
     """The judge `model` at an OpenAI-compatible endpoint, http://HOST/v1 or so, through the package openai,
-    which tries again what may pass.
+    which tries again what may pass. timeout: seconds.
 
     Each pair is asked in both orders, and a verdict counts where these agree; equal responses tie unasked.
-    template: of TEMPLATES. verdicts: the file that every answer is appended to as soon as it is there; a
-    question that it holds is not asked again, so that what was killed goes on. timeout: seconds.
-
-    OPENAI_API_KEY of the environment is sent to that host where it is set; no other key is. Raises InputError
-    where the host refuses or cannot be reached.
+    verdicts: the file that every answer is appended to at once; a question in it is not asked again, so that
+    what was killed goes on. OPENAI_API_KEY of the environment is sent to that host; no other key is. Raises
+    InputError where the host refuses or cannot be reached.
     """
     try:
         import openai
@@ -434,8 +422,8 @@ def verdict_of(first, second):
 
 @contextmanager
 def open_verdicts(path):
-    """(the file of answers, to append to, {key: mark} of those in it), while nobody else has it. Half a line at
-    its end, of a run that was killed, is cut off. Raises InputError for a file that is none of answers."""
+    """(the file of answers, to append to, {key: mark} of those in it), while nobody else has it. Half a line
+    at its end, of a killed run, is cut off. Raises InputError for a file that is none of answers."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a+b") as file:
         try:

@@ -31,7 +31,6 @@ What differs from the paper's text, on purpose:
 
 Shapes: B pairs, T tokens of prompt and response with padding.
 """
-import argparse
 import math
 import signal
 import time
@@ -223,7 +222,7 @@ def accumulate_gradients(model, losses_of, micros, scale):
 
 def training_step(run, pairs, args):
     """One optimizer step on pairs that say what is to be `sampled` and whether they are `self_labelled`:
-    (sums of their metrics, how the step went). run: what `train` has loaded and made."""
+    (sums of their metrics, whether it was finite, more figures). run: what `train` has loaded and made."""
     started = time.perf_counter()
     # 1. roll out: the policy's own responses in the place of the data's
     run.policy.eval()
@@ -249,27 +248,25 @@ def training_step(run, pairs, args):
     if args.baseline == "running" and totals["on_policy"] and math.isfinite(totals["on_policy_loss"]):
         mean_utility = -totals["on_policy_loss"] / totals["on_policy"]
         run.progress["baseline"] += 0.1 * (mean_utility - run.progress["baseline"])
-    return totals, dict(grad_norm=grad_norm, learning_rate=learning_rate, finite=finite,
-                        seconds=time.perf_counter() - started, seconds_rollout=rolled_out - started,
-                        seconds_reward=labelled - rolled_out)
+    return totals, finite, dict(grad_norm=grad_norm, learning_rate=learning_rate,
+                                seconds=time.perf_counter() - started, seconds_rollout=rolled_out - started,
+                                seconds_reward=labelled - rolled_out)
 
 
 # --- the run: which pairs, how many steps, what is logged ---------------------------------------------------
 
 BOTH = ("chosen", "rejected")
-VARIANTS = {  # the route: which responses are sampled, whose label; and the authors' example settings for it
+VARIANTS = {  # which responses are sampled, whether the policy labels; the settings of the authors' examples
     "sft": dict(sampled=(), self_labelled=False, mix=0.0, response_coef=0.0, label_coef=0.0),
     "dpo": dict(sampled=(), self_labelled=False, mix=0.0, response_coef=0.0, label_coef=0.0),
     "dp": dict(sampled=(), self_labelled=True, mix=0.4, response_coef=0.0, label_coef=0.2),
     "pp": dict(sampled=BOTH, self_labelled=True, mix=0.3, response_coef=0.2, label_coef=0.2),
     "pr": dict(sampled=BOTH, self_labelled=False, mix=0.3, response_coef=0.3, label_coef=0.0),
-    "spin": dict(sampled=BOTH[1:], self_labelled=False, mix=1.0, response_coef=0.0, label_coef=0.0),
-}
+    "spin": dict(sampled=BOTH[1:], self_labelled=False, mix=1.0, response_coef=0.0, label_coef=0.0)}
 
 
 def plan(n_pairs, args):
-    """(pairs in all, optimizer steps): every offline pair is seen `epochs` times, the route's own come on
-    top."""
+    """(pairs in all, steps): every offline pair is seen `epochs` times, the variant's own come on top."""
     if args.steps:
         return args.steps * args.batch_size, args.steps
     mix, offline = Fraction(str(args.mix)), int(args.epochs * n_pairs)
@@ -279,14 +276,13 @@ def plan(n_pairs, args):
 
 @lru_cache(maxsize=4)
 def order_of(n_pairs, seed, route, epoch):
-    """The order in which an epoch visits the pairs; the route's own stream is shuffled apart from the offline
-    one."""
+    """The order in which an epoch visits the pairs; the variant's own are shuffled apart from the offline ones."""
     generator = torch.Generator().manual_seed((seed * 2 + route) * 2**20 + epoch)
     return torch.randperm(n_pairs, generator=generator).tolist()
 
 
 def draw_pairs(examples, step, steps, total, args):
-    """The pairs of one global batch, flagged with their route. Batches differ by one at most."""
+    """The pairs of one step, over all processes, flagged with their route. Steps differ by one pair at most."""
     mix, variant = Fraction(str(args.mix)), VARIANTS[args.variant]
     generator = torch.Generator().manual_seed(args.seed * 2**30 + step)
     pairs = []
@@ -297,7 +293,7 @@ def draw_pairs(examples, step, steps, total, args):
         pairs.append({**examples[index], "preference": 1.0, "sampled": variant["sampled"] if route else (),
                       "self_labelled": bool(route and variant["self_labelled"]),
                       "draw": torch.rand((), generator=generator).item()})
-    return pairs
+    return sorted(pairs, key=itemgetter("sampled"))                 # for shares with as many of each kind
 
 
 def count(pairs, variant):
@@ -330,17 +326,14 @@ def record_of(step, totals, args, **rest):
 
 
 def load_everything(args, device):
-    """(policy, reference, tokenizer, reward, examples, held-out examples, counts), checked against each
-    other."""
+    """(policy, reference, tokenizer, reward, examples, held-out examples, counts), fit for each other."""
     train, held_out, report = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
     reward = load_reward(args.reward, device, args.trust_remote_code) if args.reward else None
-    load = partial(load_models, args, device)
-    policy, reference, tokenizer = in_turns(load) if args.shard else load()
+    policy, reference, tokenizer = in_turns(lambda: load_models(args, device))
     lengths = end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length
     examples, counts = encode(train, tokenizer, *lengths)
     held_out = encode(held_out[:args.eval_limit], tokenizer, *lengths)[0] if held_out else []
-    counts = {"dropped": sum(report["dropped"].values()) + counts.pop("dropped"), **report["dropped"],
-              **counts}
+    counts = {"dropped": sum(report["dropped"].values()) + counts.pop("dropped"), **report["dropped"], **counts}
     return policy, reference, tokenizer, reward, examples, held_out, counts
 
 
@@ -349,23 +342,21 @@ def train(args, device):
     non-finite steps in a row; what was reached by then is in a checkpoint."""
     run, out = SimpleNamespace(device=device, stopped=[]), Path(args.out)
     (run.policy, run.reference, run.tokenizer, run.reward, run.examples, run.held_out,
-     run.counts) = load_everything(args, device)
+     counts) = load_everything(args, device)
     run.total, run.steps = plan(len(run.examples), args)
     args.data_sha256 = fingerprint([*run.examples, *run.held_out])
     share(range(run.total // max(run.steps, 1)))                       # complains where it is too little
     run.model = data_parallel(run.policy)
     run.optimizer, run.scheduler = make_optimizer(run.policy.parameters(), run.steps, args.learning_rate,
                                                   args.optimizer, args.schedule, args.warmup_steps)
-    # All that the loop carries on beside weights and optimizer. baseline: T2's, a running mean of past fresh
-    # pairs' utility.
-    run.progress = dict(step=0, baseline=0.0, skipped=0, skipped_in_a_row=0)
-    if args.baseline == "running":
-        run.progress["baseline"] = utility(torch.zeros(()), args.beta, args.loss_type, args.target_margin).item()
+    # What the loop carries on beside weights and optimizer. baseline: T2's, the mean utility of past fresh pairs.
+    f_zero = utility(torch.zeros(()), args.beta, args.loss_type, args.target_margin).item()
+    run.progress = dict(step=0, baseline=f_zero if args.baseline == "running" else 0.0, skipped=0, in_a_row=0)
     with ExitStack() as at_end:
         together(lambda: at_end.enter_context(claimed(out)))
         own = int(run.total * Fraction(str(args.mix)))
         say(f"{args.data}: {len(run.examples)} pairs to train on, {len(run.held_out)} to evaluate on; "
-            f"{counted(run.counts)}\n{args.variant}: {run.total - own} offline pairs + {own} on the variant's "
+            f"{counted(counts)}\n{args.variant}: {run.total - own} offline pairs + {own} on the variant's "
             f"route = {run.total} pairs, {run.steps} steps of {math.ceil(run.total / run.steps)} -> {out}")
         checkpoint = newest_checkpoint(out) if args.resume else None
         if checkpoint:
@@ -377,21 +368,19 @@ def train(args, device):
         at_end.callback(signal.signal, signal.SIGTERM,
                         signal.signal(signal.SIGTERM, lambda *_: run.stopped.append(True)))
         try:
-            loop(run, out, args)
+            loop(run, out, counts, args)
         except InputError as error:
             if not run.progress["step"]:
                 raise
             save_checkpoint(out, run.policy, run.optimizer, run.progress)
             raise InputError(f"{error} (step {run.progress['step']} is saved; --resume continues)") from None
         if run.progress["step"] < run.steps:
-            say(f"stopped by SIGTERM after step {run.progress['step']}, which is saved; --resume continues")
-            return
-        save_model(run.policy, run.tokenizer, out, lambda: load_policy(
-            args.model, trust_remote_code=args.trust_remote_code)[0])
+            return say(f"stopped by SIGTERM after step {run.progress['step']}, which is saved; --resume continues")
+        save_model(run.policy, run.tokenizer, out, partial(load_policy, args.model, "cpu", args.trust_remote_code))
         say(f"saved {out}/model")
 
 
-def loop(run, out, args):
+def loop(run, out, counts, args):
     """The steps that are left, with their logs, evaluations and checkpoints; ends early on SIGTERM."""
     def evaluate_at(step):                                # only a sharded policy needs all processes for it
         if not run.held_out or not (is_first() or is_sharded(run.policy)):
@@ -410,15 +399,13 @@ def loop(run, out, args):
     for step in tqdm(range(progress["step"] + 1, run.steps + 1), args.variant, run.steps,
                      initial=progress["step"], disable=None if is_first() else True):
         seed_samples(args.seed, step)
-        pairs = share(sorted(draw_pairs(run.examples, step, run.steps, run.total, args),
-                             key=itemgetter("sampled")))               # of those to sample for and of the others
-        totals, went = training_step(run, pairs, args)
-        finite = went.pop("finite")
+        pairs = share(draw_pairs(run.examples, step, run.steps, run.total, args))
+        totals, finite, figures = training_step(run, pairs, args)
         progress.update(step=step, skipped=progress["skipped"] + (not finite),
-                        skipped_in_a_row=0 if finite else progress["skipped_in_a_row"] + 1)
-        log(out, record_of(step, totals, args, **went, skipped=progress["skipped"], **run.counts), run.steps,
+                        in_a_row=0 if finite else progress["in_a_row"] + 1)
+        log(out, record_of(step, totals, args, **figures, skipped=progress["skipped"], **counts), run.steps,
             args.log_every)
-        if progress["skipped_in_a_row"] >= 10:
+        if progress["in_a_row"] >= 10:
             raise InputError(f"steps {step - 9} to {step}: loss or gradient not finite ten times in a row; try "
                              "a lower --learning-rate")
         if step == run.steps or args.eval_every and step % args.eval_every == 0:
@@ -435,28 +422,24 @@ def loop(run, out, args):
 DEFAULTS = dict(epochs=1.0, batch_size=32, learning_rate=1e-6, eval_every=100, eval_limit=128,
                 max_prompt_length=512, max_response_length=512)
 TOY = dict(epochs=3.0, batch_size=48, learning_rate=2e-4, eval_every=20, eval_limit=256, **TOY_DEFAULTS)
-TOY_REVKL = {"pp": 0.3}                 # without it PP runs away from the reference: experiments/terms_toy.py
-SFT_DEFAULTS = {False: dict(learning_rate=2e-5),                        # by "is it the toy?"
-                True: dict(epochs=4.0, learning_rate=1e-3)}
 
 
 def speed_and_output():
     """The parser of the flags that do not change what is learned, and may change when a run is continued."""
-    parser = argparse.ArgumentParser(add_help=False)
+    parser = Parser(add_help=False)
+    positive = number(int, 1)
     add = parser.add_argument_group("memory and speed").add_argument
-    add("--micro-batch-size", type=number(int, 1), help="pairs per forward at most (as many as make 2**26 "
-        "logits)")
-    add("--shard", action="store_true", help="split weights, gradients, optimizer over the processes, FSDP2")
-    add("--shard-rollouts", action="store_true", help="keep a sharded policy so while it samples, too: slow, "
-        "for models of which one device cannot hold a copy")
+    add("--micro-batch-size", type=positive, help="pairs per forward, at most (what makes 2**26 logits)")
     add("--gradient-checkpointing", action="store_true", help="compute activations twice, keep fewer of them")
+    add("--shard", action="store_true", help="split weights, gradients, optimizer over the processes, FSDP2")
+    add("--shard-rollouts", action="store_true", help="keep it split while it samples, too: slow, for models of "
+        "which one device cannot hold a copy")
     add = parser.add_argument_group("output").add_argument
-    add("--out", help="directory for args.json, metrics.jsonl, eval.jsonl, samples.jsonl and model/; what an "
-        "earlier run left there is replaced (runs/DATA/VARIANT)")
-    add("--save-every", type=number(int, 1), metavar="N", help="steps between checkpoints, of which the last "
-        "two stay in OUT/checkpoints (never; SIGTERM and errors save one too)")
+    add("--out", help="directory of args.json, the logs, model/ and adapter/ (runs/DATA/VARIANT)")
+    add("--save-every", type=positive, metavar="N", help="steps between checkpoints, of which the last two stay "
+        "in OUT/checkpoints (never; SIGTERM and errors save one too)")
     add("--resume", action="store_true", help="continue from OUT's newest checkpoint, if any")
-    add("--log-every", type=number(int, 1), default=10, help="steps between printed lines (10)")
+    add("--log-every", type=positive, default=10, help="steps between printed lines (10)")
     return parser
 
 
@@ -464,51 +447,47 @@ def parse_args(argv=None):
     """The command line, checked and completed with the defaults that depend on data and variant."""
     parser = Parser(description="Train a language model on preferences: SFT, DPO and SAIL's DP, PP and PR.",
                     parents=[speed_and_output()])
-    positive, weight = number(float, 1e-12), number(float, 0)
-    add = parser.add_argument_group("method").add_argument
+    positive, weight, whole = number(float, 1e-12), number(float, 0), number(int, 1)
+    add = parser.add_argument_group("method (the defaults of mix and coefficients are the authors')").add_argument
     add("--variant", choices=[*VARIANTS], default="pr", help="dp: data's responses, own labels; pp: own "
         "responses, own labels; pr: own responses, labels from --reward (default); dpo; sft; spin")
-    add("--mix", type=number(float, 0, 1), help="fraction of pairs on the variant's route, the rest is DPO "
-        "on the data; 1: fully online (the authors' examples: dp 0.4, pp 0.3, pr 0.3; spin 1)")
-    add("--response-coef", type=weight, help="of T2 (the authors': pp 0.2, pr 0.3); 0 with pr: online DPO")
-    add("--label-coef", type=weight, help="of T3 (the authors': dp 0.2, pp 0.2)")
-    add("--label", choices=["expected", "sampled"], default="expected",
-        help="sum the policy's or the reward's label out (default), or draw it as in the paper")
-    add("--baseline", choices=["running", "none"], default="running",
-        help="T2's: the running mean of past pairs' utility (default), or none, as in the paper")
-    add("--preference", choices=["hard", "soft"], default="hard",
-        help="pr's label: 1, or ½ for a tie, by the reward's order (default), or σ of the reward difference")
+    add("--mix", type=number(float, 0, 1), help="fraction of pairs on the variant's route, the rest is DPO on the "
+        "data; 1: fully online (dp 0.4, pp 0.3, pr 0.3, spin 1)")
+    add("--response-coef", type=weight, help="of T2 (pp 0.2, pr 0.3); 0 with pr: online DPO")
+    add("--label-coef", type=weight, help="of T3 (dp 0.2, pp 0.2)")
+    add("--label", choices=["expected", "sampled"], default="expected", help="sum the policy's or the reward's "
+        "label out (default), or draw it as in the paper")
+    add("--baseline", choices=["running", "none"], default="running", help="T2's: the running mean of past pairs' "
+        "utility (default), or none, as in the paper")
+    add("--preference", choices=["hard", "soft"], default="hard", help="pr's label: 1, or ½ for a tie, by the "
+        "reward's order (default), or σ of the reward difference")
     add("--beta", type=positive, default=0.1, help="KL weight (0.1, the authors')")
     add("--loss-type", choices=["sigmoid", "ipo", "hinge", "simpo", "orpo"], default="sigmoid",
         help="the utility f (sigmoid)")
     add("--target-margin", type=weight, default=0.0, help="simpo's m (0)")
     add("--label-smoothing", type=number(float, 0, 0.5), default=0.0, help="ε: given labels become 1 − ε (0)")
     add("--nll-coef", type=weight, default=0.0, help="of −log π per token of the data's chosen responses (0)")
-    add("--revkl-coef", type=weight, help="of KL(π_ref‖π) per response token, over the whole vocabulary (0; "
-        "toy pp 0.3)")
+    add("--revkl-coef", type=weight, help="of KL(π_ref‖π) per token, over the whole vocabulary (0; toy pp 0.3)")
     add = parser.add_argument_group("models and data").add_argument
     add("--model", default="toy", help="a Hugging Face directory or hub name, or toy (default): the embedded "
         "world's SFT model, trained on first use; for sft, its random start")
     add("--reference", help="the frozen reference (--model as loaded)")
-    add("--lora", type=number(int, 1), metavar="RANK", help="train a LoRA adapter of this rank (needs peft); "
-        "the reference is the model without it")
+    add("--lora", type=whole, metavar="RANK", help="train a LoRA adapter of this rank (needs peft)")
     add("--data", default="toy", help="toy (default), a .jsonl, .json, .csv or .parquet file, or a hub name "
         "OWNER/NAME[/CONFIG][:SPLIT]; see data.py")
     add("--eval-data", help="held-out pairs (toy:test for the toy, else one prompt in twenty of --data)")
     add("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF's label to train on")
     add("--reward", help="toy, FILE.py:FUNCTION, or a one-logit classifier's directory or hub name")
-    add("--limit", type=number(int, 1), help="use at most so many pairs")
-    add("--max-prompt-length", type=number(int, 1), help="tokens; cut from the left (512; toy 8)")
-    add("--max-response-length", type=number(int, 1), help="tokens; cut from the right (512; toy 24)")
+    add("--limit", type=whole, help="use at most so many pairs")
+    add("--max-prompt-length", type=whole, help="tokens; cut from the left (512; toy 8)")
+    add("--max-response-length", type=whole, help="tokens; cut from the right (512; toy 24)")
     add("--temperature", type=positive, default=1.0, help="of the rollouts; T2 needs 1 (default)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a hub model")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=positive, help="times every offline pair is seen, whatever the mix; self-made pairs "
-        "come on top (1; toy 3, toy sft 4)")
-    add("--steps", type=number(int, 1), help="optimizer steps, instead of --epochs")
-    add("--batch-size", type=number(int, 1), help="pairs per optimizer step, over all processes (32; toy 48)")
-    add("--learning-rate", type=positive,
-        help="(1e-6, sft 2e-5; toy 2e-4, sft 1e-3; the authors: 1e-5, sft 2e-5)")
+    add("--epochs", type=positive, help="times every offline pair is seen, whatever the mix (1; toy 3, sft 4)")
+    add("--steps", type=whole, help="optimizer steps, instead of --epochs")
+    add("--batch-size", type=whole, help="pairs per optimizer step, over all processes (32; toy 48)")
+    add("--learning-rate", type=positive, help="(1e-6, sft 2e-5; toy 2e-4, sft 1e-3; the authors: 1e-5, sft 2e-5)")
     add("--warmup-steps", type=number(int, 0), help="of linear warm-up (a tenth of the steps)")
     add("--schedule", choices=["constant", "cosine"], default="constant", help="after it (constant)")
     add("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="rmsprop is the authors' (adamw)")
@@ -516,7 +495,7 @@ def parse_args(argv=None):
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of arithmetic, not weights")
     add("--seed", type=number(int, 0, 2**20), default=0)
     add("--eval-every", type=number(int, 0), help="steps between evaluations (100; toy 20); 0: at the end")
-    add("--eval-limit", type=number(int, 1), help="held-out pairs to evaluate on (128; toy 256)")
+    add("--eval-limit", type=whole, help="held-out pairs to evaluate on (128; toy 256)")
     return completed(parser.parse_args(argv), parser)
 
 
@@ -524,35 +503,33 @@ def completed(args, parser):
     """The arguments, with the defaults that depend on data and variant; what cannot work is an error."""
     toy, sft, variant = args.data == "toy", args.variant == "sft", VARIANTS[args.variant]
     args.model = str(SFT_MODEL) if args.model == "toy" and not sft else args.model
-    defaults = {**DEFAULTS, **(TOY if toy else {}), **(SFT_DEFAULTS[toy] if sft else {}),
-                **{name: variant[name] for name in ("mix", "response_coef", "label_coef")},
-                "revkl_coef": TOY_REVKL.get(args.variant, 0.0) if toy else 0.0,
-                "reference": None if sft else args.model,
+    defaults = {**DEFAULTS, **(TOY if toy else {}), **variant, "reference": None if sft else args.model,
+                "revkl_coef": 0.3 if toy and args.variant == "pp" else 0.0,      # PP alone has no ceiling
                 "out": str(Path("runs", run_name(args.data), args.variant))}
-    for name, value in defaults.items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-
+    if sft:
+        defaults.update(dict(epochs=4.0, learning_rate=1e-3) if toy else dict(learning_rate=2e-5))
+    for name in vars(args):
+        if getattr(args, name) is None and name in defaults:
+            setattr(args, name, defaults[name])
     if args.variant in ("sft", "dpo"):
         args.mix = 0.0                              # they have no route of their own
-    if args.temperature != 1 and len(variant["sampled"]) == 2 and args.response_coef:
-        parser.error("argument --temperature: T2 is the score of samples at temperature 1; leave it, or set "
-                     "--response-coef 0")
-    if args.target_margin and args.loss_type != "simpo":
-        parser.error("argument --target-margin: only --loss-type simpo has one")
-    if args.lora and args.model == "toy":
-        parser.error("argument --lora: the toy's SFT model starts from nothing; there is no base to adapt")
-    if args.shard_rollouts and not args.shard:
-        parser.error("argument --shard-rollouts: only with --shard")
-    if args.variant == "pr" and args.mix > 0 and not args.reward:
-        parser.error("argument --reward: pr needs one to label its samples; toy, FILE.py:FUNCTION or a "
-                     "classifier")
+    for wrong, message in (
+            (args.temperature != 1 and len(variant["sampled"]) == 2 and args.response_coef,
+             "--temperature: T2 is the score of samples at temperature 1; leave it, or set --response-coef 0"),
+            (args.target_margin and args.loss_type != "simpo",
+             "--target-margin: only --loss-type simpo has one"),
+            (args.lora and args.model == "toy",
+             "--lora: the toy's SFT model starts from nothing; there is no base to adapt"),
+            (args.shard_rollouts and not args.shard, "--shard-rollouts: only with --shard"),
+            (args.variant == "pr" and args.mix > 0 and not args.reward,
+             "--reward: pr needs one to label its samples; toy, FILE.py:FUNCTION or a classifier")):
+        if wrong:
+            parser.error(f"argument {message}")
     return args
 
 
 def main(argv=None):
-    """`python sail.py …`, alone or under torchrun. Trains the toy's SFT model first, where it is needed and
-    missing."""
+    """`python sail.py …`, alone or under torchrun. Trains the toy's SFT model first, where it is missing."""
     args = parse_args(argv)
     with joined(args.shard) as device:
         if args.model == str(SFT_MODEL) and not together(SFT_MODEL.is_dir):

@@ -1,11 +1,11 @@
 """How fast: dpo, dp, pp and pr on random models and pairs, beside TRL's trainers and the matmul rate.
 
-    python tests/bench.py                            # models S and V, each row in a process of its own
-    python tests/bench.py --peer-python TRL/bin/python --rounds 3       # in turn with TRL under that Python
-    python tests/bench.py --overheads                # dp, pp and pr against dpo on the same pairs, in turn
-    python tests/bench.py --growth --plot assets/growth.png             # time and memory against the work
-    python tests/bench.py --ranks                    # two gloo ranks against one process
-    python tests/bench.py --models qwen2-0.5b --dtype bfloat16 --prompt 512 --response 512 \\
+    python experiments/bench.py                            # models S and V, each row in a process of its own
+    python experiments/bench.py --peer-python TRL/bin/python --rounds 3       # in turn with TRL under that Python
+    python experiments/bench.py --overheads                # dp, pp and pr against dpo on the same pairs, in turn
+    python experiments/bench.py --growth --plot experiments/growth.png             # time and memory against the work
+    python experiments/bench.py --ranks                    # two gloo ranks against one process
+    python experiments/bench.py --models qwen2-0.5b --dtype bfloat16 --prompt 512 --response 512 \\
         --variants dpo pr --allocators as-is --peer-python TRL/bin/python                   # one GPU
 
 The work of a step, the same for both sides: eight pairs in file order, prompts of 64 tokens, responses of 32
@@ -44,7 +44,6 @@ MODELS = {  # Llama shapes but for qwen2-*
     "qwen2-0.5b": dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
                        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True),
 }
-MICRO = {"V": 2, "qwen2-0.5b": 2}        # --micro-batch-size, where all logits are more than sail.CHUNK
 KEEP_MEMORY = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**35), MALLOC_TOP_PAD_=str(2**28))
 PAD, BOS, EOS, UNK = range(4)
 
@@ -140,6 +139,7 @@ def ours(row, folder):
     """Run sail.py's own loop; the row's figures from its metrics.jsonl."""
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import generate
     import sail
     model, tokenizer = model_and_tokenizer(row)
     for part in (model, tokenizer):
@@ -151,24 +151,23 @@ def ours(row, folder):
     (folder / "pairs.jsonl").write_text("".join(
         json.dumps(pair) + "\n" for _, pair in sorted(zip(drawn, pairs), key=lambda each: each[0])))
     (folder / "one.jsonl").write_text(json.dumps(pairs[0]) + "\n")
-    padding, states = [], sail.response_states
+    padding, logits = [], generate.response_logits
 
     def watch(model, input_ids, attention_mask, response_mask):
-        inner = getattr(model, "module", model)
-        packed = inner.config._attn_implementation == "packed"
+        packed = getattr(model, "module", model).config._attn_implementation == "packed"
         padding.append(0.0 if packed else 1 - attention_mask.float().mean().item())
-        return states(model, input_ids, attention_mask, response_mask)
+        return logits(model, input_ids, attention_mask, response_mask)
 
-    sail.response_states = watch
-    sail.train(sail.parse_args([
+    generate.response_logits = watch
+    micro = ["--micro-batch-size", str(row["micro"])] if row["micro"] else []
+    sail.main([
         "--variant", row["variant"], "--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"),
         "--eval-data", str(folder / "one.jsonl"), "--eval-limit", "1", "--eval-every", "0",
         "--reward", f"{__file__}:reward", "--steps", str(row["steps"]), "--batch-size", str(row["batch"]),
-        "--micro-batch-size", str(row["micro"] or row["batch"]), "--learning-rate", "1e-6",
-        "--mix", str(route), "--max-prompt-length", str(row["prompt"]), "--dtype", row["dtype"],
-        "--log-every", "1000",
+        *micro, "--learning-rate", "1e-6", "--mix", str(route), "--max-prompt-length", str(row["prompt"]),
+        "--dtype", row["dtype"], "--log-every", "1000",
         "--max-response-length", str(row["new_tokens"] if row["variant"] in ("pp", "pr")
-                                     else row["response"] or 192), "--out", str(folder / "run")]))
+                                     else row["response"] or 192), "--out", str(folder / "run")])
     if int(os.environ.get("RANK", 0)):
         sys.exit()                                                     # rank 0 has the metrics
     metrics = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
@@ -328,7 +327,7 @@ def table(args):
 
 def row_of(args, name, variant, **more):
     return {"side": "sail", "name": name, "model": MODELS[name], "variant": variant, "steps": args.steps,
-            "batch": args.batch, "micro": MICRO.get(name), "prompt": args.prompt, "response": args.response,
+            "batch": args.batch, "micro": None, "prompt": args.prompt, "response": args.response,
             "new_tokens": args.response or 64, "dtype": args.dtype, **more}
 
 
@@ -355,19 +354,19 @@ def overheads(args):
         settings = {variant: sail.parse_args(["--variant", variant, "--mix", "0.5", "--reward", "toy",
                                              "--revkl-coef", "0"])
                     for variant in VARIANTS}
-        optimizer, scheduler = sail.make_optimizer(policy, 100, settings["dpo"])
+        optimizer, scheduler = sail.make_optimizer(policy.parameters(), 100, settings["dpo"].learning_rate)
         seconds = {variant: [] for variant in VARIANTS}
         for step in range(args.steps):
             pairs = [{f"{side}_ids": tokenizer(text)["input_ids"] + [EOS] * (side != "prompt")
                       for side, text in pair.items()} for pair in rows[step * args.batch:][:args.batch]]
             for variant in random.Random(step).sample(VARIANTS, len(VARIANTS)):
                 route = sail.VARIANTS[variant]
-                flagged = [{**pair, "weight": 1.0, "preference": 1.0, "on_policy": route["on_policy"],
+                flagged = [{**pair, "preference": 1.0, "sampled": route["sampled"],
                             "self_labelled": route["self_labelled"]} for pair in pairs]
                 started = time.perf_counter()
                 losses_of = partial(sail.preference_losses, policy, reference, args=settings[variant],
                                     baseline=-0.7)
-                micros = sail.micro_batches(flagged, row["micro"] or args.batch)
+                micros = sail.weighted(sail.micro_batches(flagged, policy), policy)
                 sail.accumulate_gradients(policy, losses_of, micros, 1 / args.batch)
                 sail.update(policy, optimizer, scheduler, 1.0, 0.0)
                 seconds[variant].append(time.perf_counter() - started)
