@@ -40,6 +40,11 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
+    def shared(self, *flags):
+        """Add flags that several scripts have."""
+        for flag in flags:
+            self.add_argument(flag, **SHARED[flag])
+
 
 def number(kind, low, high=math.inf):
     """An argparse type: an int or float from `low` to `high`, and finite."""
@@ -51,6 +56,18 @@ def number(kind, low, high=math.inf):
 
     convert.__name__ = kind.__name__           # argparse names it where `text` is no number at all
     return convert
+
+
+SHARED = {
+    "--data": dict(default="toy", help="toy (default), a .jsonl, .json, .csv or .parquet file, or a hub name "
+                   "OWNER/NAME[/CONFIG][:SPLIT]; see data.py"),
+    "--eval-data": dict(help="held-out pairs (toy:test for the toy, else one prompt in twenty of --data)"),
+    "--prefer": dict(choices=["better", "safer"], default="better", help="PKU-SafeRLHF's label"),
+    "--limit": dict(type=number(int, 1), help="use at most so many pairs"),
+    "--max-prompt-length": dict(type=number(int, 1), help="tokens; cut from the left (512; toy 8)"),
+    "--max-response-length": dict(type=number(int, 1), help="tokens; cut from the right (512; toy 24)"),
+    "--seed": dict(type=number(int, 0, 2**20), default=0, help="of all that is drawn (0)"),
+    "--trust-remote-code": dict(action="store_true", help="run code that comes with a hub model")}
 
 
 def command_line(main):
@@ -76,11 +93,6 @@ def counted(counter):
     return ", ".join(f"{times} {what}" for what, times in counter.items()) or "none"
 
 
-def run_name(source):
-    """The directory under runs/ for a data source: a file's stem, or a hub name with - for / and :."""
-    return Path(source).stem if Path(source).exists() else source.replace("/", "-").replace(":", "-")
-
-
 # --- formats: told apart by their columns; a converter takes a row and returns (prompt, chosen, rejected) ---
 
 ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}
@@ -89,16 +101,15 @@ NO_TEXT, TIE = "null or malformed text", "no preference between the responses"
 
 def as_messages(turns):
     """A dialogue as role/content or from/value turns, plain or in typed parts -> [{role, content}]."""
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
+    if not isinstance(turns, list) or not turns:
         raise BadRow(NO_TEXT)
     messages = []
     for turn in turns:
         role, content = turn.get("role") or turn.get("from"), turn.get("content", turn.get("value"))
         if isinstance(content, list):
-            parts = [part.get("text") or part.get("value") for part in content if isinstance(part, dict)]
-            if any(part.get("type") != "text" for part in content if isinstance(part, dict)):
+            if any(part["type"] != "text" for part in content):
                 raise BadRow("message part that is not text")
-            content = "".join(parts) if all(isinstance(part, str) for part in parts) else None
+            content = "".join(part.get("text") or part["value"] for part in content)
         if not isinstance(role, str) or not isinstance(content, str):
             raise BadRow(NO_TEXT)
         messages.append({"role": ROLES.get(role, role), "content": content})
@@ -128,11 +139,9 @@ def from_dialogues(chosen, rejected):
     return prompt, chosen, rejected
 
 
-def from_prompt_chosen_rejected(row):
-    """Strings, or messages: then the responses come with or without the prompt in front."""
-    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
-    if isinstance(prompt, list):
-        prompt = as_messages(prompt)
+def from_prompt(prompt, chosen, rejected):
+    """A prompt and responses, as strings or messages; the latter come with or without the prompt in front."""
+    prompt = as_messages(prompt) if isinstance(prompt, list) else prompt
     if isinstance(chosen, list) and isinstance(rejected, list):
         before, chosen, rejected = from_dialogues(chosen, rejected)
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -156,9 +165,8 @@ def from_scores(prompt, scored):
     return prompt, ranked[-1][1], ranked[0][1]
 
 
-def from_summaries(row):
+def reddit_prompt(info):
     """The query format of "Learning to summarize from human feedback" (arXiv 2009.01325)."""
-    info = row["info"]
     return (f"SUBREDDIT: r/{info.get('subreddit')}\n\nTITLE: {info.get('title')}\n\n"
             f"POST: {info.get('post') or info.get('article')}\n\nTL;DR:")
 
@@ -166,7 +174,8 @@ def from_summaries(row):
 FORMATS = {  # name: (the columns that identify it, converter of (row, prefer)); the first that fits is taken
     "ShareGPT": ("conversations chosen rejected", lambda row, _: (
         as_messages(row["conversations"]), *(split_dialogue([row[side]])[1] for side in ("chosen", "rejected")))),
-    "prompt, chosen, rejected": ("prompt chosen rejected", lambda row, _: from_prompt_chosen_rejected(row)),
+    "prompt, chosen, rejected": ("prompt chosen rejected", lambda row, _: from_prompt(
+        row["prompt"], row["chosen"], row["rejected"])),
     "whole dialogues": ("chosen rejected", lambda row, _: from_dialogues(row["chosen"], row["rejected"])),
     "whole dialogues as messages": ("chosen_messages rejected_messages", lambda row, _: from_dialogues(
         row["chosen_messages"], row["rejected_messages"])),
@@ -175,7 +184,7 @@ FORMATS = {  # name: (the columns that identify it, converter of (row, prefer));
     "UltraFeedback": ("instruction completions", lambda row, _: from_scores(
         row["instruction"], [(c["overall_score"], c["response"]) for c in row["completions"]])),
     "summarize_from_feedback": ("info summaries choice", lambda row, _: from_winner(
-        from_summaries(row), [summary["text"] for summary in row["summaries"]], row["choice"])),
+        reddit_prompt(row["info"]), [summary["text"] for summary in row["summaries"]], row["choice"])),
     "webgpt_comparisons": ("question answer_0 answer_1 score_0 score_1", lambda row, _: from_scores(
         row["question"]["full_text"], [(row["score_0"], row["answer_0"]), (row["score_1"], row["answer_1"])])),
 }
@@ -186,27 +195,25 @@ FORMATS = {  # name: (the columns that identify it, converter of (row, prefer));
 def read_rows(source):
     """The raw rows of `source`, an iterable of dicts. Raises InputError where it cannot be read."""
     path = Path(source)
-    kind = path.suffix if path.suffix in (".jsonl", ".json", ".csv", ".parquet") else None
-    if kind and not path.is_file():
+    is_file = path.suffix in (".jsonl", ".json", ".csv", ".parquet")
+    if is_file and not path.is_file():
         raise InputError(f"{source}: no such file")
-    if path.is_file() and not kind:
+    if path.is_file() and not is_file:
         raise InputError(f"{source}: want a file that ends in .jsonl, .json, .csv or .parquet")
-    if kind in (".jsonl", ".json"):
+    if path.suffix in (".jsonl", ".json"):
         return read_json(path)
-    if kind == ".csv":
+    if path.suffix == ".csv":
         with open(path, encoding="utf-8-sig", newline="") as file:
             return list(csv.DictReader(file))
     import datasets                              # slow to import, and not needed for JSON and CSV
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)    # its errors are told below, in one line
     try:
-        if kind:
+        if is_file:
             return datasets.load_dataset("parquet", data_files=str(path), split="train")
         name, _, split = str(source).partition(":")
-        config = None
-        if not path.exists() and name.count("/") == 2:
-            name, _, config = name.rpartition("/")
-        return datasets.load_dataset(name, config, split=split or "train")
+        name, *config = (name,) if path.exists() or name.count("/") < 2 else name.rsplit("/", 1)
+        return datasets.load_dataset(name, *config, split=split or "train")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{source}: cannot be read as a data set ({first_line(error.__cause__ or error)}); want "
                          "a .jsonl, .json, .csv or .parquet file, or OWNER/NAME[/CONFIG][:SPLIT]") from None
@@ -230,6 +237,15 @@ def read_json(path):
     if not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: a row is not an object with columns")
     return rows
+
+
+def write_rows(path, rows):
+    """Write rows as JSON lines, or as one array into a .json, aside and renamed: there is never half a file."""
+    aside = Path(f"{path}.writing")
+    aside.parent.mkdir(parents=True, exist_ok=True)
+    aside.write_text(json.dumps(rows, indent=1) if Path(path).suffix == ".json" else
+                     "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    aside.replace(path)
 
 
 def load_pairs(source, limit=None, prefer="better"):
@@ -264,6 +280,7 @@ def load_pairs(source, limit=None, prefer="better"):
 
 def checked_pair(prompt, chosen, rejected):
     """The pair as a dict; raises BadRow, or UnicodeEncodeError, where there is nothing to learn from it."""
+    json.dumps([prompt, chosen, rejected], ensure_ascii=False).encode()     # half a surrogate pair is no text
     if not (isinstance(prompt, (str, list)) and isinstance(chosen, str) and isinstance(rejected, str)):
         raise BadRow(NO_TEXT)
     if not prompt or not (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip():
@@ -272,17 +289,14 @@ def checked_pair(prompt, chosen, rejected):
         raise BadRow("empty response")
     if chosen.strip() == rejected.strip():
         raise BadRow("chosen equals rejected")
-    json.dumps([prompt, chosen, rejected], ensure_ascii=False).encode()     # half a surrogate pair is no text
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 # --- text to tokens -----------------------------------------------------------------------------------------
 
 def load_tokenizer(name, trust_remote_code=False, ends=True):
-    """The tokenizer of a Hugging Face directory or hub name; a local directory is loaded without the network.
-
-    Raises InputError where there is none, or, with `ends`, where it has no end-of-sequence token.
-    """
+    """The tokenizer of a Hugging Face directory (without the network) or hub name. Raises InputError where there
+    is none, or, with `ends`, where it has no end-of-sequence token."""
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -296,12 +310,9 @@ def load_tokenizer(name, trust_remote_code=False, ends=True):
 
 
 def end_token_ids(tokenizer, model=None):
-    """The ids that end a response: the tokenizer's EOS, the special token with which the chat template closes
-    an answer, and those that the checkpoint's generation_config adds.
-
-    The latter count only where they are special tokens: a config that was never told its tokenizer names a
-    default id, which may be any word.
-    """
+    """The ids that end a response: the tokenizer's EOS, the special token with which the chat template closes an
+    answer, and the special ones among those of the checkpoint's generation_config: a config that was never told
+    its tokenizer names a default id, which may be any word."""
     special, ids = tokenizer.added_tokens_decoder, {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         try:
@@ -316,11 +327,9 @@ def end_token_ids(tokenizer, model=None):
 
 
 def render(prompt, response, tokenizer=None):
-    """(prompt text, response text) whose concatenation is the whole dialogue, as the top of this file says.
-
-    Raises InputError where the chat template's render with the answer does not begin with its generation
-    prompt: then training and sampling would see different prompts.
-    """
+    """(prompt text, response text) whose concatenation is the whole dialogue, as the top of this file says. Raises
+    InputError where the chat template's render with the answer does not begin with its generation prompt: then
+    training and sampling would see different prompts."""
     if tokenizer is None or not tokenizer.chat_template:
         if isinstance(prompt, str):
             return prompt, response
@@ -336,45 +345,38 @@ def render(prompt, response, tokenizer=None):
     except TemplateError as error:
         raise BadRow(f"refused by the chat template: {error}") from None
     if not whole.startswith(head):
-        raise InputError(f"{tokenizer.name_or_path}: its chat template renders an answered dialogue "
-                         "otherwise than the prompt it generates from; train with a template whose "
-                         "generation prompt is a prefix")
+        raise InputError(f"{tokenizer.name_or_path}: its chat template renders an answered dialogue otherwise than "
+                         "the prompt it generates from; want one whose generation prompt is a prefix")
     header, answer, _ = whole[len(head):].partition(response.strip())
     if answer and header.strip() and head == tokenizer.apply_chat_template(messages, tokenize=False):
         head += header          # the template knows no generation prompt: the answer's header is the prompt's
     return head, whole[len(head):]
 
 
-def prompt_tokens(head, tokenizer):
-    """The ids of a prompt's text, as `render` returns it: what training and sampling condition on, uncut."""
+def prompt_tokens(head, tokenizer, limit):
+    """(the ids of a prompt's text, as `render` returns it, whether they were cut to `limit`): what training and
+    sampling condition on. It is cut from the left, but for a BOS token."""
     ids = tokenizer(head, add_special_tokens=not tokenizer.chat_template)["input_ids"]
     if ids and ids[-1] == tokenizer.eos_token_id and not tokenizer.chat_template:
         ids = ids[:-1]                                                    # some tokenizers end every text
-    return ids
-
-
-def truncate_prompt(ids, limit, tokenizer):
-    """The last `limit` ids, after the BOS token where there is one: a prompt is cut from the left."""
-    keep_bos = len(ids) > limit > 1 and ids[0] == tokenizer.bos_token_id
-    return ids[:1] + ids[-(limit - 1):] if keep_bos else ids[-limit:]
+    if not ids:
+        raise BadRow("prompt without tokens")
+    bos = ids[:1] if len(ids) > limit > 1 and ids[0] == tokenizer.bos_token_id else []
+    return bos + ids[-(limit - len(bos)):], len(ids) > limit
 
 
 def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length):
-    """Pairs as token ids: ([{prompt, prompt_ids, chosen, chosen_ids, rejected, rejected_ids}], counts).
+    """([{prompt, prompt_ids, chosen, chosen_ids, rejected, rejected_ids}], counts) of pairs.
 
-    A response ends with exactly one end token, the first of `end_ids` in it, or the tokenizer's EOS
-    appended; one longer than max_response_length tokens is cut from the right and then has none. Both
-    responses follow the same prompt ids. counts: truncated prompts and responses, and rows dropped because
-    nothing is left to learn.
-    """
+    Both responses follow the same prompt ids. One longer than max_response_length tokens is cut from the right,
+    and then has no end token. counts: truncated prompts and responses, and rows dropped because nothing is left
+    to learn."""
     examples, counts = [], Counter({"truncated_prompts": 0, "truncated_responses": 0, "dropped": 0})
     for pair in pairs:
         try:
             (head, chosen), (_, rejected) = (render(pair["prompt"], pair[side], tokenizer)
                                              for side in ("chosen", "rejected"))
-            prompt_ids = prompt_tokens(head, tokenizer)
-            if not prompt_ids:
-                raise BadRow("prompt without tokens")
+            prompt_ids, cut = prompt_tokens(head, tokenizer, max_prompt_length)
             ids = [response_tokens(text, tokenizer, end_ids) for text in (chosen, rejected)]
             chosen_ids, rejected_ids = (each[:max_response_length] for each in ids)
             if chosen_ids == rejected_ids:
@@ -382,29 +384,24 @@ def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length):
         except BadRow as reason:
             counts.update({"dropped": 1, str(reason): 1})
             continue
-        counts["truncated_prompts"] += len(prompt_ids) > max_prompt_length
+        counts["truncated_prompts"] += cut
         counts["truncated_responses"] += sum(len(each) > max_response_length for each in ids)
-        examples.append({**pair, "prompt_ids": truncate_prompt(prompt_ids, max_prompt_length, tokenizer),
-                         "chosen_ids": chosen_ids, "rejected_ids": rejected_ids})
+        examples.append({**pair, "prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids})
     if not examples:
         raise InputError(f"none of {len(pairs)} pairs has anything to learn as tokens: {counted(+counts)}")
     return examples, counts
 
 
 def response_tokens(text, tokenizer, end_ids):
-    """The ids of a response's text with exactly one end token: the first of `end_ids` in it, or the tokenizer's
-    EOS appended."""
+    """The ids of a response's text with one end token: the first of `end_ids` in it, or the EOS appended."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     end = next((place for place, token in enumerate(ids) if token in end_ids), None)
     return ids + [tokenizer.eos_token_id] if end is None else ids[:end + 1]
 
 
 def collate(prompts, responses, device="cpu"):
-    """Lists of prompt and response ids -> input_ids, attention_mask, response_mask, each
-    (B, T), padded on the right.
-
-    The masks are made from lengths, so the padding id (0) means nothing and may equal any real token.
-    """
+    """Lists of prompt and response ids -> input_ids, attention_mask, response_mask, each (B, T), padded on the right.
+    The masks come from lengths, so the padding id (0) means nothing and may equal any real token."""
     def pad(rows):
         return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
 
@@ -418,11 +415,7 @@ def main():
     parser = Parser(description="Show what a preference data set holds and how it will be read.")
     parser.add_argument("source")
     parser.add_argument("--model", help="a Hugging Face directory or name: count and render in its tokens")
-    parser.add_argument("--prefer", choices=["better", "safer"], default="better",
-                        help="PKU-SafeRLHF's label")
-    parser.add_argument("--limit", type=number(int, 1), help="stop after so many pairs")
-    parser.add_argument("--max-prompt-length", type=number(int, 1), default=512)
-    parser.add_argument("--max-response-length", type=number(int, 1), default=512)
+    parser.shared("--prefer", "--limit", "--max-prompt-length", "--max-response-length")
     args = parser.parse_args()
     pairs, report = load_pairs(args.source, args.limit, args.prefer)
     print(f"{args.source}: {report['format']}; {report['rows']} rows, {len(pairs)} pairs kept, dropped: "
@@ -432,8 +425,8 @@ def main():
             for pair in pairs]
     if args.model:
         tokenizer = load_tokenizer(args.model)
-        examples, counts = encode(pairs, tokenizer, end_token_ids(tokenizer), args.max_prompt_length,
-                                  args.max_response_length)
+        examples, counts = encode(pairs, tokenizer, end_token_ids(tokenizer), args.max_prompt_length or 512,
+                                  args.max_response_length or 512)
         print(f"{len(examples)} encoded; {counted(counts)}")
         unit, show = "tokens", tokenizer.decode
         rows = [[example[f"{side}_ids"] for side in sides] for example in examples]
@@ -442,8 +435,9 @@ def main():
         low, median, most, high = (lengths[int(share * (len(lengths) - 1))] for share in (0, 0.5, 0.9, 1))
         print(f"{side:>9}: {unit} min {low}, median {median}, 90 % {most}, max {high}")
     for nth, row in enumerate(rows[:2], 1):
-        shown = [f"{side + ':':10}{show(text)!r}" for side, text in zip(sides, row)]
-        print(f"--- pair {nth}", *shown, sep="\n")
+        print(f"--- pair {nth}")
+        for side, text in zip(sides, row):
+            print(f"{side + ':':10}{show(text)!r}")
 
 
 if __name__ == "__main__":

@@ -220,6 +220,11 @@ LOGS = ("metrics", "eval", "samples")
 SHOWN = "loss margin accuracy reward kl response_length grad_norm learning_rate seconds".split()
 
 
+def run_directory(source):
+    """runs/NAME for a data source: a file's stem, or a hub name with - for / and :."""
+    return Path("runs", Path(source).stem if Path(source).exists() else source.replace("/", "-").replace(":", "-"))
+
+
 @contextmanager
 def claimed(out):
     """Make the directory and keep other runs out of it, until this process ends in whatever way."""
@@ -337,14 +342,14 @@ def save_checkpoint(out, policy, optimizer, progress):
     together()                                                         # it is whole
 
 
-def resume(path, policy, optimizer, scheduler, args, may_change):
+def resume(path, policy, optimizer, scheduler, args):
     """Continue from the checkpoint `path`: weights, optimizer, scheduler and logs as they were; returns the
     progress. Raises InputError where the data or other arguments than `may_change` are others."""
     import torch.distributed.checkpoint as dcp
     out = path.parents[1]
     before = json.loads((out / "args.json").read_text(encoding="utf-8"))
     for name, value in vars(args).items():
-        if name not in may_change and before.get(name) != value:
+        if name not in args.may_change and before.get(name) != value:
             what = "the data have" if name == "data_sha256" else f"--{name.replace('_', '-')} has"
             raise InputError(f"--resume: {what} changed since {path} was written, from {before.get(name)} to "
                              f"{value}; go back to that, or start afresh with another --out")

@@ -13,6 +13,8 @@ import json
 import math
 import re
 from argparse import Namespace
+from collections import Counter, defaultdict
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -31,10 +33,11 @@ from toy import TOY_DEFAULTS, train_and_held_out
 def length_controlled(verdicts, lengths):
     """The win rate that is left at equal lengths, (R, n) × 2 -> (R,), as in AlpacaEval 2 (arXiv 2404.04475).
 
-    verdicts: 1, ½ or 0. lengths: of `scaled_lengths`. The model P(win) = σ(quality + bias · length) is fitted
-    by Newton's method; the rate is σ(quality), or the raw one where no length differs. A trace of ridge keeps
-    both finite, and weighs a thousand times more on quality: what the two explain equally well, as when all
-    wins are longer, counts as length. (AlpacaEval's term for the instruction's difficulty needs many models.)
+    verdicts: 1, ½ or 0. lengths: how much longer the response is than its opponent, within ±1. P(win) = σ(quality +
+    bias · length) is fitted by Newton's method; the rate is σ(quality), or the raw one where no length differs. A
+    trace of ridge keeps both finite, and weighs a thousand times more on quality: what the two explain equally
+    well, as when all wins are longer, counts as length. (AlpacaEval's term for the instruction's difficulty needs
+    many models.)
     """
     inputs = torch.stack([torch.ones_like(lengths), lengths], -1)                             # (R, n, 2)
     ridge, weights = torch.tensor([0.1, 1e-4], dtype=verdicts.dtype), verdicts.new_zeros(len(verdicts), 2)
@@ -56,14 +59,13 @@ def scaled_lengths(ours, theirs):
 
 
 def win_figures(verdicts, ours, theirs):
-    """What Verdicts on the texts `ours` against `theirs` come to: the win rate, raw and length-controlled,
-    and, of a model's verdicts, the shares of flipped and of unparsable ones."""
+    """What Verdicts on the texts `ours` against `theirs` come to: the win rate, raw and length-controlled, and, of
+    a model's verdicts, the shares of flipped and of unparsable ones."""
     wins = [verdict.win for verdict in verdicts]
     notes = {name: [getattr(verdict, name) for verdict in verdicts] for name in ("flipped", "unparsable")}
     return {"win_rate": bootstrap(mean, wins),
             "lc_win_rate": bootstrap(length_controlled, wins, scaled_lengths(ours, theirs)),
-            **{name: bootstrap(mean, [float(value) for value in values])
-               for name, values in notes.items() if None not in values}}
+            **{name: bootstrap(mean, values) for name, values in notes.items() if None not in values}}
 
 
 def over_seeds(values):
@@ -130,17 +132,17 @@ def print_table(results, runs=None):
     names = [name for name in COLUMNS if any(name in figures for figures in results.values())]
     print(f"| | {'runs | ' if runs else ''}{' | '.join(names)} |\n|---|{'---|' * (len(names) + bool(runs))}")
     for model, figures in results.items():
-        cells = [str(runs[model])] * bool(runs) + [shown(*figures[name]) if name in figures else ""
-                                                   for name in names]
+        cells = [str(runs[model])] if runs else []
+        cells += [shown(*figures[name]) if name in figures else "" for name in names]
         print(f"| {model} | {' | '.join(cells)} |")
 
 
 def write_figures(results, path):
     """{model: {name: [value, low, high]}} as JSON; what is not a finite number is null."""
-    finite = {model: {name: [number if math.isfinite(number) else None for number in figure]
-                      for name, figure in figures.items()} for model, figures in results.items()}
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(finite, indent=1) + "\n", encoding="utf-8")
+    Path(path).write_text(json.dumps({model: {name: [number if math.isfinite(number) else None for number in figure]
+                                              for name, figure in figures.items()}
+                                      for model, figures in results.items()}, indent=1) + "\n", encoding="utf-8")
 
 
 # --- models of the command line -----------------------------------------------------------------------------
@@ -163,31 +165,19 @@ def find_run(path, options):
 
 
 def opponents_of(examples, path):
-    """The response to each example's prompt in a file of generate.py's, in turn where the prompt comes more
-    than once. Raises InputError where one is missing."""
-    left = {}
+    """The response to each example's prompt in a file of generate.py's, in turn where the prompt comes more than
+    once. Raises InputError where one is missing."""
+    texts = defaultdict(list)
     for row in read_rows(path):
-        prompt, response = row.get("prompt", row.get("instruction")), row.get("response", row.get("output"))
-        if not isinstance(response, str):
-            raise InputError(f"--against {path}: want rows with prompt and response, or with instruction and "
-                             "output, as generate.py writes them")
-        left.setdefault(json.dumps(prompt), []).append(response)
-    opponents = []
-    for example in examples:
-        texts = left.get(json.dumps(example["prompt"]))
-        if not texts:
-            raise InputError(f"--against {path}: no response to the prompt {str(example['prompt'])[:60]!r}")
-        opponents.append(texts[0])
-        texts.append(texts.pop(0))                       # in turn, where there are too few
+        texts[json.dumps(row.get("prompt"))].append(row.get("response"))
+    places, opponents = Counter(), []
+    for key in (json.dumps(example["prompt"]) for example in examples):
+        if not texts[key] or not isinstance(texts[key][0], str):
+            raise InputError(f"--against {path}: no response to the prompt {key[:60]}; want the file that "
+                             "generate.py writes for the same data")
+        opponents.append(texts[key][places[key] % len(texts[key])])
+        places[key] += 1
     return opponents
-
-
-def judge_from(options):
-    """The judge that --judge, --judge-model and --verdicts name, None where the reward judges."""
-    if bool(options.judge) != bool(options.judge_model):
-        raise InputError("--judge: want a URL, http://HOST/v1, together with --judge-model NAME, or neither")
-    return options.judge and load_judge(options.judge, options.judge_model, options.judge_template,
-                                        options.verdicts)
 
 
 def evaluate_models(options):
@@ -205,40 +195,29 @@ def evaluate_models(options):
     if not held_out:
         raise InputError(f"{args.data}: no pair is held out; name some with --eval-data")
     reward = load_reward(args.reward, device, args.trust_remote_code) if args.reward else None
-    judge = judge_from(options)
+    if bool(options.judge) != bool(options.judge_model):
+        raise InputError("--judge: want a URL, http://HOST/v1, together with --judge-model NAME, or neither")
+    judge = options.judge and load_judge(options.judge, options.judge_model, options.judge_template,
+                                         options.verdicts)
     reference, reference_tokenizer = load_policy(reference_name, device, args.trust_remote_code)
     print(f"{len(held_out)} held-out pairs of {args.eval_data or args.data}, reference {reference_name}, "
           f"reward {args.reward}; wins over {options.against or 'the chosen responses'}, judged by "
-          f"{options.judge_model or args.reward}; ± half the 95 % interval, over prompts, or over seeds\n")
+          f"{options.judge_model or args.reward}; ± half the 95 % interval over prompts\n")
     results = {}
     for name, model, _ in runs:
         policy, tokenizer = load_policy(model, device, args.trust_remote_code, lengths)
         if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
-            raise InputError(f"{model} has another vocabulary than the reference {reference_name}; "
-                             "evaluate it by itself")
+            raise InputError(f"{model} has another vocabulary than the reference {reference_name}")
         examples, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths)
         opponents = opponents_of(examples, options.against) if options.against else None
         results[name], _ = evaluate_policy(policy, reference, tokenizer, examples, reward, args, judge,
                                            opponents)
-    for variant, names in seeds_of(results).items():
-        if len(names) > 1:
-            results[f"{variant}, {len(names)} seeds"] = {
-                figure: over_seeds([results[name][figure][0] for name in names])
-                for figure in results[names[0]]}
     print_table(results)
     write_figures(results, options.out)
     print(f"\nfigures in {options.out}")
 
 
 # --- finished runs side by side: a table and a picture ------------------------------------------------------
-
-def seeds_of(names):
-    """{variant: its names}: those that differ in their ending -sN alone are a variant's seeds."""
-    groups = {}
-    for name in names:
-        groups.setdefault(re.sub(r"-s\d+$", "", str(name)), []).append(name)
-    return groups
-
 
 def read_runs(paths):
     """{path: rows of eval.jsonl} of finished runs of sail.py among the paths. Raises InputError without
@@ -249,8 +228,7 @@ def read_runs(paths):
         if (path / "model").is_dir() and file.is_file() and file.stat().st_size:
             runs[path] = read_rows(file)
     if not runs:
-        raise InputError("--compare: no finished run with held-out figures among the arguments; want "
-                         "directories that sail.py wrote, as in runs/toy/*")
+        raise InputError("--compare: no finished run with held-out figures among the arguments, as in runs/toy/*")
     return runs
 
 
@@ -266,11 +244,11 @@ def figure_of(name, rows):
 
 def compare(paths, out):
     """Print finished runs as one markdown table; write its figures to `out` and a picture beside it."""
-    found, results = read_runs(paths), {}
-    variants = seeds_of(found)
+    found, variants, results = read_runs(paths), defaultdict(list), {}
+    for path in found:                                     # names that differ in their ending -sN alone are seeds
+        variants[re.sub(r"-s\d+$", "", str(path))].append(found[path])
     parts = 1 if len({Path(variant).name for variant in variants}) == len(variants) else 2
-    groups = {"/".join(Path(variant).parts[-parts:]): [found[path] for path in runs]
-              for variant, runs in variants.items()}
+    groups = {"/".join(Path(variant).parts[-parts:]): runs for variant, runs in variants.items()}
     for name, runs in groups.items():
         figures = {column: figure_of(column, [rows[-1] for rows in runs]) for column in COLUMNS}
         results[name] = {column: figure for column, figure in figures.items() if figure}
@@ -281,9 +259,7 @@ def compare(paths, out):
           f"(bootstrap)\nfigures in {out}, picture in {Path(out).with_suffix('.png')}")
 
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart, and a marker each besides.
-COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F"]
-MARKERS = "osD^vPX*"
+COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F"]  # Okabe and Ito's
 
 
 def plot(groups, results, path):
@@ -295,95 +271,60 @@ def plot(groups, results, path):
         raise InputError("the picture needs matplotlib: pip install matplotlib") from None
     figure = Figure(figsize=(10, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    labels, points = [], []
-    for nth, (name, runs) in enumerate(groups.items()):
-        colour, marker, last = COLOURS[nth % 8], MARKERS[nth % 8], results[name]
+    for (name, runs), colour in zip(groups.items(), cycle(COLOURS)):
+        last = results[name]
         if "reward" not in last:
             continue
-        value, low, high = last["reward"]
-        kl, *ends = last.get("kl", (0.0, 0.0, 0.0))        # SFT has no reference: it is the others'
-        left.errorbar(kl, value, [[value - low], [high - value]], [[kl - ends[0]], [ends[1] - kl]],
-                      color=colour, marker=marker, markersize=7, capsize=3)
-        labels.append((left, name, kl, value, colour))
-        points.append(value)
+        reward, kl = last["reward"], last.get("kl", (0.0, 0.0, 0.0))        # SFT's reference is itself
+        errors = [[[abs(end - value)] for end in ends] for value, *ends in (reward, kl)]
+        left.errorbar(kl[0], reward[0], *errors, color=colour, marker="o", capsize=3)
+        left.annotate(name, (kl[0], reward[0]), (6, 4), textcoords="offset points", color=colour)
         if "kl" not in last:
             continue
         steps = sorted(set.intersection(*({row["step"] for row in rows} for rows in runs)))
         at = [[row for rows in runs for row in rows if row["step"] == step] for step in steps]
-        curve, lows, highs = zip(*[figure_of("reward", rows) for rows in at])
-        points += [row["reward"] for rows in at for row in rows]
-        left.scatter(*zip(*[(row["kl"], row["reward"]) for rows in at for row in rows]), s=12, color=colour,
-                     marker=marker, alpha=0.4, linewidths=0)
+        curve, low, high = zip(*[figure_of("reward", rows) for rows in at])
+        for rows in at:
+            left.scatter([row["kl"] for row in rows], [row["reward"] for row in rows], s=8, color=colour, alpha=0.4)
         left.plot([figure_of("kl", rows)[0] for rows in at], curve, color=colour)
         right.plot(steps, curve, color=colour)
-        right.fill_between(steps, lows, highs, color=colour, alpha=0.15, linewidth=0)
-        labels.append((right, name, steps[-1], curve[-1], colour))
+        right.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
+        right.annotate(name, (steps[-1], curve[-1]), (6, -4), textcoords="offset points", color=colour)
     left.set_xscale("symlog", linthresh=1)
-    left.set_xlim(left=-0.1)
-    right.set_xlim(left=0)
-    if points:                                             # an interval may be wider than the picture is high
-        margin = 0.1 * (max(points) - min(points)) + 0.1
-        left.set_ylim(min(points) - margin, max(points) + margin)
     left.set(xlabel="KL(π‖π_ref), nats per response", ylabel="held-out reward", title="reward against KL")
     right.set(xlabel="optimizer step", title="during training")
     for axes in (left, right):
-        axes.margins(x=0.25)
+        axes.margins(x=0.15)
         axes.grid(alpha=0.25)
-        axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-    put_labels(figure, labels)
     figure.savefig(path, dpi=130, format="png")
-
-
-def put_labels(figure, labels):
-    """Write (axes, text, x, y, colour) beside their points, each at the first place where it covers no other."""
-    from matplotlib.patheffects import withStroke
-    taken = []
-    figure.draw_without_rendering()                                    # until then no place is known
-    for axes, text, x, y, colour in sorted(labels, key=lambda label: -label[3]):
-        for dy in (-4, -16, 8, -28, 20, -40, 32):
-            label = axes.annotate(text, (x, y), (8, dy), textcoords="offset points", color=colour,
-                                  fontsize=12, path_effects=[withStroke(linewidth=3, foreground="white")])
-            box = label.get_window_extent()
-            if dy == 32 or not any(box.overlaps(other) for other in taken):
-                taken.append(box)
-                break
-            label.remove()
 
 
 def main():
     """`python evaluate.py RUN …`."""
-    parser = Parser(
-        description="Evaluate runs of sail.py, or any checkpoints, side by side on held-out data.")
-    parser.add_argument("models", nargs="*", metavar="RUN",
-                        help="a run's directory, or a checkpoint's directory or name")
-    parser.add_argument("--compare", action="store_true",
-                        help="only read what finished runs have measured, into one table and one picture")
-    parser.add_argument("--out", default="results.json",
-                        help="the figures as JSON: [value, low, high]; --compare puts its picture beside it")
-    add = parser.add_argument_group("what to evaluate on").add_argument
-    add("--data", help="as in sail.py (default: the run's)")
-    add("--eval-data", help="held-out pairs (default: the run's rule)")
-    add("--eval-limit", type=number(int, 1), default=256, help="held-out pairs (default: 256)")
-    add("--reward", help="as in sail.py (default: the run's)")
-    add("--reference", help="for KL, loss and margin (default: the reference of the first run that has one, "
-        "else the first model)")
-    add("--beta", type=number(float, 1e-9), help="(default: the run's)")
-    add("--max-prompt-length", type=number(int, 1))
-    add("--max-response-length", type=number(int, 1))
+    parser = Parser(description="Evaluate runs of sail.py, or any checkpoints, side by side on held-out data.")
+    parser.add_argument("models", nargs="*", metavar="RUN", help="a run's or a checkpoint's directory, or a name")
+    parser.add_argument("--compare", action="store_true", help="only read what finished runs have measured, into one "
+                        "table and one picture")
+    parser.add_argument("--out", default="results.json", help="the figures as JSON: [value, low, high]; --compare puts "
+                        "its picture beside it")
+    parser.shared("--data", "--eval-data", "--prefer", "--max-prompt-length", "--max-response-length", "--seed",
+                  "--trust-remote-code")
+    parser.set_defaults(data=None, prefer=None, trust_remote_code=None)              # then the run's
+    add = parser.add_argument_group("what to evaluate on, by default as the run").add_argument
+    add("--eval-limit", type=number(int, 1), default=256, help="held-out pairs (256)")
+    add("--reward", help="as in sail.py")
+    add("--reference", help="for KL, loss and margin (that of the first run that has one, else the first model)")
+    add("--beta", type=number(float, 1e-9))
     add("--dtype", choices=["float32", "bfloat16"])
-    add("--seed", type=number(int, 0, 2**20), default=0)
-    add("--trust-remote-code", action="store_true", default=None, help="run code of a hub model")
     add = parser.add_argument_group("win rates").add_argument
-    add("--against", metavar="FILE", help="responses to win against, of generate.py (default: the data's "
-        "chosen ones)")
+    add("--against", metavar="FILE", help="responses of generate.py to win against (the data's chosen ones)")
     add("--judge", metavar="URL", help="who says which response is better: the model at an OpenAI-compatible "
-        "http://HOST/v1, with the key in OPENAI_API_KEY (default: --reward)")
+        "http://HOST/v1, with the key in OPENAI_API_KEY (--reward)")
     add("--judge-model", metavar="NAME", help="the model at that URL")
-    add("--judge-template", choices=TEMPLATES, default="helpful",
-        help="what it is asked: which response is more helpful, or safer")
-    add("--verdicts", metavar="FILE", default="verdicts.jsonl",
-        help="its answers; none is asked for twice (default: verdicts.jsonl)")
+    add("--judge-template", choices=TEMPLATES, default="helpful", help="which response is more helpful, or safer")
+    add("--verdicts", metavar="FILE", default="verdicts.jsonl", help="its answers; none is asked for twice "
+        "(verdicts.jsonl)")
     args = parser.parse_args()
     args.models = [path for path in args.models if not Path(path).is_file()]     # runs/toy/* has results.json
     if args.compare:

@@ -12,7 +12,6 @@ Shapes: B rows, T tokens of prompt and response with padding, P of the prompt, V
 """
 import copy
 import inspect
-import json
 import math
 import os
 import time
@@ -25,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import (BadRow, InputError, Parser, collate, command_line, end_token_ids, first_line, load_tokenizer,
-                  number, prompt_tokens, read_rows, render, truncate_prompt)
+                  number, prompt_tokens, read_rows, render, write_rows)
 from distributed import in_step, shard
 from toy import SFT_MODEL, pairs_of, toy_model
 
@@ -342,12 +341,14 @@ def draw(model, prompt_ids, end_ids, max_response_length, num_responses, tempera
     tokens = pad_sequence(prompts, batch_first=True, padding_side="left")                           # (B, P)
     mask = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True, padding_side="left")
     positions, cache = (mask.cumsum(-1) - 1).clamp(min=0), DynamicCache(config=model.config)
+    older = "cache" not in inspect.signature(model.forward).parameters            # until transformers 5.2x
+    cached = {"past_key_values" if older else "cache": cache, "use_cache": True}
 
-    def next_logits(tokens, positions, **options):                     # of the last token of each row, (B, V)
-        return model(input_ids=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                     use_cache=True, **options).logits[:, -1].float()
+    def next_logits(tokens, positions):                                # of the last token of each row, (B, V)
+        return model(input_ids=tokens, attention_mask=mask, position_ids=positions, logits_to_keep=1,
+                     **cached).logits[:, -1].float()
 
-    logits = next_logits(tokens, positions, logits_to_keep=1)
+    logits = next_logits(tokens, positions)
     if cache.get_seq_length() != tokens.shape[1]:
         raise InputError(f"{type(model).__name__} keeps no key-value cache of its prompt; want one that does")
     cache.batch_repeat_interleave(num_responses)
@@ -407,8 +408,8 @@ MT_BENCH_TEMPERATURES = {  # FastChat's; 0.7 for other categories
 
 
 def load_questions(source, limit=None):
-    """A benchmark's questions, told by their columns: (its name in BENCHMARKS, rows, turns). turns: what the
-    user says, two texts a row for MT-Bench, else one. Raises InputError where a row cannot be asked."""
+    """A benchmark's questions, told by their columns: (its name in BENCHMARKS, rows, turns). turns: what the user
+    says, two texts a row for MT-Bench, else one. Raises InputError where a row cannot be asked."""
     rows = list(islice(read_rows(source), limit))
     columns = set().union(*rows)
     name = next((name for name, needed in BENCHMARKS.items() if columns.issuperset(needed.split())), None)
@@ -419,9 +420,8 @@ def load_questions(source, limit=None):
     *others, asked = BENCHMARKS[name].split()
     turns = [row.get(asked) if name == "MT-Bench" else [row.get(asked)] for row in rows]
     for nth, (row, texts) in enumerate(zip(rows, turns), 1):
-        if not (isinstance(texts, list) and len(texts) == 1 + (name == "MT-Bench")
-                and all(isinstance(text, str) and text.strip() for text in texts)
-                and all(row.get(column) is not None for column in others)):
+        if (not isinstance(texts, list) or len(texts) != 1 + (name == "MT-Bench") or None in map(row.get, others)
+                or not all(isinstance(text, str) and text.strip() for text in texts)):
             raise InputError(f"{source}: row {nth}: want {', '.join(others)} and text in {asked}")
     return name, rows, turns
 
@@ -443,18 +443,15 @@ def answer_row(benchmark, row, answers, name):
 
 
 def answer(model, tokenizer, prompts, temperatures, args):
-    """A response to each prompt, at its temperature: (texts, lengths in tokens, whether they finished).
-    Raises InputError for a prompt that cannot be asked."""
-    prompt_ids = []
+    """A response to each prompt, at its temperature: (texts, lengths in tokens, whether they finished). Raises
+    InputError for a prompt that cannot be asked."""
+    prompt_ids, rows = [], [None] * len(prompts)
     for nth, prompt in enumerate(prompts, 1):
         try:
-            ids = prompt_tokens(render(prompt, "answer", tokenizer)[0], tokenizer)
+            head = render(prompt, "answer", tokenizer)[0]
+            prompt_ids.append(prompt_tokens(head, tokenizer, args.max_prompt_length)[0])
         except BadRow as reason:
             raise InputError(f"prompt {nth}: {reason}") from None
-        if not ids:
-            raise InputError(f"prompt {nth}: it has no tokens; wrong tokenizer?")
-        prompt_ids.append(truncate_prompt(ids, args.max_prompt_length, tokenizer))
-    rows = [None] * len(prompts)
     for temperature in sorted(set(temperatures)):
         places = [place for place, own in enumerate(temperatures) if own == temperature]
         responses, finished = sample(model, tokenizer, [prompt_ids[place] for place in places],
@@ -484,46 +481,35 @@ def answer_benchmark(model, tokenizer, benchmark, rows, turns, args):
 
 def main():
     """`python generate.py --model M --data D --out FILE`, or `--questions Q` in the place of `--data D`."""
-    parser = Parser(description="Sample a response to each prompt of a data set, or answer a benchmark's "
-                    "questions.")
+    parser = Parser(description="Sample a response to each prompt of a data set, or answer a benchmark's questions.")
     parser.add_argument("--model", default="toy", help="a Hugging Face directory or name, or toy (default)")
-    prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument("--data", default="toy:test", help="as in sail.py (default: toy:test)")
-    prompts.add_argument("--questions", help="a question file of AlpacaEval, MT-Bench or Arena-Hard")
-    parser.add_argument("--out", default="responses.jsonl",
-                        help="JSON lines: prompt, response, tokens, finished; for --questions, the "
-                        "benchmark's answer file")
-    parser.add_argument("--limit", type=number(int, 1), help="use the first LIMIT pairs or questions")
-    parser.add_argument("--temperature", type=number(float, 0), help="0: the likeliest token each time "
-                        "(default: 1; for MT-Bench, FastChat's for each category)")
+    parser.add_argument("--questions", help="instead of --data: a file of AlpacaEval, MT-Bench or Arena-Hard")
+    parser.add_argument("--out", default="responses.jsonl", help="JSON lines: prompt, response, tokens, finished; for "
+                        "--questions, the benchmark's answer file")
+    parser.add_argument("--temperature", type=number(float, 0), help="0: the likeliest token each time (default: 1; "
+                        "for MT-Bench, FastChat's for each category)")
     parser.add_argument("--batch-size", type=number(int, 1), default=64, help="prompts generated together")
-    parser.add_argument("--max-prompt-length", type=number(int, 1), default=512)
-    parser.add_argument("--max-response-length", type=number(int, 1), default=128)
-    parser.add_argument("--seed", type=number(int, 0, 2**20), default=0)
-    parser.add_argument("--trust-remote-code", action="store_true",
-                        help="run code that comes with a hub model")
+    parser.shared("--data", "--limit", "--max-prompt-length", "--max-response-length", "--seed", "--trust-remote-code")
+    parser.set_defaults(data="toy:test", max_prompt_length=512, max_response_length=128)
     args = parser.parse_args()
-    benchmark, *questions = load_questions(args.questions, args.limit) if args.questions else [None]
-    if args.questions and (Path(args.out).suffix == ".json") != (benchmark == "AlpacaEval"):
-        raise InputError(f"--out {args.out}: {benchmark}'s judge wants a file that ends in "
-                         f"{'.json' if benchmark == 'AlpacaEval' else '.jsonl'}")
-    prompts = None if benchmark else [pair["prompt"] for pair in pairs_of(args.data, args.limit)[0]]
+    if args.questions:
+        benchmark, rows, turns = load_questions(args.questions, args.limit)
+        if (Path(args.out).suffix == ".json") != (benchmark == "AlpacaEval"):
+            raise InputError(f"--out {args.out}: {benchmark}'s judge wants a file that ends in "
+                             f"{'.json' if benchmark == 'AlpacaEval' else '.jsonl'}")
+    else:
+        prompts = [pair["prompt"] for pair in pairs_of(args.data, args.limit)[0]]
     model, tokenizer = load_policy(args.model, "cuda" if torch.cuda.is_available() else "cpu",
                                    args.trust_remote_code, (args.max_prompt_length, args.max_response_length))
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
-    if benchmark:
-        rows = answer_benchmark(model, tokenizer, benchmark, *questions, args)
+    if args.questions:
+        rows = answer_benchmark(model, tokenizer, benchmark, rows, turns, args)
     else:
         temperatures = [1.0 if args.temperature is None else args.temperature] * len(prompts)
         rows = [dict(zip(("prompt", "response", "tokens", "finished"), row)) for row in zip(
             prompts, *answer(model, tokenizer, prompts, temperatures, args))]
-    aside = Path(f"{args.out}.writing")                    # no judge shall take half a file for a whole one
-    aside.write_text(json.dumps(rows, indent=1) if benchmark == "AlpacaEval" else
-                     "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    aside.replace(args.out)
-    print(f"{len(rows)} responses in {args.out}" + (f", to {benchmark}'s questions" if benchmark else
-          f", {sum(row['finished'] for row in rows)} of them finished"))
+    write_rows(args.out, rows)
+    print(f"{len(rows)} responses in {args.out}")
 
 
 if __name__ == "__main__":

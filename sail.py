@@ -46,9 +46,9 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import InputError, Parser, collate, command_line, counted, encode, end_token_ids, number, run_name
+from data import InputError, Parser, collate, command_line, counted, encode, end_token_ids, number
 from distributed import (claimed, data_parallel, fingerprint, in_step, in_turns, is_first, is_sharded, joined,
-                         log, log_figures, make_optimizer, newest_checkpoint, resume, save_checkpoint,
+                         log, log_figures, make_optimizer, newest_checkpoint, resume, run_directory, save_checkpoint,
                          save_model, say, seed_samples, share, start, summed, together, update, weighted, write_line)
 from evaluate import evaluate_policy
 from generate import load_models, load_policy, micro_batches, pair_logps, roll_out, sequence_logps
@@ -303,9 +303,8 @@ def count(pairs, variant):
         lengths = {side: len(pair[f"{side}_ids"]) for side in sides}
         totals.update(pairs=1, tokens=len(sides) * len(pair["prompt_ids"]) + sum(lengths.values()),
                       chosen_tokens=lengths["chosen"], fresh=len(pair["sampled"]),
-                      fresh_tokens=sum(lengths[side] for side in pair["sampled"]),
-                      unfinished=pair.get("unfinished", 0), reward=sum(pair.get("rewards", [])),
-                      ties=pair.get("tie", 0))
+                      fresh_tokens=sum(lengths[side] for side in pair["sampled"]), ties=pair.get("tie", 0),
+                      unfinished=pair.get("unfinished", 0), reward=sum(pair.get("rewards", [])))
     return totals
 
 
@@ -333,8 +332,8 @@ def load_everything(args, device):
     lengths = end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length
     examples, counts = encode(train, tokenizer, *lengths)
     held_out = encode(held_out[:args.eval_limit], tokenizer, *lengths)[0] if held_out else []
-    counts = {"dropped": sum(report["dropped"].values()) + counts.pop("dropped"), **report["dropped"], **counts}
-    return policy, reference, tokenizer, reward, examples, held_out, counts
+    counts["dropped"] += sum(report["dropped"].values())
+    return policy, reference, tokenizer, reward, examples, held_out, {**counts, **report["dropped"]}
 
 
 def train(args, device):
@@ -344,8 +343,8 @@ def train(args, device):
     (run.policy, run.reference, run.tokenizer, run.reward, run.examples, run.held_out,
      counts) = load_everything(args, device)
     run.total, run.steps = plan(len(run.examples), args)
-    args.data_sha256 = fingerprint([*run.examples, *run.held_out])
     share(range(run.total // max(run.steps, 1)))                       # complains where it is too little
+    args.data_sha256 = fingerprint([*run.examples, *run.held_out])
     run.model = data_parallel(run.policy)
     run.optimizer, run.scheduler = make_optimizer(run.policy.parameters(), run.steps, args.learning_rate,
                                                   args.optimizer, args.schedule, args.warmup_steps)
@@ -360,13 +359,12 @@ def train(args, device):
             f"route = {run.total} pairs, {run.steps} steps of {math.ceil(run.total / run.steps)} -> {out}")
         checkpoint = newest_checkpoint(out) if args.resume else None
         if checkpoint:
-            run.progress = together(lambda: resume(checkpoint, run.policy, run.optimizer, run.scheduler, args,
-                                                   vars(speed_and_output().parse_args([]))))
+            run.progress = together(lambda: resume(checkpoint, run.policy, run.optimizer, run.scheduler, args))
             say(f"continuing after step {run.progress['step']}, from {checkpoint}")
         else:
             together(lambda: start(out, args))
-        at_end.callback(signal.signal, signal.SIGTERM,
-                        signal.signal(signal.SIGTERM, lambda *_: run.stopped.append(True)))
+        before = signal.signal(signal.SIGTERM, lambda *_: run.stopped.append(True))
+        at_end.callback(signal.signal, signal.SIGTERM, before)
         try:
             loop(run, out, counts, args)
         except InputError as error:
@@ -383,15 +381,14 @@ def train(args, device):
 def loop(run, out, counts, args):
     """The steps that are left, with their logs, evaluations and checkpoints; ends early on SIGTERM."""
     def evaluate_at(step):                                # only a sharded policy needs all processes for it
-        if not run.held_out or not (is_first() or is_sharded(run.policy)):
-            return
-        run.policy.eval()
-        with in_step(run.policy):
-            figures, samples = evaluate_policy(run.policy, run.reference, run.tokenizer, run.held_out,
-                                               run.reward if is_first() else None, args)
-        log_figures(out, step, figures)
-        for row in samples[:8]:
-            write_line(out, "samples", {"step": step, **row})
+        if run.held_out and (is_first() or is_sharded(run.policy)):
+            run.policy.eval()
+            with in_step(run.policy):
+                figures, samples = evaluate_policy(run.policy, run.reference, run.tokenizer, run.held_out,
+                                                   run.reward if is_first() else None, args)
+            log_figures(out, step, figures)
+            for row in samples[:8]:
+                write_line(out, "samples", {"step": step, **row})
 
     progress = run.progress
     if progress["step"] == 0 and args.eval_every:
@@ -420,69 +417,40 @@ def loop(run, out, counts, args):
 # --- the command line ---------------------------------------------------------------------------------------
 
 DEFAULTS = dict(epochs=1.0, batch_size=32, learning_rate=1e-6, eval_every=100, eval_limit=128,
-                max_prompt_length=512, max_response_length=512)
+                max_prompt_length=512, max_response_length=512, revkl_coef=0.0)
 TOY = dict(epochs=3.0, batch_size=48, learning_rate=2e-4, eval_every=20, eval_limit=256, **TOY_DEFAULTS)
-
-
-def speed_and_output():
-    """The parser of the flags that do not change what is learned, and may change when a run is continued."""
-    parser = Parser(add_help=False)
-    positive = number(int, 1)
-    add = parser.add_argument_group("memory and speed").add_argument
-    add("--micro-batch-size", type=positive, help="pairs per forward, at most (what makes 2**26 logits)")
-    add("--gradient-checkpointing", action="store_true", help="compute activations twice, keep fewer of them")
-    add("--shard", action="store_true", help="split weights, gradients, optimizer over the processes, FSDP2")
-    add("--shard-rollouts", action="store_true", help="keep it split while it samples, too: slow, for models of "
-        "which one device cannot hold a copy")
-    add = parser.add_argument_group("output").add_argument
-    add("--out", help="directory of args.json, the logs, model/ and adapter/ (runs/DATA/VARIANT)")
-    add("--save-every", type=positive, metavar="N", help="steps between checkpoints, of which the last two stay "
-        "in OUT/checkpoints (never; SIGTERM and errors save one too)")
-    add("--resume", action="store_true", help="continue from OUT's newest checkpoint, if any")
-    add("--log-every", type=positive, default=10, help="steps between printed lines (10)")
-    return parser
 
 
 def parse_args(argv=None):
     """The command line, checked and completed with the defaults that depend on data and variant."""
-    parser = Parser(description="Train a language model on preferences: SFT, DPO and SAIL's DP, PP and PR.",
-                    parents=[speed_and_output()])
+    parser = Parser(description="Train a language model on preferences: SFT, DPO and SAIL's DP, PP and PR.")
     positive, weight, whole = number(float, 1e-12), number(float, 0), number(int, 1)
-    add = parser.add_argument_group("method (the defaults of mix and coefficients are the authors')").add_argument
-    add("--variant", choices=[*VARIANTS], default="pr", help="dp: data's responses, own labels; pp: own "
-        "responses, own labels; pr: own responses, labels from --reward (default); dpo; sft; spin")
-    add("--mix", type=number(float, 0, 1), help="fraction of pairs on the variant's route, the rest is DPO on the "
-        "data; 1: fully online (dp 0.4, pp 0.3, pr 0.3, spin 1)")
+    add = parser.add_argument_group("method (mix and coefficients are those of the authors' examples)").add_argument
+    add("--variant", choices=[*VARIANTS], default="pr", help="dp: data's responses, own labels; pp: own responses "
+        "and labels; pr (default): own responses, labels from --reward; dpo; sft; spin")
+    add("--mix", type=number(float, 0, 1), help="share of pairs on the variant's route, the rest is DPO on the data; "
+        "1: fully online (dp 0.4, pp 0.3, pr 0.3, spin 1)")
     add("--response-coef", type=weight, help="of T2 (pp 0.2, pr 0.3); 0 with pr: online DPO")
     add("--label-coef", type=weight, help="of T3 (dp 0.2, pp 0.2)")
-    add("--label", choices=["expected", "sampled"], default="expected", help="sum the policy's or the reward's "
-        "label out (default), or draw it as in the paper")
-    add("--baseline", choices=["running", "none"], default="running", help="T2's: the running mean of past pairs' "
-        "utility (default), or none, as in the paper")
+    add("--label", choices=["expected", "sampled"], default="expected", help="sum it out (default), or draw it")
+    add("--baseline", choices=["running", "none"], default="running", help="T2's: mean utility of past pairs (default)")
     add("--preference", choices=["hard", "soft"], default="hard", help="pr's label: 1, or ½ for a tie, by the "
         "reward's order (default), or σ of the reward difference")
     add("--beta", type=positive, default=0.1, help="KL weight (0.1, the authors')")
-    add("--loss-type", choices=["sigmoid", "ipo", "hinge", "simpo", "orpo"], default="sigmoid",
-        help="the utility f (sigmoid)")
+    add("--loss-type", choices=["sigmoid", "ipo", "hinge", "simpo", "orpo"], default="sigmoid", help="the utility f")
     add("--target-margin", type=weight, default=0.0, help="simpo's m (0)")
     add("--label-smoothing", type=number(float, 0, 0.5), default=0.0, help="ε: given labels become 1 − ε (0)")
     add("--nll-coef", type=weight, default=0.0, help="of −log π per token of the data's chosen responses (0)")
     add("--revkl-coef", type=weight, help="of KL(π_ref‖π) per token, over the whole vocabulary (0; toy pp 0.3)")
+    add("--temperature", type=positive, default=1.0, help="of the rollouts; T2 needs 1 (default)")
     add = parser.add_argument_group("models and data").add_argument
     add("--model", default="toy", help="a Hugging Face directory or hub name, or toy (default): the embedded "
         "world's SFT model, trained on first use; for sft, its random start")
     add("--reference", help="the frozen reference (--model as loaded)")
     add("--lora", type=whole, metavar="RANK", help="train a LoRA adapter of this rank (needs peft)")
-    add("--data", default="toy", help="toy (default), a .jsonl, .json, .csv or .parquet file, or a hub name "
-        "OWNER/NAME[/CONFIG][:SPLIT]; see data.py")
-    add("--eval-data", help="held-out pairs (toy:test for the toy, else one prompt in twenty of --data)")
-    add("--prefer", choices=["better", "safer"], default="better", help="PKU-SafeRLHF's label to train on")
     add("--reward", help="toy, FILE.py:FUNCTION, or a one-logit classifier's directory or hub name")
-    add("--limit", type=whole, help="use at most so many pairs")
-    add("--max-prompt-length", type=whole, help="tokens; cut from the left (512; toy 8)")
-    add("--max-response-length", type=whole, help="tokens; cut from the right (512; toy 24)")
-    add("--temperature", type=positive, default=1.0, help="of the rollouts; T2 needs 1 (default)")
-    add("--trust-remote-code", action="store_true", help="run code that comes with a hub model")
+    parser.shared("--data", "--eval-data", "--prefer", "--limit", "--max-prompt-length", "--max-response-length",
+                  "--seed", "--trust-remote-code")
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive, help="times every offline pair is seen, whatever the mix (1; toy 3, sft 4)")
     add("--steps", type=whole, help="optimizer steps, instead of --epochs")
@@ -493,9 +461,19 @@ def parse_args(argv=None):
     add("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="rmsprop is the authors' (adamw)")
     add("--max-grad-norm", type=positive, default=1.0, help="clip the gradient to this norm (1)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of arithmetic, not weights")
-    add("--seed", type=number(int, 0, 2**20), default=0)
     add("--eval-every", type=number(int, 0), help="steps between evaluations (100; toy 20); 0: at the end")
     add("--eval-limit", type=whole, help="held-out pairs to evaluate on (128; toy 256)")
+    add = parser.add_argument_group("memory, speed, output: these may change when a run is continued").add_argument
+    may_change = [
+        add("--micro-batch-size", type=whole, help="pairs per forward, at most (what makes 2**26 logits)"),
+        add("--gradient-checkpointing", action="store_true", help="compute activations twice, keep fewer"),
+        add("--shard", action="store_true", help="split weights, gradients, optimizer over the processes: FSDP2"),
+        add("--shard-rollouts", action="store_true", help="keep it split while it samples, too: slow"),
+        add("--out", help="directory of args.json, the logs, model/ and adapter/ (runs/DATA/VARIANT)"),
+        add("--save-every", type=whole, metavar="N", help="steps between checkpoints, of which two stay (never)"),
+        add("--resume", action="store_true", help="continue from OUT's newest checkpoint, if any"),
+        add("--log-every", type=whole, default=10, help="steps between printed lines (10)")]
+    parser.set_defaults(may_change=[flag.dest for flag in may_change] + ["may_change"])
     return completed(parser.parse_args(argv), parser)
 
 
@@ -504,22 +482,21 @@ def completed(args, parser):
     toy, sft, variant = args.data == "toy", args.variant == "sft", VARIANTS[args.variant]
     args.model = str(SFT_MODEL) if args.model == "toy" and not sft else args.model
     defaults = {**DEFAULTS, **(TOY if toy else {}), **variant, "reference": None if sft else args.model,
-                "revkl_coef": 0.3 if toy and args.variant == "pp" else 0.0,      # PP alone has no ceiling
-                "out": str(Path("runs", run_name(args.data), args.variant))}
+                "out": f"{run_directory(args.data)}/{args.variant}"}
+    if toy and args.variant == "pp":
+        defaults["revkl_coef"] = 0.3                # PP alone has no ceiling: experiments/terms_toy.py
     if sft:
         defaults.update(dict(epochs=4.0, learning_rate=1e-3) if toy else dict(learning_rate=2e-5))
     for name in vars(args):
-        if getattr(args, name) is None and name in defaults:
-            setattr(args, name, defaults[name])
+        if getattr(args, name) is None:
+            setattr(args, name, defaults.get(name))
     if args.variant in ("sft", "dpo"):
         args.mix = 0.0                              # they have no route of their own
     for wrong, message in (
             (args.temperature != 1 and len(variant["sampled"]) == 2 and args.response_coef,
              "--temperature: T2 is the score of samples at temperature 1; leave it, or set --response-coef 0"),
-            (args.target_margin and args.loss_type != "simpo",
-             "--target-margin: only --loss-type simpo has one"),
-            (args.lora and args.model == "toy",
-             "--lora: the toy's SFT model starts from nothing; there is no base to adapt"),
+            (args.target_margin and args.loss_type != "simpo", "--target-margin: only --loss-type simpo has one"),
+            (args.lora and args.model == "toy", "--lora: the toy's SFT model has no base to adapt"),
             (args.shard_rollouts and not args.shard, "--shard-rollouts: only with --shard"),
             (args.variant == "pr" and args.mix > 0 and not args.reward,
              "--reward: pr needs one to label its samples; toy, FILE.py:FUNCTION or a classifier")):

@@ -1,10 +1,10 @@
 """How fast: dpo, dp, pp and pr on random models and pairs, beside TRL's trainers and the matmul rate.
 
-    python experiments/bench.py                            # models S and V, each row in a process of its own
-    python experiments/bench.py --peer-python TRL/bin/python --rounds 3       # in turn with TRL under that Python
-    python experiments/bench.py --overheads                # dp, pp and pr against dpo on the same pairs, in turn
-    python experiments/bench.py --growth --plot experiments/growth.png             # time and memory against the work
-    python experiments/bench.py --ranks                    # two gloo ranks against one process
+    python experiments/bench.py                 # models S and V, each row in a process of its own
+    python experiments/bench.py --peer-python TRL/bin/python --rounds 3   # in turn with TRL under that Python
+    python experiments/bench.py --overheads     # dp, pp and pr against dpo on the same pairs, in turn
+    python experiments/bench.py --growth --plot experiments/growth.png      # time and memory against the work
+    python experiments/bench.py --ranks         # two gloo ranks against one process
     python experiments/bench.py --models qwen2-0.5b --dtype bfloat16 --prompt 512 --response 512 \\
         --variants dpo pr --allocators as-is --peer-python TRL/bin/python                   # one GPU
 

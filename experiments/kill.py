@@ -1,8 +1,8 @@
 """Kill runs of sail.py with SIGKILL at random moments, resume them, and compare with a run that nobody
 killed.
 
-    python tests/kill.py            # 20 kills, while sampling, in backward, while saving; one and two ranks
-    python tests/kill.py --kills 3
+    python experiments/kill.py      # 20 kills, while sampling, in backward, while saving; one and two ranks
+    python experiments/kill.py --kills 3
 
 Final weights and metrics.jsonl (but for its `seconds`) must be equal bit for bit. Ends with status 1 unless
 all are.
@@ -38,7 +38,7 @@ def victim(phase, nth, delay, rank):
         return function(*args, **options)
 
     setattr(sail, PHASES[phase], watched)
-    sail.command_line(lambda: sail.train(sail.parse_args()))
+    sail.command_line(sail.main)
 
 
 def launch(ranks, out, base, *more, kill=None):
@@ -92,7 +92,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/kill"))
     args = parser.parse_args()
-    from generate import toy_model
+    from toy import toy_model
     for part in toy_model(seed=5):
         part.save_pretrained(args.out / "base")
     unbroken, equal, started = {}, 0, time.time()

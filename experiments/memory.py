@@ -1,8 +1,8 @@
 """What a run needs in memory: an estimate from the model's shapes, and measurements.
 
-    python tests/memory.py                  the estimate per device for 0.5B, 8B and 70B
-    python tests/memory.py --measure        memory of dpo, dp, pp, pr: full, LoRA, sharded, on this CPU
-    python tests/memory.py --flat           memory after step 200 against step 20, every variant
+    python experiments/memory.py                  the estimate per device for 0.5B, 8B and 70B
+    python experiments/memory.py --measure        memory of dpo, dp, pp, pr: full, LoRA, sharded, on this CPU
+    python experiments/memory.py --flat           memory after step 200 against step 20, every variant
 
 `estimate` counts bytes. tests/test_scale.py holds its terms against measured ones on small models.
 """
@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 LLAMA_8B = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                 num_attention_heads=32, num_key_value_heads=8)
@@ -53,31 +53,37 @@ def estimate(config, processes=1, shard=False, lora=0, stream=False, bytes_=2, s
     """Bytes per device, by what they are for; the whole is their states plus the larger of rollout and
     update.
 
-    bytes_: of the compute dtype. samples of `tokens` tokens each are drawn at a time. A micro-batch has
-    `packed` tokens, `scored` of them in responses, and gradient checkpointing is on.
+    bytes_: of the compute dtype. samples of `tokens` tokens each are drawn at a time. A step has several
+    micro-batches of `packed` tokens, `scored` of them in responses, and gradient checkpointing is on. The
+    defaults are one pair of 512 + 512 tokens, which alone makes all the logits that generate.micro_batches
+    allows a forward, where the vocabulary has 65,536 words or more.
     """
     total, outside, layer, adapter = sizes_of(config)
     adapter *= lora
     trained, part = adapter or total, processes if shard else 1
     gathered = bytes_ * (outside + 2 * layer) if shard else 0     # one layer computes, the next is on its way
+    wide = 4 if not shard else bytes_          # autocast leaves residuals and rotated keys in float32, and copies
+    copied = 0 if shard or bytes_ == 4 else bytes_         # weights: what is trained for long, other while in use
+    embedding = config.vocab_size * config.hidden_size
+    cast = copied * (adapter or total - embedding * (not config.tie_word_embeddings))
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * head * bytes_ * samples * tokens
-    logits = min(scored * config.vocab_size, 2**27)
+    keys = config.num_key_value_heads * head * samples * tokens                            # of one layer
+    drawn, logits = samples * config.vocab_size, scored * config.vocab_size
     buckets = 0 if shard or processes == 1 else 4 * trained   # DDP's own copy of the gradients
-    stored = 4 if not shard else bytes_                       # autocast leaves the residual stream in float32
-    cast = 0 if shard or bytes_ == 4 else bytes_ * trained    # autocast's copies of what is trained
-    computed = packed * (8 * config.hidden_size + 4 * config.intermediate_size) * 4
+    computed = packed * (32 * config.hidden_size + 7 * bytes_ * config.intermediate_size) + copied * layer
     return {
         "weights": 4 * (total + adapter) / part,
         "reference": 0 if lora else 4 * total / part + (bytes_ * outside if shard else 0),
         "optimizer": 8 * trained / part,
-        "rollout": (bytes_ * (total + adapter) if shard and not stream else gathered + cast)
-        + cache + cache // (2 * config.num_hidden_layers)              # a layer's keys grow by copying
-        + samples * config.vocab_size * 16,                            # logits, softmax, its sums in float64
-        "update": 4 * trained / part + buckets + gathered + cast
-        + packed * config.num_hidden_layers * config.hidden_size * stored  # each layer's input is kept; then
+        "rollout": (bytes_ * (total + adapter) if shard and not stream else gathered)
+        + config.num_hidden_layers * keys * (wide + bytes_)
+        + max(max(cast, copied * embedding) + wide * keys + 12 * drawn,    # a layer's keys grow by copying; or
+              cast + 24 * drawn),              # logits, softmax, its sums in float64, and those of the last token
+        "update": 4 * trained / part + buckets + gathered
+        + packed * config.num_hidden_layers * config.hidden_size * wide    # each layer's input is kept; then
         + max(computed,                                                # what one layer computes, or
-              (12 + bytes_ % 4) * logits)                              # logits, log-softmax, their gradients
+              max(cast, copied * embedding) + 8 * logits,              # logits and log-softmax, or
+              copied * embedding + 12 * logits)                        # log-softmax and two gradients
         + (4 * outside if shard and not lora else 0),                  # a gradient that is not yet sharded
     }
 
@@ -89,7 +95,7 @@ def whole(parts):
 def print_estimate():
     from transformers import AutoConfig
     print("GiB per device: bfloat16 compute, float32 weights; 8 prompts on the route at a time (16 samples "
-          "of 512 + 512 tokens),\n--micro-batch-size 1, --gradient-checkpointing\n")
+          "of 512 + 512 tokens),\n--gradient-checkpointing, a pair per micro-batch, as these vocabularies make it\n")
     print("| model | processes | flags | weights | reference | optimizer | rollout | update | in all |\n"
           + "|---" * 9 + "|")
     for name, processes, flags, options in (
@@ -172,7 +178,7 @@ def one(folder):
         return result
 
     sail.load_everything, sail.training_step = loading, watched
-    sail.train(sail.parse_args())
+    sail.main()
     if os.environ.get("RANK", "0") == "0":
         figures = dict(before=before[0], steps=steps, peak=resident("VmHWM"))
         Path(folder, "memory.json").write_text(json.dumps(figures))
@@ -197,8 +203,8 @@ def measure(name, steps):
         row = dict(prompt=64, response=64, steps=steps, batch=8, model=dict(vocab_size=8192))
         Path(folder, "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs_of(row)))
         common = ["--model", folder + "/model", "--data", folder + "/pairs.jsonl",
-                  "--reward", f"{ROOT}/tests/bench.py:reward", "--steps", str(steps), "--batch-size", "8",
-                  "--micro-batch-size", "2", "--eval-every", "0", "--eval-limit", "1",
+                  "--reward", f"{ROOT}/experiments/bench.py:reward", "--steps", str(steps),
+                  "--batch-size", "8", "--micro-batch-size", "2", "--eval-every", "0", "--eval-limit", "1",
                   "--max-prompt-length", "64", "--max-response-length", "64", "--log-every", "1000"]
         for variant in ("dpo", "dp", "pp", "pr"):
             cells = []
@@ -212,7 +218,7 @@ def measure(name, steps):
 
 def flat(steps):
     """Print memory after step 200 against step 20."""
-    from generate import toy_model
+    from toy import toy_model
     with tempfile.TemporaryDirectory() as folder:
         for part in toy_model(seed=5):
             part.save_pretrained(folder)
