@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 from data import InputError, first_line
@@ -41,6 +41,11 @@ def joined(shard=False):
                                 timeout=timedelta(hours=2))            # the first's evaluations may take long
     try:
         yield device
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise OSError(f"rank {rank()} has lost another process ({first_line(error)[-60:]}); --resume continues from "
+                      "the last checkpoint") from None
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -129,54 +134,34 @@ def is_sharded(model):
     return hasattr(model, "reshard")
 
 
-def shard(model, dtype="float32", gather=True):
-    """Split the model's parameters over the processes, decoder layer by decoder layer (FSDP2), in place. Each
-    process holds its part in float32; layers are gathered in `dtype` while they compute. gather: for
-    `in_step`."""
+def shard(model, dtype="float32"):
+    """Split the model's parameters over the processes, decoder layer by decoder layer (FSDP2), in place. Each process
+    holds its part in float32; layers are gathered in `dtype` while they compute."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     bfloat16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = bfloat16 if dtype == "bfloat16" else MixedPrecisionPolicy()
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())):
+    for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())):     # the decoder's
         fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy, reshard_after_forward=False)
-    model.gather_in_step = gather
+    fully_shard(model, mp_policy=policy)
 
 
 @contextmanager
-def in_step(model):
-    """While inside, all processes call a sharded model equally often, as its collectives demand: one that is
-    done calls it with a dummy token until all are. For other models, nothing. From the first call to the end
-    each process keeps a whole copy in the compute dtype; where it was sharded without `gather`, every call
-    gathers layer after layer, which is slow and takes little memory."""
-    if not is_sharded(model):
-        yield
-        return
-
-    def any_calls(mine):
-        calls = torch.tensor(float(mine), device=model.device)
-        dist.all_reduce(calls)
-        return calls.item() > 0
-
-    def announce(*_):
-        any_calls(True)
-
-    def reshard_layers_after_forward(flag):              # the rest of the model stays gathered, as in `shard`
-        model.set_reshard_after_forward(flag)
-        model.set_reshard_after_forward(False, recurse=False)
-
-    announcing = model.register_forward_pre_hook(announce, prepend=True)
-    reshard_layers_after_forward(not model.gather_in_step)
+def gathered(model):
+    """While inside, each process has a whole copy of a sharded model, in its compute dtype, and calls it as often as
+    it likes: no call needs the other processes. For other models, nothing."""
+    parts = [module for module in model.modules() if is_sharded(module)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+    if parts:
+        with torch.no_grad():                                          # all together: it gathers all parts
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
     try:
         yield
     finally:
-        announcing.remove()
-        with torch.no_grad():
-            while any_calls(False):
-                model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
-        reshard_layers_after_forward(True)
-        for module in filter(is_sharded, model.modules()):
-            module.reshard()
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()
 
 
 def weighted(micros, model):
@@ -221,24 +206,19 @@ SHOWN = "loss margin accuracy reward kl response_length grad_norm learning_rate 
 
 
 def run_directory(source):
-    """runs/NAME for a data source: a file's stem, or a hub name with - for / and :."""
-    return Path("runs", Path(source).stem if Path(source).exists() else source.replace("/", "-").replace(":", "-"))
+    """runs/NAME for a data source: a file's stem, or a hub name's last part with - for :."""
+    return Path("runs", Path(source).stem.replace(":", "-"))
 
 
-@contextmanager
 def claimed(out):
-    """Make the directory and keep other runs out of it, until this process ends in whatever way."""
-    if not is_first():
-        yield
-        return
+    """Make the directory and keep other runs out of it, for as long as the returned file is open."""
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{out} is in use by another run; wait for its end, or give another "
-                             "--out") from None
-        yield
+    file = open(out / "lock", "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{out} is in use by another run; wait for its end, or give another --out") from None
+    return file
 
 
 def start(out, args, logs=LOGS):
@@ -308,7 +288,7 @@ def state_of(policy, optimizer):
 
 
 def save_checkpoint(out, policy, optimizer, progress):
-    """Write checkpoints/STEP, aside and renamed; keep the last two. All processes take part. Raises OSError
+    """Write checkpoints/STEP, aside and renamed; keep the last two. All processes take part. Raises InputError
     where it cannot be written."""
     import torch.distributed.checkpoint as dcp                         # here, since it takes a second
     path = out / "checkpoints" / str(progress["step"])
@@ -323,22 +303,19 @@ def save_checkpoint(out, policy, optimizer, progress):
         with warnings.catch_warnings(action="ignore"):
             dcp.save(state_of(policy, optimizer), no_dist=not dist.is_initialized(),
                      storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True))
-        if is_first():
-            logs = {name: (out / f"{name}.jsonl").stat().st_size for name in LOGS}
-            with open(aside / "progress.json", "w", encoding="utf-8") as file:
-                file.write(json.dumps({**progress, "logs": logs}, indent=1) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            aside.rename(path)
-            for old in sorted(path.parent.glob("*[0-9]"), key=lambda other: int(other.name))[:-2]:
-                shutil.rmtree(old)
-    except (dcp.CheckpointException, OSError) as error:
+    except dcp.CheckpointException as error:                           # on every process
         shutil.rmtree(aside, ignore_errors=True)
-        if not is_first():                                             # every process raises DCP's
-            sys.exit(2)
-        failures = getattr(error, "failures", {0: (error, None)})      # by rank
-        raise OSError(f"{path} cannot be written ({first_line(next(iter(failures.values()))[0])}); earlier "
-                      "checkpoints are untouched") from None
+        reason = first_line(next(iter(error.failures.values()))[0])
+        raise InputError(f"{path} cannot be written ({reason}); earlier checkpoints are untouched") from None
+    if is_first():
+        logs = {name: (out / f"{name}.jsonl").stat().st_size for name in LOGS}
+        with open(aside / "progress.json", "w", encoding="utf-8") as file:
+            file.write(json.dumps({**progress, "logs": logs}, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        aside.rename(path)
+        for old in sorted(path.parent.glob("*[0-9]"), key=lambda other: int(other.name))[:-2]:
+            shutil.rmtree(old)
     together()                                                         # it is whole
 
 
@@ -380,12 +357,19 @@ def save_model(policy, tokenizer, out, load_base):
     if is_first():
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of transformers' own names
             if hasattr(policy, "peft_config"):
+                replace(out / "adapter", lambda aside: save_adapter(policy, state, aside))
                 from peft import PeftModel
-                replace(out / "adapter", lambda aside: policy.save_pretrained(aside, state_dict=state))
-                policy, state = PeftModel.from_pretrained(load_base(), out / "adapter").merge_and_unload(), None
+                policy, state = PeftModel.from_pretrained(load_base()[0], out / "adapter").merge_and_unload(), None
             replace(out / "model", lambda aside: (policy.save_pretrained(aside, state_dict=state),
                                                   tokenizer.save_pretrained(aside)))
     together()                                                         # no process leaves before it is there
+
+
+def save_adapter(policy, state, directory):
+    """The adapter alone, in peft's format."""
+    from peft import get_peft_model_state_dict
+    policy.peft_config["default"].save_pretrained(directory)
+    save_file(get_peft_model_state_dict(policy, state), directory / "adapter_model.safetensors")
 
 
 def replace(directory, write):

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data import (BadRow, InputError, Parser, collate, command_line, end_token_ids, first_line, load_tokenizer,
                   number, prompt_tokens, read_rows, render, write_rows)
-from distributed import in_step, shard
+from distributed import gathered, shard
 from toy import SFT_MODEL, pairs_of, toy_model
 
 # --- load and adapt -----------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def load_models(args, device):
     if args.lora:
         add_adapter(policy, args.lora, args.seed)
     for model in models if args.shard else ():
-        shard(model, args.dtype, gather=not args.shard_rollouts)
+        shard(model, args.dtype)
     if args.gradient_checkpointing:
         older = policy.gradient_checkpointing_enable                   # the name until transformers 5.2x
         getattr(policy, "activation_checkpointing_enable", older)({"use_reentrant": False})
@@ -138,8 +138,9 @@ def add_adapter(policy, rank, seed=0):
     device = policy.device
     policy.requires_grad_(False)
     torch.manual_seed(seed)
-    policy.add_adapter(peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
-                                       task_type="CAUSAL_LM"))
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM",
+                             base_model_name_or_path=policy.name_or_path)
+    peft.inject_adapter_in_model(config, policy)
     policy.to(device)
 
 
@@ -379,7 +380,7 @@ def roll_out(policy, tokenizer, pairs, max_response_length, temperature=1.0, dty
     expectation would be another one."""
     fresh = [pair for pair in pairs if pair["sampled"]]
     sides = fresh[0]["sampled"] if fresh else ()
-    with in_step(policy), torch.autocast(policy.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+    with gathered(policy), torch.autocast(policy.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         samples = zip(*sample(policy, tokenizer, [pair["prompt_ids"] for pair in fresh], max_response_length,
                               len(sides), temperature))
     rolled_out = []

@@ -60,11 +60,9 @@ def load_reward(name, device="cpu", trust_remote_code=False):
             scores = [float(value) for value in scores]
         except (TypeError, ValueError):
             raise InputError(f"reward {name}: returned {type(scores).__name__}, want numbers") from None
-        if len(scores) != len(responses):
-            raise InputError(f"reward {name}: returned {len(scores)} scores for {len(responses)} responses")
-        for value, response in zip(scores, responses):
-            if not math.isfinite(value):
-                raise InputError(f"reward {name}: returned {value} for the response {response[:60]!r}")
+        if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
+            raise InputError(f"reward {name}: returned {len(scores)} scores for {len(responses)} responses, "
+                             f"{str(scores)[:60]}…; want a finite one each")
         return scores
 
     return reward

@@ -35,7 +35,6 @@ import math
 import signal
 import time
 from collections import Counter
-from contextlib import ExitStack
 from fractions import Fraction
 from functools import lru_cache, partial
 from operator import itemgetter
@@ -47,7 +46,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import InputError, Parser, collate, command_line, counted, encode, end_token_ids, number
-from distributed import (claimed, data_parallel, fingerprint, in_step, in_turns, is_first, is_sharded, joined,
+from distributed import (claimed, data_parallel, fingerprint, gathered, in_turns, is_first, is_sharded, joined,
                          log, log_figures, make_optimizer, newest_checkpoint, resume, run_directory, save_checkpoint,
                          save_model, say, seed_samples, share, start, summed, together, update, weighted, write_line)
 from evaluate import evaluate_policy
@@ -351,31 +350,29 @@ def train(args, device):
     # What the loop carries on beside weights and optimizer. baseline: T2's, the mean utility of past fresh pairs.
     f_zero = utility(torch.zeros(()), args.beta, args.loss_type, args.target_margin).item()
     run.progress = dict(step=0, baseline=f_zero if args.baseline == "running" else 0.0, skipped=0, in_a_row=0)
-    with ExitStack() as at_end:
-        together(lambda: at_end.enter_context(claimed(out)))
-        own = int(run.total * Fraction(str(args.mix)))
-        say(f"{args.data}: {len(run.examples)} pairs to train on, {len(run.held_out)} to evaluate on; "
-            f"{counted(counts)}\n{args.variant}: {run.total - own} offline pairs + {own} on the variant's "
-            f"route = {run.total} pairs, {run.steps} steps of {math.ceil(run.total / run.steps)} -> {out}")
-        checkpoint = newest_checkpoint(out) if args.resume else None
-        if checkpoint:
-            run.progress = together(lambda: resume(checkpoint, run.policy, run.optimizer, run.scheduler, args))
-            say(f"continuing after step {run.progress['step']}, from {checkpoint}")
-        else:
-            together(lambda: start(out, args))
-        before = signal.signal(signal.SIGTERM, lambda *_: run.stopped.append(True))
-        at_end.callback(signal.signal, signal.SIGTERM, before)
-        try:
-            loop(run, out, counts, args)
-        except InputError as error:
-            if not run.progress["step"]:
-                raise
-            save_checkpoint(out, run.policy, run.optimizer, run.progress)
-            raise InputError(f"{error} (step {run.progress['step']} is saved; --resume continues)") from None
-        if run.progress["step"] < run.steps:
-            return say(f"stopped by SIGTERM after step {run.progress['step']}, which is saved; --resume continues")
-        save_model(run.policy, run.tokenizer, out, partial(load_policy, args.model, "cpu", args.trust_remote_code))
-        say(f"saved {out}/model")
+    run.lock = together(lambda: is_first() and claimed(out))
+    own = int(run.total * Fraction(str(args.mix)))
+    say(f"{args.data}: {len(run.examples)} pairs to train on, {len(run.held_out)} to evaluate on; {counted(counts)}\n"
+        f"{args.variant}: {run.total - own} offline pairs + {own} on the variant's route = {run.total} pairs, "
+        f"{run.steps} steps of {math.ceil(run.total / run.steps)} -> {out}")
+    checkpoint = newest_checkpoint(out) if args.resume else None
+    if checkpoint:
+        run.progress = together(lambda: resume(checkpoint, run.policy, run.optimizer, run.scheduler, args))
+        say(f"continuing after step {run.progress['step']}, from {checkpoint}")
+    else:
+        together(lambda: start(out, args))
+    signal.signal(signal.SIGTERM, lambda *_: run.stopped.append(True))
+    try:
+        loop(run, out, counts, args)
+    except InputError as error:
+        if not run.progress["step"]:
+            raise
+        save_checkpoint(out, run.policy, run.optimizer, run.progress)
+        raise InputError(f"{error} (step {run.progress['step']} is saved; --resume continues)") from None
+    if run.progress["step"] < run.steps:
+        return say(f"stopped by SIGTERM after step {run.progress['step']}, which is saved; --resume continues")
+    save_model(run.policy, run.tokenizer, out, partial(load_policy, args.model, "cpu", args.trust_remote_code))
+    say(f"saved {out}/model")
 
 
 def loop(run, out, counts, args):
@@ -383,7 +380,7 @@ def loop(run, out, counts, args):
     def evaluate_at(step):                                # only a sharded policy needs all processes for it
         if run.held_out and (is_first() or is_sharded(run.policy)):
             run.policy.eval()
-            with in_step(run.policy):
+            with gathered(run.policy):
                 figures, samples = evaluate_policy(run.policy, run.reference, run.tokenizer, run.held_out,
                                                    run.reward if is_first() else None, args)
             log_figures(out, step, figures)
@@ -468,7 +465,6 @@ def parse_args(argv=None):
         add("--micro-batch-size", type=whole, help="pairs per forward, at most (what makes 2**26 logits)"),
         add("--gradient-checkpointing", action="store_true", help="compute activations twice, keep fewer"),
         add("--shard", action="store_true", help="split weights, gradients, optimizer over the processes: FSDP2"),
-        add("--shard-rollouts", action="store_true", help="keep it split while it samples, too: slow"),
         add("--out", help="directory of args.json, the logs, model/ and adapter/ (runs/DATA/VARIANT)"),
         add("--save-every", type=whole, metavar="N", help="steps between checkpoints, of which two stay (never)"),
         add("--resume", action="store_true", help="continue from OUT's newest checkpoint, if any"),
@@ -497,7 +493,6 @@ def completed(args, parser):
              "--temperature: T2 is the score of samples at temperature 1; leave it, or set --response-coef 0"),
             (args.target_margin and args.loss_type != "simpo", "--target-margin: only --loss-type simpo has one"),
             (args.lora and args.model == "toy", "--lora: the toy's SFT model has no base to adapt"),
-            (args.shard_rollouts and not args.shard, "--shard-rollouts: only with --shard"),
             (args.variant == "pr" and args.mix > 0 and not args.reward,
              "--reward: pr needs one to label its samples; toy, FILE.py:FUNCTION or a classifier")):
         if wrong:

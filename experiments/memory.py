@@ -62,8 +62,8 @@ def estimate(config, processes=1, shard=False, lora=0, stream=False, bytes_=2, s
     adapter *= lora
     trained, part = adapter or total, processes if shard else 1
     gathered = bytes_ * (outside + 2 * layer) if shard else 0     # one layer computes, the next is on its way
-    wide = 4 if not shard else bytes_          # autocast leaves residuals and rotated keys in float32, and copies
-    copied = 0 if shard or bytes_ == 4 else bytes_         # weights: what is trained for long, other while in use
+    wide = 4 if not shard else bytes_            # autocast leaves residuals and rotated keys in float32, and
+    copied = 0 if shard or bytes_ == 4 else bytes_   # copies weights: what is trained, others while in use
     embedding = config.vocab_size * config.hidden_size
     cast = copied * (adapter or total - embedding * (not config.tie_word_embeddings))
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -77,8 +77,8 @@ def estimate(config, processes=1, shard=False, lora=0, stream=False, bytes_=2, s
         "optimizer": 8 * trained / part,
         "rollout": (bytes_ * (total + adapter) if shard and not stream else gathered)
         + config.num_hidden_layers * keys * (wide + bytes_)
-        + max(max(cast, copied * embedding) + wide * keys + 12 * drawn,    # a layer's keys grow by copying; or
-              cast + 24 * drawn),              # logits, softmax, its sums in float64, and those of the last token
+        + max(max(cast, copied * embedding) + wide * keys + 12 * drawn,  # a layer's keys grow by copying; or
+              cast + 24 * drawn),        # logits, softmax, its sums in float64, and those of the token before
         "update": 4 * trained / part + buckets + gathered
         + packed * config.num_hidden_layers * config.hidden_size * wide    # each layer's input is kept; then
         + max(computed,                                                # what one layer computes, or
@@ -95,7 +95,7 @@ def whole(parts):
 def print_estimate():
     from transformers import AutoConfig
     print("GiB per device: bfloat16 compute, float32 weights; 8 prompts on the route at a time (16 samples "
-          "of 512 + 512 tokens),\n--gradient-checkpointing, a pair per micro-batch, as these vocabularies make it\n")
+          "of 512 + 512 tokens),\none pair per micro-batch, --gradient-checkpointing\n")
     print("| model | processes | flags | weights | reference | optimizer | rollout | update | in all |\n"
           + "|---" * 9 + "|")
     for name, processes, flags, options in (
