@@ -19,7 +19,7 @@ import threading
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 STEPS, PHASES = 12, {"rollout": "roll_out", "backward": "accumulate_gradients", "saving": "save_checkpoint"}
 ARGUMENTS = ["--variant", "pr", "--mix", "0.5", "--steps", str(STEPS), "--batch-size", "8", "--limit", "60",

@@ -1,7 +1,7 @@
 """How noisy, and how biased, estimators of ∇J are: routes PP and PR, sigmoid utility, a pair at a time.
 
-    python tests/noise.py                       # ten minutes on one core: two tables, JSON and the picture
-    python tests/noise.py --groups 400          # one minute, with wider intervals
+    python experiments/noise.py                 # ten minutes on one core: two tables, JSON and the picture
+    python experiments/noise.py --groups 400    # one minute, with wider intervals
 
 ∇J is the whole gradient, T1 + T2 + T3 with coefficients 1. With s_1, s_2 the scores ∇log π(y) of a pair's
 responses, F its utility and c the weight that T1 and T3 give to s_1 − s_2, an estimator is
@@ -16,20 +16,18 @@ F and c being means over both labels or, "label drawn", those of one. The rows a
   prompt's other pair  F of a second pair of responses to the same prompt
   per token            for token t of a response, the F that there would be had it ended before t; PR, whose
                        label is not known then, takes both labels as equally likely
-  4 responses          the mean over all their pairs, as with --num-responses 4. "Own pairs left out": b_i is
-                       the mean F of the pairs without i; "per token" is averaged over the opponents
 and two that are biased: antithetic pairs, y_2 by the inverse CDF at 1 − v where y_1's is at v, which are not
 independent; and the authors' public code, which adds T2 as F / log π(y) without a baseline. A std is that of
-one pair's gradient: that of the mean over four responses, as two pairs or all six, times √2.
+one pair's gradient: that of the mean over four responses, as two pairs, times √2.
 
 Enumerated: the fifteen-response GPT-2 of test_enumeration.py, unrelated to its reference, β 0.7, soft labels.
 All sums are over all fours and labels: nothing is estimated. Toy: the reference is the toy's SFT model, the
 policy is what 40 steps of online DPO make of it, or it itself (then u = 0: PP has no gradient, and constant
 baselines leave T2 no noise). β 0.1, labels by the toy's reward, fours sampled for random training prompts.
 "Error" is that of the whole sample's mean, relative to ∇J, and "alone" what sampling alone gives; ∇J is the
-mean of "4 responses, per token" over three times as many other fours. Intervals: 95 %, jackknife over ten
-blocks of both samples; the rows share them. Cosines are corrected for the sampling noise in both norms, so
-they may pass 1; one that the sample does not determine to ± 0.5 is left out.
+mean of "per token" over three times as many other fours. Intervals: 95 %, jackknife over ten blocks of both
+samples; the rows share them. Cosines are corrected for the sampling noise in both norms, so they may pass 1;
+one that the sample does not determine to ± 0.5 is left out.
 """
 import argparse
 import itertools
@@ -44,14 +42,15 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import collate, encode, load_pairs
-from generate import end_token_ids, load_policy, response_text, sample, toy_checkpoint
-from reward import toy_reward
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from data import collate, encode, end_token_ids
+from generate import load_policy, response_text, sample
 from test_enumeration import BETA, PROMPT, World, flat_gradient
+from toy import toy_pairs, toy_reward
 
 ROUTES, BLOCKS, T_QUANTILE = ("pp", "pr"), 10, 2.26                 # of t with nine degrees of freedom
-PAPER, DEFAULT, SMOOTHEST = "no baseline, label drawn", "running mean", "4 responses, per token"
+PAPER, DEFAULT, SMOOTHEST = "no baseline, label drawn", "running mean", "per token"
 CAPTIONS = {PAPER: "no baseline, label drawn (paper)", DEFAULT: "running mean (default)",
             "T2 as F / log π(y), label drawn": "T2 as F / log π(y) (authors' code)"}
 TOY_POLICY = Path("runs/noise")                                     # trained on first use
@@ -59,7 +58,7 @@ ONLINE_DPO = "--variant pr --mix 1 --response-coef 0 --steps 40 --seed 0"
 WORLDS = ("enumerated", "toy", "policy = reference")
 TITLES = {"enumerated": "enumerated policy: exact", "toy": "toy world: sampled, 95 % intervals"}
 BIASED = ("antithetic pairs, running mean", "T2 as F / log π(y), label drawn")
-SELF, PARTNER, OTHER = [0, 1, 2, 3], [1, 0, 3, 2], [2, 3, 0, 1]     # four make the pairs (0, 1) and (2, 3)
+PARTNER, OTHER = [1, 0, 3, 2], [2, 3, 0, 1]                         # four make the pairs (0, 1) and (2, 3)
 
 
 @dataclass
@@ -70,8 +69,8 @@ class Fours:
     logps: torch.Tensor               # (G, 4) log π
     ratios: torch.Tensor              # (G, 4, T) log π/π_ref of each token, 0 where there is none
     mask: torch.Tensor                # (G, 4, T)
-    preference: torch.Tensor          # (G, 4, 4) the reward's P(i ≻ j)
-    gram: torch.Tensor = None         # (G, 20, 20) inner products of the vectors of token_weights
+    preference: torch.Tensor          # (G, 4) the reward's P(response ≻ its partner)
+    gram: torch.Tensor = None         # (G, 12, 12) inner products of the vectors of token_weights
 
     def moments(self, values):
         """Mean and variance of values (G,)."""
@@ -79,7 +78,7 @@ class Fours:
         return mean, (self.weight * values**2).sum() - mean**2
 
     def inner(self, one, other):
-        """Inner products of two gradients given by coefficients, (G, 4, 5) × 2 -> (G,)."""
+        """Inner products of two gradients given by coefficients, (G, 4, 3) × 2 -> (G,)."""
         return (one.flatten(1) * (self.gram @ other.flatten(1)[..., None])[..., 0]).sum(1)
 
 
@@ -88,69 +87,57 @@ def expected_utility(u, p):
 
 
 def token_weights(fours):
-    """Gradients are combinations of five vectors per response: its score, and its tokens' scores summed with
-    the weights of the baseline per token, PP's and PR's, against its partner and averaged over all others.
-    Returns the tokens' weights in them, (G, 4, 5, T)."""
+    """Gradients are combinations of three vectors per response: its score, and its tokens' scores summed with
+    the weights of the baseline per token, PP's and PR's. Returns the tokens' weights, (G, 4, 3, T)."""
     before = fours.ratios.cumsum(-1) - fours.ratios                 # log-ratio of the tokens before t
-    u = fours.beta * (before[:, :, None] - fours.ratios.sum(-1)[:, None, :, None])          # (G, 4, 4, T)
-    weights = [torch.ones_like(before)]
-    for opponents in (torch.eye(4)[PARTNER], (1 - torch.eye(4)) / 3):
-        for p in (torch.sigmoid(u), torch.full_like(u, 0.5)):
-            weights.append(torch.einsum("gijt,ij->git", expected_utility(u, p), opponents.to(u.dtype)))
+    u = fours.beta * (before - fours.ratios.sum(-1)[:, PARTNER, None])                      # (G, 4, T)
+    weights = [torch.ones_like(u), *(expected_utility(u, p) for p in (torch.sigmoid(u), 0.5))]
     return torch.stack(weights, 2) * fours.mask[:, :, None]
 
 
 def of_scores(coefs, vector=0, weight=0.0):
-    """Coefficients of the scores (G, 4), and one weight for the vectors number `vector` -> (G, 4, 5)."""
-    coefs = F.pad(coefs[..., None], (0, 4))
+    """Coefficients of the scores (G, 4), and one weight for the vectors number `vector` -> (G, 4, 3)."""
+    coefs = F.pad(coefs[..., None], (0, 2))
     coefs[..., vector] += weight
     return coefs
 
 
 def estimators(fours, route):
-    """{row: (outcomes, b, variance of b)}. outcomes: [(probability (G,), coefficients (G, 4, 5))], one for
+    """{row: (outcomes, b, variance of b)}. outcomes: [(probability (G,), coefficients (G, 4, 3))], one for
     each way to draw the labels, before the constant baseline b is taken off; b None: the best constant."""
     reward, vector, T3 = fours.beta * fours.ratios.sum(-1), 1 + ROUTES.index(route), float(route == "pp")
-    u = reward[:, :, None] - reward[:, None, :]                     # (G, 4, 4)
+    u = reward - reward[:, PARTNER]                                 # (G, 4), a response against its partner
     p = torch.sigmoid(u) if route == "pp" else fours.preference
 
-    def utility_and_weight(p):                                      # F and c, c_ij on s_i, (G, 4, 4)
+    def utility_and_weight(p):                                      # F and c, on the response's score, (G, 4)
         c = (p * (1 + T3 * F.logsigmoid(u)) * torch.sigmoid(-u)
              - (1 - p) * (1 + T3 * F.logsigmoid(-u)) * torch.sigmoid(u))
         return expected_utility(u, p), fours.beta * c
 
     def drawn(divisor=1.0):                                         # no baseline; a label for either pair
-        halves, first_wins = [], torch.ones_like(u).triu(1)
+        halves, first_wins = [], torch.tensor([1.0, 0.0, 1.0, 0.0])
         for label in (first_wins, 1 - first_wins):
-            f, c = (x[:, SELF, PARTNER] for x in utility_and_weight(label))
+            f, c = utility_and_weight(label)
             halves.append(((f / divisor + c) / 2).split(2, 1))      # (G, 2) of either pair
-        return [(chance[:, 0, 1] * other[:, 2, 3], of_scores(torch.cat([half, other_half], 1)))
+        return [(chance[:, 0] * other[:, 2], of_scores(torch.cat([half, other_half], 1)))
                 for (chance, (half, _)), (other, (_, other_half)) in itertools.product(
                     zip((p, 1 - p), halves), repeat=2)]
 
     def summed(coefs, *per_token):
         return [(torch.ones_like(fours.weight), of_scores(coefs, *per_token))]
 
-    utility, c = utility_and_weight(p)
-    f = utility[:, SELF, PARTNER]                                   # of the two pairs, (G, 4)
-    pairs, (b, variance) = (f + c[:, SELF, PARTNER]) / 2, fours.moments(f[:, 0])
-    variance_drawn = variance + fours.moments((p * (1 - p) * u**2)[:, 0, 1])[0]             # f(u) − f(−u) = u
-    utility = utility * (1 - torch.eye(4))                          # no response is paired with itself
-    all_pairs, (b_of_all, variance_of_all) = (utility + c).sum(2) / 6, fours.moments(utility.sum((1, 2)) / 12)
-    left_out = (utility.sum((1, 2))[:, None] - 2 * utility.sum(2)) / 6
-    past = 0.1 / 1.9 / 15                                           # Var(running mean) / Var(F)
+    f, c = utility_and_weight(p)
+    pairs, (b, variance) = (f + c) / 2, fours.moments(f[:, 0])
+    variance_drawn = variance + fours.moments((p * (1 - p) * u**2)[:, 0])[0]                # f(u) − f(−u) = u
     return {
         PAPER: (drawn(), 0, 0),
         "no baseline": (summed(pairs), 0, 0),
         "other 7 pairs, label drawn": (drawn(), b, variance_drawn / 7),
         "other 7 pairs": (summed(pairs), b, variance / 7),
         "prompt's other pair": (summed(pairs - f[:, OTHER] / 2), 0, 0),
-        DEFAULT: (summed(pairs), b, past * variance),
+        DEFAULT: (summed(pairs), b, 0.1 / 1.9 / 15 * variance),     # Var(running mean) / Var(F)
         "best constant": (summed(pairs), None, 0),
-        "per token": (summed(pairs, vector, -0.5), 0, 0),
-        "4 responses, running mean": (summed(all_pairs), b_of_all, past * variance_of_all),
-        "4 responses, own pairs left out": (summed(all_pairs - left_out / 2), 0, 0),
-        SMOOTHEST: (summed(all_pairs, vector + 2, -0.5), 0, 0),
+        SMOOTHEST: (summed(pairs, vector, -0.5), 0, 0),
         "T2 as F / log π(y), label drawn": (drawn(fours.logps), 0, 0)}
 
 
@@ -224,11 +211,10 @@ def enumerated():
                                   for model in (world.policy, world.reference))
             ours[i, t], scores[i, t] = logp.item(), flat_gradient(logp, world.policy)
     logps, drawn = ours.sum(1), torch.tensor(list(itertools.product(range(n), repeat=4)))   # (R,), (G, 4)
-    one, other = drawn[:, :, None], drawn[:, None, :]
     fours = Fours(BETA, logps[drawn].sum(1).exp(), logps[drawn], (ours - theirs)[drawn],
-                  (ours < 0)[drawn].double(), world.preference[one, other])
-    tokens = token_weights(fours)
-    inner = torch.einsum("itd,jud->ijtu", scores, scores)[one, other]                       # (G, 4, 4, T, T)
+                  (ours < 0)[drawn].double(), world.preference[drawn, drawn[:, PARTNER]])
+    tokens, inner = token_weights(fours), torch.einsum("itd,jud->ijtu", scores, scores)
+    inner = inner[drawn[:, :, None], drawn[:, None, :]]                                     # (G, 4, 4, T, T)
     fours.gram = torch.einsum("gist,gijtu,gjru->gisjr", tokens, inner, tokens).flatten(3).flatten(1, 2)
 
     def project_with(weight):
@@ -251,15 +237,15 @@ def enumerated():
 
 def toy(path, n):
     """{(route, row): figures} of a toy policy, from n sampled fours."""
-    (policy, tokenizer), (reference, _) = load_policy(path), load_policy(toy_checkpoint())
+    (policy, tokenizer), (reference, _) = load_policy(path), load_policy("toy")
     parameters, size = list(policy.parameters()), sum(p.numel() for p in policy.parameters())
-    examples, _ = encode(load_pairs("toy")[0], tokenizer, end_token_ids(tokenizer), 8, 24)
+    examples, _ = encode(toy_pairs("train"), tokenizer, end_token_ids(tokenizer), 8, 24)
     torch.manual_seed(0)
 
     def token_logps(model, ids):                                    # (B, T) -> (B, T−1); right-padded
         return model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
 
-    def gradient(value, weights=None):                              # (D,), or of (T,) weighted (5, T): (5, D)
+    def gradient(value, weights=None):                              # (D,), or of (T,) weighted (3, T): (3, D)
         several = weights is not None
         each = torch.autograd.grad(value, parameters, weights, retain_graph=True, is_grads_batched=several)
         return torch.cat([part.flatten(int(several)) for part in each], -1)
@@ -276,7 +262,7 @@ def toy(path, n):
         texts = [response_text(tokenizer, y) for y in responses]
         reward = torch.tensor(toy_reward([each["prompt"] for each in prompts], texts)).double().view(n, 4)
         return Fours(0.1, torch.full((n,), 1 / n).double(), ours.sum(-1), ratios, mask,
-                     (1 + torch.sign(reward[:, :, None] - reward[:, None, :])) / 2), ids
+                     (1 + torch.sign(reward - reward[:, PARTNER])) / 2), ids
 
     truth, parts = {route: torch.zeros(BLOCKS, size) for route in ROUTES}, math.ceil(3 * n / BLOCKS / 200)
     for part in tqdm(range(BLOCKS * parts), "truth", leave=False, disable=None):
@@ -296,7 +282,7 @@ def toy(path, n):
                 length = int(fours.mask[g, k].nonzero().max()) + 1
                 logps = token_logps(policy, ids[4 * g + k, None, :length + 1])[0]
                 basis.append(gradient(logps, tokens[g, k, :, :length]))
-            basis = torch.cat(basis)                                # (20, D)
+            basis = torch.cat(basis)                                # (12, D)
             grams.append(basis @ basis.T)
             means[g * BLOCKS // n].addmm_(coefs[g], basis, alpha=BLOCKS / n)
         fours.gram = torch.stack(grams).double()
@@ -364,19 +350,19 @@ def draw_noise(figure, results):
 
 
 def main():
-    """`python tests/noise.py`."""
+    """`python experiments/noise.py`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--groups", type=int, default=4000, help="fours sampled from the toy (4000)")
     parser.add_argument("--out", default="runs/noise.json", help="the figures as JSON")
-    parser.add_argument("--plot", metavar="PNG", default="assets/noise.png", help="the picture")
+    parser.add_argument("--plot", metavar="PNG", default="experiments/noise.png", help="the picture")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if not (TOY_POLICY / "model").is_dir():
-        sail = Path(__file__).parents[1] / "sail.py"
-        subprocess.run([sys.executable, sail, *ONLINE_DPO.split(), "--out", TOY_POLICY], check=True)
+        flags = [*ONLINE_DPO.split(), "--out", TOY_POLICY]
+        subprocess.run([sys.executable, ROOT / "sail.py", *flags], check=True)
     groups = max(1, args.groups // 40) * BLOCKS                     # at the reference; the blocks are equal
     found = dict(zip(WORLDS, (enumerated(), toy(TOY_POLICY / "model", 4 * groups),
-                              toy(toy_checkpoint(), groups))))
+                              toy("toy", groups))))
     results = {route: {name: {world: found[world][route, name] for world in WORLDS
                               if (route, name) in found[world]}
                        for each, name in found["enumerated"] if each == route} for route in ROUTES}

@@ -1,10 +1,10 @@
 """The paper's comparison, on what two CPU cores can train: every method, five seeds, equal offline pairs.
 
-    python tests/replicate.py --dialogues FILE        # all; FILE: hh-rlhf's helpful-base, test.jsonl
-    python tests/replicate.py                         # the toy world alone
+    python experiments/replicate.py --dialogues FILE    # all; FILE: hh-rlhf's helpful-base, test.jsonl
+    python experiments/replicate.py                     # the toy world alone
 
 Runs that are finished are kept, so that it can be stopped and goes on. Tables go to the screen, the raw rows,
-one line per run, to assets/replication.jsonl, the picture of the toy's runs to assets/results.png.
+one line per run, to experiments/replication.jsonl, the picture of the toy's runs to experiments/results.png.
 
 Toy world: the SFT model of each seed is the start and the reference of that seed's other runs. Three data
 sets: all 3,000 pairs, a quarter of them, and all with 20 % of the labels flipped.
@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 METHODS = {
@@ -74,7 +74,7 @@ def write_pairs(path, pairs):
 
 def flipped_pairs(share=0.2):
     """The toy's pairs, `share` of them with the label flipped."""
-    from data import toy_pairs
+    from toy import toy_pairs
     rng, pairs = random.Random(0), toy_pairs("train")
     for pair in pairs:
         if rng.random() < share:
@@ -216,9 +216,9 @@ def report(runs):
     """Tables, raw rows, picture."""
     from evaluate import compare
     rows = rows_of(runs)
-    (ROOT / "assets/replication.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (ROOT / "experiments/replication.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     compare(sorted((runs / "toy").glob("*-s*")), runs / "toy.json")
-    shutil.copy(runs / "toy.png", ROOT / "assets/results.png")
+    shutil.copy(runs / "toy.png", ROOT / "experiments/results.png")
     print("\nToy world:\n\n" + table(rows, {
         "reward": ("toy", "figures", "reward"), "minus DPO": ("toy", "figures", "reward-dpo"),
         "minus online DPO": ("toy", "figures", "reward-online-dpo"),
@@ -242,7 +242,7 @@ def report(runs):
 
 
 def main():
-    """`python tests/replicate.py`."""
+    """`python experiments/replicate.py`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dialogues", metavar="FILE", help="preference pairs, as in data.py")
     parser.add_argument("--seeds", type=int, default=5)

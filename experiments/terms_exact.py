@@ -1,8 +1,8 @@
 """What the terms T1, T2 and T3 do when nothing is sampled: reward lost at equal KL, for every variant.
 
-    python tests/terms_exact.py                        # a minute on one core; table, and its JSON
-    python tests/terms_exact.py --plot terms.png       # … and draws regret against KL
-    python tests/terms_exact.py --optimizer natural    # the same gradients, followed another way
+    python experiments/terms_exact.py                        # a minute on one core; table, and its JSON
+    python experiments/terms_exact.py --plot terms.png       # … and draws regret against KL
+    python experiments/terms_exact.py --optimizer natural    # the same gradients, followed another way
 
 A world is one context with 40 responses; reference logits and rewards are standard normal. A policy is a
 softmax over 40 logits that starts as the reference. Labels are Bradley-Terry, P(i ≻ j) = σ(r_i − r_j), in the
@@ -223,7 +223,7 @@ def draw_exact(axes, results):
 
 
 def main():
-    """`python tests/terms_exact.py`."""
+    """`python experiments/terms_exact.py`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=16, help="worlds (default: 16)")
     parser.add_argument("--steps", type=int, default=3000, help="at most (default: 3000)")

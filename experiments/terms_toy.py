@@ -1,8 +1,8 @@
 """What the terms T1, T2 and T3 do when responses are sampled: reward at equal KL on the toy world.
 
-    python tests/terms_toy.py                     # both groups, five seeds: 75 minutes on two cores; resumes
-    python tests/terms_toy.py --group online      # a quarter of an hour
-    python tests/terms_toy.py --plot terms.png    # … and draws it, beside what tests/terms_exact.py found
+    python experiments/terms_toy.py              # both groups, five seeds: 75 minutes on two cores; resumes
+    python experiments/terms_toy.py --group online    # a quarter of an hour
+    python experiments/terms_toy.py --plot terms.png  # … and draws it, beside what terms_exact.py found
 
 Two groups of runs of sail.py. `mixed`: the authors' mix of offline and own pairs, two epochs of the offline
 pairs, 48 pairs a step. `online`: no offline pair at all, 192 fresh pairs a step, 60 steps.
@@ -25,9 +25,10 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 from terms_exact import summary
+from toy import SFT_MODEL
 
 KLS = (0.5, 1.0, 2.0, 3.0)
 COEFFICIENTS = (0.03, 0.1, 0.3, 1)
@@ -47,9 +48,7 @@ MIXED = {  # name: (the run it is compared with, flags)
 ONLINE = {
     "online DPO": ("online DPO", "--response-coef 0"),
     **{f"PR {c}": ("online DPO", f"--response-coef {c}") for c in (0.1, 0.3, 1)},
-    "PR 0.3, no baseline": ("online DPO", "--response-coef 0.3 --baseline none"),
-    "online DPO, 4 responses": ("online DPO", "--response-coef 0 --num-responses 4 --batch-size 96"),
-    "PR 0.3, 4 responses": ("online DPO", "--response-coef 0.3 --num-responses 4 --batch-size 96")}
+    "PR 0.3, no baseline": ("online DPO", "--response-coef 0.3 --baseline none")}
 GROUPS = {"mixed": (MIXED, "--epochs 2 --batch-size 48 --eval-every 20"),
           "online": (ONLINE, "--variant pr --mix 1 --steps 60 --batch-size 192 --eval-every 10")}
 PROMPTS = {"training prompts": "metrics.jsonl", "held out": "eval.jsonl"}
@@ -146,7 +145,7 @@ def draw(axes, results, seeds, prompts):
 
 
 def main():
-    """`python tests/terms_toy.py`."""
+    """`python experiments/terms_toy.py`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--group", choices=GROUPS, action="append", help="(default: both)")
     parser.add_argument("--seeds", type=int, default=5)
@@ -156,8 +155,8 @@ def main():
     parser.add_argument("--plot", metavar="PNG", help="draw the group online beside --exact")
     parser.add_argument("--exact", type=Path, default=Path("runs/terms-exact.json"))
     args = parser.parse_args()
-    from generate import toy_checkpoint
-    toy_checkpoint()                                      # trained once, before the runs start side by side
+    if not SFT_MODEL.is_dir():                            # once, before the runs start side by side
+        train((SFT_MODEL.parent, "--variant sft"))
     results = {}
     for group in args.group or GROUPS:
         settings, common = GROUPS[group]

@@ -4,7 +4,8 @@ import sys
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-sys.path.insert(0, str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 import pytest
 import torch
@@ -35,25 +36,25 @@ def byte_tokenizer(template=None, bos=False):
     return fast
 
 
+WINDOWED = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
+FAMILIES = {  # what AutoConfig calls it, its own settings; cohere, gemma2 and granite scale or cap their logits
+    "llama": ("llama", {}), "gpt2": ("gpt2", {}), "qwen2": ("qwen2", {}), "qwen3": ("qwen3", dict(head_dim=8)),
+    "gemma2": ("gemma2", dict(head_dim=8, final_logit_softcapping=2.0, **WINDOWED)),
+    "gemma3": ("gemma3_text", dict(head_dim=8, **WINDOWED)), "cohere": ("cohere", dict(logit_scale=0.25)),
+    "granite": ("granite", dict(logits_scaling=3.0)), "mistral": ("mistral", dict(sliding_window=4)),
+    "phi3": ("phi3", {}), "opt": ("opt", dict(ffn_dim=48, word_embed_proj_dim=32, init_std=0.2))}
+
+
 def tiny_model(family="llama", vocab_size=261, seed=0, **more):
-    """A random model of a few thousand parameters, in eval mode."""
-    from transformers import (CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM, GPT2Config,
-                              GPT2LMHeadModel, GraniteConfig, GraniteForCausalLM, LlamaConfig,
-                              LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM)
+    """A random model of a few thousand parameters, in eval mode. Windows are shorter than most rows here."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+    kind, own = FAMILIES[family]
+    config = AutoConfig.for_model(kind, **{**dict(
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, bos_token_id=None,
+        eos_token_id=1, pad_token_id=0), **own, **more})
     torch.manual_seed(seed)
-    size = dict(vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-                initializer_range=0.2, bos_token_id=None, eos_token_id=1, pad_token_id=0)
-    if family == "gpt2":
-        config = GPT2Config(vocab_size=vocab_size, n_positions=256, n_embd=32, n_layer=2, n_head=4,
-                            initializer_range=0.2, bos_token_id=None, eos_token_id=1, pad_token_id=0, **more)
-        return GPT2LMHeadModel(config).eval()
-    config, model, own = {
-        "llama": (LlamaConfig, LlamaForCausalLM, {}), "qwen2": (Qwen2Config, Qwen2ForCausalLM, {}),
-        "gemma2": (Gemma2Config, Gemma2ForCausalLM, dict(head_dim=8, final_logit_softcapping=2.0)),
-        "granite": (GraniteConfig, GraniteForCausalLM, dict(logits_scaling=3.0)),
-        "cohere": (CohereConfig, CohereForCausalLM, dict(logit_scale=0.25))}[family]
-    return model(config(**{**size, **own, **more})).eval()
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +69,7 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """An untrained toy model, saved: training starts from it in seconds. Its directory, a string."""
-    from generate import toy_model
+    from toy import toy_model
     path = tmp_path_factory.mktemp("base")
     for part in toy_model(seed=5):
         part.save_pretrained(path)

@@ -1,4 +1,4 @@
-"""Reading preference data by its columns, rendering, truncation, masks; rewards on it."""
+"""Reading preference data by its columns, rendering, truncation, masks; the toy's corpus."""
 import json
 
 import pytest
@@ -6,7 +6,8 @@ import torch
 from conftest import TEMPLATE, byte_tokenizer
 
 import data
-from data import InputError, collate, encode, load_pairs, render, train_and_held_out
+from data import InputError, collate, encode, load_pairs, render
+from toy import NOUNS, pairs_of, toy_reward, train_and_held_out
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 GOOD, BAD = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad"}
@@ -120,15 +121,14 @@ def test_held_out_prompts_are_never_trained_on(tmp_path):
     assert len(train) + len(held_out) == 600 and 5 < len(held_out) < 60
     assert not {pair["prompt"] for pair in train} & {pair["prompt"] for pair in held_out}
     train, held_out, _ = train_and_held_out("toy")
-    nouns = [{word for pair in pairs for word in pair["prompt"].split()} & set(data.NOUNS)
+    nouns = [{word for pair in pairs for word in pair["prompt"].split()} & set(NOUNS)
              for pairs in (train, held_out)]
     assert len(nouns[0]) == 16 and len(nouns[1]) == 4 and not nouns[0] & nouns[1]
 
 
 def test_the_toy_corpus_is_the_same_every_time_and_prefers_the_better_review():
-    from reward import toy_reward
-    pairs = load_pairs("toy")[0]
-    assert pairs == load_pairs("toy")[0] and len(pairs) == 3000
+    pairs = pairs_of("toy")[0]
+    assert pairs == pairs_of("toy")[0] and len(pairs) == 3000
     gaps = [toy_reward([p["prompt"]], [p["chosen"]])[0] - toy_reward([p["prompt"]], [p["rejected"]])[0]
             for p in pairs]
     agree = [gap > 0 for gap in gaps if gap]
