@@ -359,7 +359,7 @@ def save_model(policy, tokenizer, out, load_base):
             if hasattr(policy, "peft_config"):
                 replace(out / "adapter", lambda aside: save_adapter(policy, state, aside))
                 from peft import PeftModel
-                policy, state = PeftModel.from_pretrained(load_base()[0], out / "adapter").merge_and_unload(), None
+                policy, state = PeftModel.from_pretrained(load_base(), out / "adapter").merge_and_unload(), None
             replace(out / "model", lambda aside: (policy.save_pretrained(aside, state_dict=state),
                                                   tokenizer.save_pretrained(aside)))
     together()                                                         # no process leaves before it is there

@@ -123,6 +123,34 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, judge=
     return figures, samples
 
 
+def count(pairs, variant):
+    """What a step works on, as sums: pairs, tokens, and the samples' number, length, reward, …"""
+    sides, totals = ("chosen", "rejected")[:1 if variant == "sft" else 2], Counter()
+    for pair in pairs:
+        lengths = {side: len(pair[f"{side}_ids"]) for side in sides}
+        totals.update(pairs=1, tokens=len(sides) * len(pair["prompt_ids"]) + sum(lengths.values()),
+                      chosen_tokens=lengths["chosen"], fresh=len(pair["sampled"]),
+                      fresh_tokens=sum(lengths[side] for side in pair["sampled"]), ties=pair.get("tie", 0),
+                      unfinished=pair.get("unfinished", 0), reward=sum(pair.get("rewards", [])))
+    return totals
+
+
+def record_of(step, totals, args, **rest):
+    """The step's line in metrics.jsonl: means over all pairs; None for what this step had none of."""
+    def mean(name, over="pairs"):
+        return totals[name] / totals[over] if name in totals and totals[over] else None
+
+    return {
+        "step": step, "loss": mean("loss", "chosen_tokens" if args.variant == "sft" else "pairs"),
+        **{name: mean(name) for name in ("margin", "accuracy", "chosen_logps", "rejected_logps")},
+        "kl": mean("kl", "on_policy"), "reward": mean("reward", "fresh") if args.variant == "pr" else None,
+        "response_length": mean("fresh_tokens", "fresh"), "unfinished": mean("unfinished", "fresh"),
+        "on_policy": mean("on_policy"), "self_labelled": mean("self_labelled"),
+        "label_reversed": mean("label_reversed", "self_labelled"), "ties": totals["ties"],
+        "nll": mean("nll", "offline"), "revkl": mean("revkl") if args.revkl_coef else None,
+        "tokens": round(totals["tokens"]), **rest}
+
+
 COLUMNS = ("reward", "win_rate", "lc_win_rate", "kl", "length", "unfinished", "loss", "margin", "accuracy",
            "flipped", "unparsable")
 

@@ -1,8 +1,6 @@
 """A policy: load it, adapt it, score with it, and sample from it exactly the distribution that is scored.
 
     python generate.py --model M --data D --out responses.jsonl     # prompt, response, tokens, finished
-    python generate.py --model M --questions Q --out answers.jsonl  # of AlpacaEval, MT-Bench or Arena-Hard:
-                                                                      what their own judges read
 
 SAIL's second term is the score of the distribution that was sampled from. So `sample` draws from the full
 softmax, whatever the checkpoint's generation_config says, and hands on the very ids it drew; `sequence_logps`
@@ -13,10 +11,6 @@ Shapes: B rows, T tokens of prompt and response with padding, P of the prompt, V
 import copy
 import inspect
 import math
-import os
-import time
-import uuid
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from data import (BadRow, InputError, Parser, collate, command_line, end_token_ids, first_line, load_tokenizer,
-                  number, prompt_tokens, read_rows, render, write_rows)
+                  number, prompt_tokens, render, write_rows)
 from distributed import gathered, shard
 from toy import SFT_MODEL, pairs_of, toy_model
 
@@ -399,49 +393,7 @@ def response_text(tokenizer, ids):
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-# --- the command line: responses to a data set's prompts, or the answer file that a benchmark's judge reads -----
-
-BENCHMARKS = {  # name: the columns that identify its questions; the last one holds what is asked
-    "MT-Bench": "question_id category turns", "Arena-Hard": "uid category prompt",
-    "AlpacaEval": "dataset instruction"}
-MT_BENCH_TEMPERATURES = {  # FastChat's; 0.7 for other categories
-    "stem": 0.1, "humanities": 0.1, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0}
-
-
-def load_questions(source, limit=None):
-    """A benchmark's questions, told by their columns: (its name in BENCHMARKS, rows, turns). turns: what the user
-    says, two texts a row for MT-Bench, else one. Raises InputError where a row cannot be asked."""
-    rows = list(islice(read_rows(source), limit))
-    columns = set().union(*rows)
-    name = next((name for name, needed in BENCHMARKS.items() if columns.issuperset(needed.split())), None)
-    if name is None:
-        known = "; ".join(f"{', '.join(needed.split())} ({name})" for name, needed in BENCHMARKS.items())
-        raise InputError(f"{source}: columns {', '.join(sorted(columns)) or '(no rows)'} fit no benchmark's "
-                         f"questions; want one of: {known}")
-    *others, asked = BENCHMARKS[name].split()
-    turns = [row.get(asked) if name == "MT-Bench" else [row.get(asked)] for row in rows]
-    for nth, (row, texts) in enumerate(zip(rows, turns), 1):
-        if (not isinstance(texts, list) or len(texts) != 1 + (name == "MT-Bench") or None in map(row.get, others)
-                or not all(isinstance(text, str) and text.strip() for text in texts)):
-            raise InputError(f"{source}: row {nth}: want {', '.join(others)} and text in {asked}")
-    return name, rows, turns
-
-
-def answer_row(benchmark, row, answers, name):
-    """The row of an answer file: of AlpacaEval's model_outputs.json, of FastChat's or arena-hard-auto's
-    model_answer/*.jsonl. The same answers get the same id; no judge reads `tstamp`."""
-    key, now = row.get("question_id", row.get("uid")), time.time()
-    answer_id = str(uuid.uuid5(uuid.NAMESPACE_OID, repr((name, key, answers))))
-    if benchmark == "MT-Bench":
-        return {"question_id": key, "answer_id": answer_id, "model_id": name,
-                "choices": [{"index": 0, "turns": answers}], "tstamp": now}
-    if benchmark == "Arena-Hard":
-        return {"uid": key, "ans_id": answer_id, "model": name, "tstamp": now,
-                "messages": [{"role": "user", "content": row["prompt"]},
-                             {"role": "assistant", "content": {"answer": answers[0]}}]}
-    return {"dataset": row["dataset"], "instruction": row["instruction"], "output": answers[0],
-            "generator": name}
-
+# --- the command line ---------------------------------------------------------------------------------------
 
 def answer(model, tokenizer, prompts, temperatures, args):
     """A response to each prompt, at its temperature: (texts, lengths in tokens, whether they finished). Raises
@@ -462,55 +414,23 @@ def answer(model, tokenizer, prompts, temperatures, args):
     return list(zip(*rows))
 
 
-def answer_benchmark(model, tokenizer, benchmark, rows, turns, args):
-    """The rows of the benchmark's answer file; a second turn is asked after the model's own first answer."""
-    temperatures = [1.0 if args.temperature is None else args.temperature] * len(rows)
-    if benchmark == "MT-Bench" and args.temperature is None:
-        temperatures = [MT_BENCH_TEMPERATURES.get(row["category"], 0.7) for row in rows]
-    *above, name = Path(os.path.abspath(args.model)).parts
-    name = "-".join(above[-2:]) if name == "model" else name           # runs/toy/pr/model is toy-pr
-    dialogues = [[] for _ in rows]
-    for texts in zip(*turns):
-        for dialogue, text in zip(dialogues, texts):
-            dialogue.append({"role": "user", "content": text})
-        prompts = dialogues if benchmark == "MT-Bench" else texts      # one turn: as a prompt of training data
-        for dialogue, text in zip(dialogues, answer(model, tokenizer, prompts, temperatures, args)[0]):
-            dialogue.append({"role": "assistant", "content": text})
-    return [answer_row(benchmark, row, [turn["content"] for turn in dialogue[1::2]], name)
-            for row, dialogue in zip(rows, dialogues)]
-
-
 def main():
-    """`python generate.py --model M --data D --out FILE`, or `--questions Q` in the place of `--data D`."""
-    parser = Parser(description="Sample a response to each prompt of a data set, or answer a benchmark's questions.")
+    """`python generate.py --model M --data D --out FILE`."""
+    parser = Parser(description="Sample a response to each prompt of a data set.")
     parser.add_argument("--model", default="toy", help="a Hugging Face directory or name, or toy (default)")
-    parser.add_argument("--questions", help="instead of --data: a file of AlpacaEval, MT-Bench or Arena-Hard")
-    parser.add_argument("--out", default="responses.jsonl", help="JSON lines: prompt, response, tokens, finished; for "
-                        "--questions, the benchmark's answer file")
-    parser.add_argument("--temperature", type=number(float, 0), help="0: the likeliest token each time (default: 1; "
-                        "for MT-Bench, FastChat's for each category)")
-    parser.add_argument("--batch-size", type=number(int, 1), default=64, help="prompts generated together")
+    parser.add_argument("--out", default="responses.jsonl", help="JSON lines: prompt, response, tokens, finished")
+    parser.add_argument("--temperature", type=number(float, 0), default=1.0, help="0: the likeliest token each time (1)")
+    parser.add_argument("--batch-size", type=number(int, 1), default=64, help="prompts generated together (64)")
     parser.shared("--data", "--limit", "--max-prompt-length", "--max-response-length", "--seed", "--trust-remote-code")
     parser.set_defaults(data="toy:test", max_prompt_length=512, max_response_length=128)
     args = parser.parse_args()
-    if args.questions:
-        benchmark, rows, turns = load_questions(args.questions, args.limit)
-        if (Path(args.out).suffix == ".json") != (benchmark == "AlpacaEval"):
-            raise InputError(f"--out {args.out}: {benchmark}'s judge wants a file that ends in "
-                             f"{'.json' if benchmark == 'AlpacaEval' else '.jsonl'}")
-    else:
-        prompts = [pair["prompt"] for pair in pairs_of(args.data, args.limit)[0]]
+    prompts = [pair["prompt"] for pair in pairs_of(args.data, args.limit)[0]]
     model, tokenizer = load_policy(args.model, "cuda" if torch.cuda.is_available() else "cpu",
                                    args.trust_remote_code, (args.max_prompt_length, args.max_response_length))
     torch.manual_seed(args.seed)
-    if args.questions:
-        rows = answer_benchmark(model, tokenizer, benchmark, rows, turns, args)
-    else:
-        temperatures = [1.0 if args.temperature is None else args.temperature] * len(prompts)
-        rows = [dict(zip(("prompt", "response", "tokens", "finished"), row)) for row in zip(
-            prompts, *answer(model, tokenizer, prompts, temperatures, args))]
-    write_rows(args.out, rows)
-    print(f"{len(rows)} responses in {args.out}")
+    columns = prompts, *answer(model, tokenizer, prompts, [args.temperature] * len(prompts), args)
+    write_rows(args.out, [dict(zip(("prompt", "response", "tokens", "finished"), row)) for row in zip(*columns)])
+    print(f"{len(prompts)} responses in {args.out}, {sum(columns[-1])} of them finished")
 
 
 if __name__ == "__main__":

@@ -22,11 +22,9 @@ labels), SAIL-PP adds both. `sail_loss` below is all of it, `training_step` is h
         --rdzv_endpoint HOST:29500 sail.py …                            # two nodes
 
 What differs from the paper's text, on purpose:
-  1. The label is summed out instead of sampled: the same gradient on average with
-     less noise (--label sampled).
+  1. The label is summed out, not sampled: the same gradient on average, less noise (--label sampled).
   2. T2 has a baseline, a mean of f over other pairs, which changes its noise and not its expectation.
-  3. Responses are sampled at temperature 1 from the untruncated softmax: the
-     distribution that T2 is the score of.
+  3. Responses are sampled at temperature 1 from the untruncated softmax, of which T2 is the score.
   4. AdamW and full fine-tuning by default; the authors used RMSprop and LoRA.
 
 Shapes: B pairs, T tokens of prompt and response with padding.
@@ -46,10 +44,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import InputError, Parser, collate, command_line, counted, encode, end_token_ids, number
-from distributed import (claimed, data_parallel, fingerprint, gathered, in_turns, is_first, is_sharded, joined,
-                         log, log_figures, make_optimizer, newest_checkpoint, resume, run_directory, save_checkpoint,
+from distributed import (claimed, data_parallel, fingerprint, gathered, in_turns, is_first, is_sharded, joined, log,
+                         log_figures, make_optimizer, newest_checkpoint, resume, run_directory, save_checkpoint,
                          save_model, say, seed_samples, share, start, summed, together, update, weighted, write_line)
-from evaluate import evaluate_policy
+from evaluate import count, evaluate_policy, record_of
 from generate import load_models, load_policy, micro_batches, pair_logps, roll_out, sequence_logps
 from reward import label_by_reward, load_reward
 from toy import SFT_MODEL, TOY_DEFAULTS, train_and_held_out
@@ -91,8 +89,7 @@ def utility(margin, beta, loss_type, target_margin=0.0):
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *,
              beta=0.1, loss_type="sigmoid"):
-    """DPO's loss (arXiv 2305.18290, eq. 7) per pair, (B,). All arguments (B,): log π(y|x)
-    summed over y's tokens."""
+    """DPO's loss (arXiv 2305.18290, eq. 7), (B,), of log π(y|x) summed over y's tokens, (B,) each."""
     margin = beta * ((policy_chosen_logps - reference_chosen_logps)
                      - (policy_rejected_logps - reference_rejected_logps))
     return -utility(margin, beta, loss_type)
@@ -165,8 +162,8 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
 def preference_losses(policy, reference, pairs, args, baseline=None):
     """`sail_loss` of the pairs, and the regularisers that args turns on: (losses (B,), metrics).
 
-    nll: −log π of the data's chosen response, per token. revkl: KL(π_ref ‖ π), the mean over the pair's
-    response tokens. Adds to the metrics these two, KL(π‖π_ref) and the loss on fresh pairs.
+    nll: −log π of the data's chosen response, per token. revkl: KL(π_ref ‖ π), the mean over the pair's response
+    tokens. The metrics also get these two, KL(π‖π_ref) and the loss on fresh pairs.
     """
     if args.revkl_coef:
         ours, theirs, revkl = pair_logps(policy, pairs, args.dtype, reference)                     # (2, B)
@@ -178,9 +175,10 @@ def preference_losses(policy, reference, pairs, args, baseline=None):
     def column(value_of, dtype=None):
         return torch.tensor([value_of(pair) for pair in pairs], dtype=dtype, device=ours.device)
 
-    lengths = torch.stack([column(lambda pair: len(pair[side])) for side in ("chosen_ids", "rejected_ids")])
+    lengths = column(lambda pair: (len(pair["chosen_ids"]), len(pair["rejected_ids"]))).T           # (2, B)
     on_policy = column(lambda pair: len(pair["sampled"]) == 2)
-    self_labelled, preference = column(itemgetter("self_labelled")), column(itemgetter("preference"), ours.dtype)
+    self_labelled = column(itemgetter("self_labelled"))
+    preference = column(itemgetter("preference"), ours.dtype)
     losses, metrics = sail_loss(
         *ours, *theirs, preference + args.label_smoothing * (1 - 2 * preference), on_policy, self_labelled,
         beta=args.beta, response_coef=args.response_coef, label_coef=args.label_coef,
@@ -233,10 +231,8 @@ def training_step(run, pairs, args):
     labelled = time.perf_counter()
     # 3. log-probabilities, loss, gradient of the mean over the pairs (of SFT's loss, over their tokens)
     run.policy.train(args.gradient_checkpointing)                      # works in train mode only; no dropout
-    losses_of = partial(preference_losses, run.model, run.reference, args=args,
-                        baseline=run.progress["baseline"])
-    if args.variant == "sft":
-        losses_of = partial(sft_losses, run.model, args=args)
+    losses_of = partial(sft_losses, run.model, args=args) if args.variant == "sft" else partial(
+        preference_losses, run.model, run.reference, args=args, baseline=run.progress["baseline"])
     totals = summed(count(pairs, args.variant), run.device)
     over = totals["chosen_tokens" if args.variant == "sft" else "pairs"]
     micros = weighted(micro_batches(pairs, run.policy, args.micro_batch_size), run.policy)
@@ -275,7 +271,7 @@ def plan(n_pairs, args):
 
 @lru_cache(maxsize=4)
 def order_of(n_pairs, seed, route, epoch):
-    """The order in which an epoch visits the pairs; the variant's own are shuffled apart from the offline ones."""
+    """The order in which an epoch visits the pairs; the variant's own are shuffled apart."""
     generator = torch.Generator().manual_seed((seed * 2 + route) * 2**20 + epoch)
     return torch.randperm(n_pairs, generator=generator).tolist()
 
@@ -295,34 +291,6 @@ def draw_pairs(examples, step, steps, total, args):
     return sorted(pairs, key=itemgetter("sampled"))                 # for shares with as many of each kind
 
 
-def count(pairs, variant):
-    """What a step works on, as sums: pairs, tokens, and the samples' number, length, reward, …"""
-    sides, totals = BOTH[:1] if variant == "sft" else BOTH, Counter()
-    for pair in pairs:
-        lengths = {side: len(pair[f"{side}_ids"]) for side in sides}
-        totals.update(pairs=1, tokens=len(sides) * len(pair["prompt_ids"]) + sum(lengths.values()),
-                      chosen_tokens=lengths["chosen"], fresh=len(pair["sampled"]),
-                      fresh_tokens=sum(lengths[side] for side in pair["sampled"]), ties=pair.get("tie", 0),
-                      unfinished=pair.get("unfinished", 0), reward=sum(pair.get("rewards", [])))
-    return totals
-
-
-def record_of(step, totals, args, **rest):
-    """The step's line in metrics.jsonl: means over all pairs; None for what this step had none of."""
-    def mean(name, over="pairs"):
-        return totals[name] / totals[over] if name in totals and totals[over] else None
-
-    return {
-        "step": step, "loss": mean("loss", "chosen_tokens" if args.variant == "sft" else "pairs"),
-        **{name: mean(name) for name in ("margin", "accuracy", "chosen_logps", "rejected_logps")},
-        "kl": mean("kl", "on_policy"), "reward": mean("reward", "fresh") if args.variant == "pr" else None,
-        "response_length": mean("fresh_tokens", "fresh"), "unfinished": mean("unfinished", "fresh"),
-        "on_policy": mean("on_policy"), "self_labelled": mean("self_labelled"),
-        "label_reversed": mean("label_reversed", "self_labelled"), "ties": totals["ties"],
-        "nll": mean("nll", "offline"), "revkl": mean("revkl") if args.revkl_coef else None,
-        "tokens": round(totals["tokens"]), **rest}
-
-
 def load_everything(args, device):
     """(policy, reference, tokenizer, reward, examples, held-out examples, counts), fit for each other."""
     train, held_out, report = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
@@ -340,21 +308,21 @@ def train(args, device):
     non-finite steps in a row; what was reached by then is in a checkpoint."""
     run, out = SimpleNamespace(device=device, stopped=[]), Path(args.out)
     (run.policy, run.reference, run.tokenizer, run.reward, run.examples, run.held_out,
-     counts) = load_everything(args, device)
+     run.counts) = load_everything(args, device)
     run.total, run.steps = plan(len(run.examples), args)
     share(range(run.total // max(run.steps, 1)))                       # complains where it is too little
     args.data_sha256 = fingerprint([*run.examples, *run.held_out])
     run.model = data_parallel(run.policy)
     run.optimizer, run.scheduler = make_optimizer(run.policy.parameters(), run.steps, args.learning_rate,
                                                   args.optimizer, args.schedule, args.warmup_steps)
-    # What the loop carries on beside weights and optimizer. baseline: T2's, the mean utility of past fresh pairs.
     f_zero = utility(torch.zeros(()), args.beta, args.loss_type, args.target_margin).item()
-    run.progress = dict(step=0, baseline=f_zero if args.baseline == "running" else 0.0, skipped=0, in_a_row=0)
+    run.progress = dict(step=0, skipped=0, in_a_row=0,                 # baseline: the mean utility of past fresh pairs
+                        baseline=f_zero if args.baseline == "running" else 0.0)
     run.lock = together(lambda: is_first() and claimed(out))
     own = int(run.total * Fraction(str(args.mix)))
-    say(f"{args.data}: {len(run.examples)} pairs to train on, {len(run.held_out)} to evaluate on; {counted(counts)}\n"
-        f"{args.variant}: {run.total - own} offline pairs + {own} on the variant's route = {run.total} pairs, "
-        f"{run.steps} steps of {math.ceil(run.total / run.steps)} -> {out}")
+    say(f"{args.data}: {len(run.examples)} pairs to train on, {len(run.held_out)} to evaluate on; "
+        f"{counted(run.counts)}\n{args.variant}: {run.total - own} offline pairs + {own} on the variant's route = "
+        f"{run.total} pairs, {run.steps} steps of {math.ceil(run.total / run.steps)} -> {out}")
     checkpoint = newest_checkpoint(out) if args.resume else None
     if checkpoint:
         run.progress = together(lambda: resume(checkpoint, run.policy, run.optimizer, run.scheduler, args))
@@ -363,19 +331,20 @@ def train(args, device):
         together(lambda: start(out, args))
     signal.signal(signal.SIGTERM, lambda *_: run.stopped.append(True))
     try:
-        loop(run, out, counts, args)
+        loop(run, out, args)
     except InputError as error:
         if not run.progress["step"]:
             raise
         save_checkpoint(out, run.policy, run.optimizer, run.progress)
         raise InputError(f"{error} (step {run.progress['step']} is saved; --resume continues)") from None
     if run.progress["step"] < run.steps:
-        return say(f"stopped by SIGTERM after step {run.progress['step']}, which is saved; --resume continues")
-    save_model(run.policy, run.tokenizer, out, partial(load_policy, args.model, "cpu", args.trust_remote_code))
-    say(f"saved {out}/model")
+        say(f"stopped by SIGTERM after step {run.progress['step']}, which is saved; --resume continues")
+    else:
+        save_model(run.policy, run.tokenizer, out, lambda: load_policy(args.model, "cpu", args.trust_remote_code)[0])
+        say(f"saved {out}/model")
 
 
-def loop(run, out, counts, args):
+def loop(run, out, args):
     """The steps that are left, with their logs, evaluations and checkpoints; ends early on SIGTERM."""
     def evaluate_at(step):                                # only a sharded policy needs all processes for it
         if run.held_out and (is_first() or is_sharded(run.policy)):
@@ -397,11 +366,11 @@ def loop(run, out, counts, args):
         totals, finite, figures = training_step(run, pairs, args)
         progress.update(step=step, skipped=progress["skipped"] + (not finite),
                         in_a_row=0 if finite else progress["in_a_row"] + 1)
-        log(out, record_of(step, totals, args, **figures, skipped=progress["skipped"], **counts), run.steps,
-            args.log_every)
+        record = record_of(step, totals, args, **figures, skipped=progress["skipped"], **run.counts)
+        log(out, record, run.steps, args.log_every)
         if progress["in_a_row"] >= 10:
-            raise InputError(f"steps {step - 9} to {step}: loss or gradient not finite ten times in a row; try "
-                             "a lower --learning-rate")
+            raise InputError(f"steps {step - 9} to {step}: loss or gradient not finite ten times in a row; try a "
+                             "lower --learning-rate")
         if step == run.steps or args.eval_every and step % args.eval_every == 0:
             together(lambda: evaluate_at(step))
         stop = summed(Counter(stop=len(run.stopped)), run.device)["stop"]
@@ -477,8 +446,8 @@ def completed(args, parser):
     """The arguments, with the defaults that depend on data and variant; what cannot work is an error."""
     toy, sft, variant = args.data == "toy", args.variant == "sft", VARIANTS[args.variant]
     args.model = str(SFT_MODEL) if args.model == "toy" and not sft else args.model
-    defaults = {**DEFAULTS, **(TOY if toy else {}), **variant, "reference": None if sft else args.model,
-                "out": f"{run_directory(args.data)}/{args.variant}"}
+    defaults = {**DEFAULTS, **(TOY if toy else {}), **variant, "out": f"{run_directory(args.data)}/{args.variant}",
+                "reference": None if sft else args.model}
     if toy and args.variant == "pp":
         defaults["revkl_coef"] = 0.3                # PP alone has no ceiling: experiments/terms_toy.py
     if sft:
