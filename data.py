@@ -221,19 +221,16 @@ def read_rows(source):
 
 def read_json(path):
     """The rows of a file with one JSON object per line, or one array of objects."""
-    line, rows = 0, []
+    rows = []
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if text.lstrip().startswith("["):
-            rows = json.loads(text)
-        else:                                    # not splitlines: U+2028 may stand in a string
-            for line, each in enumerate(text.split("\n"), 1):
-                rows += [json.loads(each)] if each.strip() else []
+        text = path.read_text(encoding="utf-8-sig")         # not splitlines: U+2028 may stand in a string
+        for line, each in enumerate([text] if text.lstrip().startswith("[") else text.split("\n"), 1):
+            rows += json.loads(each) if each.lstrip().startswith("[") else [json.loads(each)] if each.strip() else []
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error})") from None
     except json.JSONDecodeError as error:
-        raise InputError(f"{path}:{line or error.lineno}: not JSON ({error.msg}); want one object per line, or "
-                         "one array of objects") from None
+        raise InputError(f"{path}:{line + error.lineno - 1}: not JSON ({error.msg}); want one object per line, or one "
+                         "array of objects") from None
     if not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: a row is not an object with columns")
     return rows

@@ -1,9 +1,9 @@
 """What a big or a long run needs and no reader of the method: processes, shards, logs, checkpoints.
 
-torchrun starts the processes; each works on its share of a step's pairs. A run is a directory: args.json, logs
-of JSON lines, checkpoints/STEP, model/. What stands there under its own name is whole, as it is written aside
-and renamed. Random states are not saved, since each step's are made of seed, step and rank; nor is the position
-in the data, which follows from the step.
+torchrun starts the processes; each works on its share of a step's pairs. A run is a directory: args.json, logs of
+JSON lines, checkpoints/STEP, model/. What stands there under its own name is whole, as it is written aside and
+renamed. Random states are not saved, since each step's are made of seed, step and rank; nor is the position in the
+data, which follows from the step.
 """
 import fcntl
 import hashlib
@@ -74,15 +74,14 @@ def say(line):
 
 def together(action=lambda: None):
     """action(), on every process; where it raises InputError on one, all raise that."""
-    problem = result = None
+    problems, result = [None], None
     try:
         result = action()
     except InputError as error:
-        problem = str(error)
-    problems = [problem]
+        problems = [str(error)]
     if dist.is_initialized():
-        problems = [None] * world()
-        dist.all_gather_object(problems, problem)
+        own, problems = problems[0], problems * world()
+        dist.all_gather_object(problems, own)
         dist.barrier()                    # gloo's threads must be done with the objects before a process ends
     for problem in filter(None, problems):
         raise InputError(problem)
@@ -99,8 +98,7 @@ def in_turns(action):
 def share(pairs):
     """This process's share of a step's pairs. Raises InputError where there are fewer than processes."""
     if len(pairs) < world():
-        raise InputError(f"{len(pairs)} pairs a step are too few for {world()} processes; want a larger "
-                         "--batch-size, or more --epochs")
+        raise InputError(f"{len(pairs)} pairs a step are too few for {world()} processes; want a larger --batch-size")
     return pairs[rank()::world()]
 
 
@@ -180,9 +178,12 @@ def make_optimizer(parameters, steps, learning_rate, name="adamw", schedule="con
     optimizer = (torch.optim.RMSprop(parameters, learning_rate) if name == "rmsprop" else
                  torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0, fused=True))
     warmup = max(1, steps // 10 if warmup_steps is None else warmup_steps)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: min(1, (done + 1) / warmup) * (
-            (1 + math.cos(math.pi * done / steps)) / 2 if schedule == "cosine" else 1))
+
+    def factor(done):
+        cosine = (1 + math.cos(math.pi * done / steps)) / 2 if schedule == "cosine" else 1
+        return min(1, (done + 1) / warmup) * cosine
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
 
 
 def update(model, optimizer, scheduler, max_grad_norm, loss):
@@ -224,8 +225,8 @@ def claimed(out):
 def start(out, args, logs=LOGS):
     """Save the arguments and empty the logs, for a run from the beginning."""
     if newest_checkpoint(out):
-        raise InputError(f"{out}/checkpoints holds those of an earlier run; --resume continues it, without "
-                         "that directory a new one starts")
+        raise InputError(f"{out}/checkpoints holds those of an earlier run; --resume continues it, without that "
+                         "directory a new one starts")
     if is_first():
         out.mkdir(parents=True, exist_ok=True)
         (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n", encoding="utf-8")
@@ -235,9 +236,9 @@ def start(out, args, logs=LOGS):
 
 def write_line(out, name, row):
     """Append a row to out/name.jsonl; what is not a finite number is written as null."""
-    row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-           for key, value in row.items()}
     if is_first():
+        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+               for key, value in row.items()}
         with open(out / f"{name}.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -328,15 +329,14 @@ def resume(path, policy, optimizer, scheduler, args):
     for name, value in vars(args).items():
         if name not in args.may_change and before.get(name) != value:
             what = "the data have" if name == "data_sha256" else f"--{name.replace('_', '-')} has"
-            raise InputError(f"--resume: {what} changed since {path} was written, from {before.get(name)} to "
-                             f"{value}; go back to that, or start afresh with another --out")
+            raise InputError(f"--resume: {what} changed since {path} was written, from {before.get(name)} to {value}; "
+                             "go back to that, or start afresh with another --out")
     try:
         with warnings.catch_warnings(action="ignore"):                 # into the tensors of policy, optimizer
             dcp.load(state_of(policy, optimizer), no_dist=not dist.is_initialized(),
                      storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except (dcp.CheckpointException, RuntimeError) as error:
-        raise InputError(f"{path} cannot be read ({first_line(error)}); remove it to use an earlier "
-                         "one") from None
+        raise InputError(f"{path} cannot be read ({first_line(error)}); remove it to use an earlier one") from None
     progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
     scheduler.last_epoch = progress["step"] - progress["skipped"] - 1
     scheduler.step()
@@ -357,19 +357,14 @@ def save_model(policy, tokenizer, out, load_base):
     if is_first():
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of transformers' own names
             if hasattr(policy, "peft_config"):
-                replace(out / "adapter", lambda aside: save_adapter(policy, state, aside))
-                from peft import PeftModel
+                from peft import PeftModel, get_peft_model_state_dict
+                replace(out / "adapter", lambda aside: (
+                    policy.peft_config["default"].save_pretrained(aside),
+                    save_file(get_peft_model_state_dict(policy, state), aside / "adapter_model.safetensors")))
                 policy, state = PeftModel.from_pretrained(load_base(), out / "adapter").merge_and_unload(), None
             replace(out / "model", lambda aside: (policy.save_pretrained(aside, state_dict=state),
                                                   tokenizer.save_pretrained(aside)))
     together()                                                         # no process leaves before it is there
-
-
-def save_adapter(policy, state, directory):
-    """The adapter alone, in peft's format."""
-    from peft import get_peft_model_state_dict
-    policy.peft_config["default"].save_pretrained(directory)
-    save_file(get_peft_model_state_dict(policy, state), directory / "adapter_model.safetensors")
 
 
 def replace(directory, write):
