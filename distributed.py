@@ -211,27 +211,27 @@ def run_directory(source):
     return Path("runs", Path(source).stem.replace(":", "-"))
 
 
-def claimed(out):
-    """Make the directory and keep other runs out of it, for as long as the returned file is open."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = open(out / "lock", "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{out} is in use by another run; wait for its end, or give another --out") from None
-    return file
-
-
-def start(out, args, logs=LOGS):
-    """Save the arguments and empty the logs, for a run from the beginning."""
-    if newest_checkpoint(out):
+def begin(out, args, policy=None, optimizer=None, scheduler=None, progress=None, logs=LOGS):
+    """Begin a run in `out`, or with --resume continue it from its newest checkpoint: (lock, progress). Other runs are
+    kept out for as long as the lock, a file, is open. Raises InputError where there is another run."""
+    lock, checkpoint = None, newest_checkpoint(out)
+    if is_first():
+        out.mkdir(parents=True, exist_ok=True)
+        lock = open(out / "lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{out} is in use by another run; wait for its end, or give another --out") from None
+    if checkpoint and getattr(args, "resume", False):
+        return lock, resume(checkpoint, policy, optimizer, scheduler, args)
+    if checkpoint:
         raise InputError(f"{out}/checkpoints holds those of an earlier run; --resume continues it, without that "
                          "directory a new one starts")
     if is_first():
-        out.mkdir(parents=True, exist_ok=True)
         (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n", encoding="utf-8")
         for name in logs:
             (out / f"{name}.jsonl").write_text("")
+    return lock, progress
 
 
 def write_line(out, name, row):
@@ -342,6 +342,7 @@ def resume(path, policy, optimizer, scheduler, args):
     scheduler.step()
     for name, size in progress.pop("logs").items() if is_first() else ():
         os.truncate(out / f"{name}.jsonl", size)
+    say(f"continuing after step {progress['step']}, from {path}")
     return progress
 
 

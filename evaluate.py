@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import InputError, Parser, command_line, encode, end_token_ids, number, read_rows
-from distributed import shown
-from generate import load_policy, micro_batches, pair_logps, response_text, sample
+from distributed import in_turns, shown
+from generate import load_models, load_policy, micro_batches, pair_logps, response_text, sample
 from reward import TEMPLATES, bootstrap, load_judge, load_reward, mean, prefers_chosen, verdicts_of
 from toy import TOY_DEFAULTS, train_and_held_out
 
@@ -121,6 +121,18 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, judge=
         verdicts = verdicts_of(columns["reward"], reward(prompts, opponents))
         figures.update(win_figures(verdicts, texts, opponents))
     return figures, samples
+
+
+def load_everything(args, device):
+    """(policy, reference, tokenizer, reward, examples, held-out examples, counts), fit for each other."""
+    train, held_out, report = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
+    reward = load_reward(args.reward, device, args.trust_remote_code) if args.reward else None
+    policy, reference, tokenizer = in_turns(lambda: load_models(args, device))
+    lengths = end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length
+    examples, counts = encode(train, tokenizer, *lengths)
+    held_out = encode(held_out[:args.eval_limit], tokenizer, *lengths)[0] if held_out else []
+    counts["dropped"] += sum(report["dropped"].values())
+    return policy, reference, tokenizer, reward, examples, held_out, {**counts, **report["dropped"]}
 
 
 def count(pairs, variant):

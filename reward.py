@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from data import (InputError, Parser, command_line, counted, first_line, load_tokenizer, number, read_rows,
                   render, write_rows)
-from distributed import log, log_figures, make_optimizer, run_directory, say, start, update
+from distributed import begin, log, log_figures, make_optimizer, run_directory, say, update
 from generate import load_weights
 from toy import SFT_MODEL, toy_reward, train_and_held_out
 
@@ -136,9 +136,9 @@ def classifier_logits(model, rows):
 def classifier_scores(model, rows, batch_size=32):
     """`classifier_logits` of any number of rows, as a list of floats; like lengths go together."""
     order, scores = sorted(range(len(rows)), key=lambda row: len(rows[row])), [0.0] * len(rows)
-    for begin in tqdm(range(0, len(rows), batch_size), "scoring", leave=False,
+    for first in tqdm(range(0, len(rows), batch_size), "scoring", leave=False,
                       disable=None if len(rows) > 4 * batch_size else True):
-        batch = order[begin:begin + batch_size]
+        batch = order[first:first + batch_size]
         for row, value in zip(batch, classifier_logits(model, [rows[row] for row in batch]).tolist()):
             scores[row] = value
     return scores
@@ -239,7 +239,7 @@ def train(args):
     if not pairs:
         raise InputError(f"{args.data}: none of {len(train_pairs)} pairs can be told apart ({counted(dropped)})")
     out = Path(args.out or f"{run_directory(args.data)}-reward")
-    start(out, args, ("metrics", "eval"))
+    lock, _ = begin(out, args, logs=("metrics", "eval"))              # kept: it is open until the end
     generator = torch.Generator().manual_seed(args.seed)
     order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(args.epochs)])
     batches = order.tensor_split(math.ceil(len(order) / args.batch_size))      # they differ by one at most

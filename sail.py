@@ -43,25 +43,22 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import InputError, Parser, collate, command_line, counted, encode, end_token_ids, number
-from distributed import (claimed, data_parallel, fingerprint, gathered, in_turns, is_first, is_sharded, joined, log,
-                         log_figures, make_optimizer, newest_checkpoint, resume, run_directory, save_checkpoint,
-                         save_model, say, seed_samples, share, start, summed, together, update, weighted, write_line)
-from evaluate import count, evaluate_policy, record_of
-from generate import load_models, load_policy, micro_batches, pair_logps, roll_out, sequence_logps
-from reward import label_by_reward, load_reward
-from toy import SFT_MODEL, TOY_DEFAULTS, train_and_held_out
+from data import InputError, Parser, collate, command_line, counted, number
+from distributed import (begin, data_parallel, fingerprint, gathered, is_first, is_sharded, joined, log,
+                         log_figures, make_optimizer, run_directory, save_checkpoint,
+                         save_model, say, seed_samples, share, summed, together, update, weighted, write_line)
+from evaluate import count, evaluate_policy, load_everything, record_of
+from generate import load_policy, micro_batches, pair_logps, roll_out, sequence_logps
+from reward import label_by_reward
+from toy import SFT_MODEL, TOY_DEFAULTS
 
 # --- the losses ---------------------------------------------------------------------------------------------
 
 
 def implicit_reward(policy_logps, reference_logps, lengths, beta, loss_type):
-    """r(x, y), whose difference between chosen and rejected response is the margin u; (B,) -> (B,).
-
-    simpo: β·log π / |y| (arXiv 2405.14734). orpo: the log-odds of the mean log-probability per token
-    (2403.07691). These two need `lengths`, in tokens, and no reference. All others: DPO's
-    β·(log π − log π_ref) (2305.18290, eq. 5).
-    """
+    """r(x, y), (B,), whose difference between chosen and rejected response is the margin u. simpo: β·log π / |y|
+    (arXiv 2405.14734). orpo: the log-odds of the mean log-probability per token (2403.07691). These two need
+    `lengths`, in tokens, and no reference. All others: DPO's β·(log π − log π_ref) (2305.18290, eq. 5)."""
     if loss_type == "simpo":
         return beta * policy_logps / lengths
     if loss_type == "orpo":
@@ -71,11 +68,9 @@ def implicit_reward(policy_logps, reference_logps, lengths, beta, loss_type):
 
 
 def utility(margin, beta, loss_type, target_margin=0.0):
-    """f(u), what a pair of margin u is worth, (B,) -> (B,): minus the loss that the name stands for.
-
-    sigmoid: log σ(u), DPO (arXiv 2305.18290). ipo: −(u/β − 1/(2β))², IPO (2310.12036), log-ratios summed over
-    tokens. hinge: −max(0, 1 − u), SLiC (2305.10425). simpo: log σ(u − target_margin). orpo: log σ(u).
-    """
+    """f(u), (B,), what a pair of margin u is worth: minus the loss that the name stands for. sigmoid: log σ(u), DPO
+    (arXiv 2305.18290). ipo: −(u/β − 1/(2β))², IPO (2310.12036), log-ratios summed over tokens. hinge: −max(0, 1 − u),
+    SLiC (2305.10425). simpo: log σ(u − target_margin). orpo: log σ(u)."""
     if loss_type in ("sigmoid", "orpo"):
         return F.logsigmoid(margin)
     if loss_type == "simpo":
@@ -160,11 +155,8 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
 
 
 def preference_losses(policy, reference, pairs, args, baseline=None):
-    """`sail_loss` of the pairs, and the regularisers that args turns on: (losses (B,), metrics).
-
-    nll: −log π of the data's chosen response, per token. revkl: KL(π_ref ‖ π), the mean over the pair's response
-    tokens. The metrics also get these two, KL(π‖π_ref) and the loss on fresh pairs.
-    """
+    """`sail_loss` of the pairs, and the regularisers that args turns on: (losses (B,), metrics). nll: −log π of the
+    data's chosen response, per token. revkl: KL(π_ref ‖ π), the mean over the pair's response tokens."""
     if args.revkl_coef:
         ours, theirs, revkl = pair_logps(policy, pairs, args.dtype, reference)                     # (2, B)
     else:
@@ -291,18 +283,6 @@ def draw_pairs(examples, step, steps, total, args):
     return sorted(pairs, key=itemgetter("sampled"))                 # for shares with as many of each kind
 
 
-def load_everything(args, device):
-    """(policy, reference, tokenizer, reward, examples, held-out examples, counts), fit for each other."""
-    train, held_out, report = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
-    reward = load_reward(args.reward, device, args.trust_remote_code) if args.reward else None
-    policy, reference, tokenizer = in_turns(lambda: load_models(args, device))
-    lengths = end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length
-    examples, counts = encode(train, tokenizer, *lengths)
-    held_out = encode(held_out[:args.eval_limit], tokenizer, *lengths)[0] if held_out else []
-    counts["dropped"] += sum(report["dropped"].values())
-    return policy, reference, tokenizer, reward, examples, held_out, {**counts, **report["dropped"]}
-
-
 def train(args, device):
     """The whole run: load, loop, save. Raises InputError on bad input, where a reward fails, and after ten
     non-finite steps in a row; what was reached by then is in a checkpoint."""
@@ -316,19 +296,12 @@ def train(args, device):
     run.optimizer, run.scheduler = make_optimizer(run.policy.parameters(), run.steps, args.learning_rate,
                                                   args.optimizer, args.schedule, args.warmup_steps)
     f_zero = utility(torch.zeros(()), args.beta, args.loss_type, args.target_margin).item()
-    run.progress = dict(step=0, skipped=0, in_a_row=0,                 # baseline: the mean utility of past fresh pairs
-                        baseline=f_zero if args.baseline == "running" else 0.0)
-    run.lock = together(lambda: is_first() and claimed(out))
+    progress = dict(step=0, skipped=0, in_a_row=0, baseline=f_zero if args.baseline == "running" else 0.0)
+    run.lock, run.progress = together(lambda: begin(out, args, run.policy, run.optimizer, run.scheduler, progress))
     own = int(run.total * Fraction(str(args.mix)))
     say(f"{args.data}: {len(run.examples)} pairs to train on, {len(run.held_out)} to evaluate on; "
         f"{counted(run.counts)}\n{args.variant}: {run.total - own} offline pairs + {own} on the variant's route = "
         f"{run.total} pairs, {run.steps} steps of {math.ceil(run.total / run.steps)} -> {out}")
-    checkpoint = newest_checkpoint(out) if args.resume else None
-    if checkpoint:
-        run.progress = together(lambda: resume(checkpoint, run.policy, run.optimizer, run.scheduler, args))
-        say(f"continuing after step {run.progress['step']}, from {checkpoint}")
-    else:
-        together(lambda: start(out, args))
     signal.signal(signal.SIGTERM, lambda *_: run.stopped.append(True))
     try:
         loop(run, out, args)
@@ -338,10 +311,9 @@ def train(args, device):
         save_checkpoint(out, run.policy, run.optimizer, run.progress)
         raise InputError(f"{error} (step {run.progress['step']} is saved; --resume continues)") from None
     if run.progress["step"] < run.steps:
-        say(f"stopped by SIGTERM after step {run.progress['step']}, which is saved; --resume continues")
-    else:
-        save_model(run.policy, run.tokenizer, out, lambda: load_policy(args.model, "cpu", args.trust_remote_code)[0])
-        say(f"saved {out}/model")
+        return say(f"stopped by SIGTERM after step {run.progress['step']}, which is saved; --resume continues")
+    save_model(run.policy, run.tokenizer, out, lambda: load_policy(args.model, "cpu", args.trust_remote_code)[0])
+    say(f"saved {out}/model")
 
 
 def loop(run, out, args):
@@ -392,16 +364,13 @@ def parse_args(argv=None):
     parser = Parser(description="Train a language model on preferences: SFT, DPO and SAIL's DP, PP and PR.")
     positive, weight, whole = number(float, 1e-12), number(float, 0), number(int, 1)
     add = parser.add_argument_group("method (mix and coefficients are those of the authors' examples)").add_argument
-    add("--variant", choices=[*VARIANTS], default="pr", help="dp: data's responses, own labels; pp: own responses "
-        "and labels; pr (default): own responses, labels from --reward; dpo; sft; spin")
-    add("--mix", type=number(float, 0, 1), help="share of pairs on the variant's route, the rest is DPO on the data; "
-        "1: fully online (dp 0.4, pp 0.3, pr 0.3, spin 1)")
+    add("--variant", choices=[*VARIANTS], default="pr", help="whose responses, whose labels: see sail.py's VARIANTS")
+    add("--mix", type=number(float, 0, 1), help="share of pairs on the variant's route, the rest is DPO on the data")
     add("--response-coef", type=weight, help="of T2 (pp 0.2, pr 0.3); 0 with pr: online DPO")
     add("--label-coef", type=weight, help="of T3 (dp 0.2, pp 0.2)")
     add("--label", choices=["expected", "sampled"], default="expected", help="sum it out (default), or draw it")
     add("--baseline", choices=["running", "none"], default="running", help="T2's: mean utility of past pairs (default)")
-    add("--preference", choices=["hard", "soft"], default="hard", help="pr's label: 1, or ½ for a tie, by the "
-        "reward's order (default), or σ of the reward difference")
+    add("--preference", choices=["hard", "soft"], default="hard", help="pr's label: 1 (default), or σ(difference)")
     add("--beta", type=positive, default=0.1, help="KL weight (0.1, the authors')")
     add("--loss-type", choices=["sigmoid", "ipo", "hinge", "simpo", "orpo"], default="sigmoid", help="the utility f")
     add("--target-margin", type=weight, default=0.0, help="simpo's m (0)")
@@ -410,8 +379,7 @@ def parse_args(argv=None):
     add("--revkl-coef", type=weight, help="of KL(π_ref‖π) per token, over the whole vocabulary (0; toy pp 0.3)")
     add("--temperature", type=positive, default=1.0, help="of the rollouts; T2 needs 1 (default)")
     add = parser.add_argument_group("models and data").add_argument
-    add("--model", default="toy", help="a Hugging Face directory or hub name, or toy (default): the embedded "
-        "world's SFT model, trained on first use; for sft, its random start")
+    add("--model", default="toy", help="a Hugging Face directory or hub name, or toy (default), made on first use")
     add("--reference", help="the frozen reference (--model as loaded)")
     add("--lora", type=whole, metavar="RANK", help="train a LoRA adapter of this rank (needs peft)")
     add("--reward", help="toy, FILE.py:FUNCTION, or a one-logit classifier's directory or hub name")
@@ -448,24 +416,23 @@ def completed(args, parser):
     args.model = str(SFT_MODEL) if args.model == "toy" and not sft else args.model
     defaults = {**DEFAULTS, **(TOY if toy else {}), **variant, "out": f"{run_directory(args.data)}/{args.variant}",
                 "reference": None if sft else args.model}
-    if toy and args.variant == "pp":
-        defaults["revkl_coef"] = 0.3                # PP alone has no ceiling: experiments/terms_toy.py
     if sft:
         defaults.update(dict(epochs=4.0, learning_rate=1e-3) if toy else dict(learning_rate=2e-5))
+    elif toy and args.variant == "pp":
+        defaults["revkl_coef"] = 0.3                # PP alone has no ceiling: experiments/terms_toy.py
     for name in vars(args):
         if getattr(args, name) is None:
             setattr(args, name, defaults.get(name))
     if args.variant in ("sft", "dpo"):
         args.mix = 0.0                              # they have no route of their own
-    for wrong, message in (
-            (args.temperature != 1 and len(variant["sampled"]) == 2 and args.response_coef,
-             "--temperature: T2 is the score of samples at temperature 1; leave it, or set --response-coef 0"),
-            (args.target_margin and args.loss_type != "simpo", "--target-margin: only --loss-type simpo has one"),
-            (args.lora and args.model == "toy", "--lora: the toy's SFT model has no base to adapt"),
-            (args.variant == "pr" and args.mix > 0 and not args.reward,
-             "--reward: pr needs one to label its samples; toy, FILE.py:FUNCTION or a classifier")):
-        if wrong:
-            parser.error(f"argument {message}")
+    wrong = {"--temperature: T2 is the score of samples at temperature 1; leave it, or set --response-coef 0":
+             args.temperature != 1 and len(variant["sampled"]) == 2 and args.response_coef,
+             "--target-margin: only --loss-type simpo has one": args.target_margin and args.loss_type != "simpo",
+             "--lora: the toy's SFT model has no base to adapt": args.lora and args.model == "toy",
+             "--reward: pr needs one to label its samples; toy, FILE.py:FUNCTION or a classifier":
+             args.variant == "pr" and args.mix > 0 and not args.reward}
+    for message in filter(wrong.get, wrong):
+        parser.error(f"argument {message}")
     return args
 
 
