@@ -6,13 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import byte_tokenizer, tiny_model
 
 import data
 import generate
 import reward
 import sail
+from toy import toy_model
 
 GOOD = {"prompt": "Q", "chosen": "good", "rejected": "bad"}
 
@@ -50,7 +50,7 @@ def test_bad_data_is_named(name, tmp_path, monkeypatch, capsys):
     if content is not None:
         Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert message in fails(data.main, ["data.py", path], monkeypatch, capsys)
-    assert message in fails(lambda: sail.train(sail.parse_args()),
+    assert message in fails(sail.main,
                             ["sail.py", "--variant", "dpo", "--data", path, "--out", str(tmp_path / "out")],
                             monkeypatch, capsys)
     assert not (tmp_path / "out").exists()
@@ -67,7 +67,7 @@ def test_bad_data_is_named(name, tmp_path, monkeypatch, capsys):
     (["--steps", "many"], "invalid int value: 'many'"),
     (["--no-such-flag"], "unrecognized arguments")])
 def test_bad_flags_are_named(argv, message, monkeypatch, capsys):
-    assert message in fails(lambda: sail.train(sail.parse_args()), ["sail.py", *argv], monkeypatch, capsys)
+    assert message in fails(sail.main, ["sail.py", *argv], monkeypatch, capsys)
 
 
 def write(path):
@@ -90,7 +90,7 @@ def test_bad_models_are_named(break_it, message, tmp_path, checkpoint, monkeypat
     path = shutil.copytree(checkpoint, tmp_path / "model")
     break_it(path)
     argv = ["sail.py", "--variant", "dpo", "--model", str(path), "--data", write(tmp_path / "x.jsonl")]
-    assert message in fails(lambda: sail.train(sail.parse_args()), argv, monkeypatch, capsys)
+    assert message in fails(sail.main, argv, monkeypatch, capsys)
 
 
 def byte_tokenizer_without_eos():
@@ -110,7 +110,7 @@ def test_bad_rewards_are_named_and_what_was_written_stays(name, message, tmp_pat
     argv = ["sail.py", "--model", str(checkpoint), "--data", write(tmp_path / "x.jsonl"), "--mix", "0.5",
             "--steps", "2", "--max-prompt-length", "8", "--max-response-length", "8", "--reward",
             name.format(here=tmp_path), "--out", str(tmp_path / "out")]
-    assert message in fails(lambda: sail.train(sail.parse_args()), argv, monkeypatch, capsys)
+    assert message in fails(sail.main, argv, monkeypatch, capsys)
     assert name.startswith("{here}/mine.py:") and "absent" not in name or not (tmp_path / "out").exists()
 
 
@@ -123,10 +123,10 @@ def test_prompts_over_the_limit_a_tokenizer_without_pad_and_one_without_template
     rows = [{"prompt": "long " * 90 + str(i), "chosen": "good", "rejected": f"bad {i}"} for i in range(40)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "mine.py").write_text("def score(p, r): return [float(len(x)) for x in r]\n")
-    sail.train(sail.parse_args([
+    sail.main([
         "--model", str(tmp_path / "model"), "--data", str(tmp_path / "x.jsonl"), "--steps", "2",
         "--reward", f"{tmp_path}/mine.py:score", "--max-prompt-length", "16", "--mix", "0.5",
-        "--max-response-length", "8", "--batch-size", "4", "--out", str(tmp_path / "out")]))
+        "--max-response-length", "8", "--batch-size", "4", "--out", str(tmp_path / "out")])
     last = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
     assert last["truncated_prompts"] > 30 and last["dropped"] == 0 and last["on_policy"] == 0.5
 
@@ -139,11 +139,12 @@ def test_the_companions_complain_in_the_same_way(main, argv, message, monkeypatc
 
 
 @pytest.mark.parametrize("argv", [
-    ["data.py", "toy", "--model", "/no/such/model"],
+    ["data.py", "DATA", "--model", "/no/such/model"],
     ["evaluate.py", "/no/such/model", "--out", "results.json"],
     ["generate.py", "--model", "MODEL", "--limit", "2", "--out", "/proc/no/file"]])
 def test_every_script_gives_one_line_and_status_2(argv, tmp_path, checkpoint):
-    argv = [str(checkpoint) if word == "MODEL" else word for word in argv]
+    names = {"MODEL": str(checkpoint), "DATA": write(tmp_path / "x.jsonl")}
+    argv = [names.get(word, word) for word in argv]
     argv += ["--max-prompt-length", "64", "--max-response-length", "4"]
     finished = subprocess.run([sys.executable, Path(sail.__file__).parent / argv[0], *argv[1:]],
                               capture_output=True, text=True, cwd=tmp_path)
@@ -152,12 +153,12 @@ def test_every_script_gives_one_line_and_status_2(argv, tmp_path, checkpoint):
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sail, "join_processes", lambda shard: (0, 2, torch.device("cpu")))
-    for part in generate.toy_model():
+    monkeypatch.setattr("distributed.world", lambda: 2)
+    for part in toy_model():
         part.save_pretrained(tmp_path / "base")
     argv = ["sail.py", "--variant", "dpo", "--model", str(tmp_path / "base"), "--limit", "3", "--epochs", "1",
             "--batch-size", "2", "--out", str(tmp_path / "out")]
-    assert "too few for 2 process(es)" in fails(lambda: sail.train(sail.parse_args()), argv, monkeypatch,
+    assert "too few for 2 processes" in fails(sail.main, argv, monkeypatch,
                                                 capsys)
 
 

@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 import generate
 from data import InputError, collate, encode
 from generate import end_token_ids, load_policy, prepare, roll_out, sample
-from sail import sequence_logps
+from sail import BOTH, sequence_logps
 
 
 def three_token_model():
@@ -76,8 +76,8 @@ def test_trained_ids_are_generated_ids_also_where_text_does_not_round_trip(monke
         return drawn
 
     monkeypatch.setattr(generate, "draw", watch)
-    pairs = [{"prompt_ids": [12 - i] * (3 - i), "on_policy": (i != 1, i != 1), "chosen_ids": [1],
-              "rejected_ids": [1], "chosen": "", "rejected": "", "weight": 1.0} for i in range(3)]
+    pairs = [{"prompt_ids": [12 - i] * (3 - i), "sampled": BOTH if i != 1 else (), "chosen_ids": [1],
+              "rejected_ids": [1], "chosen": "", "rejected": ""} for i in range(3)]
     torch.manual_seed(0)
     pairs = roll_out(model, tokenizer, pairs, 12)
     assert prompts == [[10], [12, 12, 12]]                             # by length; each keeps its own samples
@@ -133,25 +133,13 @@ def test_a_model_without_a_key_value_cache_is_refused():
         generate.draw(model, [[5]], torch.tensor([1]), 4, 2, 1.0)
 
 
-def test_more_responses_make_all_their_pairs_which_weigh_one_together():
-    model, tokenizer = tiny_model(), byte_tokenizer()
-    fresh = {"prompt_ids": [10, 11], "on_policy": (True, True), "chosen_ids": [1], "rejected_ids": [1],
-             "chosen": "", "rejected": "", "weight": 1.0}
-    torch.manual_seed(0)
-    pairs = roll_out(model, tokenizer, [fresh, {**fresh, "on_policy": (False, False)}], 6, num_responses=4)
-    ids = {id(pair[side]): pair[side] for pair in pairs[:6] for side in ("chosen_ids", "rejected_ids")}
-    assert len(pairs) == 7 and len(ids) == 4 and pairs[6]["chosen_ids"] == [1] and pairs[6]["weight"] == 1.0
-    assert len({(id(pair["chosen_ids"]), id(pair["rejected_ids"])) for pair in pairs[:6]}) == 6
-    assert sum(pair["weight"] for pair in pairs[:6]) == pytest.approx(1.0)
-
-
 def test_a_half_sampled_pair_keeps_the_datas_chosen_response():
     model, tokenizer = tiny_model(), byte_tokenizer()
-    pair = {"prompt_ids": [10, 11], "on_policy": (False, True), "chosen_ids": [7, 1], "rejected_ids": [1],
-            "chosen": "data", "rejected": "", "weight": 1.0}
+    pair = {"prompt_ids": [10, 11], "sampled": ("rejected",), "chosen_ids": [7, 1], "rejected_ids": [1],
+            "chosen": "data", "rejected": ""}
     torch.manual_seed(0)
-    (rolled,) = roll_out(model, tokenizer, [pair], 6, num_responses=4)
-    assert rolled["chosen_ids"] == [7, 1] and rolled["chosen"] == "data" and rolled["weight"] == 1.0
+    (rolled,) = roll_out(model, tokenizer, [pair], 6)
+    assert rolled["chosen_ids"] == [7, 1] and rolled["chosen"] == "data"
     assert rolled["rejected_ids"] != [1] and rolled["unfinished"] in (0, 1)
 
 

@@ -12,16 +12,17 @@ from conftest import tiny_model
 from ranks import batch_gradient, pairs_of
 
 import sail
-from generate import load_policy, toy_model
-from sail import draw_pairs, parse_args, plan, train
+from generate import load_policy
+from sail import draw_pairs, parse_args, plan
+from toy import toy_model
 
 ROOT = Path(sail.__file__).parent
 
 
 def run(base, out, *more):
     """Train on the toy for a few steps; returns metrics.jsonl as rows without their seconds."""
-    train(parse_args(["--model", base, "--steps", "3", "--batch-size", "10", "--limit", "60",
-                      "--out", str(out), "--eval-limit", "4", *more]))
+    sail.main(["--model", base, "--steps", "3", "--batch-size", "10", "--limit", "60",
+                      "--out", str(out), "--eval-limit", "4", *more])
     return [{key: value for key, value in json.loads(line).items() if not key.startswith("seconds")}
             for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
@@ -50,7 +51,7 @@ def test_mix_one_is_epochs_of_the_prompts_on_the_variants_route():
     assert (total, steps) == (50, 5)
     pairs = [pair for step in range(1, 6)
              for pair in draw_pairs([{"id": i} for i in range(25)], step, 5, 50, args)]
-    assert (all(pair["on_policy"] for pair in pairs)
+    assert (all(len(pair["sampled"]) == 2 for pair in pairs)
             and sorted(pair["id"] for pair in pairs[:25]) == list(range(25)))
 
 
@@ -132,13 +133,13 @@ def test_iterative_dpo_fully_online_soft_labels_drawn_labels_and_another_optimiz
     ("--variant dpo --label-smoothing 0.1", math.log(2)), ("--variant spin", math.log(2)),
     ("--variant dpo --loss-type simpo --beta 2 --target-margin 1", None),
     ("--variant dpo --loss-type orpo --nll-coef 10", None), ("--variant pp --revkl-coef 0.5", math.log(2)),
-    ("--variant pr --mix 1 --num-responses 3", math.log(2))])
+    ("--variant pr --mix 1", math.log(2))])
 def test_the_named_special_cases_run(base, tmp_path, flags, first_loss):
     rows = run(base, tmp_path, *flags.split(), "--max-response-length", "8")
     assert all(row["skipped"] == 0 and math.isfinite(row["loss"]) for row in rows)
     if first_loss is not None:
         assert rows[0]["loss"] == pytest.approx(first_loss, abs=1e-4)
-    assert rows[0]["on_policy"] == pytest.approx({"dpo": 0, "pp": 0.3, "pr": 1, "spin": 1}[flags.split()[1]])
+    assert rows[0]["on_policy"] == pytest.approx({"dpo": 0, "pp": 0.3, "pr": 1, "spin": 0}[flags.split()[1]])
     if "revkl" in flags:
         assert rows[0]["revkl"] == pytest.approx(0, abs=1e-5) and rows[2]["revkl"] > 0
 
@@ -202,7 +203,7 @@ def test_the_logged_kl_is_the_mean_log_ratio_of_the_fresh_responses():
     pairs = pairs_of(6, "pr")
     policy, reference = tiny_model(seed=1), tiny_model(seed=2)
     _, metrics = sail.preference_losses(policy, reference, pairs, args, baseline=0.0)
-    fresh = [pair for pair in pairs if all(pair["on_policy"])]
+    fresh = [pair for pair in pairs if len(pair["sampled"]) == 2]
     ours, theirs = sail.pair_logps(policy, fresh), sail.pair_logps(reference, fresh)
     assert metrics["kl"].item() == pytest.approx((ours - theirs).mean().item() * len(fresh) / 6, rel=1e-5)
 
