@@ -1,20 +1,22 @@
 """What a big or a long run needs and no reader of the method: processes, shards, logs, checkpoints.
 
-torchrun starts the processes; each works on its share of a step's pairs. A run is a directory: args.json, logs of
-JSON lines, checkpoints/STEP, model/. What stands there under its own name is whole, as it is written aside and
-renamed. Random states are not saved, since each step's are made of seed, step and rank; nor is the position in the
-data, which follows from the step.
+torchrun starts the processes; each works on its share of a step's pairs. A run is a directory: args.json,
+logs, checkpoints/STEP, model/. What stands there under its own name is whole: written aside, then renamed.
+Neither random states nor the position in the data are saved: they follow from seed, step and rank.
 """
 import fcntl
+import gc
 import hashlib
 import json
 import math
 import os
 import shutil
+import signal
 import warnings
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -22,7 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from tqdm import tqdm
 
-from data import InputError, first_line
+from data import InputError, first_line, read_json, write_text
 
 # --- processes ----------------------------------------------------------------------------------------------
 
@@ -44,15 +46,16 @@ def joined(shard=False):
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        raise OSError(f"rank {rank()} has lost another process ({first_line(error)[-60:]}); --resume continues from "
-                      "the last checkpoint") from None
+        raise OSError(f"rank {rank()} has lost another process ({first_line(error)[-60:]}); --resume goes on "
+                      "from the last checkpoint") from None
     finally:
+        gc.collect()                                   # DDP and its threads, before their group goes
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def rank():
-    """This process's number, from 0."""
+    """This process's number; 0 speaks and writes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -61,14 +64,9 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def is_first():
-    """Whether this is the process that speaks and writes."""
-    return rank() == 0
-
-
 def say(line):
     """Print a line, once for all processes."""
-    if is_first():
+    if rank() == 0:
         tqdm.write(line)
 
 
@@ -98,13 +96,8 @@ def in_turns(action):
 def share(pairs):
     """This process's share of a step's pairs. Raises InputError where there are fewer than processes."""
     if len(pairs) < world():
-        raise InputError(f"{len(pairs)} pairs a step are too few for {world()} processes; want a larger --batch-size")
+        raise InputError(f"--batch-size: {len(pairs)} pairs a step are too few for {world()} processes")
     return pairs[rank()::world()]
-
-
-def seed_samples(seed, step):
-    """Seed what this process draws in this step."""
-    torch.manual_seed((seed * 2**30 + step) * 2**10 + rank())
 
 
 def summed(totals, device):
@@ -115,6 +108,21 @@ def summed(totals, device):
     values = torch.tensor([float(totals[name]) for name in names], dtype=torch.float64, device=device)
     dist.all_reduce(values)
     return Counter(dict(zip(names, values.tolist())))
+
+
+def stop_signals():
+    """A list that SIGTERM and SIGINT add the run's exit status to; it then ends after its step. A second
+    SIGINT ends it at once."""
+    stopped = []
+
+    def note(number, _):
+        stopped.append(130 if number == signal.SIGINT else 0)
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    return stopped
 
 
 def data_parallel(policy):
@@ -133,21 +141,21 @@ def is_sharded(model):
 
 
 def shard(model, dtype="float32"):
-    """Split the model's parameters over the processes, decoder layer by decoder layer (FSDP2), in place. Each process
-    holds its part in float32; layers are gathered in `dtype` while they compute."""
+    """Split the model's parameters over the processes, decoder layer by decoder layer (FSDP2), in place. Each
+    process holds its part in float32; layers are gathered in `dtype` while they compute."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     bfloat16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     policy = bfloat16 if dtype == "bfloat16" else MixedPrecisionPolicy()
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())):     # the decoder's
+    for layer in max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters())):   # the decoder's
         fully_shard(layer, mp_policy=policy)
     fully_shard(model, mp_policy=policy)
 
 
 @contextmanager
 def gathered(model):
-    """While inside, each process has a whole copy of a sharded model, in its compute dtype, and calls it as often as
-    it likes: no call needs the other processes. For other models, nothing."""
+    """While inside, each process has a whole copy of a sharded model, in its compute dtype, and calls it as
+    often as it likes: no call needs the other processes. For other models, nothing."""
     parts = [module for module in model.modules() if is_sharded(module)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -211,36 +219,60 @@ def run_directory(source):
     return Path("runs", Path(source).stem.replace(":", "-"))
 
 
-def begin(out, args, policy=None, optimizer=None, scheduler=None, progress=None, logs=LOGS):
-    """Begin a run in `out`, or with --resume continue it from its newest checkpoint: (lock, progress). Other runs are
-    kept out for as long as the lock, a file, is open. Raises InputError where there is another run."""
-    lock, checkpoint = None, newest_checkpoint(out)
-    if is_first():
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / "lock", "w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{out} is in use by another run; wait for its end, or give another --out") from None
+def begin(out, args, progress=None, policy=None, optimizer=None, scheduler=None):
+    """Begin a run in `out`, or with --resume continue it from its newest checkpoint: (lock, progress). Others
+    are kept out for as long as the lock, a file, is open. Raises InputError where there is another run."""
+    lock = together(lambda: locked(out) if rank() == 0 else None)       # first: all take part in what follows
+    checkpoint = newest_checkpoint(out)
     if checkpoint and getattr(args, "resume", False):
-        return lock, resume(checkpoint, policy, optimizer, scheduler, args)
-    if checkpoint:
-        raise InputError(f"{out}/checkpoints holds those of an earlier run; --resume continues it, without that "
-                         "directory a new one starts")
-    if is_first():
-        (out / "args.json").write_text(json.dumps(vars(args), indent=1) + "\n", encoding="utf-8")
-        for name in logs:
+        progress = resume(checkpoint, args, progress, policy, optimizer, scheduler)
+    elif rank() == 0:
+        if (checkpoint or (out / "model").exists()) and not args.overwrite:
+            raise InputError(f"{out} holds an earlier run; --overwrite replaces it, "
+                             + "--resume continues it, " * bool(checkpoint) + "another --out keeps it")
+        for name in ("model", "adapter", "checkpoints", "tensorboard"):
+            shutil.rmtree(out / name, ignore_errors=True)
+        for name in LOGS:
             (out / f"{name}.jsonl").write_text("")
+    if rank() == 0:
+        write_text(out / "args.json", json.dumps(vars(args), indent=1) + "\n")
+        if getattr(args, "tensorboard", False):
+            events(out)
     return lock, progress
 
 
+def locked(out):
+    """The open lock of a run's directory, which is made. Raises InputError where another run holds it."""
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{out} is in use by another run; wait, or give another --out") from None
+    return lock
+
+
+@lru_cache
+def events(out):
+    """The writer of TensorBoard's event files of a run."""
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(out / "tensorboard")
+
+
 def write_line(out, name, row):
-    """Append a row to out/name.jsonl; what is not a finite number is written as null."""
-    if is_first():
-        row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
-               for key, value in row.items()}
-        with open(out / f"{name}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Append a row to out/name.jsonl, and its numbers to the event files where there are any; what is not a
+    finite number is written as null."""
+    if rank() != 0:
+        return
+    row = {key: None if isinstance(value, float) and not math.isfinite(value) else value
+           for key, value in row.items()}
+    with open(out / f"{name}.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    if name != "samples" and (out / "tensorboard").is_dir():
+        for key, value in row.items():
+            if isinstance(value, (int, float)):
+                events(out).add_scalar(f"{name}/{key}", value, row["step"])
+        events(out).flush()
 
 
 def log(out, record, steps, log_every=10):
@@ -252,12 +284,15 @@ def log(out, record, steps, log_every=10):
 
 
 def shown(value, low, high):
-    """A figure as text, with half the width of its interval."""
-    return f"{value:.3f} ± {(high - low) / 2:.3f}"
+    """A figure as text: ± half its interval, or by the interval's ends where these are unlike far from it."""
+    half = (high - low) / 2
+    if abs(low + half - value) > 0.1 * half:
+        return f"{value:.3f} [{low:.2f}, {high:.2f}]"
+    return f"{value:.3f} ± {half:.3f}"
 
 
 def log_figures(out, step, figures):
-    """Append figures, {name: (value, low, high)}, to eval.jsonl; print a line, value ± half the interval."""
+    """Append figures, {name: (value, low, high)}, to eval.jsonl, and print them in a line."""
     row = {"step": step}
     for name, (value, *interval) in figures.items():
         row.update({name: value, f"{name}_interval": interval if math.isfinite(interval[0]) else None})
@@ -280,7 +315,7 @@ def newest_checkpoint(out):
 
 
 def state_of(policy, optimizer):
-    """What a checkpoint holds, by name: the parameters that are trained, and the optimizer's state of each."""
+    """What a checkpoint holds, by name: the trained parameters, and the optimizer's state of each."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
     options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
     weights, state = get_state_dict(policy, optimizer, options=options)
@@ -289,14 +324,13 @@ def state_of(policy, optimizer):
 
 
 def save_checkpoint(out, policy, optimizer, progress):
-    """Write checkpoints/STEP, aside and renamed; keep the last two. All processes take part. Raises InputError
-    where it cannot be written."""
+    """Write checkpoints/STEP, all processes together; keep the last two. Raises InputError where it fails."""
     import torch.distributed.checkpoint as dcp                         # here, since it takes a second
     path = out / "checkpoints" / str(progress["step"])
     aside = path.with_name(path.name + ".writing")
     if path.exists():
         return
-    if is_first():
+    if rank() == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     together()                                                         # the directory is there
@@ -308,42 +342,49 @@ def save_checkpoint(out, policy, optimizer, progress):
         shutil.rmtree(aside, ignore_errors=True)
         reason = first_line(next(iter(error.failures.values()))[0])
         raise InputError(f"{path} cannot be written ({reason}); earlier checkpoints are untouched") from None
-    if is_first():
+    if rank() == 0:
         logs = {name: (out / f"{name}.jsonl").stat().st_size for name in LOGS}
-        with open(aside / "progress.json", "w", encoding="utf-8") as file:
-            file.write(json.dumps({**progress, "logs": logs}, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        write_text(aside / "progress.json", json.dumps({**progress, "logs": logs}, indent=1) + "\n")
         aside.rename(path)
         for old in sorted(path.parent.glob("*[0-9]"), key=lambda other: int(other.name))[:-2]:
             shutil.rmtree(old)
     together()                                                         # it is whole
 
 
-def resume(path, policy, optimizer, scheduler, args):
+def resume(path, args, fresh, policy, optimizer, scheduler):
     """Continue from the checkpoint `path`: weights, optimizer, scheduler and logs as they were; returns the
-    progress. Raises InputError where the data or other arguments than `may_change` are others."""
+    progress. Raises InputError where the data, or arguments other than `may_change`, are others, or where a
+    run of another length would have come to this step with another learning rate or other pairs."""
     import torch.distributed.checkpoint as dcp
-    out = path.parents[1]
-    before = json.loads((out / "args.json").read_text(encoding="utf-8"))
+    out, progress = path.parents[1], read_json(path / "progress.json")
+    before, step, logs = read_json(out / "args.json"), progress["step"], progress.pop("logs")
     for name, value in vars(args).items():
         if name not in args.may_change and before.get(name) != value:
             what = "the data have" if name == "data_sha256" else f"--{name.replace('_', '-')} has"
-            raise InputError(f"--resume: {what} changed since {path} was written, from {before.get(name)} to {value}; "
-                             "go back to that, or start afresh with another --out")
+            raise InputError(f"--resume: {what} changed since {path} was written, from {before.get(name)} to "
+                             f"{value}; go back to that, or start afresh with another --out")
+    if progress["steps"] != fresh["steps"] and args.schedule != "constant":
+        raise InputError(f"--resume: a {args.schedule} schedule of {fresh['steps']} steps has other rates "
+                         f"than one of {progress['steps']}; keep the length, or take another --out")
+    seen, would_have = (run["total"] * step // run["steps"] for run in (progress, fresh))
+    if step > fresh["steps"] or seen != would_have:
+        raise InputError(f"--resume: a run of {fresh['steps']} steps would not have seen these pairs by step "
+                         f"{step}; keep the length, or take another --out (--steps may grow)")
+    for name, size in logs.items():
+        if (out / f"{name}.jsonl").stat().st_size < size:
+            raise InputError(f"{out}/{name}.jsonl has lost lines since {path} was written; start afresh")
     try:
         with warnings.catch_warnings(action="ignore"):                 # into the tensors of policy, optimizer
             dcp.load(state_of(policy, optimizer), no_dist=not dist.is_initialized(),
                      storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except (dcp.CheckpointException, RuntimeError) as error:
-        raise InputError(f"{path} cannot be read ({first_line(error)}); remove it to use an earlier one") from None
-    progress = json.loads((path / "progress.json").read_text(encoding="utf-8"))
-    scheduler.last_epoch = progress["step"] - progress["skipped"] - 1
-    scheduler.step()
-    for name, size in progress.pop("logs").items() if is_first() else ():
+        raise InputError(f"{path} cannot be read ({first_line(error)}); remove it, and --resume") from None
+    for name, size in logs.items() if rank() == 0 else ():
         os.truncate(out / f"{name}.jsonl", size)
-    say(f"continuing after step {progress['step']}, from {path}")
-    return progress
+    scheduler.last_epoch = step - progress["skipped"] - 1
+    scheduler.step()
+    say(f"continuing after step {step}, from {path}")
+    return {**progress, "total": fresh["total"], "steps": fresh["steps"]}
 
 
 def save_model(policy, tokenizer, out, load_base):
@@ -353,16 +394,19 @@ def save_model(policy, tokenizer, out, load_base):
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()
     state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    names = {name for name, _ in (*policy.named_parameters(), *policy.named_buffers())}     # of tied ones, one
+    names = {name for name, _ in (*policy.named_parameters(), *policy.named_buffers())}    # of tied ones, one
     state = {name: value for name, value in state.items() if name in names}
-    if is_first():
+    if rank() == 0:
         with warnings.catch_warnings(action="ignore", category=FutureWarning):  # of transformers' own names
             if hasattr(policy, "peft_config"):
                 from peft import PeftModel, get_peft_model_state_dict
+                adapter = {f"base_model.model.{name}": value           # the names that PeftModel reads
+                           for name, value in get_peft_model_state_dict(policy, state).items()}
                 replace(out / "adapter", lambda aside: (
                     policy.peft_config["default"].save_pretrained(aside),
-                    save_file(get_peft_model_state_dict(policy, state), aside / "adapter_model.safetensors")))
-                policy, state = PeftModel.from_pretrained(load_base(), out / "adapter").merge_and_unload(), None
+                    save_file(adapter, aside / "adapter_model.safetensors")))
+                policy = PeftModel.from_pretrained(load_base()[0], out / "adapter").merge_and_unload()
+                state = None
             replace(out / "model", lambda aside: (policy.save_pretrained(aside, state_dict=state),
                                                   tokenizer.save_pretrained(aside)))
     together()                                                         # no process leaves before it is there

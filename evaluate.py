@@ -2,12 +2,11 @@
 
     python evaluate.py runs/toy/*                        # runs of sail.py: their own data, reward, lengths
     python evaluate.py MODEL … --data D --reward R       # any checkpoints
-    python evaluate.py MODEL --against FILE …            # win rates against responses of generate.py's
     python evaluate.py --compare runs/toy/*              # what finished runs have measured: table and picture
 
 On held-out pairs: DPO loss, margin and accuracy against the reference. On responses sampled to their prompts,
 at temperature 1 as in training: reward, length, unfinished, KL(π‖π_ref), and the win rate against the data's
-chosen responses or another model's, a tie counting ½, raw and length-controlled.
+chosen responses, a tie counting ½, raw and length-controlled.
 """
 import json
 import math
@@ -16,15 +15,17 @@ from argparse import Namespace
 from collections import Counter, defaultdict
 from itertools import cycle
 from pathlib import Path
+from statistics import mean
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import InputError, Parser, command_line, encode, end_token_ids, number, read_rows
-from distributed import in_turns, shown
+from data import (InputError, Parser, command_line, encode, end_token_ids, number, read_json, read_rows,
+                  seeded, write_text)
+from distributed import gathered, in_turns, is_sharded, log_figures, rank, shown, write_line
 from generate import load_models, load_policy, micro_batches, pair_logps, response_text, sample
-from reward import TEMPLATES, bootstrap, load_judge, load_reward, mean, prefers_chosen, verdicts_of
+from reward import bootstrap, load_reward, mean_of, prefers_chosen, share_of
 from toy import TOY_DEFAULTS, train_and_held_out
 
 # --- figures, each as (value, low, high) --------------------------------------------------------------------
@@ -33,12 +34,11 @@ from toy import TOY_DEFAULTS, train_and_held_out
 def length_controlled(verdicts, lengths):
     """The win rate that is left at equal lengths, (R, n) × 2 -> (R,), as in AlpacaEval 2 (arXiv 2404.04475).
 
-    verdicts: 1, ½ or 0. lengths: how much longer the response is than its opponent, within ±1. P(win) = σ(quality +
-    bias · length) is fitted by Newton's method; the rate is σ(quality), or the raw one where no length differs. A
-    trace of ridge keeps both finite, and weighs a thousand times more on quality: what the two explain equally
-    well, as when all wins are longer, counts as length. (AlpacaEval's term for the instruction's difficulty needs
-    many models.)
-    """
+    verdicts: 1, ½ or 0. lengths: how much longer the response is than its opponent, within ±1. P(win) =
+    σ(quality + bias · length) is fitted by Newton's method; the rate is σ(quality), or the raw one where no
+    length differs. A trace of ridge keeps both finite, and weighs a thousand times more on quality: what the
+    two explain equally well, as when all wins are longer, counts as length. (AlpacaEval's term for the
+    instruction's difficulty needs many models.)"""
     inputs = torch.stack([torch.ones_like(lengths), lengths], -1)                             # (R, n, 2)
     ridge, weights = torch.tensor([0.1, 1e-4], dtype=verdicts.dtype), verdicts.new_zeros(len(verdicts), 2)
     for _ in range(100):
@@ -58,14 +58,10 @@ def scaled_lengths(ours, theirs):
     return torch.tanh(difference / difference.square().mean().sqrt().clamp(min=1e-9))
 
 
-def win_figures(verdicts, ours, theirs):
-    """What Verdicts on the texts `ours` against `theirs` come to: the win rate, raw and length-controlled, and, of
-    a model's verdicts, the shares of flipped and of unparsable ones."""
-    wins = [verdict.win for verdict in verdicts]
-    notes = {name: [getattr(verdict, name) for verdict in verdicts] for name in ("flipped", "unparsable")}
-    return {"win_rate": bootstrap(mean, wins),
-            "lc_win_rate": bootstrap(length_controlled, wins, scaled_lengths(ours, theirs)),
-            **{name: bootstrap(mean, values) for name, values in notes.items() if None not in values}}
+def win_figures(wins, ours, theirs):
+    """The rate of wins (1, ½: tie, 0) of the texts `ours` against `theirs`, raw and length-controlled."""
+    lengths = scaled_lengths(ours, theirs)
+    return {"win_rate": share_of(wins), "lc_win_rate": bootstrap(length_controlled, wins, lengths)}
 
 
 def over_seeds(values):
@@ -79,53 +75,70 @@ def over_seeds(values):
 
 
 @torch.no_grad()
-def evaluate_policy(policy, reference, tokenizer, examples, reward, args, judge=None, opponents=None):
+def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
     """Figures of a policy on held-out examples: ({name: (value, low, high)}, samples).
 
-    reference, reward: None leaves out what they measure. judge: None lets the reward judge. opponents: a text
-    for each example (the chosen ones). args: beta, dtype, max_response_length, and the seed of the samples.
-    KL is estimated from the samples, log π(y) − log π_ref(y) summed over y's tokens, in nats per response.
-    """
-    torch.manual_seed(args.seed)
+    reference, reward: None leaves out what they measure; so do examples without responses. args: beta, dtype,
+    max_response_length, and the seed of the samples. KL is estimated from the samples, as log π(y) − log
+    π_ref(y) summed over y's tokens, in nats per response; the reward decides on wins over the chosen
+    responses."""
+    torch.manual_seed(seeded("held-out samples", args.seed))
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         responses, finished = sample(policy, tokenizer, [example["prompt_ids"] for example in examples],
                                      args.max_response_length)
-    samples = [{"prompt": example["prompt"], "response": response_text(tokenizer, ids)}
-               for example, (ids,) in zip(examples, responses)]
-    prompts, texts = ([row[key] for row in samples] for key in ("prompt", "response"))
-    columns = {}
-    opponents = opponents or [response_text(tokenizer, example["chosen_ids"]) for example in examples]
+    prompts = [example["prompt"] for example in examples]
+    texts, columns = [response_text(tokenizer, ids) for ids, in responses], {}
     if reference is not None:
-        columns = {"loss": [], "margin": [], "accuracy": [], "kl": []}
-        drawn = [{**example, "sample_ids": ids} for example, (ids,) in zip(examples, responses)]
+        names = "loss margin accuracy kl" if examples[0]["rejected"] else "kl"
+        columns = {name: [] for name in names.split()}
+        drawn = [{**example, "sample_ids": ids, "chosen_ids": example["chosen_ids"] or ids}    # for its size
+                 for example, (ids,) in zip(examples, responses)]
         for batch in tqdm(micro_batches(drawn, policy, 32), "scoring", leave=False,
                           disable=None if len(drawn) > 256 else True):
-            both = batch + [{**pair, "chosen_ids": pair["sample_ids"], "rejected_ids": pair["sample_ids"]}
-                            for pair in batch]
+            own = [dict(row, chosen_ids=row["sample_ids"], rejected_ids=row["sample_ids"]) for row in batch]
+            both = own + batch * ("loss" in columns)
             ratio = pair_logps(policy, both, args.dtype) - pair_logps(reference, both, args.dtype)
-            margin = args.beta * (ratio[0] - ratio[1])[:len(batch)]
-            columns["loss"] += (-F.logsigmoid(margin)).tolist()
-            columns["margin"] += margin.tolist()
-            columns["accuracy"] += prefers_chosen(margin).tolist()
-            columns["kl"] += ratio[0, len(batch):].tolist()
+            margin = args.beta * (ratio[0] - ratio[1])[len(batch):]
+            for name, values in dict(kl=ratio[0, :len(batch)], loss=-F.logsigmoid(margin), margin=margin,
+                                     accuracy=prefers_chosen(margin)).items():
+                columns.get(name, []).extend(values.tolist())
     if reward is not None:
         columns["reward"] = reward(prompts, texts)
-        for row, score in zip(samples, columns["reward"]):
-            row["reward"] = score
+        if "kl" in columns:                                 # what alignment maximises
+            columns["J"] = [score - args.beta * kl for score, kl in zip(columns["reward"], columns["kl"])]
     columns["length"] = [float(len(ids)) for ids, in responses]
     columns["unfinished"] = [float(not done) for done, in finished]
-    figures = {name: bootstrap(mean, values) for name, values in columns.items()}
-    if judge is not None:
-        figures.update(win_figures(judge(prompts, texts, opponents), texts, opponents))
-    elif reward is not None:
-        verdicts = verdicts_of(columns["reward"], reward(prompts, opponents))
-        figures.update(win_figures(verdicts, texts, opponents))
+    figures = {name: (share_of if name in ("accuracy", "unfinished") else mean_of)(values)
+               for name, values in columns.items()}
+    samples = [{"prompt": prompt, "response": text} for prompt, text in zip(prompts, texts)]
+    for row, score in zip(samples, columns.get("reward", [])):
+        row["reward"] = score
+    if reward is not None and examples[0]["chosen"]:
+        opponents = [response_text(tokenizer, example["chosen_ids"]) for example in examples]
+        lead = torch.tensor(columns["reward"]) - torch.tensor(reward(prompts, opponents))
+        figures.update(win_figures(prefers_chosen(lead).tolist(), texts, opponents))
     return figures, samples
+
+
+def evaluate_run(run, out, step, args):
+    """Evaluate the policy of a run in training, and log it. Only a sharded one needs all processes."""
+    if not run.held_out or not (rank() == 0 or is_sharded(run.policy)):
+        return
+    run.policy.eval()
+    with gathered(run.policy):
+        figures, samples = evaluate_policy(run.policy, run.reference, run.tokenizer, run.held_out,
+                                           run.reward if rank() == 0 else None, args)
+    log_figures(out, step, figures)
+    for row in samples[:8]:
+        write_line(out, "samples", {"step": step, **row})
 
 
 def load_everything(args, device):
     """(policy, reference, tokenizer, reward, examples, held-out examples, counts), fit for each other."""
     train, held_out, report = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
+    if any(train[0][side] is None for side in args.needs):
+        raise InputError(f"{args.data}: {report['format']}, without the {' and '.join(args.needs)} responses "
+                         f"that --variant {args.variant} learns from (pp and pr do without at --mix 1)")
     reward = load_reward(args.reward, device, args.trust_remote_code) if args.reward else None
     policy, reference, tokenizer = in_turns(lambda: load_models(args, device))
     lengths = end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length
@@ -163,14 +176,15 @@ def record_of(step, totals, args, **rest):
         "tokens": round(totals["tokens"]), **rest}
 
 
-COLUMNS = ("reward", "win_rate", "lc_win_rate", "kl", "length", "unfinished", "loss", "margin", "accuracy",
-           "flipped", "unparsable")
+COLUMNS = {"reward": "reward", "kl": "KL", "J": "J", "gap": "J* − J", "win_rate": "win rate",
+           "lc_win_rate": "LC win rate", "length": "length"}                 # of the tables
 
 
 def print_table(results, runs=None):
     """The results, {model: {name: figure}}, as a markdown table; runs: how many of each model there are."""
     names = [name for name in COLUMNS if any(name in figures for figures in results.values())]
-    print(f"| | {'runs | ' if runs else ''}{' | '.join(names)} |\n|---|{'---|' * (len(names) + bool(runs))}")
+    heads = ["", *["runs"] * bool(runs), *map(COLUMNS.get, names)]
+    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
     for model, figures in results.items():
         cells = [str(runs[model])] if runs else []
         cells += [shown(*figures[name]) if name in figures else "" for name in names]
@@ -178,11 +192,13 @@ def print_table(results, runs=None):
 
 
 def write_figures(results, path):
-    """{model: {name: [value, low, high]}} as JSON; what is not a finite number is null."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps({model: {name: [number if math.isfinite(number) else None for number in figure]
-                                              for name, figure in figures.items()}
-                                      for model, figures in results.items()}, indent=1) + "\n", encoding="utf-8")
+    """{model: {name: {value, low, high}}} as JSON; what is not a finite number is null."""
+    def finite(number):
+        return number if math.isfinite(number) else None
+
+    write_text(path, json.dumps({model: {name: dict(zip(("value", "low", "high"), map(finite, figure)))
+                                         for name, figure in figures.items()}
+                                 for model, figures in results.items()}, indent=1) + "\n")
 
 
 # --- models of the command line -----------------------------------------------------------------------------
@@ -193,31 +209,18 @@ DEFAULTS = dict(data="toy", eval_data=None, prefer="better", reward=None, refere
 
 def find_run(path, options):
     """(name, model directory or name, settings) of a run of sail.py, or of a checkpoint with the default
-    settings; the command line's options come first."""
+    settings; the command line's options come first. What runs code comes from there alone: a run may be
+    somebody else's."""
     path, saved = Path(path), {}
     if (path / "args.json").is_file() and (path / "model").is_dir():
-        saved = json.loads((path / "args.json").read_text(encoding="utf-8"))
+        saved = {key: value for key, value in read_json(path / "args.json").items() if key in DEFAULTS}
     given = {key: value for key, value in vars(options).items() if value is not None}
-    toy = TOY_DEFAULTS if {**DEFAULTS, **saved, **given}["data"] == "toy" else {}
-    saved = {key: saved[key] for key in DEFAULTS if key in saved}
-    return (path.name or str(path), str(path / "model") if saved else str(path),
-            Namespace(**{**DEFAULTS, **toy, **saved, **given}))
-
-
-def opponents_of(examples, path):
-    """The response to each example's prompt in a file of generate.py's, in turn where the prompt comes more than
-    once. Raises InputError where one is missing."""
-    texts = defaultdict(list)
-    for row in read_rows(path):
-        texts[json.dumps(row.get("prompt"))].append(row.get("response"))
-    places, opponents = Counter(), []
-    for key in (json.dumps(example["prompt"]) for example in examples):
-        if not texts[key] or not isinstance(texts[key][0], str):
-            raise InputError(f"--against {path}: no response to the prompt {key[:60]}; want the file that "
-                             "generate.py writes for the same data")
-        opponents.append(texts[key][places[key] % len(texts[key])])
-        places[key] += 1
-    return opponents
+    args = {**DEFAULTS, **saved, "trust_remote_code": False, **given}
+    if ".py:" in (args["reward"] or "") and "reward" not in given:
+        raise InputError(f"{path}: its reward, {args['reward']}, is code; it runs where --reward names it")
+    toy = TOY_DEFAULTS if args["data"] == "toy" and not saved else {}
+    model = path / "model" if saved else path
+    return path.name or str(path), str(model), Namespace(**{**args, **toy, **given})
 
 
 def evaluate_models(options):
@@ -235,26 +238,21 @@ def evaluate_models(options):
     if not held_out:
         raise InputError(f"{args.data}: no pair is held out; name some with --eval-data")
     reward = load_reward(args.reward, device, args.trust_remote_code) if args.reward else None
-    if bool(options.judge) != bool(options.judge_model):
-        raise InputError("--judge: want a URL, http://HOST/v1, together with --judge-model NAME, or neither")
-    judge = options.judge and load_judge(options.judge, options.judge_model, options.judge_template,
-                                         options.verdicts)
     reference, reference_tokenizer = load_policy(reference_name, device, args.trust_remote_code)
     print(f"{len(held_out)} held-out pairs of {args.eval_data or args.data}, reference {reference_name}, "
-          f"reward {args.reward}; wins over {options.against or 'the chosen responses'}, judged by "
-          f"{options.judge_model or args.reward}; ± half the 95 % interval over prompts\n")
+          f"reward {args.reward}, which also decides on wins over the chosen responses; 95 % intervals over "
+          "prompts, as ± half or as [low, high]\n")
     results = {}
     for name, model, _ in runs:
         policy, tokenizer = load_policy(model, device, args.trust_remote_code, lengths)
         if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
             raise InputError(f"{model} has another vocabulary than the reference {reference_name}")
         examples, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths)
-        opponents = opponents_of(examples, options.against) if options.against else None
-        results[name], _ = evaluate_policy(policy, reference, tokenizer, examples, reward, args, judge,
-                                           opponents)
+        results[name], _ = evaluate_policy(policy, reference, tokenizer, examples, reward, args)
     print_table(results)
-    write_figures(results, options.out)
-    print(f"\nfigures in {options.out}")
+    out = options.out or Path(options.models[0] if Path(model).is_dir() else "runs/x").parent / "results.json"
+    write_figures(results, out)
+    print(f"\nfigures in {out}")
 
 
 # --- finished runs side by side: a table and a picture ------------------------------------------------------
@@ -265,10 +263,10 @@ def read_runs(paths):
     runs = {}
     for path in map(Path, paths):
         file = path / "eval.jsonl"
-        if (path / "model").is_dir() and file.is_file() and file.stat().st_size:
-            runs[path] = read_rows(file)
+        if (path / "model").is_dir() and file.is_file() and (rows := read_rows(file)):
+            runs[path] = rows
     if not runs:
-        raise InputError("--compare: no finished run with held-out figures among the arguments, as in runs/toy/*")
+        raise InputError("--compare: no finished run with held-out figures among the arguments")
     return runs
 
 
@@ -282,93 +280,134 @@ def figure_of(name, rows):
     return over_seeds([row[name] for row in rows])
 
 
-def compare(paths, out):
-    """Print finished runs as one markdown table; write its figures to `out` and a picture beside it."""
+def frontier(rewards, temperatures):
+    """The best that any policy can do, from the rewards of samples of the reference, (P prompts, n samples):
+    for each temperature t the policy π_t ∝ π_ref·exp(r/t), which has the highest reward of all policies of
+    its KL.
+
+    The samples are weighted by exp(r/t), self-normalised importance sampling. Rows: kl in nats per response;
+    reward; best, J* at β = t, the highest reward − t·KL, which is t·log E_ref exp(r/t); error, half the 95 %
+    interval of `best` and of the curve's height at that KL; effective, the samples of a prompt that the
+    weights leave, (Σw)²/Σw². A row whose poorest prompt has fewer than 30 is left out."""
+    rewards, rows = torch.as_tensor(rewards, dtype=torch.float64), []
+    prompts, n = rewards.shape
+    for t in temperatures:
+        weights = (rewards / t).softmax(-1)                                                         # (P, n)
+        effective = 1 / weights.square().sum(-1)                                                    # (P,)
+        if effective.min() >= 30:
+            reward = (weights * rewards).sum(-1).mean().item()
+            best = t * ((rewards / t).logsumexp(-1) - math.log(n)).mean().item()
+            error = 1.96 * t * (1 / effective - 1 / n).sum().sqrt().item() / prompts
+            rows.append({"temperature": t, "kl": (reward - best) / t, "reward": reward, "best": best,
+                         "error": error, "effective": effective.min().item()})
+    return rows
+
+
+@torch.no_grad()
+def best_possible(options):
+    """(the row of J*, all rows) of `frontier`, from --frontier samples of the reference to each held-out
+    prompt of the first run that has a reference and a reward; None for J* where the samples are too few."""
+    runs = [find_run(path, options)[2] for path in options.models]
+    args = next((run for run in runs if run.reference and run.reward), None)
+    if args is None:
+        raise InputError("--frontier: no run has a reference and a reward")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    reference, tokenizer = load_policy(args.reference, device, args.trust_remote_code)
+    reward = load_reward(args.reward, device, args.trust_remote_code)
+    held_out = train_and_held_out(args.data, args.eval_data, None, args.prefer)[1][:args.eval_limit]
+    lengths = end_token_ids(tokenizer, reference), args.max_prompt_length, args.max_response_length
+    examples = {str(each["prompt"]): each for each in encode(held_out, tokenizer, *lengths)[0]}.values()
+    torch.manual_seed(seeded("frontier", args.seed))
+    drawn, _ = sample(reference, tokenizer, [each["prompt_ids"] for each in examples],
+                      args.max_response_length, options.frontier, batch_size=1)
+    scores = [reward([each["prompt"]] * len(group), [response_text(tokenizer, ids) for ids in group])
+              for each, group in zip(examples, drawn)]
+    rows = frontier(scores, [args.beta * 1.15 ** power for power in range(-12, 40)])
+    return next((row for row in rows if row["temperature"] == args.beta), None), rows
+
+
+def compare(paths, out=None, best=None, curve=()):
+    """Print finished runs as one markdown table; write its figures to `out`, and a picture beside it. best,
+    curve: of `best_possible`; J is then also set against J*."""
     found, variants, results = read_runs(paths), defaultdict(list), {}
-    for path in found:                                     # names that differ in their ending -sN alone are seeds
+    out = Path(out or next(iter(found)).parent / "results.json")
+    for path in found:                                     # names that differ in -sN alone are seeds
         variants[re.sub(r"-s\d+$", "", str(path))].append(found[path])
     parts = 1 if len({Path(variant).name for variant in variants}) == len(variants) else 2
     groups = {"/".join(Path(variant).parts[-parts:]): runs for variant, runs in variants.items()}
     for name, runs in groups.items():
         figures = {column: figure_of(column, [rows[-1] for rows in runs]) for column in COLUMNS}
         results[name] = {column: figure for column, figure in figures.items() if figure}
-    print_table(results, {name: len(runs) for name, runs in groups.items()})
+        if best and "J" in results[name]:
+            value, low, high = results[name]["J"]
+            results[name]["gap"] = best["best"] - value, best["best"] - high, best["best"] - low
+    seeds = {name: len(runs) for name, runs in groups.items()}
+    print_table(results, seeds if len(found) > len(groups) else None)
     write_figures(results, out)
-    plot(groups, results, Path(out).with_suffix(".png"))
-    print("\n± half the 95 % interval: over seeds (t) where there are several, else over prompts "
-          f"(bootstrap)\nfigures in {out}, picture in {Path(out).with_suffix('.png')}")
+    plot(groups, results, curve, out.with_suffix(".png"))
+    print("\n95 % intervals, as ± half or as [low, high]: over seeds (t) where there are several, else over "
+          f"prompts. J: reward − β·KL\nfigures in {out}, picture in {out.with_suffix('.png')}")
+    if best:
+        print(f"the best at β {best['temperature']:g}: J* {best['best']:.3f} ± {best['error']:.3f}, reward"
+              f" {best['reward']:.2f} at KL {best['kl']:.2f} (effective sample size {best['effective']:.0f})")
 
 
-COLOURS = ["#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#7F7F7F"]  # Okabe and Ito's
+COLOURS = "#000000 #0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #7F7F7F".split()      # Okabe and Ito's
 
 
-def plot(groups, results, path):
-    """Reward against KL and the held-out reward over training, as a PNG. On the left a small point is one
-    evaluation of one run, a line the mean over runs."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise InputError("the picture needs matplotlib: pip install matplotlib") from None
-    figure = Figure(figsize=(10, 5), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+def plot(groups, results, curve, path):
+    """Held-out reward against KL, as a PNG. A large point is a run's end, or the mean over seeds; a line
+    leads there through evaluations; a small point is one evaluation of one run."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for (name, runs), colour in zip(groups.items(), cycle(COLOURS)):
-        last = results[name]
-        if "reward" not in last:
+        if "reward" not in results[name]:
             continue
-        reward, kl = last["reward"], last.get("kl", (0.0, 0.0, 0.0))        # SFT's reference is itself
+        reward, kl = results[name]["reward"], results[name].get("kl", (0.0, 0.0, 0.0))       # SFT has none
         errors = [[[abs(end - value)] for end in ends] for value, *ends in (reward, kl)]
-        left.errorbar(kl[0], reward[0], *errors, color=colour, marker="o", capsize=3)
-        left.annotate(name, (kl[0], reward[0]), (6, 4), textcoords="offset points", color=colour)
-        if "kl" not in last:
-            continue
-        steps = sorted(set.intersection(*({row["step"] for row in rows} for rows in runs)))
-        at = [[row for rows in runs for row in rows if row["step"] == step] for step in steps]
-        curve, low, high = zip(*[figure_of("reward", rows) for rows in at])
-        for rows in at:
-            left.scatter([row["kl"] for row in rows], [row["reward"] for row in rows], s=8, color=colour, alpha=0.4)
-        left.plot([figure_of("kl", rows)[0] for rows in at], curve, color=colour)
-        right.plot(steps, curve, color=colour)
-        right.fill_between(steps, low, high, color=colour, alpha=0.15, linewidth=0)
-        right.annotate(name, (steps[-1], curve[-1]), (6, -4), textcoords="offset points", color=colour)
-    left.set_xscale("symlog", linthresh=1)
-    left.set(xlabel="KL(π‖π_ref), nats per response", ylabel="held-out reward", title="reward against KL")
-    right.set(xlabel="optimizer step", title="during training")
-    for axes in (left, right):
-        axes.margins(x=0.15)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        axes.errorbar(kl[0], reward[0], *errors, color=colour, marker="o", capsize=3)
+        axes.annotate(name, (kl[0], reward[0]), (6, 4), textcoords="offset points", color=colour)
+        points = [(row["step"], row["kl"], row["reward"]) for rows in runs for row in rows
+                  if row.get("kl") is not None and row.get("reward") is not None]
+        axes.scatter(*([point[axis] for point in points] for axis in (1, 2)), s=8, color=colour, alpha=0.4)
+        steps = sorted({step for step, *_ in points})
+        at = [[point for point in points if point[0] == step] for step in steps]
+        at = [same for same in at if len(same) == len(runs)]                  # the steps that all runs have
+        axes.plot(*([mean(point[axis] for point in same) for same in at] for axis in (1, 2)), color=colour)
+    axes.set(xlabel="KL(π‖π_ref), nats per response", ylabel="held-out reward")
+    axes.margins(x=0.15)
+    if curve:
+        line = sorted((row["kl"], row["reward"]) for row in curve if row["kl"] < 1.5 * axes.get_xlim()[1])
+        axes.plot(*zip(*line), color="black", linestyle="--", linewidth=1, scalex=False)
+        middle = min(line, key=lambda point: abs(point[0] - axes.get_xlim()[1] / 3))
+        axes.annotate("best possible", middle, (-6, 4), textcoords="offset points", ha="right")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130, format="png")
 
 
 def main():
     """`python evaluate.py RUN …`."""
-    parser = Parser(description="Evaluate runs of sail.py, or any checkpoints, side by side on held-out data.")
-    parser.add_argument("models", nargs="*", metavar="RUN", help="a run's or a checkpoint's directory, or a name")
-    parser.add_argument("--compare", action="store_true", help="only read what finished runs have measured, into one "
-                        "table and one picture")
-    parser.add_argument("--out", default="results.json", help="the figures as JSON: [value, low, high]; --compare puts "
-                        "its picture beside it")
-    parser.shared("--data", "--eval-data", "--prefer", "--max-prompt-length", "--max-response-length", "--seed",
-                  "--trust-remote-code")
+    parser = Parser(description="Evaluate runs of sail.py, or any checkpoints, side by side.")
+    add = parser.add_argument
+    add("models", nargs="*", metavar="RUN", help="a run's or a checkpoint's directory, or a hub name")
+    add("--compare", action="store_true", help="only read what finished runs have measured, and draw it")
+    add("--out", help="the figures as JSON, --compare's picture beside it (results.json beside the RUNs)")
+    parser.shared("--data", "--eval-data", "--prefer", "--max-prompt-length", "--max-response-length",
+                  "--seed", "--trust-remote-code")
     parser.set_defaults(data=None, prefer=None, trust_remote_code=None)              # then the run's
-    add = parser.add_argument_group("what to evaluate on, by default as the run").add_argument
+    add("--frontier", type=number(int, 100), metavar="N",
+        help="with --compare: the best possible, from N samples of the reference to each held-out prompt")
     add("--eval-limit", type=number(int, 1), default=256, help="held-out pairs (256)")
     add("--reward", help="as in sail.py")
-    add("--reference", help="for KL, loss and margin (that of the first run that has one, else the first model)")
-    add("--beta", type=number(float, 1e-9))
-    add("--dtype", choices=["float32", "bfloat16"])
-    add = parser.add_argument_group("win rates").add_argument
-    add("--against", metavar="FILE", help="responses of generate.py to win against (the data's chosen ones)")
-    add("--judge", metavar="URL", help="who says which response is better: the model at an OpenAI-compatible "
-        "http://HOST/v1, with the key in OPENAI_API_KEY (--reward)")
-    add("--judge-model", metavar="NAME", help="the model at that URL")
-    add("--judge-template", choices=TEMPLATES, default="helpful", help="which response is more helpful, or safer")
-    add("--verdicts", metavar="FILE", default="verdicts.jsonl", help="its answers; none is asked for twice "
-        "(verdicts.jsonl)")
+    add("--reference", help="for KL, loss and margin (the first run's that has one, else the first model)")
+    add("--beta", type=number(float, 1e-9), help="as in sail.py")
+    add("--dtype", choices=["float32", "bfloat16"], help="as in sail.py")
     args = parser.parse_args()
     args.models = [path for path in args.models if not Path(path).is_file()]     # runs/toy/* has results.json
     if args.compare:
-        compare(args.models, args.out)
+        compare(args.models, args.out, *best_possible(args) if args.frontier else ())
     else:
         evaluate_models(args)
 

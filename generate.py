@@ -13,12 +13,13 @@ import inspect
 import math
 from pathlib import Path
 
+from data import (BadRow, InputError, Parser, collate, command_line, end_token_ids, first_line,  # isort: skip
+                  load_tokenizer, number, prompt_tokens, render, seeded, write_rows)
+
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
-from data import (BadRow, InputError, Parser, collate, command_line, end_token_ids, first_line, load_tokenizer,
-                  number, prompt_tokens, render, write_rows)
 from distributed import gathered, shard
 from toy import SFT_MODEL, pairs_of, toy_model
 
@@ -26,28 +27,27 @@ from toy import SFT_MODEL, pairs_of, toy_model
 
 
 def load_policy(name, device="cpu", trust_remote_code=False, lengths=(0, 0)):
-    """(model, tokenizer): a causal language model with float32 weights and no dropout, of a Hugging Face
-    directory (without the network) or hub name; `toy` is the toy world's SFT model. Ids that the tokenizer
-    cannot produce (padded vocabularies) get no probability, in sampling and in scoring alike. Raises
-    InputError where there is nothing to load, or too few positions for prompt and response of these
-    `lengths`."""
+    """(model, tokenizer): a causal language model in float32 without dropout, of a directory (without the
+    network) or hub name; `toy` is the toy's SFT model. Ids that the tokenizer cannot produce get no
+    probability, in sampling and scoring alike. Raises InputError where there is nothing to load, or too few
+    positions for `lengths`."""
     from transformers import AutoModelForCausalLM
     name = str(SFT_MODEL) if name == "toy" else name
     if name == str(SFT_MODEL) and not SFT_MODEL.is_dir():
         raise InputError(f"toy: no SFT model in {name} yet; `python sail.py --variant sft` trains it")
     tokenizer = load_tokenizer(name, trust_remote_code)
     model = load_weights(AutoModelForCausalLM, name, trust_remote_code, dtype=torch.float32).float()
+    prepare(model, tokenizer, name)
     positions = getattr(model.config, "max_position_embeddings", None) or math.inf
     if sum(lengths) > positions:
         raise InputError(f"{name} takes {positions} tokens, --max-prompt-length {lengths[0]} and "
                          f"--max-response-length {lengths[1]} make more; lower them")
-    return prepare(model, tokenizer, name).to(device), tokenizer
+    return model.to(device), tokenizer
 
 
 def load_weights(auto_class, name, trust_remote_code=False, may_lack=frozenset(), **options):
-    """auto_class.from_pretrained(name), without the network for a local directory. Raises InputError where
-    there is no such model, or where weights are missing, but for those that it `may_lack`: transformers would
-    make them up."""
+    """auto_class.from_pretrained(name), offline for a directory. Raises InputError where there is no such
+    model, or where weights are missing, but for those that it `may_lack`: transformers would make them up."""
     from safetensors import SafetensorError
     from transformers.utils import logging
     logging.set_verbosity_error()                   # its report of missing weights is told below, in one line
@@ -63,33 +63,48 @@ def load_weights(auto_class, name, trust_remote_code=False, may_lack=frozenset()
         raise InputError(f"{name}: no model for {kind} to load ({first_line(error)})") from None
     lacking = loading["missing_keys"] - may_lack
     if lacking:
-        raise InputError(f"{name}: as a model for {kind} it lacks the weights {', '.join(sorted(lacking)[:3])}; "
+        raise InputError(f"{name}: as a model for {kind} it lacks weights, {', '.join(sorted(lacking)[:3])}; "
                          "want a trained one")
     return model
 
 
 def prepare(model, tokenizer, name="model"):
     """Switch dropout off for good, mask the ids beyond the tokenizer's, allow packed rows where the model can
-    take them; returns the model."""
+    take them; returns the model. Raises InputError where it cannot be sampled from and scored alike."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for attribute, value in vars(module).items():
             if "drop" in attribute and isinstance(value, float):     # for torch.nn.functional.dropout
                 setattr(module, attribute, 0.0)
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise InputError(f"{name}: {type(model).__name__} takes no logits_to_keep, which scoring needs")
-    allow_packing(model)                                 # before ids are masked: it compares logits
     known, head = max(tokenizer.get_vocab().values()) + 1, model.get_output_embeddings()
-    if head.weight.shape[0] < known:
-        raise InputError(f"{name}: the tokenizer has {known} ids, the model only {head.weight.shape[0]}; "
-                         "wrong tokenizer?")
-    if head.weight.shape[0] > known:
-        def mask_unknown(_, __, logits):
-            return logits.index_fill(-1, torch.arange(known, logits.shape[-1], device=logits.device),
-                                     torch.finfo(logits.dtype).min)
-        head.register_forward_hook(mask_unknown)
+    rows = head.weight.shape[0]
+    if rows < known:
+        raise InputError(f"{name}: the tokenizer has {known} ids, the model only {rows}; wrong tokenizer?")
+    try:
+        allow_packing(model)                             # before ids are masked: it compares logits
+        if rows > known:
+            head.register_forward_hook(lambda _, __, logits: logits.index_fill(
+                -1, torch.arange(known, rows, device=logits.device), torch.finfo(logits.dtype).min))
+        off = distance(model)
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
+        raise InputError(f"{name}: {type(model).__name__} lacks logits_to_keep, position_ids, or the usual "
+                         f"cache, which scoring and sampling need ({first_line(error)})") from None
+    if not off < 1e-3:
+        raise InputError(f"{name}: {type(model).__name__} samples from another distribution than it scores: "
+                         f"logits differ by {off:.1g} of the largest")
     return model
+
+
+@torch.no_grad()
+def distance(model):
+    """How far, as a share of the largest logit, a token that `draw` takes for the likeliest is from being it
+    where responses are scored: 0, or rounding."""
+    prompts, none = [[0, 1, 1], [1]], torch.tensor([], dtype=torch.long, device=model.device)
+    responses = draw(model, prompts, none, 3, 1, 0.0)
+    logits = response_logits(model, *collate(prompts, responses, model.device))                     # (N, V)
+    drawn = logits[torch.arange(len(logits)), sum(responses, [])]
+    return ((logits.amax(-1) - drawn).max() / drawn.abs().max()).item()
 
 
 def load_models(args, device):
@@ -124,14 +139,11 @@ def load_models(args, device):
 
 def add_adapter(policy, rank, seed=0):
     """Make a fresh LoRA adapter (arXiv 2106.09685) all that is trained: of this rank, with alpha 2·rank, on
-    every linear layer but the output layer. Raises InputError without peft."""
-    try:
-        import peft
-    except ImportError:
-        raise InputError("--lora needs peft: pip install peft") from None
+    every linear layer but the output layer."""
+    import peft
     device = policy.device
     policy.requires_grad_(False)
-    torch.manual_seed(seed)
+    torch.manual_seed(seeded("adapter", seed))
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM",
                              base_model_name_or_path=policy.name_or_path)
     peft.inject_adapter_in_model(config, policy)
@@ -139,8 +151,9 @@ def add_adapter(policy, rank, seed=0):
 
 
 class AdapterReference:
-    """The reference of a policy that trains an adapter, to be called like a model: the policy with its adapter
-    scaled by 0. Nothing is copied, and which parameters are trained is untouched, also when a call fails."""
+    """The reference of a policy that trains an adapter, to be called like a model: the policy with its
+    adapter scaled by 0. Nothing is copied, and which parameters are trained is untouched, also when a call
+    fails."""
 
     def __init__(self, policy):
         self.module, self.parameters = policy, policy.parameters
@@ -164,8 +177,7 @@ def sequence_logps(model, input_ids, attention_mask, response_mask, reference=No
     input_ids, attention_mask, response_mask: (B, T), padded on either side; response_mask is 1 on the
     response's tokens, its end token included. With `reference`, a model that is held fixed: (3, B), log π,
     log π_ref and RevKL, Σ_tokens KL(π_ref(·|context) ‖ π(·|context)), exact over the vocabulary (arXiv
-    2606.31524).
-    """
+    2606.31524)."""
     scored = response_mask[:, 1:].bool()                               # (B, T−1): place t predicts token t+1
     tokens, rows = input_ids[:, 1:][scored], scored.nonzero()[:, 0]    # (N,)
     batch = input_ids, attention_mask, response_mask
@@ -207,7 +219,7 @@ def pair_logps(model, pairs, dtype="float32", reference=None):
     return sums[..., torch.tensor(places, device=device)]
 
 
-LOGITS = 2**26                            # of a forward, positions × vocabulary: 256 MB, several times
+LOGITS = 2**25                            # of a forward, positions × vocabulary: 128 MB, several times
 
 
 def micro_batches(pairs, model, size=None):
@@ -215,7 +227,7 @@ def micro_batches(pairs, model, size=None):
     vocabulary, micros, room = model.config.get_text_config().vocab_size, [], 0
     for pair in pairs:
         logits = (len(pair["chosen_ids"]) + len(pair["rejected_ids"])) * vocabulary
-        if logits > room or len(micros[-1]) == size:
+        if not micros or logits > room or len(micros[-1]) == size:
             micros.append([])
             room = LOGITS
         micros[-1].append(pair)
@@ -231,8 +243,7 @@ def pack(input_ids, attention_mask, response_mask):
 
     inputs: input_ids and position_ids (1, N), and `packing`, for attention to lay the rows out again in
     grids, like lengths together: the token of each place in the grids, the grids' shapes, the place of each
-    token. places: (B, T), where in the one row a token stands (padding: anywhere).
-    """
+    token. places: (B, T), where in the one row a token stands (padding: anywhere)."""
     real, positions = attention_mask.bool(), (attention_mask.cumsum(-1) - 1).clamp(min=0)          # (B, T)
     prompt = real & (response_mask.cumsum(-1) == 0)
     seen = {}                                                          # prompt -> the first row that has it
@@ -312,8 +323,7 @@ def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, t
 
     Returns (responses, finished), with a list of num_responses entries per prompt: the generated ids, up to
     and with the first end token; whether there is one, as a response that reaches max_response_length gets
-    none. Raises InputError for a model without a key-value cache.
-    """
+    none. Raises InputError for a model without a key-value cache."""
     end_ids = torch.tensor(sorted(end_token_ids(tokenizer, model)), device=model.device)
     by_length = sorted(range(len(prompt_ids)), key=lambda place: len(prompt_ids[place]))
     responses = [None] * len(prompt_ids)
@@ -345,7 +355,7 @@ def draw(model, prompt_ids, end_ids, max_response_length, num_responses, tempera
 
     logits = next_logits(tokens, positions)
     if cache.get_seq_length() != tokens.shape[1]:
-        raise InputError(f"{type(model).__name__} keeps no key-value cache of its prompt; want one that does")
+        raise ValueError("it keeps no cache of its prompt")            # `prepare` has tried each model once
     cache.batch_repeat_interleave(num_responses)
     logits, mask, positions = (each.repeat_interleave(num_responses, 0)
                                for each in (logits, mask, positions[:, -1:]))
@@ -355,6 +365,8 @@ def draw(model, prompt_ids, end_ids, max_response_length, num_responses, tempera
         cumulative = (logits / max(temperature, 1e-30)).softmax(-1).cumsum(-1, dtype=torch.float64)
         tokens = torch.searchsorted(cumulative, cumulative[:, -1:] * torch.rand(
             len(going), 1, dtype=torch.float64, device=mask.device), right=True)                    # (B, 1)
+        if not cumulative[:, -1].isfinite().all():
+            raise InputError("the policy's logits are not finite; try a lower --learning-rate")
         for response, token in zip(going, tokens[:, 0].tolist()):
             response.append(token)
         going_on = (~torch.isin(tokens[:, 0], end_ids)).nonzero()[:, 0]
@@ -368,15 +380,16 @@ def draw(model, prompt_ids, end_ids, max_response_length, num_responses, tempera
         logits = next_logits(tokens, positions)
 
 
-def roll_out(policy, tokenizer, pairs, max_response_length, temperature=1.0, dtype="float32"):
+def roll_out(policy, tokenizer, pairs, args):
     """The pairs, with fresh samples of the policy in the place of the responses that they call `sampled`, as
     ids and text; `unfinished` counts the cut ones. Two equal samples stay a pair: without such pairs the
     expectation would be another one."""
     fresh = [pair for pair in pairs if pair["sampled"]]
     sides = fresh[0]["sampled"] if fresh else ()
-    with gathered(policy), torch.autocast(policy.device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
-        samples = zip(*sample(policy, tokenizer, [pair["prompt_ids"] for pair in fresh], max_response_length,
-                              len(sides), temperature))
+    bfloat16 = args.dtype == "bfloat16"
+    with gathered(policy), torch.autocast(policy.device.type, torch.bfloat16, enabled=bfloat16):
+        samples = zip(*sample(policy, tokenizer, [pair["prompt_ids"] for pair in fresh],
+                              args.max_response_length, len(sides)))
     rolled_out = []
     for pair in pairs:
         if pair["sampled"]:
@@ -395,42 +408,41 @@ def response_text(tokenizer, ids):
 
 # --- the command line ---------------------------------------------------------------------------------------
 
-def answer(model, tokenizer, prompts, temperatures, args):
-    """A response to each prompt, at its temperature: (texts, lengths in tokens, whether they finished). Raises
-    InputError for a prompt that cannot be asked."""
-    prompt_ids, rows = [], [None] * len(prompts)
+def answer(model, tokenizer, prompts, temperature, args):
+    """A response to each prompt: [(text, length in tokens, whether it finished)]. Raises InputError for a
+    prompt that cannot be asked."""
+    prompt_ids = []
     for nth, prompt in enumerate(prompts, 1):
         try:
             head = render(prompt, "answer", tokenizer)[0]
             prompt_ids.append(prompt_tokens(head, tokenizer, args.max_prompt_length)[0])
         except BadRow as reason:
             raise InputError(f"prompt {nth}: {reason}") from None
-    for temperature in sorted(set(temperatures)):
-        places = [place for place, own in enumerate(temperatures) if own == temperature]
-        responses, finished = sample(model, tokenizer, [prompt_ids[place] for place in places],
-                                     args.max_response_length, 1, temperature, args.batch_size)
-        for place, (ids,), (done,) in zip(places, responses, finished):
-            rows[place] = response_text(tokenizer, ids), len(ids), done
-    return list(zip(*rows))
+    responses, finished = sample(model, tokenizer, prompt_ids, args.max_response_length, 1, temperature,
+                                 args.batch_size)
+    return [(response_text(tokenizer, ids), len(ids), done) for (ids,), (done,) in zip(responses, finished)]
 
 
 def main():
     """`python generate.py --model M --data D --out FILE`."""
     parser = Parser(description="Sample a response to each prompt of a data set.")
-    parser.add_argument("--model", default="toy", help="a Hugging Face directory or name, or toy (default)")
-    parser.add_argument("--out", default="responses.jsonl", help="JSON lines: prompt, response, tokens, finished")
-    parser.add_argument("--temperature", type=number(float, 0), default=1.0, help="0: the likeliest token each time (1)")
-    parser.add_argument("--batch-size", type=number(int, 1), default=64, help="prompts generated together (64)")
-    parser.shared("--data", "--limit", "--max-prompt-length", "--max-response-length", "--seed", "--trust-remote-code")
+    add = parser.add_argument
+    add("--model", default="toy", help="a Hugging Face directory or name, or toy (default)")
+    add("--out", default="responses.jsonl", help="JSON lines: prompt, response, tokens, finished")
+    add("--temperature", type=number(float, 0), default=1.0, help="0: the likeliest token each time (1)")
+    add("--batch-size", type=number(int, 1), default=64, help="prompts generated together (64)")
+    parser.shared("--data", "--limit", "--max-prompt-length", "--max-response-length", "--seed",
+                  "--trust-remote-code")
     parser.set_defaults(data="toy:test", max_prompt_length=512, max_response_length=128)
     args = parser.parse_args()
     prompts = [pair["prompt"] for pair in pairs_of(args.data, args.limit)[0]]
     model, tokenizer = load_policy(args.model, "cuda" if torch.cuda.is_available() else "cpu",
                                    args.trust_remote_code, (args.max_prompt_length, args.max_response_length))
-    torch.manual_seed(args.seed)
-    columns = prompts, *answer(model, tokenizer, prompts, [args.temperature] * len(prompts), args)
-    write_rows(args.out, [dict(zip(("prompt", "response", "tokens", "finished"), row)) for row in zip(*columns)])
-    print(f"{len(prompts)} responses in {args.out}, {sum(columns[-1])} of them finished")
+    torch.manual_seed(seeded("answers", args.seed))
+    answers = answer(model, tokenizer, prompts, args.temperature, args)
+    write_rows(args.out, [dict(prompt=prompt, response=text, tokens=tokens, finished=done)
+                          for prompt, (text, tokens, done) in zip(prompts, answers)])
+    print(f"{len(prompts)} responses in {args.out}, {sum(done for *_, done in answers)} of them finished")
 
 
 if __name__ == "__main__":

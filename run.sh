@@ -8,7 +8,7 @@ here=$(cd "$(dirname "$0")" && pwd)
 run() { echo "+ $*"; "$@"; }
 
 # Let glibc keep freed memory for the next step rather than return it to the kernel and pay for every page
-# anew: tests/bench.py times steps on a CPU without this ("as-is") and with it ("kept").
+# anew: experiments/bench.py times steps on a CPU without this ("as-is") and with it ("kept").
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=268435456
 
 # The packages: those of $PYTHON where it has them all, else .venv beside this file, made on first use.
@@ -38,6 +38,12 @@ done
 train=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "${NPROC:-1}" "$here/sail.py")     # torchrun
 for variant in sft dpo dp pp pr; do
     if [ $variant = dpo ]; then set -- "$@" --model "runs/$name/sft/model"; fi         # the last --model counts
-    run "${train[@]}" --variant $variant "$@" --out "runs/$name/$variant"
+    case " $* " in *" --overwrite "* | *" --resume "*) again=yes ;; *) again= ;; esac
+    if [ -d "runs/$name/$variant/model" ] && [ -z "$again" ]; then
+        echo "# runs/$name/$variant is there already; --overwrite trains it anew"
+    else
+        run "${train[@]}" --variant $variant "$@" --out "runs/$name/$variant"
+    fi
 done
-run "$PYTHON" "$here/evaluate.py" --compare "runs/$name/"{sft,dpo,dp,pp,pr} --out "runs/$name/results.json"
+best=(); if [ "$name" = toy ]; then best=(--frontier 2000); fi                # the best that any policy can do
+run "$PYTHON" "$here/evaluate.py" --compare "runs/$name/"{sft,dpo,dp,pp,pr} --out "runs/$name/results.json" ${best[@]+"${best[@]}"}

@@ -30,7 +30,6 @@ What differs from the paper's text, on purpose:
 Shapes: B pairs, T tokens of prompt and response with padding.
 """
 import math
-import signal
 import time
 from collections import Counter
 from fractions import Fraction
@@ -39,26 +38,28 @@ from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
+from data import SIDES, InputError, Parser, collate, command_line, counted, number, seeded     # isort: skip
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import InputError, Parser, collate, command_line, counted, number
-from distributed import (begin, data_parallel, fingerprint, gathered, is_first, is_sharded, joined, log,
-                         log_figures, make_optimizer, run_directory, save_checkpoint,
-                         save_model, say, seed_samples, share, summed, together, update, weighted, write_line)
-from evaluate import count, evaluate_policy, load_everything, record_of
+from distributed import (begin, data_parallel, fingerprint, joined, log, make_optimizer, rank,
+                         run_directory, save_checkpoint, save_model, say, share, stop_signals, summed,
+                         together, update, weighted)
+from evaluate import count, evaluate_run, load_everything, record_of
 from generate import load_policy, micro_batches, pair_logps, roll_out, sequence_logps
-from reward import label_by_reward
-from toy import SFT_MODEL, TOY_DEFAULTS
+from reward import draw_toy_pairs, label_by_reward
+from toy import SFT_MODEL, TOY_DEFAULTS, TOY_PAIRS, TOY_SFT, pairs_of
 
 # --- the losses ---------------------------------------------------------------------------------------------
 
 
 def implicit_reward(policy_logps, reference_logps, lengths, beta, loss_type):
-    """r(x, y), (B,), whose difference between chosen and rejected response is the margin u. simpo: β·log π / |y|
-    (arXiv 2405.14734). orpo: the log-odds of the mean log-probability per token (2403.07691). These two need
-    `lengths`, in tokens, and no reference. All others: DPO's β·(log π − log π_ref) (2305.18290, eq. 5)."""
+    """r(x, y), (B,), whose difference between chosen and rejected response is the margin u. simpo: β·log π /
+    |y| (arXiv 2405.14734). orpo: the log-odds of the mean log-probability per token (2403.07691). These two
+    need `lengths`, in tokens, and no reference. All others: DPO's β·(log π − log π_ref) (2305.18290, eq.
+    5)."""
     if loss_type == "simpo":
         return beta * policy_logps / lengths
     if loss_type == "orpo":
@@ -68,9 +69,9 @@ def implicit_reward(policy_logps, reference_logps, lengths, beta, loss_type):
 
 
 def utility(margin, beta, loss_type, target_margin=0.0):
-    """f(u), (B,), what a pair of margin u is worth: minus the loss that the name stands for. sigmoid: log σ(u), DPO
-    (arXiv 2305.18290). ipo: −(u/β − 1/(2β))², IPO (2310.12036), log-ratios summed over tokens. hinge: −max(0, 1 − u),
-    SLiC (2305.10425). simpo: log σ(u − target_margin). orpo: log σ(u)."""
+    """f(u), (B,), what a pair of margin u is worth: minus the loss that the name stands for. sigmoid: log
+    σ(u), DPO (arXiv 2305.18290). ipo: −(u/β − 1/(2β))², IPO (2310.12036), log-ratios summed over tokens.
+    hinge: −max(0, 1 − u), SLiC (2305.10425). simpo: log σ(u − target_margin). orpo: log σ(u)."""
     if loss_type in ("sigmoid", "orpo"):
         return F.logsigmoid(margin)
     if loss_type == "simpo":
@@ -92,7 +93,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
 
 def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
               preference=None, on_policy=None, self_labelled=None, *,
-              beta=0.1, response_coef=1.0, label_coef=1.0, loss_type="sigmoid", baseline=None,
+              beta=0.1, response_coef=0.3, label_coef=0.2, loss_type="sigmoid", baseline=None,
               label_draws=None, chosen_lengths=None, rejected_lengths=None, target_margin=0.0):
     """SAIL's loss for every variant and utility (arXiv 2406.15567): a pair is where its responses and its
     label come from.
@@ -107,10 +108,11 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
     label_draws    (B,)  uniform in [0, 1): the label is drawn with them, as in the paper; None: summed out
     *_lengths      (B,)  the responses' tokens, for simpo and orpo; target_margin: simpo's m
 
-    With both coefficients 1 the gradient's expectation is ∇J exactly; 0 switches a term off. Returns (losses,
-    metrics): losses (B,), whose value is minus the pair's utility and whose gradient is −(T1 +
-    response_coef·T2 + label_coef·T3); metrics, detached means over the pairs. margin and accuracy are in
-    the label's sense; label_reversed: the share of pairs, self-labelled, where T3 has turned a label round.
+    With both coefficients 1 the gradient's expectation is ∇J exactly; 0 switches a term off. The defaults are
+    the authors': at 1, T2 seeks pairs that are easy to tell apart more than good ones, T3 seeks certainty.
+    Returns (losses, metrics): losses (B,), whose value is minus the pair's utility and whose gradient is
+    −(T1 + response_coef·T2 + label_coef·T3); metrics, detached means over the pairs. margin and accuracy
+    follow the label; label_reversed is the share of pairs, self-labelled, where T3 pushes against a label.
     """
     margin = (                                                        # u (B,)
         implicit_reward(policy_chosen_logps, reference_chosen_logps, chosen_lengths, beta, loss_type)
@@ -155,8 +157,9 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
 
 
 def preference_losses(policy, reference, pairs, args, baseline=None):
-    """`sail_loss` of the pairs, and the regularisers that args turns on: (losses (B,), metrics). nll: −log π of the
-    data's chosen response, per token. revkl: KL(π_ref ‖ π), the mean over the pair's response tokens."""
+    """`sail_loss` of the pairs, and the regularisers that args turns on: (losses (B,), metrics). nll: −log π
+    of the data's chosen response, per token. revkl: KL(π_ref ‖ π), the mean over the pair's response
+    tokens."""
     if args.revkl_coef:
         ours, theirs, revkl = pair_logps(policy, pairs, args.dtype, reference)                     # (2, B)
     else:
@@ -197,8 +200,8 @@ def sft_losses(policy, pairs, args):
 
 
 def accumulate_gradients(model, losses_of, micros, scale):
-    """Back-propagate scale·Σ weight·losses over the micro-batches, [(pairs, weight)]. Returns the metrics' sums
-    over the pairs that have a weight."""
+    """Back-propagate scale·Σ weight·losses of micro-batches [(pairs, weight)]; metrics' sums, where
+    weighed."""
     totals = Counter()
     for nth, (pairs, weight) in enumerate(micros, 1):
         model.require_backward_grad_sync = nth == len(micros)          # DDP: once, with the last
@@ -215,19 +218,19 @@ def training_step(run, pairs, args):
     started = time.perf_counter()
     # 1. roll out: the policy's own responses in the place of the data's
     run.policy.eval()
-    pairs = roll_out(run.policy, run.tokenizer, pairs, args.max_response_length, args.temperature, args.dtype)
+    drawn = together(lambda: roll_out(run.policy, run.tokenizer, pairs, args))
     rolled_out = time.perf_counter()
     # 2. label them by the reward; where the policy labels, sail_loss does it
     if args.variant == "pr":
-        together(lambda: label_by_reward(pairs, run.reward, args.preference))
+        together(lambda: label_by_reward(drawn, run.reward, args.preference))
     labelled = time.perf_counter()
     # 3. log-probabilities, loss, gradient of the mean over the pairs (of SFT's loss, over their tokens)
     run.policy.train(args.gradient_checkpointing)                      # works in train mode only; no dropout
     losses_of = partial(sft_losses, run.model, args=args) if args.variant == "sft" else partial(
         preference_losses, run.model, run.reference, args=args, baseline=run.progress["baseline"])
-    totals = summed(count(pairs, args.variant), run.device)
+    totals = summed(count(drawn, args.variant), run.device)
     over = totals["chosen_tokens" if args.variant == "sft" else "pairs"]
-    micros = weighted(micro_batches(pairs, run.policy, args.micro_batch_size), run.policy)
+    micros = weighted(micro_batches(drawn, run.policy, args.micro_batch_size), run.policy)
     totals.update(summed(accumulate_gradients(run.model, losses_of, micros, 1 / over), run.device))
     # 4. step, unless the loss or the gradient is not finite; move the baseline on
     grad_norm, learning_rate, finite = update(run.policy, run.optimizer, run.scheduler, args.max_grad_norm,
@@ -242,14 +245,13 @@ def training_step(run, pairs, args):
 
 # --- the run: which pairs, how many steps, what is logged ---------------------------------------------------
 
-BOTH = ("chosen", "rejected")
 VARIANTS = {  # which responses are sampled, whether the policy labels; the settings of the authors' examples
     "sft": dict(sampled=(), self_labelled=False, mix=0.0, response_coef=0.0, label_coef=0.0),
     "dpo": dict(sampled=(), self_labelled=False, mix=0.0, response_coef=0.0, label_coef=0.0),
     "dp": dict(sampled=(), self_labelled=True, mix=0.4, response_coef=0.0, label_coef=0.2),
-    "pp": dict(sampled=BOTH, self_labelled=True, mix=0.3, response_coef=0.2, label_coef=0.2),
-    "pr": dict(sampled=BOTH, self_labelled=False, mix=0.3, response_coef=0.3, label_coef=0.0),
-    "spin": dict(sampled=BOTH[1:], self_labelled=False, mix=1.0, response_coef=0.0, label_coef=0.0)}
+    "pp": dict(sampled=SIDES, self_labelled=True, mix=0.3, response_coef=0.2, label_coef=0.2),
+    "pr": dict(sampled=SIDES, self_labelled=False, mix=0.3, response_coef=0.3, label_coef=0.0),
+    "spin": dict(sampled=SIDES[1:], self_labelled=False, mix=1.0, response_coef=0.0, label_coef=0.0)}
 
 
 def plan(n_pairs, args):
@@ -264,14 +266,14 @@ def plan(n_pairs, args):
 @lru_cache(maxsize=4)
 def order_of(n_pairs, seed, route, epoch):
     """The order in which an epoch visits the pairs; the variant's own are shuffled apart."""
-    generator = torch.Generator().manual_seed((seed * 2 + route) * 2**20 + epoch)
+    generator = torch.Generator().manual_seed(seeded("order", seed, route, epoch))
     return torch.randperm(n_pairs, generator=generator).tolist()
 
 
 def draw_pairs(examples, step, steps, total, args):
-    """The pairs of one step, over all processes, flagged with their route. Steps differ by one pair at most."""
+    """The pairs of one step, of all processes, flagged with their route; steps differ by one pair at most."""
     mix, variant = Fraction(str(args.mix)), VARIANTS[args.variant]
-    generator = torch.Generator().manual_seed(args.seed * 2**30 + step)
+    generator = torch.Generator().manual_seed(seeded("label draws", args.seed, step))
     pairs = []
     for k in range(total * (step - 1) // steps, total * step // steps):
         route = int((k + 1) * mix) - int(k * mix)                   # 1 for `mix` of the pairs, evenly spread
@@ -286,23 +288,26 @@ def draw_pairs(examples, step, steps, total, args):
 def train(args, device):
     """The whole run: load, loop, save. Raises InputError on bad input, where a reward fails, and after ten
     non-finite steps in a row; what was reached by then is in a checkpoint."""
-    run, out = SimpleNamespace(device=device, stopped=[]), Path(args.out)
+    run, out = SimpleNamespace(device=device), Path(args.out)
     (run.policy, run.reference, run.tokenizer, run.reward, run.examples, run.held_out,
      run.counts) = load_everything(args, device)
-    run.total, run.steps = plan(len(run.examples), args)
-    share(range(run.total // max(run.steps, 1)))                       # complains where it is too little
+    total, steps = plan(len(run.examples), args)
+    share(range(total // max(steps, 1)))                               # complains where it is too little
     args.data_sha256 = fingerprint([*run.examples, *run.held_out])
-    run.model = data_parallel(run.policy)
-    run.optimizer, run.scheduler = make_optimizer(run.policy.parameters(), run.steps, args.learning_rate,
-                                                  args.optimizer, args.schedule, args.warmup_steps)
+    run.model, parameters = data_parallel(run.policy), list(run.policy.parameters())
+    run.optimizer, run.scheduler = make_optimizer(parameters, steps, args.learning_rate, args.optimizer,
+                                                  args.schedule, args.warmup_steps)
     f_zero = utility(torch.zeros(()), args.beta, args.loss_type, args.target_margin).item()
-    progress = dict(step=0, skipped=0, in_a_row=0, baseline=f_zero if args.baseline == "running" else 0.0)
-    run.lock, run.progress = together(lambda: begin(out, args, run.policy, run.optimizer, run.scheduler, progress))
-    own = int(run.total * Fraction(str(args.mix)))
-    say(f"{args.data}: {len(run.examples)} pairs to train on, {len(run.held_out)} to evaluate on; "
-        f"{counted(run.counts)}\n{args.variant}: {run.total - own} offline pairs + {own} on the variant's route = "
-        f"{run.total} pairs, {run.steps} steps of {math.ceil(run.total / run.steps)} -> {out}")
-    signal.signal(signal.SIGTERM, lambda *_: run.stopped.append(True))
+    fresh = dict(step=0, skipped=0, in_a_row=0, total=total, steps=steps,
+                 baseline=f_zero if args.baseline == "running" else 0.0)
+    run.lock, run.progress = together(lambda: begin(out, args, fresh, run.policy, run.optimizer,
+                                                    run.scheduler))
+    own, size = int(total * Fraction(str(args.mix))), sum(p.numel() for p in parameters)
+    say(f"{args.model} on {device}: {sum(p.numel() for p in parameters if p.requires_grad):,} of {size:,} "
+        f"parameters are trained\n{args.data}: {len(run.examples)} pairs to train on, {len(run.held_out)} to "
+        f"evaluate on; {counted(run.counts)}\n{args.variant}: {total - own} offline pairs + {own} on the "
+        f"variant's route = {total} pairs, {steps} steps of {math.ceil(total / steps)} -> {out}")
+    run.stopped = stop_signals()
     try:
         loop(run, out, args)
     except InputError as error:
@@ -310,124 +315,114 @@ def train(args, device):
             raise
         save_checkpoint(out, run.policy, run.optimizer, run.progress)
         raise InputError(f"{error} (step {run.progress['step']} is saved; --resume continues)") from None
-    if run.progress["step"] < run.steps:
-        return say(f"stopped by SIGTERM after step {run.progress['step']}, which is saved; --resume continues")
-    save_model(run.policy, run.tokenizer, out, lambda: load_policy(args.model, "cpu", args.trust_remote_code)[0])
-    say(f"saved {out}/model")
+    if run.progress["step"] < steps:
+        say(f"stopped after step {run.progress['step']}, which is saved; --resume continues")
+        raise SystemExit(max(run.stopped, default=0))
+    load_base = partial(load_policy, args.model, "cpu", args.trust_remote_code)
+    save_model(run.policy, run.tokenizer, out, load_base)
+    say(f"saved {out}/model; `python evaluate.py {out}` samples from it and sets it beside other runs")
 
 
 def loop(run, out, args):
-    """The steps that are left, with their logs, evaluations and checkpoints; ends early on SIGTERM."""
-    def evaluate_at(step):                                # only a sharded policy needs all processes for it
-        if run.held_out and (is_first() or is_sharded(run.policy)):
-            run.policy.eval()
-            with gathered(run.policy):
-                figures, samples = evaluate_policy(run.policy, run.reference, run.tokenizer, run.held_out,
-                                                   run.reward if is_first() else None, args)
-            log_figures(out, step, figures)
-            for row in samples[:8]:
-                write_line(out, "samples", {"step": step, **row})
-
-    progress = run.progress
+    """The steps that are left, with logs, evaluations and checkpoints; ends early on SIGTERM or SIGINT."""
+    progress, steps = run.progress, run.progress["steps"]
     if progress["step"] == 0 and args.eval_every:
-        together(lambda: evaluate_at(0))
-    for step in tqdm(range(progress["step"] + 1, run.steps + 1), args.variant, run.steps,
-                     initial=progress["step"], disable=None if is_first() else True):
-        seed_samples(args.seed, step)
-        pairs = share(draw_pairs(run.examples, step, run.steps, run.total, args))
+        together(lambda: evaluate_run(run, out, 0, args))
+    for step in tqdm(range(progress["step"] + 1, steps + 1), args.variant, steps, initial=progress["step"],
+                     disable=None if rank() == 0 else True):
+        torch.manual_seed(seeded("samples", args.seed, step, rank()))
+        pairs = share(draw_pairs(run.examples, step, steps, progress["total"], args))
         totals, finite, figures = training_step(run, pairs, args)
         progress.update(step=step, skipped=progress["skipped"] + (not finite),
                         in_a_row=0 if finite else progress["in_a_row"] + 1)
-        record = record_of(step, totals, args, **figures, skipped=progress["skipped"], **run.counts)
-        log(out, record, run.steps, args.log_every)
+        figures.update(skipped=progress["skipped"], **run.counts)
+        log(out, record_of(step, totals, args, **figures), steps, args.log_every)
         if progress["in_a_row"] >= 10:
-            raise InputError(f"steps {step - 9} to {step}: loss or gradient not finite ten times in a row; try a "
-                             "lower --learning-rate")
-        if step == run.steps or args.eval_every and step % args.eval_every == 0:
-            together(lambda: evaluate_at(step))
-        stop = summed(Counter(stop=len(run.stopped)), run.device)["stop"]
-        if stop or args.save_every and (step % args.save_every == 0 or step == run.steps):
+            raise InputError(f"steps {step - 9} to {step}: loss or gradient not finite; lower the rate")
+        if step == steps or args.eval_every and step % args.eval_every == 0:
+            together(lambda: evaluate_run(run, out, step, args))
+        stopped = summed(Counter(stopped=len(run.stopped)), run.device)["stopped"]
+        if stopped or args.save_every and (step % args.save_every == 0 or step == steps):
             save_checkpoint(out, run.policy, run.optimizer, progress)
-        if stop:
+        if stopped:
             return
 
 
 # --- the command line ---------------------------------------------------------------------------------------
 
-DEFAULTS = dict(epochs=1.0, batch_size=32, learning_rate=1e-6, eval_every=100, eval_limit=128,
+DEFAULTS = dict(epochs=1.0, batch_size=32, schedule="constant", eval_every=100, eval_limit=128, beta=0.1,
                 max_prompt_length=512, max_response_length=512, revkl_coef=0.0)
-TOY = dict(epochs=3.0, batch_size=48, learning_rate=2e-4, eval_every=20, eval_limit=256, **TOY_DEFAULTS)
 
 
 def parse_args(argv=None):
     """The command line, checked and completed with the defaults that depend on data and variant."""
     parser = Parser(description="Train a language model on preferences: SFT, DPO and SAIL's DP, PP and PR.")
     positive, weight, whole = number(float, 1e-12), number(float, 0), number(int, 1)
-    add = parser.add_argument_group("method (mix and coefficients are those of the authors' examples)").add_argument
-    add("--variant", choices=[*VARIANTS], default="pr", help="whose responses, whose labels: see sail.py's VARIANTS")
-    add("--mix", type=number(float, 0, 1), help="share of pairs on the variant's route, the rest is DPO on the data")
+    add = parser.add_argument_group("method (mix and coefficients: the authors' examples)").add_argument
+    add("--variant", choices=[*VARIANTS], default="pr", help="whose responses, whose labels (pr)")
+    add("--mix", type=number(float, 0, 1), help="share of pairs on the variant's route; the rest is DPO")
     add("--response-coef", type=weight, help="of T2 (pp 0.2, pr 0.3); 0 with pr: online DPO")
     add("--label-coef", type=weight, help="of T3 (dp 0.2, pp 0.2)")
-    add("--label", choices=["expected", "sampled"], default="expected", help="sum it out (default), or draw it")
-    add("--baseline", choices=["running", "none"], default="running", help="T2's: mean utility of past pairs (default)")
-    add("--preference", choices=["hard", "soft"], default="hard", help="pr's label: 1 (default), or σ(difference)")
-    add("--beta", type=positive, default=0.1, help="KL weight (0.1, the authors')")
-    add("--loss-type", choices=["sigmoid", "ipo", "hinge", "simpo", "orpo"], default="sigmoid", help="the utility f")
+    add("--label", choices=["expected", "sampled"], default="expected", help="sum it out, or draw (expected)")
+    add("--baseline", choices=["running", "none"], default="running", help="T2's: mean past f (running)")
+    add("--preference", choices=["soft", "hard"], default="soft", help="pr's: σ(reward difference), or 1")
+    add("--beta", type=positive, help="KL weight (0.1, the authors'; toy 0.5)")
+    add("--loss-type", choices="sigmoid ipo hinge simpo orpo".split(), default="sigmoid", help="f (sigmoid)")
     add("--target-margin", type=weight, default=0.0, help="simpo's m (0)")
     add("--label-smoothing", type=number(float, 0, 0.5), default=0.0, help="ε: given labels become 1 − ε (0)")
     add("--nll-coef", type=weight, default=0.0, help="of −log π per token of the data's chosen responses (0)")
-    add("--revkl-coef", type=weight, help="of KL(π_ref‖π) per token, over the whole vocabulary (0; toy pp 0.3)")
-    add("--temperature", type=positive, default=1.0, help="of the rollouts; T2 needs 1 (default)")
+    add("--revkl-coef", type=weight, help="of RevKL, KL(π_ref‖π) per token, exact (0; toy pp 0.3)")
     add = parser.add_argument_group("models and data").add_argument
-    add("--model", default="toy", help="a Hugging Face directory or hub name, or toy (default), made on first use")
+    add("--model", default="toy", help="a Hugging Face directory or hub name, or toy, which is made (toy)")
     add("--reference", help="the frozen reference (--model as loaded)")
     add("--lora", type=whole, metavar="RANK", help="train a LoRA adapter of this rank (needs peft)")
     add("--reward", help="toy, FILE.py:FUNCTION, or a one-logit classifier's directory or hub name")
-    parser.shared("--data", "--eval-data", "--prefer", "--limit", "--max-prompt-length", "--max-response-length",
-                  "--seed", "--trust-remote-code")
+    parser.shared("--data", "--eval-data", "--prefer", "--limit", "--max-prompt-length",
+                  "--max-response-length", "--seed", "--trust-remote-code")
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=positive, help="times every offline pair is seen, whatever the mix (1; toy 3, sft 4)")
+    add("--epochs", type=positive, help="times each offline pair is seen, whatever the mix (1; toy sft 4)")
     add("--steps", type=whole, help="optimizer steps, instead of --epochs")
-    add("--batch-size", type=whole, help="pairs per optimizer step, over all processes (32; toy 48)")
-    add("--learning-rate", type=positive, help="(1e-6, sft 2e-5; toy 2e-4, sft 1e-3; the authors: 1e-5, sft 2e-5)")
+    add("--batch-size", type=whole, help="pairs per optimizer step, over all processes (32; toy 96)")
+    add("--learning-rate", type=positive, help="(1e-6, lora 1e-5, sft 2e-5; toy 4e-4, sft 2e-3)")
     add("--warmup-steps", type=number(int, 0), help="of linear warm-up (a tenth of the steps)")
-    add("--schedule", choices=["constant", "cosine"], default="constant", help="after it (constant)")
+    add("--schedule", choices=["constant", "cosine"], help="after it (constant; toy cosine)")
     add("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="rmsprop is the authors' (adamw)")
     add("--max-grad-norm", type=positive, default=1.0, help="clip the gradient to this norm (1)")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of arithmetic, not weights")
-    add("--eval-every", type=number(int, 0), help="steps between evaluations (100; toy 20); 0: at the end")
+    add("--eval-every", type=number(int, 0), help="steps between evaluations (100; toy 25); 0: at the end")
     add("--eval-limit", type=whole, help="held-out pairs to evaluate on (128; toy 256)")
-    add = parser.add_argument_group("memory, speed, output: these may change when a run is continued").add_argument
+    add = parser.add_argument_group("memory, speed, output: may change when a run is continued").add_argument
     may_change = [
-        add("--micro-batch-size", type=whole, help="pairs per forward, at most (what makes 2**26 logits)"),
+        add("--micro-batch-size", type=whole, help="pairs per forward, at most (as memory allows)"),
         add("--gradient-checkpointing", action="store_true", help="compute activations twice, keep fewer"),
-        add("--shard", action="store_true", help="split weights, gradients, optimizer over the processes: FSDP2"),
+        add("--shard", action="store_true", help="split model and optimizer over the processes (FSDP2)"),
         add("--out", help="directory of args.json, the logs, model/ and adapter/ (runs/DATA/VARIANT)"),
-        add("--save-every", type=whole, metavar="N", help="steps between checkpoints, of which two stay (never)"),
+        add("--save-every", type=whole, metavar="N", help="steps between checkpoints, of which two stay"),
         add("--resume", action="store_true", help="continue from OUT's newest checkpoint, if any"),
+        add("--overwrite", action="store_true", help="replace an earlier run in OUT, first and as a whole"),
+        add("--tensorboard", action="store_true", help="also write OUT/tensorboard (needs tensorboard)"),
         add("--log-every", type=whole, default=10, help="steps between printed lines (10)")]
-    parser.set_defaults(may_change=[flag.dest for flag in may_change] + ["may_change"])
+    parser.set_defaults(may_change=[flag.dest for flag in may_change] + ["may_change", "steps", "epochs"])
     return completed(parser.parse_args(argv), parser)
 
 
 def completed(args, parser):
     """The arguments, with the defaults that depend on data and variant; what cannot work is an error."""
-    toy, sft, variant = args.data == "toy", args.variant == "sft", VARIANTS[args.variant]
+    toy, sft, variant = args.data in ("toy", "toy:grammar"), args.variant == "sft", VARIANTS[args.variant]
     args.model = str(SFT_MODEL) if args.model == "toy" and not sft else args.model
-    defaults = {**DEFAULTS, **(TOY if toy else {}), **variant, "out": f"{run_directory(args.data)}/{args.variant}",
-                "reference": None if sft else args.model}
-    if sft:
-        defaults.update(dict(epochs=4.0, learning_rate=1e-3) if toy else dict(learning_rate=2e-5))
-    elif toy and args.variant == "pp":
-        defaults["revkl_coef"] = 0.3                # PP alone has no ceiling: experiments/terms_toy.py
-    for name in vars(args):
-        if getattr(args, name) is None:
-            setattr(args, name, defaults.get(name))
-    if args.variant in ("sft", "dpo"):
-        args.mix = 0.0                              # they have no route of their own
-    wrong = {"--temperature: T2 is the score of samples at temperature 1; leave it, or set --response-coef 0":
-             args.temperature != 1 and len(variant["sampled"]) == 2 and args.response_coef,
-             "--target-margin: only --loss-type simpo has one": args.target_margin and args.loss_type != "simpo",
+    defaults = {**DEFAULTS, **variant, "reference": None if sft else args.model,
+                "out": f"{run_directory(args.data)}/{args.variant}"}
+    defaults["learning_rate"] = 2e-5 if sft else 1e-5 if args.lora else 1e-6    # theirs, theirs, ours
+    if toy:
+        defaults.update(TOY_SFT if sft else TOY_DEFAULTS)
+        defaults["revkl_coef"] = 0.3 if args.variant == "pp" else 0.0       # PP alone has no ceiling
+    if args.data == "toy" and not sft:
+        args.data, args.eval_data = f"{args.model}/{TOY_PAIRS}", args.eval_data or "toy:test"
+    vars(args).update({name: defaults.get(name) for name, value in vars(args).items() if value is None})
+    args.mix *= variant["mix"] > 0                  # sft and dpo have no route of their own
+    sampled = variant["sampled"] if args.mix == 1 else ()
+    args.needs = ["chosen"] if sft else [side for side in SIDES if side not in sampled]
+    wrong = {"--target-margin: only simpo has one": args.target_margin and args.loss_type != "simpo",
              "--lora: the toy's SFT model has no base to adapt": args.lora and args.model == "toy",
              "--reward: pr needs one to label its samples; toy, FILE.py:FUNCTION or a classifier":
              args.variant == "pr" and args.mix > 0 and not args.reward}
@@ -437,12 +432,17 @@ def completed(args, parser):
 
 
 def main(argv=None):
-    """`python sail.py …`, alone or under torchrun. Trains the toy's SFT model first, where it is missing."""
+    """`python sail.py …`, alone or under torchrun. Makes the toy's SFT model and pairs where missing."""
     args = parse_args(argv)
     with joined(args.shard) as device:
+        drawn = Path(args.data).name == TOY_PAIRS
+        together(lambda: drawn or pairs_of(args.data, 1))         # bad data is named before there is work
         if args.model == str(SFT_MODEL) and not together(SFT_MODEL.is_dir):
             say(f"toy: no SFT model in {SFT_MODEL} yet; training it, once")
-            train(parse_args(["--variant", "sft"]), device)
+            train(parse_args(["--variant", "sft", "--resume"]), device)
+        if drawn and not together(Path(args.data).is_file):
+            say(f"toy: drawing pairs from {args.model} into {args.data}, once")
+            together(lambda: draw_toy_pairs(args.model, args.data) if rank() == 0 else None)
         train(args, device)
 
 

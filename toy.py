@@ -1,9 +1,11 @@
-"""The embedded toy world: reviews of a noun, a known reward for them, preference pairs, and a small model.
+"""The embedded toy world: reviews of a noun, a known reward for them, and a small model.
 
 It is what `--data toy`, `--reward toy` and `--model toy` stand for, so that everything here runs on a CPU,
-offline, in minutes.
+offline, in minutes. Its pipeline is the real one in small: demonstrations from a grammar, an SFT model of it,
+pairs of that model's responses, labelled by the true reward, then every method from the same start.
 """
 import json
+import math
 import random
 import zlib
 from collections import Counter
@@ -11,21 +13,25 @@ from pathlib import Path
 
 import torch
 
-from data import InputError, load_pairs
+from data import InputError, load_pairs, seeded
 
 NOUNS = ("soup coffee pizza bread salad cake tea pasta hotel room pool beach movie song book show "
-         "curry museum garden phone").split()                             # the last four are held out
+         "curry museum garden phone").split()
 ADJECTIVES = dict(
     superb=1.0, wonderful=1.0, great=0.8, lovely=0.8, good=0.6, pleasant=0.6, decent=0.3, fine=0.3,
     plain=-0.3, dull=-0.3, weak=-0.6, poor=-0.6, bad=-0.8, nasty=-0.8, awful=-1.0, horrible=-1.0)
 ADVERBS = dict(slightly=0.5, fairly=0.8, rather=1.0, very=1.5, truly=1.5, utterly=1.8)
 PROMPTS = ("review the {} :", "how was the {} ?", "tell me about the {} :", "what about the {} ?")
 SFT_MODEL = Path("runs/toy/sft/model")     # what `--model toy` is, but for --variant sft, which makes it
-TOY_DEFAULTS = dict(max_prompt_length=8, max_response_length=24, reward="toy")
+TOY_PAIRS = "toy-pairs.jsonl"              # what `--data toy` is, in --model's directory: its own responses
+TOY_DEFAULTS = dict(max_prompt_length=8, max_response_length=24, reward="toy", beta=0.5, epochs=1.0,
+                    batch_size=96, learning_rate=4e-4, schedule="cosine", eval_every=25, eval_limit=256)
+TOY_SFT = dict(TOY_DEFAULTS, epochs=4.0, batch_size=48, learning_rate=2e-3)
 
 
 def toy_response(rng, noun):
-    """One random review, wanted or not: it may stray to another noun, repeat itself, or lack its full stop."""
+    """One random review, wanted or not: it may stray to another noun, repeat itself, or lack its full
+    stop."""
     noun = noun if rng.random() < 0.8 else rng.choice(NOUNS)
     clauses = [f"{rng.choice([*ADVERBS])} {rng.choice([*ADJECTIVES])}"
                for _ in range(rng.choice((1, 2, 2, 2, 3)))]
@@ -61,36 +67,40 @@ def toy_reward(prompts, responses):
     return scores
 
 
-def toy_pairs(split, seed=0):
-    """3,000 training or 256 test pairs; which one is chosen is drawn from Bradley-Terry on the toy reward."""
-    rng = random.Random(f"{split} {seed}")
-    nouns, pairs = (NOUNS[-4:], []) if split == "test" else (NOUNS[:-4], [])
-    while len(pairs) < (256 if split == "test" else 3000):
-        noun = rng.choice(nouns)
-        prompt = rng.choice(PROMPTS).format(noun)
-        first, second = toy_response(rng, noun), toy_response(rng, noun)
-        margin = torch.tensor(toy_reward([prompt], [first])[0] - toy_reward([prompt], [second])[0])
-        if rng.random() > torch.sigmoid(margin):
-            first, second = second, first
-        if first != second:
-            pairs.append({"prompt": prompt, "chosen": first, "rejected": second})
-    return pairs
+def toy_prompts(held_out=False):
+    """[(prompt, its noun)]: 60 prompts to train on, or the 20 held-out ones, one wording of each noun."""
+    return [(PROMPTS[wording].format(noun), noun) for place, noun in enumerate(NOUNS)
+            for wording in range(len(PROMPTS)) if ((place + wording) % 4 == 0) == held_out]
+
+
+def toy_pair(rng, prompt, first, second):
+    """A pair, of which the chosen one is drawn from Bradley-Terry on the toy reward."""
+    better, worse = toy_reward([prompt] * 2, [first, second])
+    if rng.random() > 1 / (1 + math.exp(worse - better)):
+        first, second = second, first
+    return {"prompt": prompt, "chosen": first, "rejected": second}
 
 
 def pairs_of(source, limit=None, prefer="better"):
-    """`data.load_pairs`, which also knows the sources `toy` and `toy:test`."""
-    if source not in ("toy", "toy:test"):
+    """`data.load_pairs`, which also knows pairs of the grammar: 3,000 of `toy` or `toy:grammar`, whose chosen
+    ones the SFT model learns from, and 256 of `toy:test`, with held-out prompts."""
+    if source not in ("toy", "toy:grammar", "toy:test"):
         return load_pairs(source, limit, prefer)
-    pairs = toy_pairs("test" if source == "toy:test" else "train")[:limit]
+    rng, count, pairs = random.Random(source == "toy:test"), 256 if source == "toy:test" else 3000, []
+    while len(pairs) < min(count, limit or count):
+        prompt, noun = rng.choice(toy_prompts(held_out=source == "toy:test"))
+        first, second = toy_response(rng, noun), toy_response(rng, noun)
+        if first != second:
+            pairs.append(toy_pair(rng, prompt, first, second))
     return pairs, {"format": "the embedded toy world", "rows": len(pairs), "dropped": Counter()}
 
 
 def train_and_held_out(data, eval_data=None, limit=None, prefer="better"):
-    """(training pairs, held-out pairs, report of the training source), the same for every script. Held out are
-    the pairs of `eval_data` where it is given, the toy's test nouns for the toy, else those of one prompt in twenty
-    of `data`, told by the prompt's CRC-32, so that no prompt is on both sides."""
+    """(training pairs, held-out pairs, report of the training source), the same for every script. Held out
+    are the pairs of `eval_data` where it is given, the toy's held-out prompts for the toy, else those of one
+    prompt in twenty of `data`, told by the prompt's CRC-32, so that no prompt is on both sides."""
     pairs, report = pairs_of(data, limit, prefer)
-    if eval_data or data == "toy":
+    if eval_data or data in ("toy", "toy:grammar"):
         return pairs, pairs_of(eval_data or "toy:test", None, prefer)[0], report
     out = [zlib.crc32(json.dumps(pair["prompt"]).encode()) % 20 == 0 for pair in pairs]
     train, held_out = ([pair for pair, held in zip(pairs, out) if held == side] for side in (False, True))
@@ -115,12 +125,12 @@ def toy_tokenizer():
 
 
 def toy_model(seed=0):
-    """The toy's policy before any training: (a two-layer Llama of about 0.3 M random parameters, its
+    """The toy's policy before any training: (a two-layer Llama of about 0.1 M random parameters, its
     tokenizer)."""
     from transformers import LlamaConfig, LlamaForCausalLM
     tokenizer = toy_tokenizer()
-    torch.manual_seed(seed)
+    torch.manual_seed(seeded("toy model", seed))
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=112, intermediate_size=288, num_hidden_layers=2,
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=160, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=128, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).eval(), tokenizer

@@ -2,9 +2,10 @@
 
     python experiments/benchmarks.py --model M --questions Q --out answers.jsonl
 
-Q is the benchmark's file of questions, told by its columns. Responses are sampled at temperature 1, or FastChat's
-for each category of MT-Bench.
+Q is the benchmark's file of questions, told by its columns. Responses are sampled at temperature 1, or at
+FastChat's for each category of MT-Bench.
 """
+import json
 import os
 import sys
 import time
@@ -16,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from data import InputError, Parser, command_line, number, read_rows, write_rows
+from data import InputError, Parser, command_line, number, read_rows, write_rows, write_text
 from generate import answer, load_policy
 
 BENCHMARKS = {  # name: the columns that identify its questions; the last one holds what is asked
@@ -27,8 +28,8 @@ MT_BENCH_TEMPERATURES = {  # FastChat's; 0.7 for other categories
 
 
 def load_questions(source, limit=None):
-    """A benchmark's questions, told by their columns: (its name in BENCHMARKS, rows, turns). turns: what the user
-    says, two texts a row for MT-Bench, else one. Raises InputError where a row cannot be asked."""
+    """A benchmark's questions, told by their columns: (its name in BENCHMARKS, rows, turns). turns: what the
+    user says, two texts a row for MT-Bench, else one. Raises InputError where a row cannot be asked."""
     rows = list(islice(read_rows(source), limit))
     columns = set().union(*rows)
     name = next((name for name, needed in BENCHMARKS.items() if columns.issuperset(needed.split())), None)
@@ -39,7 +40,8 @@ def load_questions(source, limit=None):
     *others, asked = BENCHMARKS[name].split()
     turns = [row.get(asked) if name == "MT-Bench" else [row.get(asked)] for row in rows]
     for nth, (row, texts) in enumerate(zip(rows, turns), 1):
-        if (not isinstance(texts, list) or len(texts) != 1 + (name == "MT-Bench") or None in map(row.get, others)
+        complete = isinstance(texts, list) and len(texts) == 1 + (name == "MT-Bench")
+        if (not complete or None in map(row.get, others)
                 or not all(isinstance(text, str) and text.strip() for text in texts)):
             raise InputError(f"{source}: row {nth}: want {', '.join(others)} and text in {asked}")
     return name, rows, turns
@@ -66,15 +68,18 @@ def answer_benchmark(model, tokenizer, benchmark, rows, turns, args):
     temperatures = [1.0 if args.temperature is None else args.temperature] * len(rows)
     if benchmark == "MT-Bench" and args.temperature is None:
         temperatures = [MT_BENCH_TEMPERATURES.get(row["category"], 0.7) for row in rows]
-    *above, name = Path(os.path.abspath(args.model)).parts
-    name = "-".join(above[-2:]) if name == "model" else name           # runs/toy/pr/model is toy-pr
+    _, *above, name = Path(os.path.abspath(args.model)).parts
+    name = "-".join(above[-2:]) or name if name == "model" else name   # runs/toy/pr/model is toy-pr
     dialogues = [[] for _ in rows]
     for texts in zip(*turns):
         for dialogue, text in zip(dialogues, texts):
             dialogue.append({"role": "user", "content": text})
         prompts = dialogues if benchmark == "MT-Bench" else texts      # one turn: as a prompt of training data
-        for dialogue, text in zip(dialogues, answer(model, tokenizer, prompts, temperatures, args)[0]):
-            dialogue.append({"role": "assistant", "content": text})
+        for temperature in sorted(set(temperatures)):
+            places = [place for place, own in enumerate(temperatures) if own == temperature]
+            answers = answer(model, tokenizer, [prompts[place] for place in places], temperature, args)
+            for place, (text, *_) in zip(places, answers):
+                dialogues[place].append({"role": "assistant", "content": text})
     return [answer_row(benchmark, row, [turn["content"] for turn in dialogue[1::2]], name)
             for row, dialogue in zip(rows, dialogues)]
 
@@ -85,8 +90,8 @@ def main():
     parser.add_argument("--model", default="toy", help="a Hugging Face directory or name, or toy (default)")
     parser.add_argument("--questions", required=True, help="a file of AlpacaEval, MT-Bench or Arena-Hard")
     parser.add_argument("--out", required=True, help="the benchmark's answer file")
-    parser.add_argument("--temperature", type=number(float, 0), help="0: the likeliest token each time (default: 1; "
-                        "for MT-Bench, FastChat's for each category)")
+    parser.add_argument("--temperature", type=number(float, 0), help="0: the likeliest token each time "
+                        "(default: 1; for MT-Bench, FastChat's for each category)")
     parser.add_argument("--batch-size", type=number(int, 1), default=64, help="questions answered together")
     parser.shared("--limit", "--max-prompt-length", "--max-response-length", "--seed", "--trust-remote-code")
     parser.set_defaults(max_prompt_length=512, max_response_length=128)
@@ -99,7 +104,7 @@ def main():
                                    args.trust_remote_code, (args.max_prompt_length, args.max_response_length))
     torch.manual_seed(args.seed)
     rows = answer_benchmark(model, tokenizer, benchmark, rows, turns, args)
-    write_rows(args.out, rows)
+    write_text(args.out, json.dumps(rows, indent=1)) if benchmark == "AlpacaEval" else write_rows(args.out, rows)
     print(f"{len(rows)} questions of {benchmark} answered in {args.out}")
 
 

@@ -22,8 +22,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 STEPS, PHASES = 12, {"rollout": "roll_out", "backward": "accumulate_gradients", "saving": "save_checkpoint"}
-ARGUMENTS = ["--variant", "pr", "--mix", "0.5", "--steps", str(STEPS), "--batch-size", "8", "--limit", "60",
-             "--eval-limit", "4", "--eval-every", "5", "--max-response-length", "12", "--save-every", "2"]
+ARGUMENTS = ["--data", "toy:grammar", "--variant", "pr", "--mix", "0.5", "--steps", str(STEPS),
+             "--batch-size", "8", "--limit", "60", "--eval-limit", "4", "--eval-every", "5",
+             "--max-response-length", "12", "--save-every", "2"]
 
 
 def victim(phase, nth, delay, rank):

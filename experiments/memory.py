@@ -48,7 +48,7 @@ def sizes_of(config):
     return count(model), count(model) - count(layers), max(map(count, layers)), lora
 
 
-def estimate(config, processes=1, shard=False, lora=0, stream=False, bytes_=2, samples=16, tokens=1024,
+def estimate(config, processes=1, shard=False, lora=0, bytes_=2, samples=16, tokens=1024,
              packed=1536, scored=1024):
     """Bytes per device, by what they are for; the whole is their states plus the larger of rollout and
     update.
@@ -75,7 +75,7 @@ def estimate(config, processes=1, shard=False, lora=0, stream=False, bytes_=2, s
         "weights": 4 * (total + adapter) / part,
         "reference": 0 if lora else 4 * total / part + (bytes_ * outside if shard else 0),
         "optimizer": 8 * trained / part,
-        "rollout": (bytes_ * (total + adapter) if shard and not stream else gathered)
+        "rollout": (bytes_ * (total + adapter) if shard else 0)           # sharded ones are whole, to sample
         + config.num_hidden_layers * keys * (wide + bytes_)
         + max(max(cast, copied * embedding) + wide * keys + 12 * drawn,  # a layer's keys grow by copying; or
               cast + 24 * drawn),        # logits, softmax, its sums in float64, and those of the token before
@@ -103,9 +103,8 @@ def print_estimate():
             ("8B", 1, "`--lora 16`", dict(lora=16)), ("8B", 8, "`--shard`", dict(shard=True)),
             ("8B", 8, "`--shard --lora 16`", dict(shard=True, lora=16)),
             ("8B", 16, "`--shard`", dict(shard=True)),
-            ("70B", 8, "`--shard --lora 16 --shard-rollouts`", dict(shard=True, lora=16, stream=True)),
-            ("70B", 16, "`--shard --shard-rollouts`", dict(shard=True, stream=True)),
-            ("70B", 16, "`--shard --lora 16 --shard-rollouts`", dict(shard=True, lora=16, stream=True))):
+            ("70B", 16, "`--shard`", dict(shard=True)),
+            ("70B", 16, "`--shard --lora 16`", dict(shard=True, lora=16))):
         shape = dict(SHAPES[name])
         parts = estimate(AutoConfig.for_model(shape.pop("model_type"), **shape), processes, **options)
         print(f"| {name} | {processes} | {flags} | " + " | ".join(
@@ -224,9 +223,9 @@ def flat(steps):
             part.save_pretrained(folder)
         print(f"| variant | after step 20, MiB | after step {steps} | |\n|---|---|---|---|")
         for variant in ("sft", "dpo", "dp", "pp", "pr", "spin"):
-            found = in_a_process(["--model", folder, "--variant", variant, "--steps", str(steps),
-                                  "--batch-size", "8", "--eval-every", "0", "--eval-limit", "4",
-                                  "--log-every", "1000"])["steps"]
+            found = in_a_process(["--model", folder, "--data", "toy:grammar", "--variant", variant,
+                                  "--steps", str(steps), "--batch-size", "8", "--eval-every", "0",
+                                  "--eval-limit", "4", "--log-every", "1000"])["steps"]
             print(f"| {variant} | {found[19] / 2**20:.1f} | {found[-1] / 2**20:.1f} | "
                   f"{found[-1] / found[19] - 1:+.2%} |", flush=True)
 

@@ -11,7 +11,7 @@ responses, F its utility and c the weight that T1 and T3 give to s_1 − s_2, an
 F and c being means over both labels or, "label drawn", those of one. The rows are T2's baselines b:
   none                 0; with the label drawn, the paper's letter
   other 7 pairs        the mean F of the other pairs in a batch of 8
-  running mean         of past steps' F, at the rate 0.1 with 15 pairs a step, as in sail.py
+  running mean         of past steps' F, at the rate 0.1 with 29 pairs a step, as in sail.py
   best constant        the one of least variance
   prompt's other pair  F of a second pair of responses to the same prompt
   per token            for token t of a response, the F that there would be had it ended before t; PR, whose
@@ -23,7 +23,7 @@ one pair's gradient: that of the mean over four responses, as two pairs, times �
 Enumerated: the fifteen-response GPT-2 of test_enumeration.py, unrelated to its reference, β 0.7, soft labels.
 All sums are over all fours and labels: nothing is estimated. Toy: the reference is the toy's SFT model, the
 policy is what 40 steps of online DPO make of it, or it itself (then u = 0: PP has no gradient, and constant
-baselines leave T2 no noise). β 0.1, labels by the toy's reward, fours sampled for random training prompts.
+baselines leave T2 no noise). β 0.5, soft labels by the toy's reward, fours for random training prompts.
 "Error" is that of the whole sample's mean, relative to ∇J, and "alone" what sampling alone gives; ∇J is the
 mean of "per token" over three times as many other fours. Intervals: 95 %, jackknife over ten blocks of both
 samples; the rows share them. Cosines are corrected for the sampling noise in both norms, so they may pass 1;
@@ -44,10 +44,10 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-from data import collate, encode, end_token_ids
+from data import collate
 from generate import load_policy, response_text, sample
 from test_enumeration import BETA, PROMPT, World, flat_gradient
-from toy import toy_pairs, toy_reward
+from toy import TOY_DEFAULTS, toy_prompts, toy_reward
 
 ROUTES, BLOCKS, T_QUANTILE = ("pp", "pr"), 10, 2.26                 # of t with nine degrees of freedom
 PAPER, DEFAULT, SMOOTHEST = "no baseline, label drawn", "running mean", "per token"
@@ -135,7 +135,7 @@ def estimators(fours, route):
         "other 7 pairs, label drawn": (drawn(), b, variance_drawn / 7),
         "other 7 pairs": (summed(pairs), b, variance / 7),
         "prompt's other pair": (summed(pairs - f[:, OTHER] / 2), 0, 0),
-        DEFAULT: (summed(pairs), b, 0.1 / 1.9 / 15 * variance),     # Var(running mean) / Var(F)
+        DEFAULT: (summed(pairs), b, 0.1 / 1.9 / 29 * variance),     # Var(running mean) / Var(F)
         "best constant": (summed(pairs), None, 0),
         SMOOTHEST: (summed(pairs, vector, -0.5), 0, 0),
         "T2 as F / log π(y), label drawn": (drawn(fours.logps), 0, 0)}
@@ -239,7 +239,7 @@ def toy(path, n):
     """{(route, row): figures} of a toy policy, from n sampled fours."""
     (policy, tokenizer), (reference, _) = load_policy(path), load_policy("toy")
     parameters, size = list(policy.parameters()), sum(p.numel() for p in policy.parameters())
-    examples, _ = encode(toy_pairs("train"), tokenizer, end_token_ids(tokenizer), 8, 24)
+    asked = [prompt for prompt, _ in toy_prompts()]
     torch.manual_seed(0)
 
     def token_logps(model, ids):                                    # (B, T) -> (B, T−1); right-padded
@@ -252,17 +252,18 @@ def toy(path, n):
 
     @torch.no_grad()
     def draw(n):                                                    # (Fours, ids (4n, T))
-        chosen = [examples[i] for i in torch.randint(len(examples), (n,)).tolist()]
-        responses, _ = sample(policy, tokenizer, [each["prompt_ids"] for each in chosen], 24, 4, 1.0, 256)
-        prompts, responses = [each for each in chosen for _ in range(4)], sum(responses, [])
-        ids, _, mask = collate([each["prompt_ids"] for each in prompts], responses)
+        chosen = [asked[i] for i in torch.randint(len(asked), (n,)).tolist()]
+        prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in chosen]
+        responses, _ = sample(policy, tokenizer, prompt_ids, 24, 4, 1.0, 256)
+        ids, _, mask = collate([each for each in prompt_ids for _ in range(4)], sum(responses, []))
         ours, theirs = (torch.cat([token_logps(model, part) for part in ids.split(512)]) * mask[:, 1:]
                         for model in (policy, reference))
         ours, ratios, mask = (x.double().view(n, 4, -1) for x in (ours, ours - theirs, mask[:, 1:]))
-        texts = [response_text(tokenizer, y) for y in responses]
-        reward = torch.tensor(toy_reward([each["prompt"] for each in prompts], texts)).double().view(n, 4)
-        return Fours(0.1, torch.full((n,), 1 / n).double(), ours.sum(-1), ratios, mask,
-                     (1 + torch.sign(reward - reward[:, PARTNER])) / 2), ids
+        texts = [response_text(tokenizer, y) for four in responses for y in four]
+        reward = toy_reward([prompt for prompt in chosen for _ in range(4)], texts)
+        reward = torch.tensor(reward).double().view(n, 4)
+        return Fours(TOY_DEFAULTS["beta"], torch.full((n,), 1 / n).double(), ours.sum(-1), ratios, mask,
+                     torch.sigmoid(reward - reward[:, PARTNER])), ids
 
     truth, parts = {route: torch.zeros(BLOCKS, size) for route in ROUTES}, math.ceil(3 * n / BLOCKS / 200)
     for part in tqdm(range(BLOCKS * parts), "truth", leave=False, disable=None):

@@ -6,8 +6,10 @@
 Runs that are finished are kept, so that it can be stopped and goes on. Tables go to the screen, the raw rows,
 one line per run, to experiments/replication.jsonl, the picture of the toy's runs to experiments/results.png.
 
-Toy world: the SFT model of each seed is the start and the reference of that seed's other runs. Three data
-sets: all 3,000 pairs, a quarter of them, and all with 20 % of the labels flipped.
+Toy world: each seed has its own SFT model, and pairs that this model sampled; both are what the seed's other
+runs start from. Three data sets: all 18,000 pairs; a quarter of them, and all with 20 % of the labels
+flipped, for four methods. J is reward − 0.5·KL, whose best value is known. "dp-control" is dp without its
+term T3: as many optimizer steps, more than dpo's, on the same pairs.
 
 Dialogues: a small Llama that has read nothing else is trained on the chosen responses; half of the pairs make
 a reward model; on the other half every method starts from the SFT model, with that reward model's labels
@@ -29,21 +31,29 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from data import load_pairs, render, write_rows
+from toy import TOY_DEFAULTS, TOY_PAIRS
 
 METHODS = {
     "dpo": "--variant dpo",
-    "online-dpo": "--variant pr --response-coef 0",
-    "simpo": "--variant dpo --loss-type simpo --beta 2 --target-margin 1",
-    "orpo": "--variant dpo --loss-type orpo --nll-coef 0.3",
     "dp": "--variant dp",
+    "dp-control": "--variant dp --label-coef 0",
+    "online-dpo": "--variant pr --response-coef 0",
+    "pr": "--variant pr",
+    "pr-1": "--variant pr --response-coef 1",
     "pp": "--variant pp --revkl-coef 0.3",
-    "pr": "--variant pr"}
-# What `--data toy` implies, spelled out for the data set that comes from a file, but for the learning rate:
-# of the toy's own 2e-4, of 1e-4 and 5e-5 the last is the one at which offline DPO gains on seeds 8 and 9; at
-# the others it runs away from the reference. ORPO's weight is the best of 10, 1 and 0.3 on seed 9.
-TOY = ("--eval-data toy:test --reward toy --epochs 3 --batch-size 48 --learning-rate 5e-5 "
-       "--max-prompt-length 8 --max-response-length 24 --eval-every 20 --eval-limit 256")
-WORLDS = {"toy": "--data toy", "toy-quarter": "--data toy --limit 750", "toy-flipped": "--data {flipped}"}
+    "pp-no-revkl": "--variant pp --revkl-coef 0",
+    "simpo": "--variant dpo --loss-type simpo --beta 2 --target-margin 1",
+    "orpo": "--variant dpo --loss-type orpo --nll-coef 0.3"}
+FIRST_SEED = 5                             # seeds 0 to 4 and 100 to 102 have chosen the toy's learning rate
+FEW = ("dpo", "dp", "online-dpo", "pr")                                # on fewer pairs, and on wrong ones
+# Of the picture, in which nobody could tell more apart.
+PICTURE = ("sft", "dpo", "dp", "pp", "online-dpo", "pr", "pr-1")
+# What `--data toy` implies, spelled out for the pairs that come from a file.
+TOY = "--eval-data toy:test " + " ".join(f"--{name.replace('_', '-')} {value}"
+                                         for name, value in TOY_DEFAULTS.items())
+WORLDS = {"toy": ("--data toy", METHODS), "toy-quarter": ("--data toy --limit 4500", FEW),
+          "toy-flipped": (f"--data {{flipped}} {TOY}", FEW)}
 HH_METHODS = {name: METHODS[name] for name in ("dpo", "dp", "pp", "pr")}
 HH = "--max-prompt-length 128 --max-response-length 64 --micro-batch-size 16 --eval-limit 256"
 
@@ -66,34 +76,34 @@ def train_all(jobs, at_a_time, name):
         list(tqdm(pool.map(train, jobs), name, len(jobs)))
 
 
-def write_pairs(path, pairs):
-    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
-
-
 # --- the toy world ------------------------------------------------------------------------------------------
 
-def flipped_pairs(share=0.2):
-    """The toy's pairs, `share` of them with the label flipped."""
-    from toy import toy_pairs
-    rng, pairs = random.Random(0), toy_pairs("train")
+def flipped_pairs(pairs, share=0.2):
+    """The pairs, `share` of them with the label flipped."""
+    rng, flipped = random.Random(0), []
     for pair in pairs:
-        if rng.random() < share:
-            pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
-    return pairs
+        flip = rng.random() < share
+        flipped.append({**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} if flip else pair)
+    return flipped
 
 
-def toy(runs, seeds, at_a_time):
-    """All runs on the toy world."""
-    runs.mkdir(parents=True, exist_ok=True)
-    flipped = runs / "toy-flipped.jsonl"
-    write_pairs(flipped, flipped_pairs())
-    train_all([(runs / f"toy/sft-s{seed}", f"--variant sft --seed {seed}") for seed in range(seeds)],
+def toy(runs, seeds, at_a_time, worlds=WORLDS, only=METHODS):
+    """SFT models, their pairs, and all runs on worlds of the toy: {name: (flags of the data, methods)}."""
+    from reward import draw_toy_pairs
+    models = {seed: runs / f"toy/sft-s{seed}/model" for seed in range(FIRST_SEED, FIRST_SEED + seeds)}
+    train_all([(model.parent, f"--variant sft --seed {seed}") for seed, model in models.items()],
               at_a_time, "toy sft")
-    train_all([(runs / f"{world}/{method}-s{seed}",
-                f"{data.format(flipped=flipped)} {TOY} {flags} --model {runs}/toy/sft-s{seed}/model "
-                f"--seed {seed}")
-               for seed in range(seeds) for world, data in WORLDS.items()
-               for method, flags in METHODS.items()], at_a_time, "toy")
+    jobs = []
+    for seed, model in tqdm(models.items(), "toy pairs"):              # before two runs at a time need them
+        if not (model / TOY_PAIRS).is_file():
+            draw_toy_pairs(str(model), model / TOY_PAIRS)
+        flipped = runs / f"toy-flipped/pairs-s{seed}.jsonl"
+        write_rows(flipped, flipped_pairs(load_pairs(model / TOY_PAIRS)[0]))
+        for world, (data, methods) in worlds.items():
+            jobs += [(runs / f"{world}/{method}-s{seed}",
+                      f"{data.format(flipped=flipped)} --model {model} --eval-every 15 --seed {seed} "
+                      + METHODS[method]) for method in methods if method in only]
+    train_all(jobs, at_a_time, "toy")
 
 
 # --- dialogues ----------------------------------------------------------------------------------------------
@@ -101,14 +111,13 @@ def toy(runs, seeds, at_a_time):
 def split_dialogues(source, folder):
     """Files of pairs, told apart by the prompt's CRC-32: an eighth held out, the rest in two halves. Returns
     the texts of that rest."""
-    from data import load_pairs, render
     parts = {"held-out": [], "first": [], "second": []}
     for pair in load_pairs(source)[0]:
         crc = zlib.crc32(json.dumps(pair["prompt"]).encode())
         parts["held-out" if crc % 8 == 0 else "first" if crc // 8 % 2 else "second"].append(pair)
     parts["both"] = parts["first"] + parts["second"]
     for name, pairs in parts.items():
-        write_pairs(folder / f"{name}.jsonl", pairs)
+        write_rows(folder / f"{name}.jsonl", pairs)
     return ["".join(render(pair["prompt"], pair[side]))
             for pair in parts["both"] for side in ("chosen", "rejected")]
 
@@ -140,13 +149,13 @@ def dialogues(source, runs, seeds, at_a_time):
     train((folder / "sft", f"--variant sft --model {folder}/base --data {folder}/both.jsonl {HH} "
                            f"--eval-data {held_out} --epochs 10 --learning-rate 2e-3 --schedule cosine"))
     for half in ("first", "second"):
-        if not (folder / f"reward-{half}/model.safetensors").is_file():
-            run("reward.py", "--train", "--model", folder / "sft/model", "--data", folder / f"{half}.jsonl",
-                "--eval-data", held_out, "--learning-rate", 1e-4, "--max-length", 192, "--out",
-                folder / f"reward-{half}")
+        if not (folder / f"reward/{half}/model").is_dir():
+            run("experiments/reward_model.py", "--model", folder / "sft/model", "--data",
+                folder / f"{half}.jsonl", "--eval-data", held_out, "--learning-rate", 1e-4, "--max-length",
+                192, "--overwrite", "--out", folder / f"reward/{half}")
     jobs = [(folder / f"{method}-s{seed}",
              f"{flags} --model {folder}/sft/model --data {folder}/second.jsonl --eval-data {held_out} {HH} "
-             f"--learning-rate 1e-4 --eval-every 0 --reward {folder}/reward-first --seed {seed}")
+             f"--learning-rate 1e-4 --eval-every 0 --reward {folder}/reward/first/model --seed {seed}")
             for seed in range(seeds) for method, flags in HH_METHODS.items()]
     train_all(jobs, at_a_time, "dialogues")
 
@@ -154,7 +163,7 @@ def dialogues(source, runs, seeds, at_a_time):
         if not (folder / f"{half}.json").is_file():
             run("evaluate.py", folder / "sft", *(out for out, _ in jobs), "--reference", folder / "sft/model",
                 "--data", folder / "second.jsonl", "--eval-data", held_out, "--reward",
-                folder / f"reward-{half}", "--out", folder / f"{half}.json")
+                folder / f"reward/{half}/model", "--out", folder / f"{half}.json")
 
     with ThreadPoolExecutor(at_a_time) as pool:
         list(pool.map(judge, ("first", "second")))
@@ -163,9 +172,9 @@ def dialogues(source, runs, seeds, at_a_time):
 # --- the report ---------------------------------------------------------------------------------------------
 
 def rows_of(runs):
-    """One row per finished run: {world, method, seed, steps, seconds, figures, curve, best}; a figure is
-    [value, low, high], the curve [[step, KL, reward]], best the highest reward along it, told by hindsight;
-    `second`, on dialogues: figures by the other reward model."""
+    """One row per finished run: {world, method, seed, steps, seconds, figures, curve, peak_kl}; a figure is
+    [value, low, high], the curve [[step, KL, reward]]; `second`, on dialogues: figures by the other reward
+    model."""
     rows = []
     for out in sorted(path.parent for path in runs.glob("*/*/model")):
         method, _, seed = out.name.rpartition("-s")
@@ -173,28 +182,41 @@ def rows_of(runs):
             method, seed = out.name, "0"
         evals, metrics = ([json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
                           for name in ("eval", "metrics"))
-        last = evals[-1]
         row = {"world": out.parent.name, "method": method, "seed": int(seed), "steps": len(metrics),
                "seconds": round(sum(metric["seconds"] for metric in metrics), 1),
-               "figures": {name: [value, *last[f"{name}_interval"]] for name, value in last.items()
-                           if f"{name}_interval" in last},
-               "curve": [[each["step"], each.get("kl"), each.get("reward")] for each in evals]}
-        rewards = [reward for _, _, reward in row["curve"] if reward is not None]
-        if rewards:
-            row["best"] = {"reward": [max(rewards), None, None]}
+               "figures": {name: [value, *evals[-1][f"{name}_interval"]] for name, value in evals[-1].items()
+                           if value is not None and evals[-1].get(f"{name}_interval")},
+               "curve": [[each["step"], each.get("kl"), each.get("reward")] for each in evals],
+               "peak_kl": max((each["kl"] for each in evals if each.get("kl") is not None), default=0.0)}
+        if row["world"].startswith("toy"):
+            row["figures"]["J"] = j_of(row["figures"], json.loads((out / "args.json").read_text())["beta"])
         for name, file in (("figures", "first.json"), ("second", "second.json")):
             if (out.parent / file).is_file():
-                row[name] = json.loads((out.parent / file).read_text())[out.name]
+                found = json.loads((out.parent / file).read_text())[out.name]
+                row[name] = {key: list(figure.values()) for key, figure in found.items()}
         rows.append(row)
     return rows
 
 
-def table(rows, columns):
+def j_of(figures, beta):
+    """[J, low, high] of a toy run, J = reward − 0.5·KL: as it was measured, where the run's β is the toy's
+    (simpo's is another), else without an interval. An SFT model is its own reference."""
+    if "J" in figures and beta == TOY_DEFAULTS["beta"]:
+        return figures["J"]
+    kl = figures["kl"][0] if "kl" in figures else 0.0
+    return [figures["reward"][0] - TOY_DEFAULTS["beta"] * kl, None, None]
+
+
+def table(rows, columns, methods=("sft", *METHODS)):
     """Markdown: a line per method, mean ± half the 95 % t-interval over seeds, for a single run over prompts;
-    columns: {head: (world, key, name)}; "reward-dpo" is the difference to DPO's reward, seed by seed."""
+    columns: {head: (world, key, name)}; "reward-dpo" is the difference to DPO's reward, seed by seed. Without
+    a name: the largest row[key] of the seeds."""
     from evaluate import over_seeds
 
     def cell(method, world, key, name):
+        if not name:
+            found = [row[key] for row in rows if (row["world"], row["method"]) == (world, method)]
+            return "" if not found else f"{max(found)}" if key == "steps" else f"{max(found):.2f}"
         name, _, base = name.partition("-")
         figures = {(row["method"], row["seed"]): row[key][name] for row in rows
                    if row["world"] == world and name in row.get(key, {})}
@@ -203,10 +225,11 @@ def table(rows, columns):
             return ""
         value, low, high = figures[method, seeds[0]] if len(seeds) == 1 else over_seeds(
             [figures[method, seed][0] - (figures[base, seed][0] if base else 0) for seed in seeds])
-        return f"{value:{'+' if base else ''}.2f} ± {(high - low) / 2:.2f}"
+        half = "" if low is None else f" ± {(high - low) / 2:.2f}"     # a single run's J may have no interval
+        return f"{value:{'+' if base else ''}.2f}{half}"
 
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
-    for method in ("sft", *METHODS):
+    for method in methods:
         cells = [cell(method, *column) for column in columns.values()]
         lines += [f"| {method} | " + " | ".join(cells) + " |"] if any(cells) else []
     return "\n".join(lines)
@@ -214,31 +237,37 @@ def table(rows, columns):
 
 def report(runs):
     """Tables, raw rows, picture."""
-    from evaluate import compare
     rows = rows_of(runs)
-    (ROOT / "experiments/replication.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    compare(sorted((runs / "toy").glob("*-s*")), runs / "toy.json")
+    write_rows(ROOT / "experiments/replication.jsonl", rows)
+    shown = [path for method in PICTURE for path in sorted((runs / "toy").glob(f"{method}-s*"))]
+    subprocess.run([sys.executable, ROOT / "evaluate.py", "--compare", *shown, "--frontier", "2000", "--out",
+                    runs / "toy.json"], check=True)
     shutil.copy(runs / "toy.png", ROOT / "experiments/results.png")
-    print("\nToy world:\n\n" + table(rows, {
-        "reward": ("toy", "figures", "reward"), "minus DPO": ("toy", "figures", "reward-dpo"),
-        "minus online DPO": ("toy", "figures", "reward-online-dpo"),
-        "KL": ("toy", "figures", "kl"), "win rate": ("toy", "figures", "win_rate"),
-        "length-controlled": ("toy", "figures", "lc_win_rate"), "best reward": ("toy", "best", "reward"),
-        "minus DPO, best": ("toy", "best", "reward-dpo"),
-        **{f"{head}, {world[4:]}": (world, "figures", name) for world in ("toy-quarter", "toy-flipped")
-           for head, name in (("reward", "reward"), ("minus DPO", "reward-dpo"))}}))
+
+    def of(world, *names):
+        heads = {"kl": "KL", "J-dpo": "J minus DPO's", "J-online-dpo": "minus online DPO's",
+                 "reward-dpo": "minus DPO's", "win_rate": "win rate", "lc_win_rate": "length-controlled",
+                 "length": "tokens"}
+        return {heads.get(name, name): (world, "figures", name) for name in names}
+
+    def ends(world):
+        return {"highest KL": (world, "peak_kl", None), "steps": (world, "steps", None)}
+
+    print("\nToy world; highest KL: of all seeds and evaluations:\n\n" + table(rows, {
+        **of("toy", "reward", "kl", "J", "J-dpo", "J-online-dpo"), **ends("toy")}))
+    print("\nDP beside its control, and the difference:\n\n" + table(rows, {
+        head: ("toy", "figures", name + minus) for name in ("reward", "kl", "margin", "accuracy", "J")
+        for head, minus in ((name, ""), (f"{name}, difference", "-dp-control"))}, ("dp-control", "dp")))
+    for world, title in (("toy-quarter", "A quarter of the pairs"),
+                         ("toy-flipped", "20 % of the labels flipped")):
+        print(f"\n{title}:\n\n" + table(rows, {
+            **of(world, "reward", "kl", "J", "J-dpo", "J-online-dpo"), **ends(world)}))
     if any(row["world"] == "dialogues" for row in rows):
         print("\nDialogues, by the first reward model, which PR saw, and by the second:\n\n" + table(rows, {
-            "reward": ("dialogues", "figures", "reward"),
-            "minus DPO": ("dialogues", "figures", "reward-dpo"),
-            "win rate": ("dialogues", "figures", "win_rate"),
-            "length-controlled": ("dialogues", "figures", "lc_win_rate"),
-            "reward, second": ("dialogues", "second", "reward"),
-            "minus DPO, second": ("dialogues", "second", "reward-dpo"),
-            "win rate, second": ("dialogues", "second", "win_rate"),
-            "length-controlled, second": ("dialogues", "second", "lc_win_rate"),
-            "KL": ("dialogues", "figures", "kl"), "tokens": ("dialogues", "figures", "length"),
-            "accuracy": ("dialogues", "figures", "accuracy")}))
+            **of("dialogues", "reward", "reward-dpo", "win_rate", "lc_win_rate"),
+            **{f"{head}, second": (world, "second", name) for head, (world, _, name) in of(
+                "dialogues", "reward", "reward-dpo", "win_rate", "lc_win_rate").items()},
+            **of("dialogues", "kl", "length", "accuracy")}))
 
 
 def main():
@@ -246,10 +275,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--dialogues", metavar="FILE", help="preference pairs, as in data.py")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=[*METHODS], help="on the toy (all)")
+    parser.add_argument("--worlds", nargs="*", choices=WORLDS, default=[*WORLDS], help="of the toy (all)")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each (default: 2)")
     parser.add_argument("--runs", type=Path, default=Path("runs/replication"), help="where the runs are kept")
     args = parser.parse_args()
-    toy(args.runs, args.seeds, args.jobs)
+    toy(args.runs, args.seeds, args.jobs, {name: WORLDS[name] for name in args.worlds}, args.methods)
     if args.dialogues:
         dialogues(args.dialogues, args.runs, args.seeds, args.jobs)
     report(args.runs)

@@ -1,6 +1,6 @@
 """What the terms T1, T2 and T3 do when nothing is sampled: reward lost at equal KL, for every variant.
 
-    python experiments/terms_exact.py                        # a minute on one core; table, and its JSON
+    python experiments/terms_exact.py                        # three minutes on one core; tables, JSON
     python experiments/terms_exact.py --plot terms.png       # … and draws regret against KL
     python experiments/terms_exact.py --optimizer natural    # the same gradients, followed another way
 
@@ -14,7 +14,12 @@ distribution is π_ref × π_ref. Every expectation is a sum over all 40 × 40 p
 The regret at a KL is the best expected reward at that KL, which π_ref·exp(r/τ)/Z has, minus the policy's when
 its KL(π‖π_ref) first reaches it. The methods share their worlds, so differences are taken world by world.
 
-How to read it: the regret is that of the path, and the optimizer shapes the path as much as the terms do.
+Where the methods end, at β 0.5: the second table has J* − J, J = E[reward] − β·KL(π‖π_ref), where the
+gradient has died out, and the KL there. Its columns are data sets: all pairs with their true preferences, the
+same with 20 % of the labels flipped, and 3,000 pairs drawn from the reference with labels drawn, right or
+flipped. The reward model's labels are always true. No gradient of the data moves a response that is in none.
+
+How to read the first: the regret is that of the path, which the optimizer shapes as much as the terms do.
 Adam moves all logits at one pace, the gradient moves them in proportion to their probability, and the natural
 gradient does not depend on how the policy is parametrised. PP with mix 1 sees no reward: at the reference its
 gradient is zero, and Adam blows rounding up into a direction, which is as arbitrary as it sounds.
@@ -33,6 +38,7 @@ from evaluate import over_seeds
 from sail import utility
 
 RESPONSES, BETA = 40, 0.1
+END_BETA, PAIRS, FLIPPED = 0.5, 3000, 0.2                           # where the methods end
 OPTIMIZERS = {"adam": (torch.optim.Adam, 0.02), "sgd": (torch.optim.SGD, 30.0),
               "natural": (torch.optim.SGD, 1.0)}
 KLS, CURVE = [0.2, 0.5, 1.0, 2.0], [0.05 * 40 ** (i / 30) for i in range(31)]     # of table, picture
@@ -50,6 +56,16 @@ METHODS = {                                                         # route, mix
     **{f"PP, mix 0.3, c2 c3 1, γ {g:g}": ("pp", 0.3, 1.0, 1.0, g) for g in (0.01, 0.03, 0.1)},
     "PP, mix 1, c2 c3 0.2": ("pp", 1.0, 0.2, 0.2, 0.0),
 }
+ENDS = {                                                            # route, mix, c2, c3, γ
+    "DPO": ("dpo", 0.0, 0.0, 0.0, 0.0),
+    **{f"DP, mix 0.4, c3 {c:g}": ("dp", 0.4, 0.0, c, 0.0) for c in (0.2, 1.0)},
+    **{f"online DPO, mix {mix:g}": ("pr", mix, 0.0, 0.0, 0.0) for mix in (0.3, 1.0)},
+    **{f"PR, mix {mix:g}, c2 {c:g}": ("pr", mix, c, 0.0, 0.0) for mix in (0.3, 1.0) for c in (0.3, 1.0)},
+    **{f"PP, mix 0.3, c2 c3 {c:g}": ("pp", 0.3, c, c, 0.0) for c in (0.2, 1.0)},
+    "PP, mix 0.3, c2 c3 0.2, γ 0.03": ("pp", 0.3, 0.2, 0.2, 0.03)}
+DATA = {                                                            # (pairs, share of them flipped)
+    "all pairs": (None, 0.0), f"all, {FLIPPED:.0%} flipped": (None, FLIPPED),
+    f"{PAIRS:,} pairs": (PAIRS, 0.0), f"{PAIRS:,}, {FLIPPED:.0%} flipped": (PAIRS, FLIPPED)}
 DRAWN = {                                                           # colours: Okabe and Ito
     "offline DPO": "#000000", "online DPO, mix 1": "#0072B2", "PR, mix 1, c2 0.3": "#009E73",
     "PR, mix 1, c2 1": "#56B4E9", "DP, mix 0.4, c3 1": "#E69F00", "PP, mix 0.3, c2 c3 1": "#CC79A7"}
@@ -73,18 +89,23 @@ def pairwise(values):
     return values[:, :, None] - values[:, None, :]
 
 
-def surrogate(logps, reference, preference, route, c2, c3):
+def two_draws(logps):
+    """P(y1 = i, y2 = j) of two independent draws, (S, K) -> (S, K, K)."""
+    return (logps[:, :, None] + logps[:, None, :]).exp()
+
+
+def surrogate(logps, reference, preference, route, c2, c3, beta=BETA, pairs=None):
     """A number whose gradient is the expectation of T1 + c2·T2 + c3·T3, summed over the worlds.
 
     J is Σ pair · label · f, and the policy is in each factor. A term is what the product rule makes of one
     factor: that one moves, the other two are held (detached). Where pair or label is the data's or the
-    reward's it is a constant, and T2 or T3 has no gradient.
+    reward's it is a constant, and T2 or T3 has no gradient. pairs: P(y1 = i, y2 = j) in the data, (S, K, K);
+    None: two draws from the reference.
     """
     on_policy, self_labelled = ROUTES[route]
-    u = BETA * pairwise(logps - reference)                          # (S, K, K)
-    f, f_swapped = utility(u, BETA, "sigmoid"), utility(-u, BETA, "sigmoid")
-    source = logps if on_policy else reference
-    pair = (source[:, :, None] + source[:, None, :]).exp()          # P(y1 = i, y2 = j)
+    u = beta * pairwise(logps - reference)                          # (S, K, K)
+    f, f_swapped = utility(u, beta, "sigmoid"), utility(-u, beta, "sigmoid")
+    pair = two_draws(logps) if on_policy else two_draws(reference) if pairs is None else pairs
     label = torch.sigmoid(u) if self_labelled else preference       # P(i ≻ j)
 
     def expectation(pair, label, f, f_swapped):
@@ -144,6 +165,78 @@ def reward_at(kls, rewards, at):
     (kl0, kl1), (reward0, reward1) = [(x.gather(0, after - 1)[0], x.gather(0, after)[0])
                                       for x in (kls, rewards)]
     return torch.where(reached.any(0), reward0 + (reward1 - reward0) * (at - kl0) / (kl1 - kl0), math.nan)
+
+
+def data_of(reference, preference, size, flipped):
+    """A data set: (P(y1 = i, y2 = j), its share of labels i ≻ j), (S, K, K) each. `size` pairs are drawn in
+    each world and counted, None: all there are; each label is flipped with the probability `flipped`."""
+    label = preference + flipped * (1 - 2 * preference)
+    if size is None:
+        return two_draws(reference), label
+    wins = (two_draws(reference) * label).flatten(1)                # ∝ P(winner i, loser j)
+    drawn = torch.multinomial(wins, size, True, generator=torch.Generator().manual_seed(0))
+    wins = torch.zeros_like(wins).scatter_add(1, drawn, torch.ones_like(drawn, dtype=wins.dtype))
+    wins = wins.view_as(label)
+    both = wins + wins.mT
+    return both / (2 * size), torch.where(both > 0, wins / both.clamp(min=1), 0.5)
+
+
+def end_of(reference, preference, data, method, steps=1000):
+    """Where a method ends: (log π (S, K), the gradient's norm there (S,)). By Adam, its rate falling to 0."""
+    route, mix, c2, c3, gamma = method
+    logits = reference.clone().requires_grad_()
+    optimizer = torch.optim.Adam([logits], 0.1, maximize=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    pairs, label = data
+    for _ in range(steps):
+        logps = logits.log_softmax(-1)
+        objective = -gamma * kl(reference, logps).sum()
+        if mix > 0:
+            objective = objective + mix * surrogate(logps, reference, preference, route, c2, c3, END_BETA,
+                                                    pairs)
+        if mix < 1:
+            objective = objective + (1 - mix) * surrogate(logps, reference, label, "dpo", 0, 0, END_BETA,
+                                                          pairs)
+        optimizer.zero_grad()
+        objective.backward()
+        optimizer.step()
+        schedule.step()
+    return logits.detach().log_softmax(-1), logits.grad.norm(dim=-1)
+
+
+def measure_ends(seeds):
+    """{method: {data set: summaries of J* − J, of that minus DPO's, of KL; `moving`, how many worlds have a
+    gradient that has not died out}}."""
+    reference, reward = worlds(seeds)
+    preference, lost = torch.sigmoid(pairwise(reward)), {}
+    best = END_BETA * (reference + reward / END_BETA).logsumexp(-1)                 # J*, (S,)
+    results = {name: {} for name in ENDS}
+    for data_name, (size, flipped) in tqdm(DATA.items(), "ends"):
+        data = data_of(reference, preference, size, flipped)
+        for name, method in ENDS.items():
+            logps, gradient = end_of(reference, preference, data, method)
+            away = kl(logps, reference)
+            lost[name] = best - ((logps.exp() * reward).sum(-1) - END_BETA * away)
+            results[name][data_name] = {
+                "lost": summary(lost[name]), "minus DPO": summary(lost[name] - lost["DPO"]),
+                "kl": summary(away), "moving": int((gradient > 1e-4).sum())}
+    return results
+
+
+def table_of_ends(results):
+    """J* − J of every method and data set in markdown, the difference to DPO in brackets, then the KL."""
+    def cell(figures, name):
+        def of(key, sign=""):
+            half = "" if figures[key]["half"] is None else f" ± {figures[key]['half']:.3f}"
+            return f"{figures[key]['mean']:{sign}.3f}{half}"
+        moving = f", {figures['moving']} still moving" if figures["moving"] else ""
+        return of("lost") + f" ({of('minus DPO', '+')})" * (name != "DPO") + (
+            f"; KL {figures['kl']['mean']:.2f}{moving}")
+
+    lines = ["| J* − J (minus DPO's); KL | " + " | ".join(DATA) + " |", "|---" * (len(DATA) + 1) + "|"]
+    lines += [f"| {name} | " + " | ".join(cell(found[data], name) for data in DATA) + " |"
+              for name, found in results.items()]
+    return "\n".join(lines)
 
 
 def summary(values):
@@ -232,10 +325,12 @@ def main():
     parser.add_argument("--plot", metavar="PNG", help="draw regret against KL")
     args = parser.parse_args()
     torch.set_num_threads(1)                                        # small tensors: more threads only wait
-    results = measure(args.seeds, args.steps, args.optimizer)
+    results = {**measure(args.seeds, args.steps, args.optimizer), "ends": measure_ends(args.seeds)}
     print(f"{args.seeds} worlds, {args.optimizer}; mean ± half-width of the 95 % interval over worlds; "
           "(n): only n worlds get there\n")
     print(table(results))
+    print(f"\nWhere the methods end, at β {END_BETA}:\n")
+    print(table_of_ends(results["ends"]))
     for path in filter(None, (args.out, args.plot)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(args.out).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,5 @@
 """Small checkpoints and data for the tests, made on the spot; nothing is downloaded."""
+import logging
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import pytest
 import torch
 
-torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+logging.disable(logging.DEBUG)                     # a checkpoint makes thousands of such lines
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))   # more wait for each other
 
 TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<eos>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
@@ -37,8 +39,9 @@ def byte_tokenizer(template=None, bos=False):
 
 
 WINDOWED = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
-FAMILIES = {  # what AutoConfig calls it, its own settings; cohere, gemma2 and granite scale or cap their logits
-    "llama": ("llama", {}), "gpt2": ("gpt2", {}), "qwen2": ("qwen2", {}), "qwen3": ("qwen3", dict(head_dim=8)),
+FAMILIES = {  # AutoConfig's name and own settings; cohere, gemma2 and granite scale or cap their logits
+    "llama": ("llama", {}), "gpt2": ("gpt2", {}), "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", dict(head_dim=8)),
     "gemma2": ("gemma2", dict(head_dim=8, final_logit_softcapping=2.0, **WINDOWED)),
     "gemma3": ("gemma3_text", dict(head_dim=8, **WINDOWED)), "cohere": ("cohere", dict(logit_scale=0.25)),
     "granite": ("granite", dict(logits_scaling=3.0)), "mistral": ("mistral", dict(sliding_window=4)),
@@ -50,9 +53,9 @@ def tiny_model(family="llama", vocab_size=261, seed=0, **more):
     from transformers import AutoConfig, AutoModelForCausalLM
     kind, own = FAMILIES[family]
     config = AutoConfig.for_model(kind, **{**dict(
-        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2, bos_token_id=None,
-        eos_token_id=1, pad_token_id=0), **own, **more})
+        vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0), **own, **more})
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -68,9 +71,11 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """An untrained toy model, saved: training starts from it in seconds. Its directory, a string."""
-    from toy import toy_model
+    """An untrained toy model, saved, with pairs to train it on: a run starts in seconds. Its directory, a string."""
+    from data import write_rows
+    from toy import TOY_PAIRS, pairs_of, toy_model
     path = tmp_path_factory.mktemp("base")
+    write_rows(path / TOY_PAIRS, pairs_of("toy")[0])
     for part in toy_model(seed=5):
         part.save_pretrained(path)
     return str(path)

@@ -51,7 +51,7 @@ def write_gradients(file, device):
                               ("dp", 7, "expected"), ("dp", 7, "sampled"), ("pr", 7, "expected")):
         gradient, totals = batch_gradient(n, variant, 2, label)
         results[f"{variant} {n} {label}"] = gradient.tolist(), totals
-    if distributed.is_first():
+    if distributed.rank() == 0:
         file.write_text(json.dumps(results))
 
 

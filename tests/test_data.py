@@ -1,5 +1,6 @@
 """Reading preference data by its columns, rendering, truncation, masks; the toy's corpus."""
 import json
+import math
 
 import pytest
 import torch
@@ -50,6 +51,75 @@ def write(path, rows):
 def test_every_format_is_told_by_its_columns(tmp_path, row, prompt, chosen, rejected):
     pairs, report = load_pairs(write(tmp_path / "any.jsonl", [row]))
     assert pairs == [{"prompt": prompt, "chosen": chosen, "rejected": rejected}] and report["rows"] == 1
+
+
+@pytest.mark.parametrize("row, prompt, chosen", [
+    (dict(prompt="Q"), "Q", None), (dict(prompt=[USER]), [USER], None),
+    (dict(messages=[USER, ASSISTANT, USER, GOOD]), [USER, ASSISTANT, USER], "good"),
+    (dict(messages=TYPED), [USER], "good")])
+def test_rows_of_prompts_and_of_dialogues_are_pairs_that_lack_responses(tmp_path, row, prompt, chosen):
+    pairs, report = load_pairs(write(tmp_path / "any.jsonl", [row]))
+    assert pairs == [{"prompt": prompt, "chosen": chosen, "rejected": None}]
+    assert report["format"] == ("dialogues" if chosen else "prompts")
+
+
+@pytest.mark.parametrize("row", [dict(prompt=""), dict(prompt=None), dict(prompt=3), dict(prompt=[]),
+                                 dict(prompt=[dict(role="user", content=" ")]), dict(messages=[USER]),
+                                 dict(messages=None), dict(messages=[USER, {**GOOD, "content": ""}])])
+def test_prompts_and_dialogues_with_nothing_in_them_are_dropped(tmp_path, row):
+    good = dict(prompt="Q") if "prompt" in row else dict(messages=[USER, GOOD])
+    pairs, report = load_pairs(write(tmp_path / "any.jsonl", [row, good]))
+    assert len(pairs) == 1 and sum(report["dropped"].values()) == 1
+
+
+@pytest.mark.parametrize("rows, dropped", [
+    ("prompt,chosen,rejected\nQ,good,bad\nQ,good\nQ,good,bad 2,more,and more\n", {data.NO_TEXT: 1}),
+    (f"prompt,chosen,rejected\nQ,good,bad\nQ,good,{'long ' * 40_000}\n", {})])
+def test_ragged_csv_is_counted_and_long_csv_is_read(tmp_path, rows, dropped):
+    (tmp_path / "x.csv").write_text(rows)
+    pairs, report = load_pairs(str(tmp_path / "x.csv"))
+    assert len(pairs) == 2 and report["dropped"] == dropped
+
+
+PKU = dict(prompt="Q", response_0="zero", response_1="one", safer_response_id=0)
+WEB = dict(question=dict(full_text="Q"), answer_0="zero", answer_1="one", score_1=0)
+ULTRA = dict(instruction="Q")
+
+
+def completions(*scores):
+    return [dict(response=f"{place}", overall_score=score) for place, score in enumerate(scores)]
+
+
+@pytest.mark.parametrize("row, chosen", [
+    ({**PKU, "better_response_id": 1.0}, "one"), ({**PKU, "better_response_id": True}, "one"),
+    ({**PKU, "better_response_id": "1"}, "one"), ({**PKU, "better_response_id": False}, "zero"),
+    ({**PKU, "better_response_id": None}, None), ({**PKU, "better_response_id": 7}, None),
+    ({**PKU, "better_response_id": "one"}, None),
+    ({**WEB, "score_0": "0.5"}, "zero"), ({**WEB, "score_0": math.nan}, None),
+    ({**WEB, "score_0": "good"}, None), ({**WEB, "score_0": 10**400}, None),
+    ({**ULTRA, "completions": completions(1, "9", 3)}, "1"),
+    ({**ULTRA, "completions": completions(1, math.inf)}, None),
+    ({**ULTRA, "completions": completions([1], 2)}, None), ({**ULTRA, "completions": None}, None)])
+def test_a_label_that_is_a_number_is_used_and_one_that_is_none_drops_its_row(tmp_path, row, chosen):
+    name, good = str(tmp_path / "x.jsonl"), dict(row, better_response_id=0, score_0=2,
+                                                 completions=completions(1, 2))
+    pairs, report = load_pairs(write(tmp_path / "x.jsonl", [row, good]))
+    assert [pair["chosen"] for pair in pairs[:-1]] == [chosen] * (chosen is not None), name
+    assert len(pairs) + sum(report["dropped"].values()) == 2
+
+
+def test_huge_integers_are_read_or_counted(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps(dict(prompt="Q", chosen="good", rejected="bad")) + "\n" +
+                                      '{"prompt": ' + "9" * 4000 + ', "chosen": "a", "rejected": "b"}\n')
+    assert load_pairs(str(tmp_path / "x.jsonl"))[1]["dropped"] == {data.NO_TEXT: 1}
+
+
+def test_an_end_token_that_is_written_out_in_a_response_is_counted():
+    pairs = [{"prompt": "Q", "chosen": "good<eos> never learned", "rejected": "bad"},
+             {"prompt": "Q<eos>", "chosen": "good", "rejected": "bad"}]
+    examples, counts = encode(pairs, byte_tokenizer(), {1}, 90, 90)
+    assert counts["end_token_in_text"] == 1
+    assert byte_tokenizer().decode(examples[0]["chosen_ids"]) == "good<eos>"
 
 
 def test_pku_can_prefer_the_safer_response(tmp_path):
@@ -108,6 +178,15 @@ def test_half_a_surrogate_pair_is_dropped(tmp_path):
     assert len(pairs) == 1 and report["dropped"] == {data.NO_TEXT: 1}
 
 
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
+def test_a_failure_while_writing_rows_leaves_the_file_that_was_there(name, tmp_path, monkeypatch):
+    data.write_rows(tmp_path / "new" / name, [{"text": "é\u2028"}])
+    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError):
+        data.write_rows(tmp_path / "new" / name, [])
+    assert data.read_rows(tmp_path / "new" / name) == [{"text": "é\u2028"}]
+
+
 def test_the_limit_counts_kept_pairs(tmp_path):
     rows = [dict(prompt="Q", chosen="a", rejected="")] + [
         dict(prompt="Q", chosen="a", rejected=str(i)) for i in range(9)]
@@ -121,9 +200,9 @@ def test_held_out_prompts_are_never_trained_on(tmp_path):
     assert len(train) + len(held_out) == 600 and 5 < len(held_out) < 60
     assert not {pair["prompt"] for pair in train} & {pair["prompt"] for pair in held_out}
     train, held_out, _ = train_and_held_out("toy")
-    nouns = [{word for pair in pairs for word in pair["prompt"].split()} & set(NOUNS)
-             for pairs in (train, held_out)]
-    assert len(nouns[0]) == 16 and len(nouns[1]) == 4 and not nouns[0] & nouns[1]
+    prompts, others = ({pair["prompt"] for pair in pairs} for pairs in (train, held_out))
+    assert len(prompts) == 60 and len(others) == 20 and not prompts & others
+    assert all(any(noun in prompt for prompt in side) for side in (prompts, others) for noun in NOUNS)
 
 
 def test_the_toy_corpus_is_the_same_every_time_and_prefers_the_better_review():
@@ -199,6 +278,14 @@ def test_prompts_are_cut_from_the_left_and_responses_from_the_right_without_an_e
     assert counts["truncated_prompts"] == 1 and counts["truncated_responses"] == 1 and counts["dropped"] == 0
 
 
+def test_a_response_that_the_data_lack_has_no_ids():
+    example, counts = encode_one({"prompt": "Q", "chosen": None, "rejected": None}, byte_tokenizer(TEMPLATE))
+    assert example["chosen_ids"] == example["rejected_ids"] == [] and counts["dropped"] == 0
+    assert byte_tokenizer().decode(example["prompt_ids"]) == "<|user|>Q<eos><|assistant|>"
+    example, _ = encode_one({"prompt": "Q", "chosen": "good", "rejected": None}, byte_tokenizer())
+    assert byte_tokenizer().decode(example["chosen_ids"]) == "good<eos>" and example["rejected_ids"] == []
+
+
 def test_pairs_that_truncation_makes_equal_are_dropped_and_counted():
     pairs = [{"prompt": "Q", "chosen": "same start, good", "rejected": "same start, bad"},
              {"prompt": "Q", "chosen": "good", "rejected": "bad"}]
@@ -220,5 +307,19 @@ def test_the_command_line_shows_format_counts_lengths_and_pairs(tmp_path, monkey
         monkeypatch.setattr("sys.argv", ["data.py", path, *more])
         data.main()
         shown = capsys.readouterr().out
-        assert "2 rows, 1 pairs kept, dropped: 1 empty response" in shown and "good" in shown
+        assert "2 rows, 1 kept, dropped: 1 empty response" in shown and "good" in shown
         assert ("tokens" in shown and "<|user|>" in shown) if more else "characters" in shown
+
+
+@pytest.mark.parametrize("more", [[], ["--model"]])
+@pytest.mark.parametrize("row, told", [
+    (dict(prompt="What?"), "prompts"), (dict(prompt=[dict(USER, content="What?")]), "prompts"),
+    (dict(messages=[dict(USER, content="What?"), GOOD]), "dialogues")])
+def test_the_command_line_shows_rows_that_lack_responses(tmp_path, monkeypatch, capsys, checkpoint, row, told,
+                                                         more):
+    path = write(tmp_path / "x.jsonl", [row])
+    monkeypatch.setattr("sys.argv", ["data.py", path, *more, *[str(checkpoint)] * len(more)])
+    data.main()
+    shown = capsys.readouterr().out
+    assert f"{told}; 1 rows, 1 kept, dropped: none" in shown and "What?" in shown
+    assert ("good" in shown) == ("chosen" in shown) == (told == "dialogues") and "rejected" not in shown

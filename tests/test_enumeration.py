@@ -6,13 +6,13 @@ one context at a time, and differentiated by autograd; on the other side stands 
 training step back-propagates: token ids through collate, masks, sequence_logps and sail_loss.
 """
 import itertools
-from functools import lru_cache, partial
+from functools import cache, partial
 
 import pytest
 import torch
 from conftest import tiny_model
 
-from sail import BOTH, accumulate_gradients, parse_args, preference_losses
+from sail import SIDES, accumulate_gradients, parse_args, preference_losses
 
 END, PROMPT, BETA, MARGIN = 0, [1, 1], 0.7, 0.3
 ROUTES = {"dpo": (0, 0, 0), "dp": (0, 0, 1), "pp": (1, 1, 1), "pr": (1, 1, 0)}
@@ -32,7 +32,7 @@ def responses_of(words, longest):
 
 def log_probabilities(model, responses):
     """log π(y|prompt) of each response, (R,), each token from a forward of its own context."""
-    @lru_cache(maxsize=None)
+    @cache
     def next_token(context):
         return model(torch.tensor([[*PROMPT, *context]])).logits[0, -1].log_softmax(-1)
 
@@ -83,7 +83,7 @@ class World:
         """The pair of responses i and j as the training loop holds it."""
         sampled, _, self_labelled = map(bool, ROUTES[route])
         return {"prompt_ids": PROMPT, "chosen_ids": self.responses[i], "rejected_ids": self.responses[j],
-                "preference": self.preference[i, j].item(), "sampled": BOTH if sampled else (),
+                "preference": self.preference[i, j].item(), "sampled": SIDES if sampled else (),
                 "self_labelled": self_labelled, "draw": draw}
 
     def back_propagated(self, weighted_pairs, loss_type, baseline, label="expected", micro_batch_size=10**9):
@@ -179,7 +179,7 @@ def test_the_regularisers_add_their_gradient(world):
     plain = parse_args(["--variant", "pp", "--beta", str(BETA), "--revkl-coef", "0"])
     pairs = [world.pair(i, j, route) for i, j, route in (
         (0, 9, "dpo"), (5, 3, "dp"), (7, 2, "pp"), (6, 1, "pr"), (4, 12, "dpo"))]
-    pairs[4]["sampled"] = ("rejected",)                                    # spin's: its chosen response is the data's
+    pairs[4]["sampled"] = ("rejected",)                        # spin's: its chosen response is the data's
 
     def gradient(args):
         losses, metrics = preference_losses(world.policy, world.reference, pairs, args, -0.9)
@@ -208,7 +208,7 @@ def test_the_accumulated_gradient_is_that_of_the_weighted_losses(world):
     losses, _ = losses_of(pairs)
     expected = flat_gradient((torch.tensor([2.0, 2.0, 2.0, 0.0]) * losses).sum() * 0.5, world.policy)
     world.policy.zero_grad()
-    micros = [(pairs[:2], 2), (pairs[2:3], 2), (pairs[3:], 0)]             # the last one is there for its collectives
+    micros = [(pairs[:2], 2), (pairs[2:3], 2), (pairs[3:], 0)]     # the last one is there for its collectives
     totals = accumulate_gradients(world.policy, losses_of, micros, 0.5)
     gradient = torch.cat([p.grad.flatten() for p in world.policy.parameters()])
     world.policy.zero_grad()

@@ -29,16 +29,20 @@ def fails(main, argv, monkeypatch, capsys):
 
 FILES = {  # content of a data file, and what must be said about it
     "missing.jsonl": (None, "no such file"),
-    "text.jsonl": ('{"prompt": "Q"}\nhello\n', "text.jsonl:2: not JSON"),
-    "cut.json": ('[{"prompt": "Q", "cho', "cut.json:1: not JSON"),
+    "text.jsonl": ('{"prompt": "Q"}\nhello\n', "text.jsonl:2: not jsonl"),
+    "cut.json": ('[{"prompt": "Q", "cho', "cut.json:1: not json"),
     "empty.jsonl": ("", "empty, no rows"),
     "list.json": ("[1, 2]", "a row is not an object"),
-    "column.jsonl": ('{"prompt": "Q", "chosen": "a"}\n', "columns chosen, prompt fit no known format"),
+    "column.jsonl": ('{"question": "Q", "chosen": "a"}\n', "columns chosen, question fit none of: conv"),
     "nulls.jsonl": ('{"prompt": "Q", "chosen": null, "rejected": "b"}\n', "no usable pair in 1 rows (1 null"),
     "same.jsonl": ('{"prompt": "Q", "chosen": "b", "rejected": "b"}\n', "1 chosen equals rejected"),
     "binary.parquet": ("hello", "binary.parquet: cannot be read as a data set"),
-    "notes.txt": ("hello", "want a file that ends in .jsonl"),
-    "latin.jsonl": (b'{"prompt": "\xe9"}', "not UTF-8"),
+    "notes.txt": ("hello", "want a .jsonl, .json, .csv, .parquet file or"),
+    "latin.jsonl": (b'{"prompt": "\xe9"}', "not UTF-8"), "latin.csv": (b"prompt\n\xe9\n", "not UTF-8"),
+    "deep.jsonl": ("[" * 100_000, "deep.jsonl:1: not jsonl"), "huge.jsonl": ("9" * 9000, "huge.jsonl:1: not"),
+    "deep.json": ('{"a":' * 100_000, "deep.json:1: not json"),
+    "ragged.csv": ("a,b\n1,2,3\n", "columns , a, b fit none of"),
+    ":train": (None, ":train: cannot be read as a data set"),
     "no-such-folder/no-such-set": (None, "cannot be read as a data set"),
 }
 
@@ -46,7 +50,7 @@ FILES = {  # content of a data file, and what must be said about it
 @pytest.mark.parametrize("name", FILES)
 def test_bad_data_is_named(name, tmp_path, monkeypatch, capsys):
     content, message = FILES[name]
-    path = str(tmp_path / name) if "." in name else name
+    path = str(tmp_path / name) if "." in name else name              # else a hub name
     if content is not None:
         Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert message in fails(data.main, ["data.py", path], monkeypatch, capsys)
@@ -60,8 +64,8 @@ def test_bad_data_is_named(name, tmp_path, monkeypatch, capsys):
     (["--variant", "ppo"], "invalid choice: 'ppo'"), (["--mix", "1.2"], "--mix: 1.2 is not in 0 … 1"),
     (["--seed", "-1"], "--seed: -1 is not in"), (["--eval-every", "-1"], "--eval-every: -1 is not in"),
     (["--response-coef", "nan"], "--response-coef: nan is not in"),
-    (["--temperature", "0.9"], "--temperature: T2 is the score"),
-    (["--target-margin", "1"], "--target-margin: only --loss-type simpo has one"),
+    (["--target-margin", "1"], "--target-margin: only simpo has one"),
+    (["--target-margin", "1"], "--target-margin: only simpo has one"),
     (["--data", "x.jsonl"], "--reward: pr needs one"), (["--batch-size", "0"], "--batch-size: 0 is not in 1"),
     (["--learning-rate", "nan"], "--learning-rate: nan is not in"),
     (["--steps", "many"], "invalid int value: 'many'"),
@@ -83,14 +87,48 @@ def write(path):
     (lambda path: shutil.rmtree(path), "no tokenizer to load"),
     (lambda path: byte_tokenizer_without_eos().save_pretrained(path), "no end-of-sequence token"),
     (lambda path: tiny_model(vocab_size=50).save_pretrained(path), "wrong tokenizer?"),
-    (lambda path: None, "takes 256 tokens"),
-], ids=["no weights", "no real weights", "no tokenizer", "no directory", "no eos", "small vocabulary",
-        "too long"])
+], ids=["no weights", "no real weights", "no tokenizer", "no directory", "no eos", "small vocabulary"])
 def test_bad_models_are_named(break_it, message, tmp_path, checkpoint, monkeypatch, capsys):
     path = shutil.copytree(checkpoint, tmp_path / "model")
     break_it(path)
-    argv = ["sail.py", "--variant", "dpo", "--model", str(path), "--data", write(tmp_path / "x.jsonl")]
+    capsys.readouterr()                                                # saving has shown its progress
+    argv = ["sail.py", "--variant", "dpo", "--model", str(path), "--data", write(tmp_path / "x.jsonl"),
+            "--max-prompt-length", "8", "--max-response-length", "8"]
     assert message in fails(sail.main, argv, monkeypatch, capsys)
+
+
+def test_lengths_beyond_the_models_positions_are_named(tmp_path, checkpoint, monkeypatch, capsys):
+    argv = ["sail.py", "--variant", "dpo", "--model", str(checkpoint), "--data", write(tmp_path / "x.jsonl")]
+    assert "takes 256 tokens, --max-prompt-length 512" in fails(sail.main, argv, monkeypatch, capsys)
+
+
+BASE = dict(vocab_size=261, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            bos_token_id=None, eos_token_id=1, pad_token_id=0)
+CACHE = r"lacks logits_to_keep, position_ids, or the usual cache, which scoring and sampling need \("
+
+
+@pytest.mark.parametrize("kind, config, message", [
+    ("falcon", dict(alibi=True, new_decoder_architecture=False), CACHE),
+    ("mamba", dict(state_size=4), CACHE + "`get_seq_length`"),
+    ("mamba2", dict(num_heads=4, head_dim=16, state_size=8, n_groups=1, chunk_size=8), CACHE),
+    ("lfm2", dict(layer_types=["conv", "full_attention"], intermediate_size=48), CACHE),
+    ("qwen3_next", dict(layer_types=["linear_attention", "full_attention"], head_dim=8, num_experts=4,
+                        linear_num_value_heads=4, linear_num_key_heads=2, linear_key_head_dim=8,
+                        linear_value_head_dim=8, num_experts_per_tok=2, moe_intermediate_size=16,
+                        shared_expert_intermediate_size=16), CACHE),
+    ("jamba", dict(attn_layer_period=2, attn_layer_offset=1, num_experts=2, num_experts_per_tok=1,
+                   intermediate_size=48, mamba_d_state=4, mamba_dt_rank=4, use_mamba_kernels=False), CACHE),
+    ("bamba", dict(attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8,
+                   mamba_n_groups=1, mamba_chunk_size=8, intermediate_size=48), CACHE),
+    ("recurrent_gemma", dict(head_dim=8, lru_width=32, attention_window_size=16, intermediate_size=48,
+                             block_types=["recurrent", "attention"]), CACHE),
+    ("rwkv", dict(attention_hidden_size=32), CACHE + "it keeps no cache of its prompt")])
+def test_families_with_a_cache_of_another_kind_are_named_in_one_line(kind, config, message, capfd):
+    from transformers import AutoConfig, AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**BASE, **config})).eval()
+    with pytest.raises(data.InputError, match=f"^tiny: {type(model).__name__} {message}") as error:
+        generate.prepare(model, byte_tokenizer(), "tiny")
+    assert "\n" not in str(error.value)
 
 
 def byte_tokenizer_without_eos():
@@ -102,7 +140,7 @@ def byte_tokenizer_without_eos():
 @pytest.mark.parametrize("name, message", [
     ("absent.py:f", "no such file absent.py"), ("{here}/mine.py:absent", "defines no function absent"),
     ("no/such/classifier", "no tokenizer to load"), ("{here}/mine.py:one", "returned 1 scores for"),
-    ("{here}/mine.py:nan", "returned nan")])
+    ("{here}/mine.py:nan", "nan,…; want a finite one each")])
 def test_bad_rewards_are_named_and_what_was_written_stays(name, message, tmp_path, checkpoint, monkeypatch,
                                                           capsys):
     (tmp_path / "mine.py").write_text("def one(p, r): return [1.0]\n"
@@ -131,6 +169,58 @@ def test_prompts_over_the_limit_a_tokenizer_without_pad_and_one_without_template
     assert last["truncated_prompts"] > 30 and last["dropped"] == 0 and last["on_policy"] == 0.5
 
 
+# --- data that lack a response
+
+LACKING = {"string": {"prompt": "Question {}?"},
+           "messages": {"prompt": [{"role": "user", "content": "Q {}"}]},
+           "dialogues": {"messages": [{"role": "user", "content": "Q {}"},
+                                      {"role": "assistant", "content": "A {}"}]}}
+
+
+def lacking(kind, variant, tmp_path, checkpoint):
+    """The arguments of a run of two steps on rows that lack responses."""
+    rows = [json.loads(json.dumps(LACKING[kind]).replace("{}", str(i))) for i in range(60)]   # 2 are held out
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.py").write_text("def score(p, r): return [float(len(x)) for x in r]\n")
+    return ["sail.py", "--variant", variant, "--model", str(checkpoint), "--data", str(tmp_path / "x.jsonl"),
+            "--steps", "2", "--batch-size", "4", "--max-prompt-length", "32", "--max-response-length", "6",
+            "--learning-rate", "1e-3", "--out", str(tmp_path / "out"),
+            *(["--reward", f"{tmp_path}/mine.py:score"] if variant == "pr" else [])]
+
+
+@pytest.mark.parametrize("kind, variant, more", [
+    ("string", "pr", ["--mix", "1"]), ("messages", "pr", ["--mix", "1"]), ("string", "pp", ["--mix", "1"]),
+    ("messages", "pp", ["--mix", "1"]), ("dialogues", "sft", []), ("dialogues", "spin", []),
+    ("dialogues", "pp", ["--mix", "1"])])
+def test_rows_train_what_needs_no_more_than_they_have(kind, variant, more, tmp_path, checkpoint):
+    sail.main([*lacking(kind, variant, tmp_path, checkpoint)[1:], *more])
+    rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows] == [0, 0] and all(row["loss"] > 0 for row in rows)
+    assert rows[0]["on_policy"] == {"pr": 1.0, "pp": 1.0, "spin": 0.0, "sft": None}[variant]
+    figures = json.loads((tmp_path / "out/eval.jsonl").read_text().splitlines()[-1])
+    assert "margin" not in figures and figures["length"] > 0
+
+
+@pytest.mark.parametrize("kind, variant, more, message", [
+    ("string", "dpo", [], "prompts, without the chosen and rejected responses that --variant dpo learns"),
+    ("messages", "pr", ["--mix", "0.5"], "prompts, without the chosen and rejected responses"),
+    ("string", "sft", [], "prompts, without the chosen responses that --variant sft learns from"),
+    ("dialogues", "dp", [], "dialogues, without the chosen and rejected responses that --variant dp"),
+    ("string", "spin", [], "prompts, without the chosen responses")])
+def test_rows_that_lack_what_is_learned_from_are_named(kind, variant, more, message, tmp_path, checkpoint,
+                                                       monkeypatch, capsys):
+    argv = [*lacking(kind, variant, tmp_path, checkpoint), *more]
+    assert message in fails(sail.main, argv, monkeypatch, capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_has_a_learning_rate_of_its_own():
+    rate = {flags: sail.parse_args([*flags.split(), "--data", "x.jsonl"]).learning_rate for flags in
+            ("--variant dpo", "--variant dpo --lora 8 --model m", "--variant sft", "--variant dpo --lora 8 "
+             "--model m --learning-rate 0.5")}
+    assert [*rate.values()] == [1e-6, 1e-5, 2e-5, 0.5]
+
+
 @pytest.mark.parametrize("main, argv, message", [
     (generate.main, ["generate.py", "--model", "/no/such/model"], "no tokenizer to load"),
     (reward.main, ["reward.py", "--responses", "/no/such.jsonl"], "no such file")])
@@ -147,7 +237,7 @@ def test_every_script_gives_one_line_and_status_2(argv, tmp_path, checkpoint):
     argv = [names.get(word, word) for word in argv]
     argv += ["--max-prompt-length", "64", "--max-response-length", "4"]
     finished = subprocess.run([sys.executable, Path(sail.__file__).parent / argv[0], *argv[1:]],
-                              capture_output=True, text=True, cwd=tmp_path)
+                              capture_output=True, text=True, cwd=tmp_path, check=False)
     assert finished.returncode == 2, finished.stderr
     assert finished.stderr.startswith(f"{argv[0]}: error: ") and finished.stderr.count("\n") == 1
 
@@ -156,14 +246,14 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path, monkeypatch, c
     monkeypatch.setattr("distributed.world", lambda: 2)
     for part in toy_model():
         part.save_pretrained(tmp_path / "base")
-    argv = ["sail.py", "--variant", "dpo", "--model", str(tmp_path / "base"), "--limit", "3", "--epochs", "1",
+    argv = ["sail.py", "--data", "toy:grammar", "--variant", "dpo", "--model", str(tmp_path / "base"),
+            "--limit", "3", "--epochs", "1",
             "--batch-size", "2", "--out", str(tmp_path / "out")]
-    assert "too few for 2 processes" in fails(sail.main, argv, monkeypatch,
-                                                capsys)
+    assert "too few for 2 processes" in fails(sail.main, argv, monkeypatch, capsys)
 
 
 def test_the_real_command_line_gives_one_line_and_status_2(tmp_path):
     finished = subprocess.run([sys.executable, Path(sail.__file__), "--variant", "dpo", "--data",
-                               "absent.jsonl"], capture_output=True, text=True, cwd=tmp_path)
+                               "absent.jsonl"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert finished.returncode == 2 and finished.stdout == "" and not list(tmp_path.iterdir())
     assert finished.stderr == ("sail.py: error: absent.jsonl: no such file\n")

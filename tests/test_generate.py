@@ -1,5 +1,6 @@
 """Sampling matches scoring: the distribution, the ids, the end tokens."""
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from transformers import GenerationConfig
 import generate
 from data import InputError, collate, encode
 from generate import end_token_ids, load_policy, prepare, roll_out, sample
-from sail import BOTH, sequence_logps
+from sail import SIDES, sequence_logps
 
 
 def three_token_model():
@@ -54,6 +55,17 @@ def test_another_temperature_is_another_distribution():
     torch.testing.assert_close(shares, (logits / 0.25).softmax(-1).detach(), rtol=0, atol=0.03)
 
 
+def test_at_temperature_0_each_token_is_the_likeliest_also_with_masked_ids_and_great_logits():
+    model = prepare(tiny_model(vocab_size=300), byte_tokenizer())
+    with torch.no_grad():
+        model.lm_head.weight *= 1e4
+        for seed in range(2):
+            torch.manual_seed(seed)
+            (response,) = generate.draw(model, [[5, 6, 7]], torch.tensor([1]), 10, 1, 0.0)
+            logits = model(torch.tensor([[5, 6, 7] + response])).logits[0, 2:-1]
+            assert response == logits.argmax(-1).tolist() and logits.abs().max() > 1e4
+
+
 def test_a_response_ends_with_its_first_end_token_or_is_counted_unfinished():
     model, tokenizer = three_token_model()
     torch.manual_seed(1)
@@ -76,10 +88,10 @@ def test_trained_ids_are_generated_ids_also_where_text_does_not_round_trip(monke
         return drawn
 
     monkeypatch.setattr(generate, "draw", watch)
-    pairs = [{"prompt_ids": [12 - i] * (3 - i), "sampled": BOTH if i != 1 else (), "chosen_ids": [1],
+    pairs = [{"prompt_ids": [12 - i] * (3 - i), "sampled": SIDES if i != 1 else (), "chosen_ids": [1],
               "rejected_ids": [1], "chosen": "", "rejected": ""} for i in range(3)]
     torch.manual_seed(0)
-    pairs = roll_out(model, tokenizer, pairs, 12)
+    pairs = roll_out(model, tokenizer, pairs, options(12))
     assert prompts == [[10], [12, 12, 12]]                             # by length; each keeps its own samples
     trained = [pairs[2]["chosen_ids"], pairs[2]["rejected_ids"],
                pairs[0]["chosen_ids"], pairs[0]["rejected_ids"]]
@@ -129,8 +141,25 @@ def test_a_model_without_a_key_value_cache_is_refused():
 
     model = tiny_model()
     model.__class__ = Forgetful
-    with pytest.raises(InputError, match="Forgetful keeps no key-value cache"):
-        generate.draw(model, [[5]], torch.tensor([1]), 4, 2, 1.0)
+    with pytest.raises(InputError, match=r"Forgetful lacks .* the usual cache.*\(it keeps no cache of its"):
+        prepare(model, byte_tokenizer())
+
+
+def options(max_response_length, dtype="float32"):
+    """The arguments that a rollout looks at."""
+    return SimpleNamespace(max_response_length=max_response_length, temperature=1.0, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_rollout_computes_in_the_dtype_in_which_its_responses_are_scored(dtype):
+    model, seen = prepare(tiny_model(), byte_tokenizer()), []
+    model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.dtype))
+    pair = {"prompt_ids": [10, 11], "sampled": SIDES, "chosen_ids": [], "rejected_ids": []}
+    (rolled,) = roll_out(model, byte_tokenizer(), [pair], options(4, dtype))
+    drawing = {*seen}
+    seen.clear()
+    generate.pair_logps(model, [rolled], dtype)
+    assert drawing == {*seen} == {getattr(torch, dtype)}
 
 
 def test_a_half_sampled_pair_keeps_the_datas_chosen_response():
@@ -138,7 +167,7 @@ def test_a_half_sampled_pair_keeps_the_datas_chosen_response():
     pair = {"prompt_ids": [10, 11], "sampled": ("rejected",), "chosen_ids": [7, 1], "rejected_ids": [1],
             "chosen": "data", "rejected": ""}
     torch.manual_seed(0)
-    (rolled,) = roll_out(model, tokenizer, [pair], 6)
+    (rolled,) = roll_out(model, tokenizer, [pair], options(6))
     assert rolled["chosen_ids"] == [7, 1] and rolled["chosen"] == "data"
     assert rolled["rejected_ids"] != [1] and rolled["unfinished"] in (0, 1)
 

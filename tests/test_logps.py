@@ -3,14 +3,14 @@ import copy
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_model
+from conftest import FAMILIES, byte_tokenizer, tiny_model
 
-import sail
+import generate
 from data import InputError, collate
-from generate import allow_packing, prepare
+from generate import allow_packing, micro_batches, prepare
 from sail import sequence_logps
 
-FAMILIES = ["llama", "gpt2", "qwen2", "gemma2", "granite", "cohere"]   # three scale or cap their logits
+PACKED = [family for family in FAMILIES if family not in ("gemma2", "gemma3", "mistral")]  # with windows
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17]]
 RESPONSES = [[20, 21, 1], [30, 31, 32, 33, 34, 1], [0, 41]]  # the last holds the padding id 0 as a real token
 
@@ -82,16 +82,29 @@ def test_a_row_without_response_has_log_probability_zero():
     assert logps[1] == 0 and (logps[[0, 2]] < 0).all()
 
 
-@pytest.mark.parametrize("size, largest", [(4, 4), (1000, 11)])
-def test_only_response_positions_are_projected_and_at_most_a_chunk_at_a_time(monkeypatch, size, largest):
-    model, seen = tiny_model(), []
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_only_positions_that_predict_a_response_are_projected(packed):
+    """Packed, the responses' own; padded, the columns that any row needs."""
+    model, seen = (allow_packing if packed else copy.copy)(tiny_model()), []
     model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(tuple(logits.shape)))
-    monkeypatch.setattr(sail, "CHUNK", size * 261)
-    sequence_logps(model, *collate(PROMPTS, RESPONSES))
-    n = sum(len(response) for response in RESPONSES)
-    one_row, projected = seen[:2], [rows for rows, _ in seen[2:]]       # the row that checks logits_of, twice
-    assert one_row == [(1, 261)] * 2 and sum(projected) == n == 11 and max(projected) == largest
-    assert model(torch.tensor([[5, 6]])).logits.shape == (1, 2, 261)      # and the model is left as it was
+    prompts, responses = [[5, 6, 7], [9, 10, 11, 12, 13]], [[20, 21, 1], [30, 1]]
+    sequence_logps(model, *collate(prompts, responses))
+    assert seen == [(1, 5, 261) if packed else (2, 4, 261)]           # columns 2 to 5
+
+
+def test_micro_batches_keep_the_pairs_in_order_within_the_budget_of_logits(monkeypatch):
+    monkeypatch.setattr(generate, "LOGITS", 20 * 261)
+    lengths = [4, 6, 3, 7, 5, 30, 1, 1]                                # of chosen and rejected together
+    pairs = [{"chosen_ids": [1], "rejected_ids": [1] * (length - 1)} for length in lengths]
+    micros = micro_batches(pairs, tiny_model())
+    assert [[len(pair["rejected_ids"]) + 1 for pair in micro] for micro in micros] == [
+        [4, 6, 3, 7], [5], [30], [1, 1]]
+    assert [pair for micro in micros for pair in micro] == pairs
+
+
+def test_a_micro_batch_has_at_most_the_given_number_of_pairs():
+    pairs = [{"chosen_ids": [1], "rejected_ids": [2]}] * 7
+    assert [len(micro) for micro in micro_batches(pairs, tiny_model(), 3)] == [3, 3, 1]
 
 
 SHARED = [[5, 6, 7], [9], [5, 6, 7], [11, 12, 13, 14, 15, 16, 17] * 9, [5, 6, 7]]      # three share a prompt
@@ -99,7 +112,7 @@ ANSWERS = [[20, 21, 1], [30, 1], [22] * 40 + [1], [31, 32, 33], [20, 21, 1]]
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right-padded", "left-padded"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "granite", "cohere"])
+@pytest.mark.parametrize("family", PACKED)
 def test_packed_rows_give_the_losses_and_gradients_of_padded_ones(family, left):
     padded_model = tiny_model(family)
     packed_model, sizes = allow_packing(copy.deepcopy(padded_model)), []
@@ -127,7 +140,8 @@ def test_a_mask_with_gaps_is_packed_too():
 
 @pytest.mark.parametrize("why, family, config", [
     ("a sliding window", "qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=0)),
-    ("not SDPA", "llama", dict(attn_implementation="eager")), ("layers of windows", "gemma2", {})])
+    ("not SDPA", "llama", dict(attn_implementation="eager")), ("windows in each layer", "mistral", {}),
+    ("windows in some layers", "gemma3", {})])
 def test_models_that_cannot_be_packed_are_padded(why, family, config):
     model = tiny_model(family, **config)
     before = model.config._attn_implementation
@@ -135,11 +149,14 @@ def test_models_that_cannot_be_packed_are_padded(why, family, config):
 
 
 def test_a_model_that_mixes_the_tokens_of_a_row_otherwise_is_padded():
-    """Found by trying: here a convolution over the row, as in recurrent and hybrid models."""
-    model = tiny_model(vocab_size=300)                                # ids beyond the tokenizer's are masked
+    """Found by trying: here a convolution over the row, as in recurrent and hybrid models. It keeps no state
+    of it, so that a token would be drawn from another distribution than the one that is scored."""
+    model = tiny_model(vocab_size=300)
     model.model.layers[0].register_forward_pre_hook(
         lambda _, inputs: (inputs[0] + inputs[0].roll(1, dims=1), *inputs[1:]))
-    assert prepare(model, byte_tokenizer()).config._attn_implementation == "sdpa"
+    assert allow_packing(model).config._attn_implementation == "sdpa"
+    with pytest.raises(InputError, match="samples from another distribution than it scores: logits differ"):
+        prepare(model, byte_tokenizer())
 
 
 def test_the_gradient_is_that_of_the_plain_forward():
@@ -188,28 +205,30 @@ def test_ids_beyond_the_tokenizers_have_no_probability():
     assert ours.item() == pytest.approx(logits[0, 0, :261].log_softmax(-1)[6].item(), abs=1e-5)
 
 
-def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused():
-    class Doubled(type(tiny_model())):
-        def forward(self, **inputs):
-            output = super().forward(**inputs)
-            output.logits = 2 * output.logits
-            return output
+def test_a_model_that_makes_all_logits_is_refused():
+    class Whole(type(tiny_model())):
+        def forward(self, input_ids, attention_mask=None):
+            return super().forward(input_ids, attention_mask)
 
     model = tiny_model()
-    model.__class__ = Doubled
-    with pytest.raises(InputError, match="Doubled changes its logits after the output layer"):
-        sequence_logps(model, *collate(PROMPTS, RESPONSES))
+    model.__class__ = Whole
+    with pytest.raises(InputError, match="Whole lacks logits_to_keep, position_ids, or the usual"):
+        prepare(model, byte_tokenizer())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_bfloat16_and_diverged_weights_are_not_taken_for_an_unknown_model(family):
-    model = tiny_model(family)
-    batch = collate(PROMPTS, RESPONSES)
+def test_under_autocast_the_sums_are_those_of_float32_but_for_rounding(family):
+    model, batch = tiny_model(family), collate(PROMPTS, RESPONSES)
     with torch.autocast("cpu", torch.bfloat16):
         rounded = sequence_logps(model, *batch)
+    assert rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, sequence_logps(model, *batch), rtol=0.05, atol=0.5)
-    model.get_output_embeddings().weight.data.fill_(float("nan"))
-    assert sequence_logps(model, *batch).isnan().all()            # the loop's to skip and count
+
+
+def test_diverged_weights_give_nan_and_no_error():
+    model = tiny_model()
+    model.lm_head.weight.data.fill_(float("nan"))
+    assert sequence_logps(model, *collate(PROMPTS, RESPONSES)).isnan().all()    # the loop skips and counts it
 
 
 def exact_revkl(policy, reference, prompts, responses):
@@ -224,15 +243,14 @@ def exact_revkl(policy, reference, prompts, responses):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_revkl_and_both_log_probs_come_from_one_forward_of_each_model(family, monkeypatch):
-    monkeypatch.setattr(sail, "CHUNK", 5 * 261)
+def test_revkl_and_both_log_probs_come_from_one_forward_of_each_model(family):
     policy, reference = (tiny_model(family, seed=seed).double() for seed in (1, 2))
     calls = []
     for model in (policy, reference):
-        model.base_model.register_forward_hook(lambda module, *_: calls.append(module))
+        model.register_forward_hook(lambda module, *_: calls.append(module))
     batch = collate(PROMPTS, RESPONSES)
     ours, theirs, revkl = sequence_logps(policy, *batch, reference)
-    assert calls == [policy.base_model, reference.base_model]
+    assert calls == [policy, reference]
     torch.testing.assert_close(ours, sequence_logps(policy, *batch))
     torch.testing.assert_close(theirs, sequence_logps(reference, *batch))
     expected = exact_revkl(policy, reference, PROMPTS, RESPONSES)
@@ -251,21 +269,3 @@ def test_revkl_is_zero_at_the_reference():
     model = tiny_model().double()
     _, _, revkl = sequence_logps(model, *collate(PROMPTS, RESPONSES), copy.deepcopy(model))
     assert revkl.abs().max() < 1e-12
-
-
-def test_revkl_makes_no_tensor_of_all_positions_times_the_vocabulary(monkeypatch):
-    monkeypatch.setattr(sail, "CHUNK", 4 * 261)
-    policy, reference, sizes = tiny_model(seed=1), tiny_model(seed=2), []
-
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-            output = operation(*args, **(kwargs or {}))
-            sizes.extend(each.numel() for each in torch.utils._pytree.tree_leaves(output)
-                         if isinstance(each, torch.Tensor) and each.shape[-1:] == (261,)
-                         and each.shape[0] != 32)                  # the head's own gradient is (32, 261)
-            return output
-
-    with Watch():
-        ours, theirs, revkl = sequence_logps(policy, *collate(PROMPTS, RESPONSES), reference)
-        (ours + revkl).sum().backward()
-    assert max(sizes) == 4 * 261

@@ -36,12 +36,13 @@ def exact_objective(route, logits, reference, preference, data, loss_type):
 
 
 def call(route, logits, reference, preference, pairs=PAIRS, **options):
-    """sail_loss on the given pairs of responses: (losses, metrics)."""
+    """sail_loss on the given pairs of responses, its terms in full: (losses, metrics)."""
     on_policy, self_labelled = ROUTES[route]
     logps, first, second = logits.log_softmax(0), pairs[:, 0], pairs[:, 1]
     flags = torch.full((len(pairs),), on_policy), torch.full((len(pairs),), self_labelled)
     return sail_loss(logps[first], logps[second], reference[first], reference[second],
-                     preference[first, second], *flags, **{"beta": BETA, **options})
+                     preference[first, second], *flags,
+                     **{"beta": BETA, "response_coef": 1.0, "label_coef": 1.0, **options})
 
 
 def pair_weights(route, logits, data, pairs=PAIRS):
@@ -193,7 +194,7 @@ def test_a_self_labelled_pair_does_not_look_at_the_given_preference():
 
 
 def test_the_corrections_are_exactly_zero_where_their_flag_is_off():
-    logits, reference, preference, _ = softmax_policy()
+    logits, reference, *_ = softmax_policy()
     logps = logits.log_softmax(0)
     columns = [logps[PAIRS[:, 0]], logps[PAIRS[:, 1]], reference[PAIRS[:, 0]], reference[PAIRS[:, 1]]]
     flagged = torch.arange(len(PAIRS)) % 2 == 0
@@ -219,6 +220,20 @@ def test_relabelling_alone_teaches_nothing_and_T3_is_the_negative_entropy():
     entropy = -(q * q.log() + (1 - q) * (1 - q).log())
     torch.testing.assert_close(gradient(with_t3.sum(), logits), gradient(entropy.sum(), logits), rtol=0,
                                atol=1e-12)
+
+
+def test_without_coefficients_they_are_those_that_the_flags_recommend():
+    columns = [*torch.randn(4, 5, generator=torch.Generator().manual_seed(6)).double()]
+    columns[0].requires_grad_()
+    flagged = torch.ones(5)
+
+    def gradients(**coefficients):
+        losses, _ = sail_loss(*columns, None, flagged, flagged, beta=BETA, **coefficients)
+        return torch.autograd.grad(losses.sum(), columns[0])[0]
+
+    pr, dp = sail.VARIANTS["pr"]["response_coef"], sail.VARIANTS["dp"]["label_coef"]
+    assert (pr, dp) == (0.3, 0.2) and not torch.equal(gradients(), gradients(response_coef=1.0))
+    assert torch.equal(gradients(), gradients(response_coef=pr, label_coef=dp))
 
 
 def test_the_coefficients_scale_their_term_and_nothing_else():
@@ -251,16 +266,18 @@ def test_the_metrics_equal_a_hand_computed_example():
     assert metrics["chosen_logps"].item() == pytest.approx(1 / 3) and metrics["rejected_logps"].item() == 0
 
 
-def test_the_loss_can_be_pasted():
-    """Its source and what it calls run in a namespace that holds torch and F alone, with the same numbers."""
-    import torch.nn.functional as F
-    namespace = {"torch": torch, "F": F}
-    exec("\n\n".join(map(inspect.getsource, (sail.implicit_reward, sail.utility, sail.sail_loss))), namespace)
-    logits, reference, preference, _ = softmax_policy()
+@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "simpo", "orpo"])
+def test_the_loss_can_be_pasted(loss_type):
+    """Its source and what it calls run where nothing but torch is imported, with the same numbers."""
+    functions = map(inspect.getsource, (sail.implicit_reward, sail.utility, sail.sail_loss))
+    namespace = {}
+    exec("\n\n".join(["import torch", "import torch.nn.functional as F", *functions]), namespace)
+    logits, reference, *_ = softmax_policy()
     logps = logits.log_softmax(0)
     columns = [logps[PAIRS[:, 0]], logps[PAIRS[:, 1]], reference[PAIRS[:, 0]], reference[PAIRS[:, 1]]]
     flags = torch.arange(len(PAIRS)) % 2 == 0, torch.arange(len(PAIRS)) % 3 == 0
-    ours, metrics = sail_loss(*columns, None, *flags)
-    pasted, pasted_metrics = namespace["sail_loss"](*columns, None, *flags)
+    options = dict(loss_type=loss_type, chosen_lengths=PAIRS[:, 0] + 1, rejected_lengths=PAIRS[:, 1] + 1)
+    ours, metrics = sail_loss(*columns, None, *flags, **options)
+    pasted, pasted_metrics = namespace["sail_loss"](*columns, None, *flags, **options)
     assert torch.equal(ours, pasted) and metrics == pasted_metrics
     assert torch.equal(gradient(ours.sum(), logits), gradient(pasted.sum(), logits))

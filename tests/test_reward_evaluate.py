@@ -1,19 +1,25 @@
 """Rewards of every kind, the label they give, and the figures of an evaluation."""
 import json
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEMPLATE, byte_tokenizer
+from conftest import byte_tokenizer
+from test_errors import fails
 
 import evaluate
+import generate
 import reward as reward_module
-from data import InputError, encode
-from evaluate import (bootstrap, compare, distinct, evaluate_policy, length_controlled, mean, over_seeds,
-                      scaled_lengths, win_figures)
-from generate import toy_model
-from reward import Verdict, label_by_reward, load_reward, toy_reward
-from sail import dpo_loss, pair_logps, parse_args, train
+import sail
+from data import InputError, command_line, encode, seeded
+from distributed import shown
+from evaluate import compare, evaluate_policy, length_controlled, over_seeds, scaled_lengths, win_figures
+from generate import pair_logps, sample
+from reward import label_by_reward, load_reward, mean_of, share_of
+from sail import dpo_loss, parse_args
+from toy import pairs_of, toy_model, toy_reward
 
 
 @pytest.mark.parametrize("response, expected", [
@@ -35,10 +41,9 @@ def test_the_toy_reward_refuses_dialogues():
         load_reward("toy")([[{"role": "user", "content": "Q"}]], ["A"])
 
 
-def fresh_pair(first, second, on_policy=True):
+def fresh_pair(first, second, sampled=("chosen", "rejected")):
     return {"prompt": "x", "chosen": first, "rejected": second, "chosen_ids": [len(first)],
-            "rejected_ids": [len(second)], "preference": 1.0, "on_policy": (on_policy, on_policy),
-            "self_labelled": False}
+            "rejected_ids": [len(second)], "preference": 1.0, "sampled": sampled}
 
 
 def by_length(prompts, responses):
@@ -47,24 +52,13 @@ def by_length(prompts, responses):
 
 def test_fresh_pairs_are_put_into_the_rewards_order_and_ties_are_a_half():
     pairs = [fresh_pair("a", "bbb"), fresh_pair("ccc", "d"), fresh_pair("ee", "ff"),
-             fresh_pair("g", "hhh", False)]
+             fresh_pair("g", "hhh", ())]
     label_by_reward(pairs, by_length)
     assert [(pair["chosen"], pair["chosen_ids"], pair["rejected"], pair["rejected_ids"])
             for pair in pairs] == [
         ("bbb", [3], "a", [1]), ("ccc", [3], "d", [1]), ("ee", [2], "ff", [2]), ("g", [1], "hhh", [3])]
     assert [pair["preference"] for pair in pairs] == [1.0, 1.0, 0.5, 1.0]
     assert [pair["tie"] for pair in pairs[:3]] == [False, False, True] and pairs[0]["rewards"] == [3.0, 1.0]
-
-
-def test_a_sample_in_several_pairs_is_scored_once():
-    one, two, three = fresh_pair("a", "bbb"), fresh_pair("a", "ee"), fresh_pair("ee", "bbb")
-    two["chosen_ids"], three["chosen_ids"], three["rejected_ids"] = (
-        one["chosen_ids"], two["rejected_ids"], one["rejected_ids"])
-    seen = []
-    label_by_reward([one, two, three],
-                    lambda prompts, responses: seen.extend(responses) or by_length(prompts, responses))
-    assert sorted(seen) == ["a", "bbb", "ee"]
-    assert [pair["rewards"] for pair in (one, two, three)] == [[3.0, 1.0], [2.0, 1.0], [3.0, 2.0]]
 
 
 def test_a_soft_preference_is_the_sigmoid_of_the_reward_difference():
@@ -81,8 +75,8 @@ def test_a_function_of_a_file_is_a_reward(tmp_path):
 
 @pytest.mark.parametrize("body, message", [
     ("[1.0]", "returned 1 scores for 2 responses"),
-    ("[1.0, float('nan')]", "returned nan for the response 'b'"),
-    ("[1.0, float('inf')]", "returned inf"), ("None", "returned NoneType"), ("['x', 'y']", "returned list")])
+    ("[1.0, float('nan')]", r"2 responses, \[1.0, nan\]…; want a finite one each"),
+    ("[1.0, float('inf')]", "want a finite one each")])
 def test_a_reward_that_is_not_one_finite_number_each_is_refused(tmp_path, body, message):
     path = tmp_path / "bad.py"
     path.write_text(f"def score(prompts, responses):\n    return {body}\n")
@@ -90,32 +84,41 @@ def test_a_reward_that_is_not_one_finite_number_each_is_refused(tmp_path, body, 
         load_reward(f"{path}:score")(["p"] * 2, ["a", "b"])
 
 
-@pytest.fixture(scope="module", params=["own pad", "no pad", "pad is eos"])
-def classifier(request, tmp_path_factory):
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-    path = tmp_path_factory.mktemp("classifier")
-    torch.manual_seed(0)
-    LlamaForSequenceClassification(LlamaConfig(
-        vocab_size=261, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_labels=1, max_position_embeddings=64, initializer_range=0.5, bos_token_id=None, eos_token_id=1,
-        pad_token_id={"own pad": 0, "no pad": None, "pad is eos": 1}[request.param])).save_pretrained(path)
-    byte_tokenizer(TEMPLATE).save_pretrained(path)
-    return str(path)
+def complaint(tmp_path, monkeypatch, capsys, text):
+    """(all of stderr but its last line, that line) where reward.py is given a file with this text."""
+    (tmp_path / "mine.py").write_text(text)
+    (tmp_path / "responses.jsonl").write_text('{"prompt": "p", "response": "r"}\n')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["reward.py", "--reward", "mine.py:score"])
+    with pytest.raises(SystemExit) as stop:
+        command_line(reward_module.main)
+    *above, last = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and not (tmp_path / "scored.jsonl").exists()
+    return "\n".join(above), last
 
 
-def test_batched_scores_of_a_classifier_equal_single_scores(classifier):
-    score = load_reward(classifier)
-    responses = ["yes", "a much longer answer than that", "", "no way " * 20]
-    prompts = ["Q", [{"role": "user", "content": "Q"}], "other", "Q"]
-    together = score(prompts, responses)
-    alone = [score([prompt], [response])[0] for prompt, response in zip(prompts, responses)]
-    assert together == pytest.approx(alone, abs=1e-4) and len(set(together)) == 4
+@pytest.mark.parametrize("line", ["return responses[7]", "import sys; sys.exit(0)", "pass"])
+def test_a_reward_that_fails_or_exits_shows_its_traceback_and_is_one_line_below(line, tmp_path, monkeypatch,
+                                                                              capsys):
+    above, last = complaint(tmp_path, monkeypatch, capsys, f"def score(prompts, responses):\n    {line}\n")
+    assert above.startswith("Traceback") and (line in above or "'NoneType' object is not iterable" in above)
+    assert last == "reward.py: error: reward mine.py:score: failed, as shown above"
 
 
-def test_a_classifier_sees_the_prompt_as_one_user_message_in_its_own_template(classifier, monkeypatch):
-    score = load_reward(classifier)
-    assert score(["Q"], ["yes"]) == score([[{"role": "user", "content": "Q"}]], ["yes"])
-    assert score(["Q"], ["yes"]) != score(["Z"], ["yes"])
+@pytest.mark.parametrize("line", ["import no_such_package", "raise SystemExit(0)", "def score(p, r"])
+def test_a_file_that_fails_or_exits_at_import_shows_its_traceback_and_is_one_line_below(
+        line, tmp_path, monkeypatch, capsys):
+    above, last = complaint(tmp_path, monkeypatch, capsys, f"{line}\n")
+    assert above.startswith("Traceback") and line in above
+    assert last == "reward.py: error: reward mine.py:score: mine.py does not import, as shown above"
+
+
+def test_a_reward_file_may_have_dataclasses_with_postponed_annotations(tmp_path):
+    path = tmp_path / "postponed.py"
+    path.write_text("from __future__ import annotations\nfrom dataclasses import dataclass\n"
+                    "@dataclass\nclass Scale:\n    by: float\n"
+                    "def score(prompts, responses):\n    return [Scale(2.0).by] * len(responses)\n")
+    assert load_reward(f"{path}:score")(["p"], ["r"]) == [2.0]
 
 
 def test_a_classifier_with_two_logits_is_refused(tmp_path):
@@ -129,7 +132,7 @@ def test_a_classifier_with_two_logits_is_refused(tmp_path):
 
 
 def test_a_language_model_without_a_trained_head_is_no_reward(checkpoint):
-    with pytest.raises(InputError, match="SequenceClassification it lacks the weights score.weight"):
+    with pytest.raises(InputError, match="SequenceClassification it lacks weights, score.weight"):
         load_reward(str(checkpoint))
 
 
@@ -142,29 +145,62 @@ def test_the_reward_command_line_scores_a_responses_file(tmp_path, monkeypatch, 
             and "mean 1.600" in capsys.readouterr().out)
 
 
+def test_half_a_surrogate_pair_in_a_response_survives_the_scoring(tmp_path, monkeypatch):
+    text = '{"prompt": "p", "response": "\\ud800 \\u00e9"}\n'
+    (tmp_path / "responses.jsonl").write_text(text)
+    (tmp_path / "mine.py").write_text("def one(prompts, responses):\n    return [1.0] * len(responses)\n")
+    monkeypatch.setattr("sys.argv", ["reward.py", "--reward", f"{tmp_path}/mine.py:one", "--responses",
+                                     f"{tmp_path}/responses.jsonl", "--out", f"{tmp_path}/scored.jsonl"])
+    reward_module.main()
+    assert json.loads((tmp_path / "scored.jsonl").read_text()) == {**json.loads(text), "reward": 1.0}
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--reward", "mine.py"], "reward mine.py: which of its functions? want mine.py:FUNCTION"),
+    (["--reward", "mine.py:f"], "no such file mine.py"), (["--out", "folder"], "folder: Is a directory")])
+def test_what_cannot_be_scored_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("folder").mkdir()
+    Path("responses.jsonl").write_text('{"prompt": "how was the soup ?", "response": "good"}\n')
+    assert message in fails(reward_module.main, ["reward.py", *argv], monkeypatch, capsys)
+
+
 # --- evaluation
 
 def test_the_bootstrap_interval_of_a_mean_is_that_of_the_normal_approximation():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)) * 3 + 1
-    value, low, high = bootstrap(mean, values)
+    value, low, high = mean_of(values)
     assert value == pytest.approx(values.mean().item(), abs=1e-6)
     assert value - low == pytest.approx(1.96 * 3 / 20, rel=0.1) == high - value
-    assert math.isnan(bootstrap(mean, [1.0])[1])
+    assert math.isnan(mean_of([1.0])[1])
 
 
-def test_ninety_five_of_a_hundred_intervals_hold_the_truth():
-    generator = torch.Generator().manual_seed(1)
-    held = [low <= 0.3 <= high for _, low, high in (
-        bootstrap(mean, (torch.rand(200, generator=generator) < 0.3).double()) for _ in range(300))]
-    assert 0.91 <= sum(held) / 300 <= 0.98
+@pytest.mark.parametrize("values, expected", [                         # z² = 3.8416
+    ([0.0] * 8, (0.0, 0.0, 3.8416 / 11.8416)), ([1.0] * 8, (1.0, 8 / 11.8416, 1.0)),
+    ([1.0, 0.5, 0.5, 0.0], (0.5, 0.5 - 1.96 / 2 / 7.8416**0.5, 0.5 + 1.96 / 2 / 7.8416**0.5)),
+    ([1.0], (1.0, 1 / 4.8416, 1.0))])
+def test_the_interval_of_a_share_is_wilsons(values, expected):
+    assert share_of(values) == pytest.approx(expected)
 
 
-def test_distinct_n_equals_a_hand_computed_value():
-    texts = ["a b a b", "a b", "c", ""]                # bigrams: ab, ba, ab; ab
-    assert distinct(texts, 1)[0] == pytest.approx(3 / 7) and distinct(texts, 2)[0] == pytest.approx(2 / 4)
-    assert distinct(["a", "b"], 2)[0] == 0
-    value, low, high = distinct(["a b c d", "e f"] * 40, 1)
-    assert low <= value <= high and value == pytest.approx(6 / 240)
+def test_the_interval_of_no_successes_begins_at_zero_exactly():
+    assert {share_of([0.0] * n)[1] for n in range(1, 400)} == {0.0}    # −1e-17 would be shown as -0.00
+
+
+def test_intervals_of_shares_hold_the_truth_95_times_in_100_even_of_few():
+    truths, n = [0.02 + 0.04 * nth for nth in range(25)], 8            # 0.02 … 0.98
+    intervals = [share_of([1.0] * wins + [0.0] * (n - wins))[1:] for wins in range(n + 1)]
+    coverage = [sum(math.comb(n, wins) * p**wins * (1 - p)**(n - wins)
+                    for wins, (low, high) in enumerate(intervals) if low <= p <= high) for p in truths]
+    assert 0.94 < sum(coverage) / 25 < 0.97 and min(coverage) > 0.8
+
+
+@pytest.mark.parametrize("figure, text", [
+    ((0.953, 0.51, 0.97), "0.953 [0.51, 0.97]"), ((1.0, 0.676, 1.0), "1.000 [0.68, 1.00]"),
+    ((2.0, 1.5, 2.5), "2.000 ± 0.500"), ((2.0, 1.52, 2.5), "2.000 ± 0.490"),         # as good as symmetric
+    ((0.5, math.nan, math.nan), "0.500 ± nan")])
+def test_an_interval_is_shown_by_its_ends_unless_they_are_equally_far(figure, text):
+    assert shown(*figure) == text
 
 
 def opponents(lengths):
@@ -173,10 +209,8 @@ def opponents(lengths):
 
 
 def test_on_equal_lengths_the_length_controlled_win_rate_is_the_raw_one():
-    verdicts = [Verdict(win) for win in [1.0] * 13 + [0.5] * 3 + [0.0] * 4]
-    figures = win_figures(verdicts, *opponents([500] * 20))
-    assert figures["lc_win_rate"] == pytest.approx(figures["win_rate"])
-    assert figures["win_rate"][0] == 14.5 / 20
+    figures = win_figures([1.0] * 13 + [0.5] * 3 + [0.0] * 4, *opponents([500] * 20))
+    assert figures["lc_win_rate"][0] == pytest.approx(14.5 / 20) and figures["win_rate"][0] == 14.5 / 20
 
 
 def test_a_model_that_only_pads_gains_nothing_under_length_control():
@@ -186,10 +220,10 @@ def test_a_model_that_only_pads_gains_nothing_under_length_control():
         for padding in (0, 60):
             difference = (50 * torch.randn(400, generator=generator)).round() + padding
             wins = torch.rand(400, generator=generator) < torch.sigmoid(difference / softness)
-            figures = win_figures([Verdict(float(win)) for win in wins], *opponents(500 + difference))
+            figures = win_figures(wins.double().tolist(), *opponents(500 + difference))
             assert figures["lc_win_rate"][1] < 0.5 < figures["lc_win_rate"][2]
             assert (figures["win_rate"][1] > 0.7) == (padding > 0)
-    always = win_figures([Verdict(1.0)] * 50, *opponents(torch.linspace(510, 600, 50)))      # every answer
+    always = win_figures([1.0] * 50, *opponents(torch.linspace(510, 600, 50)))      # every answer
     assert always["win_rate"][0] == 1 and always["lc_win_rate"][0] < 0.55
 
 
@@ -198,8 +232,8 @@ def test_quality_is_no_length():
     generator = torch.Generator().manual_seed(0)
     difference = (50 * torch.randn(2000, generator=generator)).round() + 50
     wins = torch.rand(2000, generator=generator) < torch.sigmoid(1 + difference / 50)
-    verdicts = [Verdict(float(win)) for win in wins]
-    value, low, high = win_figures(verdicts, *opponents(500 + difference))["lc_win_rate"]
+    figures = win_figures(wins.double().tolist(), *opponents(500 + difference))
+    value, low, high = figures["lc_win_rate"]
     assert value == pytest.approx(0.731, abs=0.05) and low < 0.731 < high and high - low < 0.2
 
 
@@ -254,7 +288,7 @@ def evaluated():
 def test_a_tie_is_half_a_win(evaluated):
     *_, figures, samples = evaluated
     assert figures["win_rate"][0] == 0.5 and figures["reward"][0] == 0 and samples[0]["reward"] == 1.0
-    assert figures["win_rate"][2] - 0.5 == pytest.approx(1.96 * (1 / 6) ** 0.5 / 60**0.5, rel=0.1)
+    assert figures["win_rate"] == share_of([1.0, 0.5, 0.0] * 20)
 
 
 def test_the_figures_on_pairs_are_those_of_the_loss(evaluated):
@@ -274,35 +308,133 @@ def test_kl_is_positive_and_zero_against_itself(evaluated):
             and "reward" not in same)
 
 
-def test_models_are_evaluated_into_a_table_and_a_file(tmp_path, monkeypatch, capsys):
+def test_kl_and_loss_are_of_each_examples_own_rows_in_its_place(monkeypatch):
+    (policy, tokenizer), (reference, _) = toy_model(seed=1), toy_model(seed=2)
+    examples, _ = encode(pairs_of("toy:test")[0][:70], tokenizer, {tokenizer.eos_token_id}, 16, 48)
+    args = parse_args(["--variant", "dpo", "--beta", "0.2", "--max-response-length", "48"])
+    monkeypatch.setattr(evaluate, "mean_of", list)                     # each example's figure, not the mean
+    figures, _ = evaluate_policy(policy, reference, tokenizer, examples, None, args)
+    torch.manual_seed(seeded("held-out samples", 0))                   # the same samples again
+    samples, _ = sample(policy, tokenizer, [example["prompt_ids"] for example in examples], 48)
+    assert len({len(ids) for ids, in samples}) > 20 and figures["length"] == [len(ids) for ids, in samples]
+    for nth, (example, (ids,)) in enumerate(zip(examples, samples)):
+        with torch.no_grad():
+            rows = [example, {**example, "chosen_ids": ids, "rejected_ids": ids}]
+            ratio = torch.cat([pair_logps(policy, [row]) - pair_logps(reference, [row]) for row in rows], 1)
+        assert figures["kl"][nth] == pytest.approx(ratio[0, 1].item(), abs=1e-4)
+        assert figures["margin"][nth] == pytest.approx(0.2 * (ratio[0, 0] - ratio[1, 0]).item(), abs=1e-4)
+
+
+def run_evaluate(monkeypatch, *argv):
+    """The figures that evaluate.py writes for these arguments."""
+    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, argv), "--out", "figures.json"])
+    evaluate.main()
+    return json.loads(Path("figures.json").read_text())
+
+
+def test_models_are_evaluated_into_a_table_and_a_file(tmp_path, monkeypatch, capsys, base):
     monkeypatch.chdir(tmp_path)
-    base = tmp_path / "base"
-    for part in toy_model(seed=5):
-        part.save_pretrained(base)
     for variant in ("sft", "dpo", "pr"):
-        train(parse_args(["--variant", variant, "--model", str(base), "--steps", "2", "--eval-limit", "4"]))
+        sail.main(["--variant", variant, "--model", base, "--steps", "2", "--eval-limit", "4"])
     row = json.loads((tmp_path / "runs/toy/pr/eval.jsonl").read_text().split("\n")[0])
     figures = {name for name in row if not name.endswith("_interval")} - {"step"}
-    assert {"kl", "reward", "lc_win_rate", "distinct_2", "loss"} <= figures
+    assert {"kl", "reward", "lc_win_rate", "length", "loss"} <= figures
     assert all(row[f"{name}_interval"][0] <= row[name] <= row[f"{name}_interval"][1] for name in figures)
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "runs/toy/sft", "runs/toy/dpo", "runs/toy/pr",
-                                     "--eval-limit", "8"])
-    evaluate.main()
+    results = run_evaluate(monkeypatch, "runs/toy/sft", "runs/toy/dpo", "runs/toy/pr", "--eval-limit", "8")
     table = capsys.readouterr().out
-    results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["sft", "dpo", "pr"] and "win_rate" in table and f"reference {base}" in table
-    assert all(low <= value <= high for figures in results.values() for value, low, high in figures.values())
-    monkeypatch.setattr("sys.argv", ["evaluate.py", "results.json", "runs/toy/dpo/model", "--eval-limit", "8",
-                                     "--out", "again.json"])
-    evaluate.main()                                    # a bare checkpoint: its own reference, so no KL
-    assert json.loads((tmp_path / "again.json").read_text())["model"]["kl"][0] == 0
+    assert all(figure["low"] - 1e-9 <= figure["value"] <= figure["high"] + 1e-9
+               for figures in results.values() for figure in figures.values())
+    again = run_evaluate(monkeypatch, "figures.json", "runs/toy/dpo/model", "--eval-limit", "8")
+    assert again["model"]["kl"]["value"] == 0          # a bare checkpoint: its own reference, so no KL
+
+
+def test_one_prompt_gives_figures_without_intervals_as_null(monkeypatch, tmp_path, base):
+    monkeypatch.chdir(tmp_path)
+    figures, = run_evaluate(monkeypatch, base, "--eval-limit", "1", "--reward", "toy").values()
+    assert set(figures["reward"]) == {"value", "low", "high"} and figures["reward"]["low"] is None
+
+
+def test_prompts_alone_have_reward_kl_and_lengths_and_no_other_figure(monkeypatch, tmp_path, base):
+    monkeypatch.chdir(tmp_path)
+    Path("prompts.jsonl").write_text('{"prompt": "how was the soup ?"}\n{"prompt": "how was the tea ?"}\n')
+    figures, = run_evaluate(monkeypatch, base, "--eval-data", "prompts.jsonl", "--reward", "toy").values()
+    assert set(figures) == {"reward", "kl", "J", "length", "unfinished"}
+
+
+# --- runs, which may be somebody else's
+
+def run_of(path, base, **settings):
+    """A run of sail.py as evaluate.py finds it: a model, and its settings."""
+    shutil.copytree(base, path / "model")
+    (path / "args.json").write_text(json.dumps({
+        "data": "toy", "reward": "toy", "max_prompt_length": 8, "max_response_length": 24, **settings}))
+    return str(path)
+
+
+def test_figures_are_written_beside_the_runs_and_not_into_the_current_directory(tmp_path, monkeypatch, base):
+    run, here = run_of(tmp_path / "runs/pr", base), tmp_path / "here"
+    (tmp_path / "runs/pr/eval.jsonl").write_text('{"step": 1, "reward": 1.0}\n')
+    here.mkdir()
+    monkeypatch.chdir(here)
+    for flag, name in (("--eval-limit=2", "kl"), ("--compare", "reward")):
+        monkeypatch.setattr("sys.argv", ["evaluate.py", run, flag])
+        evaluate.main()
+        results = tmp_path / "runs/results.json"
+        assert name in json.loads(results.read_text())["pr"] and not list(here.iterdir())
+        results.unlink()
+
+
+def test_a_runs_reward_that_is_code_runs_on_the_command_lines_word_alone(tmp_path, monkeypatch, capsys, base):
+    monkeypatch.chdir(tmp_path)
+    Path("theirs.py").write_text("open('ran', 'w')\n"
+                                 "def f(prompts, responses):\n    return [7.0] * len(responses)\n")
+    run = run_of(tmp_path / "run", base, reward="theirs.py:f")
+    assert ("run: its reward, theirs.py:f, is code; it runs where --reward names it"
+            in fails(evaluate.main, ["evaluate.py", run, "--eval-limit", "2"], monkeypatch, capsys))
+    run_evaluate(monkeypatch, run, "--eval-limit", "2", "--reward", "toy")
+    assert not Path("ran").exists()
+    figures = run_evaluate(monkeypatch, run, "--eval-limit", "2", "--reward", "theirs.py:f")
+    assert figures["run"]["reward"]["value"] == 7 and Path("ran").exists()
+
+
+def test_a_models_code_runs_on_the_command_lines_word_alone(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    run = run_of(tmp_path / "run", base, trust_remote_code=True)
+    config = json.loads(Path("run/model/config.json").read_text())
+    config["auto_map"] = {"AutoModelForCausalLM": "theirs.Theirs"}
+    Path("run/model/config.json").write_text(json.dumps(config))
+    Path("run/model/theirs.py").write_text("from transformers import LlamaForCausalLM\nopen('ran', 'w')\n"
+                                           "class Theirs(LlamaForCausalLM):\n    pass\n")
+    run_evaluate(monkeypatch, run, "--eval-limit", "2")
+    assert not Path("ran").exists()
+    run_evaluate(monkeypatch, run, "--eval-limit", "2", "--trust-remote-code")
+    assert Path("ran").exists()
+
+
+@pytest.mark.parametrize("name, flags", [("args.json", []), ("eval.jsonl", ["--compare"])])
+def test_a_file_cut_short_or_of_another_kind_is_one_line(name, flags, tmp_path, monkeypatch, capsys, base):
+    run = run_of(tmp_path / "run", base)
+    (tmp_path / "run/eval.jsonl").write_text('{"step": 0, "reward": 1.0}\n{"step": 5, "reward": 2.0}\n')
+    whole = (tmp_path / "run" / name).read_text()
+    for content in (whole[:-5], "[1]"):
+        (tmp_path / "run" / name).write_text(content)
+        assert f"run/{name}:" in fails(evaluate.main, ["evaluate.py", run, *flags], monkeypatch, capsys)
+
+
+def test_a_run_without_an_evaluation_is_not_compared(tmp_path):
+    (finished_run(tmp_path / "empty") / "eval.jsonl").write_text("\n")
+    with pytest.raises(InputError, match="no finished run"):
+        compare([tmp_path / "empty"])
 
 
 def finished_run(path, *rows):
     """A directory as sail.py leaves it, with these evaluations: (step, KL, reward)."""
     (path / "model").mkdir(parents=True)
     lines = [{"step": step, "kl": kl, "kl_interval": [kl - 0.1, kl + 0.1], "reward": reward,
-              "reward_interval": [reward - 0.2, reward + 0.3]} for step, kl, reward in rows]
+              "reward_interval": reward and [reward - 0.2, reward + 0.3]} for step, kl, reward in rows]
     (path / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
@@ -316,10 +448,13 @@ def test_finished_runs_are_compared_with_their_seeds_together(tmp_path, capsys):
     compare(runs, tmp_path / "out" / "results.json")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert list(results) == ["pr", "dpo"]
-    assert results["dpo"] == {"reward": [1.0, 0.8, 1.3], "kl": [3.0, 2.9, 3.1]}        # its own intervals
-    assert results["pr"]["reward"] == pytest.approx([2.5, 2.5 - 12.71 * 0.5, 2.5 + 12.71 * 0.5])
+    assert results["dpo"] == {"reward": {"value": 1.0, "low": 0.8, "high": 1.3},       # its own intervals
+                              "kl": {"value": 3.0, "low": 2.9, "high": 3.1}}
+    assert results["pr"]["reward"] == pytest.approx(
+        {"value": 2.5, "low": 2.5 - 12.71 * 0.5, "high": 2.5 + 12.71 * 0.5})
     lines = capsys.readouterr().out.splitlines()
     assert "| pr | 2 | 2.500 ± 6.355 | 1.500 ± 6.355 |" in lines and lines[1].startswith("|---|")
+    assert "| dpo | 1 | 1.000 [0.80, 1.30] | 3.000 ± 0.100 |" in lines
     assert (tmp_path / "out" / "results.png").read_bytes()[:4] == b"\x89PNG"
     compare([runs[2], finished_run(tmp_path / "other" / "dpo", (5, 1.0, 1.0))], tmp_path / "two.json")
     assert list(json.loads((tmp_path / "two.json").read_text())) == [f"{tmp_path.name}/dpo", "other/dpo"]
@@ -327,82 +462,56 @@ def test_finished_runs_are_compared_with_their_seeds_together(tmp_path, capsys):
         compare([tmp_path / "results.json"], tmp_path / "results.json")
 
 
-def test_a_model_with_another_vocabulary_than_the_reference_is_refused(tmp_path, monkeypatch, checkpoint):
-    for part in toy_model(seed=5):
-        part.save_pretrained(tmp_path)
-    monkeypatch.setattr("sys.argv", ["evaluate.py", str(tmp_path), str(checkpoint),
-                                     "--out", str(tmp_path / "r.json")])
+def test_seeds_without_a_common_step_are_compared_at_their_ends(tmp_path, capsys):
+    runs = [finished_run(tmp_path / "pr-s0", (5, 1.0, 2.0)), finished_run(tmp_path / "pr-s1", (7, 2.0, 3.0))]
+    compare(runs)
+    assert json.loads((tmp_path / "results.json").read_text())["pr"]["reward"]["value"] == 2.5
+    assert (tmp_path / "results.png").is_file() and "| pr | 2 | 2.500 ± 6.355 |" in capsys.readouterr().out
+
+
+def test_runs_without_a_reward_are_compared_in_what_they_have(tmp_path, capsys):
+    compare([finished_run(tmp_path / "dpo", (0, 0.0, None), (5, 1.0, None)),
+             finished_run(tmp_path / "pr", (0, 0.0, None), (5, 2.0, 3.0))])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["dpo"]) == ["kl"] and list(results["pr"]) == ["reward", "kl"]
+    assert "| dpo |  | 1.000 ± 0.100 |" in capsys.readouterr().out
+
+
+def test_a_model_with_another_vocabulary_than_the_reference_is_refused(monkeypatch, base, checkpoint):
     with pytest.raises(InputError, match="another vocabulary"):
-        evaluate.main()
+        run_evaluate(monkeypatch, base, checkpoint, "--eval-limit", "4")
 
 
-# --- wins against another model
+# --- wins
 
-def run_evaluate(monkeypatch, *argv):
-    """The figures that evaluate.py writes for these arguments."""
-    monkeypatch.setattr("sys.argv", ["evaluate.py", *map(str, argv), "--out", "figures.json"])
-    evaluate.main()
-    return json.loads(open("figures.json").read())
-
-
-def test_two_identical_models_win_half_raw_and_length_controlled(tmp_path, monkeypatch, base):
+def test_a_model_against_its_own_samples_wins_half_raw_and_length_controlled(tmp_path, monkeypatch, base):
     monkeypatch.chdir(tmp_path)
-    figures, = run_evaluate(monkeypatch, base, "--against", base, "--reward", "toy").values()
+    monkeypatch.setattr("sys.argv", ["generate.py", "--model", base, "--data", "toy:test", "--seed", "7",
+                                     "--max-prompt-length", "8", "--max-response-length", "24"])
+    generate.main()
+    rows = [json.loads(line) for line in Path("responses.jsonl").read_text().splitlines()]
+    Path("pairs.jsonl").write_text("".join(json.dumps(
+        {"prompt": row["prompt"], "chosen": row["response"], "rejected": "the"}) + "\n" for row in rows))
+    figures, = run_evaluate(monkeypatch, base, "--eval-data", "pairs.jsonl", "--reward", "toy").values()
     for name in ("win_rate", "lc_win_rate"):
-        value, low, high = figures[name]
+        value, low, high = figures[name].values()
         assert low < 0.5 < high and high - low < 0.2 and value != 0.5          # other samples, so no draw
 
 
-def test_wins_are_counted_against_the_responses_of_a_file_each_to_its_prompt(tmp_path, monkeypatch, base):
+def test_wins_are_counted_against_the_chosen_responses_each_to_its_prompt(tmp_path, monkeypatch, base):
     monkeypatch.chdir(tmp_path)
-    pairs = [{"prompt": f"how was the {noun} ?", "chosen": "the", "rejected": "was"}
-             for noun in ("soup", "tea", "tea", "cake")]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    answers = {"cake": ["C"], "tea": ["T1", "T2"], "soup": ["S"]}
-    rows = [{"instruction": f"how was the {noun} ?", "output": text, "generator": "g"}
-            for noun, texts in answers.items() for text in texts]
-    (tmp_path / "answers.json").write_text(json.dumps(rows))
-    (tmp_path / "mine.py").write_text(
-        "def score(prompts, responses):\n"
-        "    with open('seen', 'a') as file:\n"
-        "        file.writelines(f'{p} {r}\\n' for p, r in zip(prompts, responses))\n"
-        "    return [float(r in ('S', 'T1')) for r in responses]\n")
-    figures, = run_evaluate(monkeypatch, base, "--data", "toy", "--eval-data", "pairs.jsonl", "--reward",
-                            "mine.py:score", "--against", "answers.json").values()
-    assert figures["win_rate"][0] == 0.25                              # two lost, two ties
-    seen = (tmp_path / "seen").read_text().splitlines()
-    assert seen[-4:] == ["how was the soup ? S", "how was the tea ? T1", "how was the tea ? T2",
-                         "how was the cake ? C"]
+    Path("pairs.jsonl").write_text("".join(json.dumps(
+        {"prompt": f"how was the {noun} ?", "chosen": noun, "rejected": "was"}) + "\n"
+        for noun in ("soup", "tea", "cake", "bread")))
+    Path("mine.py").write_text("""def score(prompts, responses):
+    data = [response in prompt.split() for prompt, response in zip(prompts, responses)]
+    return [0.5] * len(data) if all(data) else [float("tea" in prompt) for prompt in prompts]
+""")
+    figures, = run_evaluate(monkeypatch, base, "--eval-data", "pairs.jsonl", "--reward",
+                            "mine.py:score").values()
+    assert figures["win_rate"]["value"] == 0.25                        # 1 for tea, 0 for others, against 0.5
 
 
-@pytest.mark.parametrize("rows, message", [
-    ([{"prompt": "p", "response": "r"}], "no response to the prompt 'how was the"),
-    ([{"prompt": "p"}], "want rows with prompt and response")])
-def test_a_file_without_the_responses_is_refused(rows, message, tmp_path, monkeypatch, base):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "pairs.jsonl").write_text(json.dumps(
-        {"prompt": "how was the soup ?", "chosen": "the", "rejected": "was"}))
-    (tmp_path / "answers.json").write_text(json.dumps(rows))
-    with pytest.raises(InputError, match=message):
-        run_evaluate(monkeypatch, base, "--data", "toy", "--eval-data", "pairs.jsonl", "--against",
-                     "answers.json")
-
-
-def test_a_model_as_judge_gives_win_rate_flips_and_grades(tmp_path, monkeypatch, base):
-    monkeypatch.chdir(tmp_path)
-    verdicts = [Verdict(1.0, False, False, 7.0), Verdict(0.5, False, True, None),
-                Verdict(0.5, True, False, 4.0)]
-    monkeypatch.setattr(evaluate, "load_judge", lambda *_: lambda prompts, *_: (verdicts * 3)[:len(prompts)])
-    figures, = run_evaluate(monkeypatch, base, "--eval-limit", "9", "--judge", "http://h/v1", "--judge-model",
-                            "m").values()
-    assert figures["win_rate"][0] == pytest.approx(2 / 3) and figures["grade"][0] == 5.5
-    assert figures["flipped"][0] == figures["unparsable"][0] == pytest.approx(1 / 3)
-
-
-def test_several_seeds_get_a_line_of_their_own_with_the_interval_over_them(tmp_path, monkeypatch, base):
-    monkeypatch.chdir(tmp_path)
-    for seed in (0, 1):
-        (tmp_path / f"pr-s{seed}").symlink_to(base)
-    figures = run_evaluate(monkeypatch, "pr-s0", "pr-s1", "--eval-limit", "8", "--reward", "toy")
-    assert list(figures) == ["pr-s0", "pr-s1", "pr, 2 seeds"]
-    assert figures["pr, 2 seeds"]["reward"] == pytest.approx([figures["pr-s0"]["reward"][0]] * 3)
+@pytest.mark.parametrize("argv", [[], ["--compare"], [__file__]])
+def test_nothing_to_evaluate_is_one_line(argv, monkeypatch, capsys):
+    assert "among the arguments" in fails(evaluate.main, ["evaluate.py", *argv], monkeypatch, capsys)

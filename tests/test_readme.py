@@ -1,0 +1,74 @@
+"""README.md and experiments/README.md: their code runs, and what they name exists."""
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "experiments/README.md")
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+FENCED = {page: re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+          for page, text in TEXTS.items()}
+LOOP, TRL = (block for language, block in FENCED["README.md"] if language == "python")
+COMMANDS = [line for blocks in FENCED.values() for language, block in blocks if not language
+            for line in block.replace("\\\n", "").splitlines() if "python " in line or "torchrun " in line]
+
+
+def test_the_loop_runs_as_it_stands_and_raises_the_reward(capsys):
+    torch.manual_seed(0)
+    names = {}
+    exec(LOOP, names)
+    rewards = [float(value) for value in re.findall(r"reward (\S+),", capsys.readouterr().out)]
+    assert len(rewards) == 20 and sum(rewards[-5:]) > sum(rewards[:5]) + 5      # one unit a response and more
+
+
+def test_the_loops_log_probabilities_are_those_of_sail():
+    from data import collate
+    from sail import sequence_logps
+    names = {}
+    exec(LOOP.split("for step")[0], names)
+    rows = collate(names["inputs"]["input_ids"][:2].tolist(), [[5, 6, 1], [7, 1]])
+    reached = names["response_logps"](names["policy"], *rows[:2])
+    torch.testing.assert_close(reached, sequence_logps(names["policy"], *rows))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
+def test_the_trainer_for_trl_is_a_trainer_of_trl():
+    names = {}
+    exec(TRL, names)
+    assert issubclass(names["SAILTrainer"], names["DPOTrainer"])
+
+
+def test_the_quoted_lines_of_the_loss_are_in_sail():
+    def words(text):
+        return re.sub(r"#.*|\s", "", text)
+
+    source = words(re.sub(r"#.*", "", (ROOT / "sail.py").read_text(encoding="utf-8")))
+    quoted = re.findall(r"^(?:mean_f|T2|T3) = .*", TEXTS["README.md"], re.MULTILINE)
+    assert len(quoted) == 3 and all(words(line) in source for line in quoted)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_to_files_lead_to_files(page):
+    links = re.findall(r"\]\(([^)#:]+)[^)]*\)", re.sub(r"\]\(https?:[^)]*\)", "", TEXTS[page]))
+    assert links and [link for link in links if not (ROOT / page).parent.joinpath(link).is_file()] == []
+
+
+def test_tests_that_are_named_exist():
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py"))
+    named = {name for text in TEXTS.values() for name in re.findall(r"`(test_\w+)`", text)}
+    assert named and [name for name in named if f"def {name}(" not in source] == []
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_script_and_flags_of_a_command_exist(command):
+    script, rest = re.search(r"(\S+\.py) ?(.*)", command.split(" #")[0]).groups()
+    source = (ROOT / script).read_text(encoding="utf-8") + (ROOT / "data.py").read_text(encoding="utf-8")
+    assert [flag for flag in re.findall(r"--[\w-]+", rest) if f'"{flag}"' not in source] == []
+
+
+def test_the_front_page_is_short():
+    text = TEXTS["README.md"]
+    assert len(text.splitlines()) <= 250 and len(text.split()) <= 2600

@@ -1,0 +1,327 @@
+"""Stopped by hand, by NaN or by files cut short, replaced, extended: a run says so in a line and loses
+nothing."""
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_errors import fails
+
+import data
+import distributed
+import evaluate
+import sail
+from generate import load_policy
+
+ROOT = Path(sail.__file__).parent
+SHORT = ["--variant", "pr", "--mix", "0.5", "--batch-size", "4", "--limit", "40", "--eval-limit", "4",
+         "--eval-every", "0", "--max-response-length", "6"]
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A run in this process takes the signals over; give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    """The directory of a run of four steps, with checkpoints after steps 2 and 4."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    sail.main(["--model", base, *SHORT, "--steps", "4", "--save-every", "2", "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def run(base, finished, tmp_path):
+    """A copy of that run, and the arguments that made it."""
+    out = shutil.copytree(finished, tmp_path / "run")
+    return out, ["--model", base, *SHORT, "--steps", "4", "--save-every", "2", "--out", str(out)]
+
+
+def refused(argv, monkeypatch, capsys):
+    """sail.py's one line of complaint."""
+    capsys.readouterr()
+    return fails(sail.main, ["sail.py", *argv], monkeypatch, capsys)
+
+
+def rows_of(out):
+    return [{key: value for key, value in json.loads(line).items() if not key.startswith("seconds")}
+            for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- what stands in --out
+
+def test_a_finished_run_is_refused_with_what_to_type_and_stays(run, monkeypatch, capsys):
+    out, argv = run
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    message = refused(argv, monkeypatch, capsys)
+    assert f"{out} holds an earlier run; --overwrite replaces it, --resume continues it" in message
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    shutil.rmtree(out / "checkpoints")
+    message = refused(argv, monkeypatch, capsys)
+    assert "--overwrite replaces it, another --out keeps it" in message and "--resume" not in message
+
+
+def test_overwrite_removes_the_old_run_as_a_whole_before_the_first_step(run, monkeypatch, capsys):
+    """Killed early, it leaves no model that --compare could take for the new run's."""
+    out, argv = run
+    for name in ("adapter", "tensorboard"):
+        (out / name).mkdir()
+    monkeypatch.setattr(sail, "training_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        sail.main([*argv, "--overwrite"])
+    assert sorted(path.name for path in out.iterdir()) == ["args.json", "eval.jsonl", "lock", "metrics.jsonl",
+                                                           "samples.jsonl"]
+    assert rows_of(out) == []
+    compare = ["evaluate.py", "--compare", str(out)]
+    assert "no finished run" in fails(evaluate.main, compare, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"]])
+def test_what_is_no_part_of_a_run_stays_in_its_directory(base, tmp_path, more):
+    for name in ("notes.txt", "other/model/weights"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    sail.main(["--model", base, *SHORT, "--steps", "1", "--out", str(tmp_path), *more])
+    assert (tmp_path / "notes.txt").read_text() == (tmp_path / "other/model/weights").read_text() == "mine"
+
+
+def test_the_toys_sft_model_lies_where_run_sh_makes_it(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["sail.py"])
+    sft, pr = (sail.parse_args(["--variant", variant]) for variant in ("sft", "pr"))
+    assert f"{sft.out}/model" == pr.model == "runs/toy/sft/model"
+    script = (ROOT / "run.sh").read_text()
+    assert 'name=toy' in script and '"runs/$name/sft/model"' in script
+
+
+def test_an_interrupted_sft_of_the_toy_is_continued_by_the_run_that_needs_it(tmp_path, monkeypatch):
+    """It left a checkpoint and no model."""
+    monkeypatch.chdir(tmp_path)
+    started = []
+    monkeypatch.setattr(sail, "train", lambda args, device: started.append((args.variant, args.resume)))
+    monkeypatch.setattr(sail, "draw_toy_pairs", lambda *_: None)
+    sail.main(["--variant", "pr"])
+    assert started == [("sft", True), ("pr", False)]
+
+
+# --- signals
+
+def interrupted(base, out, *more):
+    """sail.py in a process of its own, whose reward sends it SIGINT in its second call and, with TWICE set,
+    again."""
+    mine = out.parent / "mine.py"
+    mine.write_text("import os, signal\ncalls = []\ndef score(prompts, responses):\n    calls.append(1)\n"
+                    "    for _ in range(1 + ('TWICE' in os.environ)):\n"
+                    "        if len(calls) == 2: os.kill(os.getpid(), signal.SIGINT)\n"
+                    "    return [float(len(r)) for r in responses]\n")
+    return [sys.executable, ROOT / "sail.py", "--model", base, *SHORT, "--steps", "50", "--reward",
+            f"{mine}:score", "--out", str(out), *more]
+
+
+def test_ctrl_c_finishes_the_step_saves_says_how_to_go_on_and_exits_with_130(base, tmp_path):
+    done = subprocess.run(interrupted(base, tmp_path / "run"), text=True, capture_output=True, timeout=100)
+    assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout.endswith("stopped after step 2, which is saved; --resume continues\n")
+    assert len(rows_of(tmp_path / "run")) == 2 and not (tmp_path / "run/model").exists()
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["2"]
+
+
+def test_a_second_ctrl_c_ends_at_once(base, tmp_path):
+    done = subprocess.run(interrupted(base, tmp_path / "run"), text=True, capture_output=True, timeout=100,
+                          env={**os.environ, "TWICE": "1"})
+    assert done.returncode == -signal.SIGINT and "Traceback" not in done.stderr
+    assert len(rows_of(tmp_path / "run")) == 1 and not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_run_that_sigterm_stopped_exits_with_0(run, monkeypatch):
+    out, argv = run
+    original = sail.training_step
+
+    def step(*inputs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*inputs)
+
+    monkeypatch.setattr(sail, "training_step", step)
+    with pytest.raises(SystemExit) as stop:
+        sail.main([*argv, "--overwrite"])
+    assert stop.value.code == 0 and len(rows_of(out)) == 1 and (out / "checkpoints/1").is_dir()
+
+
+# --- what is not finite
+
+def poison(monkeypatch, at_step):
+    """The policy's output layer becomes NaN before the rollout of this step."""
+    original, calls = sail.roll_out, []
+
+    def roll_out(policy, *inputs):
+        calls.append(1)
+        if len(calls) == at_step:
+            with torch.no_grad():
+                policy.get_output_embeddings().weight.fill_(math.nan)
+        return original(policy, *inputs)
+
+    monkeypatch.setattr(sail, "roll_out", roll_out)
+
+
+def test_logits_that_are_nan_while_sampling_are_named_and_what_was_reached_is_saved(run, monkeypatch, capsys):
+    out, argv = run
+    poison(monkeypatch, 3)
+    message = refused([*argv, "--overwrite", "--save-every", "100"], monkeypatch, capsys)
+    assert "the policy's logits are not finite; try a lower --learning-rate" in message
+    assert message.endswith("(step 2 is saved; --resume continues)")
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["2"] and len(rows_of(out)) == 2
+
+
+def test_logits_that_are_nan_in_the_first_rollout_leave_no_checkpoint(run, monkeypatch, capsys):
+    out, argv = run
+    poison(monkeypatch, 1)
+    message = refused([*argv, "--overwrite"], monkeypatch, capsys)
+    assert message.endswith("logits are not finite; try a lower --learning-rate")
+    assert not (out / "checkpoints").exists()
+
+
+def test_skipped_steps_leave_the_schedule_where_it_was_also_after_a_resume(run, monkeypatch):
+    """Steps 2 and 5 are skipped: of 8 steps of warm-up, the last is at 6/8 of the rate."""
+    out, argv = run
+    argv += ["--steps", "8", "--warmup-steps", "8", "--learning-rate", "8e-4", "--schedule", "constant"]
+    original, steps = sail.preference_losses, []
+
+    def losses_of(*inputs, **options):
+        steps.append(1)
+        losses, metrics = original(*inputs, **options)
+        return losses * (math.nan if len(steps) in (2, 5) else 1), metrics
+
+    monkeypatch.setattr(sail, "preference_losses", losses_of)
+    sail.main([*argv, "--overwrite"])
+    rates = [row["learning_rate"] for row in rows_of(out)]
+    assert rates == pytest.approx([1e-4, 2e-4, 2e-4, 3e-4, 4e-4, 4e-4, 5e-4, 6e-4])
+    whole = rows_of(out)
+    shutil.rmtree(out / "checkpoints/8")
+    shutil.rmtree(out / "model")
+    sail.main([*argv, "--resume"])
+    assert rows_of(out) == whole
+
+
+# --- files
+
+def test_two_processes_that_write_one_file_do_not_write_the_same_aside(tmp_path, monkeypatch):
+    """The other one writes and renames in between."""
+    original, pid = Path.write_text, os.getpid()
+
+    def write(path, text, **options):
+        original(path, text, **options)
+        if text == "ours":
+            monkeypatch.setattr(os, "getpid", lambda: pid + 1)
+            data.write_text(tmp_path / "file", "theirs")
+            monkeypatch.setattr(os, "getpid", lambda: pid)
+
+    monkeypatch.setattr(Path, "write_text", write)
+    data.write_text(tmp_path / "file", "ours")
+    assert (tmp_path / "file").read_text() == "ours" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("name", ["args.json", "checkpoints/4/progress.json"])
+def test_a_settings_file_cut_short_is_named_by_resume(run, name, monkeypatch, capsys):
+    out, argv = run
+    os.truncate(out / name, 20)
+    assert f"{out / name}: damaged" in refused([*argv, "--resume"], monkeypatch, capsys)
+
+
+def test_a_log_cut_short_is_named_by_resume(run, monkeypatch, capsys):
+    out, argv = run
+    os.truncate(out / "metrics.jsonl", (out / "metrics.jsonl").stat().st_size - 10)
+    assert f"{out}/metrics.jsonl has lost lines" in refused([*argv, "--resume"], monkeypatch, capsys)
+
+
+def test_half_a_line_past_the_checkpoint_is_cut_off(run, finished):
+    out, argv = run
+    with open(out / "metrics.jsonl", "a") as log:
+        log.write('{"step": 5, "lo')
+    sail.main([*argv, "--resume"])
+    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
+
+
+def test_the_fingerprint_sees_prompts_chosen_and_rejected_ids():
+    example = dict(prompt_ids=[1], chosen_ids=[2], rejected_ids=[3])
+    prints = {distributed.fingerprint([{**example, **change}])
+              for change in ({}, dict(prompt_ids=[9]), dict(chosen_ids=[9]), dict(rejected_ids=[9]))}
+    assert len(prints) == 4
+
+
+# --- longer, shorter
+
+def test_a_finished_run_is_extended_as_if_it_had_been_that_long_from_the_start(base, run):
+    out, argv = run
+    longer = [*argv, "--steps", "6", "--warmup-steps", "1", "--schedule", "constant"]
+    sail.main([*longer, "--steps", "4", "--overwrite"])
+    sail.main([*longer, "--resume"])
+    whole = out.with_name("whole")
+    sail.main([*longer, "--out", str(whole)])
+    assert rows_of(out) == rows_of(whole) and [row["step"] for row in rows_of(out)] == [*range(1, 7)]
+    ends = [load_policy(str(path / "model"))[0].state_dict() for path in (out, whole)]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+@pytest.mark.parametrize("before, after, message", [
+    (["--schedule", "cosine", "--steps", "4"], ["--schedule", "cosine", "--steps", "6"],
+     "a cosine schedule of 6 steps has"),
+    (["--steps", "4"], ["--steps", "1"], "a run of 1 steps would not have seen these pairs by step 4"),
+    (["--epochs", "0.2", "--batch-size", "6"], ["--epochs", "0.6", "--batch-size", "6"],
+     "a run of 8 steps would not have seen these pairs by step 3")])
+def test_a_length_that_the_schedule_or_the_order_forbids_is_refused(base, tmp_path, before, after, message,
+                                                                    monkeypatch, capsys):
+    argv = ["--model", base, *SHORT, "--save-every", "9", "--schedule", "constant", "--out", str(tmp_path)]
+    sail.main([*argv, *before])
+    assert message in refused([*argv, *after, "--resume"], monkeypatch, capsys)
+    assert len(rows_of(tmp_path)) == (3 if "--epochs" in before else 4)
+
+
+# --- first minutes
+
+def test_without_torch_each_script_says_in_one_line_what_to_type(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ModuleNotFoundError(\"No module named 'torch'\")\n")
+    for name in ("sail", "data", "generate"):
+        done = subprocess.run([sys.executable, ROOT / f"{name}.py", "--help"], text=True, capture_output=True,
+                              env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=60)
+        assert done.returncode == 1 and done.stderr == (
+            f"{name}.py: error: No module named 'torch': pip install -r requirements.txt, or run ./run.sh\n")
+
+
+def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_model_is(base, tmp_path, capsys):
+    sail.main(["--model", base, *SHORT, "--steps", "1", "--out", str(tmp_path / "run")])
+    lines = capsys.readouterr().out.splitlines()
+    size = sum(parameter.numel() for parameter in load_policy(base)[0].parameters())
+    assert lines[0] == f"{base} on cpu: {size:,} of {size:,} parameters are trained"
+    assert lines[1].startswith(f"{base}/toy-pairs.jsonl: 39 pairs to train on, 4 to evaluate on; ")
+    assert lines[2] == ("pr: 2 offline pairs + 2 on the variant's route = 4 pairs, 1 steps of 4 -> "
+                        f"{tmp_path}/run")
+    assert lines[-1] == (f"saved {tmp_path}/run/model; `python evaluate.py {tmp_path}/run` samples from it "
+                         "and sets it beside other runs")
+
+
+def test_tensorboard_gets_the_metrics_and_the_held_out_figures(base, tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    sail.main(["--model", base, *SHORT, "--steps", "2", "--out", str(tmp_path), "--tensorboard"])
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [point.step for point in events.Scalars("metrics/loss")] == [1, 2]
+    assert [point.value for point in events.Scalars("metrics/loss")] == pytest.approx(
+        [row["loss"] for row in rows_of(tmp_path)])
+    assert {"eval/reward", "eval/kl"} <= set(events.Tags()["scalars"])
+
+
+def test_tensorboard_without_the_package_is_named(base, tmp_path, monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    argv = ["--model", base, *SHORT, "--steps", "1", "--out", str(tmp_path), "--tensorboard"]
+    assert "needs a package: pip install tensorboard" in refused(argv, monkeypatch, capsys)
