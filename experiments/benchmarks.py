@@ -74,7 +74,7 @@ def answer_benchmark(model, tokenizer, benchmark, rows, turns, args):
     for texts in zip(*turns):
         for dialogue, text in zip(dialogues, texts):
             dialogue.append({"role": "user", "content": text})
-        prompts = dialogues if benchmark == "MT-Bench" else texts      # one turn: as a prompt of training data
+        prompts = dialogues if benchmark == "MT-Bench" else texts      # one turn: as in training data
         for temperature in sorted(set(temperatures)):
             places = [place for place, own in enumerate(temperatures) if own == temperature]
             answers = answer(model, tokenizer, [prompts[place] for place in places], temperature, args)
@@ -104,7 +104,10 @@ def main():
                                    args.trust_remote_code, (args.max_prompt_length, args.max_response_length))
     torch.manual_seed(args.seed)
     rows = answer_benchmark(model, tokenizer, benchmark, rows, turns, args)
-    write_text(args.out, json.dumps(rows, indent=1)) if benchmark == "AlpacaEval" else write_rows(args.out, rows)
+    if benchmark == "AlpacaEval":
+        write_text(args.out, json.dumps(rows, indent=1))
+    else:
+        write_rows(args.out, rows)
     print(f"{len(rows)} questions of {benchmark} answered in {args.out}")
 
 

@@ -3,9 +3,9 @@
     python generate.py --model A --data D --out a.jsonl       # and B into b.jsonl
     python experiments/judge.py a.jsonl b.jsonl --url http://HOST/v1 --model NAME
 
-The judge is a model at an OpenAI-compatible endpoint. Each pair is asked in both orders, and a verdict counts where
-these agree. Every answer is appended to --verdicts at once, and a question in it is not asked again, so that a
-killed run goes on. OPENAI_API_KEY of the environment is sent to that host, and no other key.
+The judge is a model at an OpenAI-compatible endpoint. Each pair is asked in both orders, and a verdict counts
+where these agree. Every answer is appended to --verdicts at once, and a question in it is not asked again, so
+that a killed run goes on. OPENAI_API_KEY of the environment is sent to that host, and no other key.
 """
 import fcntl
 import hashlib
@@ -61,12 +61,11 @@ def load_judge(url, model, template="helpful", verdicts="verdicts.jsonl", timeou
     Each pair is asked in both orders, and a verdict counts where these agree; equal responses tie unasked.
     verdicts: the file that every answer is appended to at once; a question in it is not asked again, so that
     what was killed goes on. OPENAI_API_KEY of the environment is sent to that host; no other key is. Raises
-    InputError where the host refuses or cannot be reached.
-    """
+    InputError where the host refuses or cannot be reached."""
     import openai
     if not re.fullmatch(r"https?://(\[[0-9a-f:]+\]|[^/@:\[\]\s]+)(:\d+)?(/[^@\s]*)?", url):
-        raise InputError(f"judge {url.rpartition('@')[2]}: want http://HOST/v1 or https://HOST/v1; a key goes into "
-                         "the environment variable OPENAI_API_KEY")
+        raise InputError(f"judge {url.rpartition('@')[2]}: want http://HOST/v1 or https://HOST/v1; a key goes "
+                         "into the environment variable OPENAI_API_KEY")
     with open_verdicts(verdicts):                             # complains before there is work to lose
         pass
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
@@ -88,7 +87,8 @@ def load_judge(url, model, template="helpful", verdicts="verdicts.jsonl", timeou
         keys = {question: hashlib.sha256(json.dumps([model, question]).encode()).hexdigest()
                 for pair, one, other in zip(asked, ours, theirs) if one != other for question in pair}
         with open_verdicts(verdicts) as (file, marks), ThreadPoolExecutor(8) as pool:
-            waiting = {pool.submit(ask, question): question for question in keys if keys[question] not in marks}
+            waiting = {pool.submit(ask, question): question
+                       for question in keys if keys[question] not in marks}
             try:
                 for done in tqdm(as_completed(waiting), "judging", len(waiting), leave=False,
                                  disable=None if len(keys) > 64 else True):
@@ -107,8 +107,8 @@ def load_judge(url, model, template="helpful", verdicts="verdicts.jsonl", timeou
 
 
 def question_of(template, prompt, first, second):
-    """What the judge is asked. The texts stand between lines with a number made of them, so that none can close
-    itself, and marks in them get blanks: who quotes them gives no verdict."""
+    """What the judge is asked. The texts stand between lines with a number made of them, so that none can
+    close itself, and marks in them get blanks: who quotes them gives no verdict."""
     texts = [MARK.sub(r"[ [\1] ]", text) for text in (render(prompt, "")[0].strip(), first, second)]
     fence = hashlib.sha256(json.dumps(sorted(texts)).encode()).hexdigest()[:16]
     return QUESTION.format(TEMPLATES[template], *texts, fence=fence)
@@ -145,14 +145,14 @@ def open_verdicts(path):
         except (ValueError, KeyError, TypeError):
             marks = None
         if marks is None or half[:9] != b'{"key": "'[:len(half)]:
-            raise InputError(f"{path}: not a file of verdicts; --verdicts wants a new file, or one it has written")
+            raise InputError(f"{path}: not a file of verdicts; --verdicts wants a new file, or one of its own")
         file.truncate(sum(len(line) + 1 for line in lines))
         yield file, marks
 
 
 def main():
     """`python experiments/judge.py OURS THEIRS --url U --model M`."""
-    parser = Parser(description="Win rates of responses against others to the same prompts, by a model's verdicts.")
+    parser = Parser(description="Win rates of responses against others, by a model's verdicts.")
     add = parser.add_argument
     add("ours", help="JSON lines with prompt and response, as generate.py writes them")
     add("theirs", help="the same of another model, in the same order of prompts")
@@ -166,11 +166,12 @@ def main():
     if not ours or prompts != [row.get("prompt") for row in theirs] or not all(
             isinstance(row.get("prompt"), (str, list)) and isinstance(row.get("response"), str)
             for row in (*ours, *theirs)):
-        raise InputError(f"{args.theirs}: want prompt and response in each line, and the prompts of {args.ours}")
+        raise InputError(f"{args.theirs}: want prompt and response in each line, and prompts as in {args.ours}")
     judge = load_judge(args.url, args.model, args.template, args.verdicts)
     ours, theirs = ([row["response"] for row in rows] for rows in (ours, theirs))
     wins, flipped, unparsable = zip(*judge(prompts, ours, theirs))
-    figures = {**win_figures(wins, ours, theirs), "flipped": share_of(flipped), "unparsable": share_of(unparsable)}
+    figures = {**win_figures(wins, ours, theirs), "flipped": share_of(flipped),
+               "unparsable": share_of(unparsable)}
     for name, figure in figures.items():
         print(f"{name:>12} {shown(*figure)}")
 

@@ -41,7 +41,10 @@ def sizes_of(config):
     from transformers import AutoModelForCausalLM
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    count = lambda module: sum(p.numel() for p in module.parameters())
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
     layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=count)
     lora = sum(m.in_features + m.out_features for m in model.modules()
                if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings())

@@ -1,6 +1,6 @@
 """Make a reward model of preferences: Bradley-Terry on the pairs of any file that data.py reads.
 
-    python experiments/reward_model.py --model M --data PAIRS --out DIR        # then sail.py --reward DIR/model
+    python experiments/reward_model.py --model M --data PAIRS --out DIR      # then sail.py --reward DIR/model
 
 M is a causal language model, whose score head is drawn, or a sequence classifier with one logit.
 """
@@ -100,7 +100,7 @@ def main():
     """`python experiments/reward_model.py --model M --data D --out DIR`."""
     parser = Parser(description="Make a reward model of preferences.")
     add = parser.add_argument
-    add("--model", default="toy", help="a causal language model or one-logit classifier (the toy's SFT model)")
+    add("--model", default="toy", help="a causal language model or one-logit classifier (the toy's SFT)")
     add("--out", help="directory of model/, args.json and the logs (runs/DATA-reward)")
     add("--max-length", type=number(int, 1), help="tokens of a dialogue; cut from the left, also when served")
     add("--epochs", type=number(int, 1), default=1, help="(1)")

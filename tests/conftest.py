@@ -71,7 +71,8 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """An untrained toy model, saved, with pairs to train it on: a run starts in seconds. Its directory, a string."""
+    """An untrained toy model, saved, with pairs to train it on: a run starts in seconds. Its directory, a
+    string."""
     from data import write_rows
     from toy import TOY_PAIRS, pairs_of, toy_model
     path = tmp_path_factory.mktemp("base")

@@ -159,9 +159,9 @@ def test_the_leave_one_out_baseline_leaves_the_expectation_alone(small_world, ro
     exact, probability = small_world.exact_gradient(route, loss_type), small_world.pair_probability(route)
     pairs = list(small_world.all_pairs())
     total = 0
-    for (i, j), (k, l) in itertools.product(pairs, pairs):                            # all 81 batches of two
-        half = probability[i, j] * probability[k, l] / 2
-        batch = [(half, small_world.pair(i, j, route)), (half, small_world.pair(k, l, route))]
+    for (i, j), (k, m) in itertools.product(pairs, pairs):                            # all 81 batches of two
+        half = probability[i, j] * probability[k, m] / 2
+        batch = [(half, small_world.pair(i, j, route)), (half, small_world.pair(k, m, route))]
         total = total + small_world.back_propagated(batch, loss_type, None)
     assert relative_error(total, exact) < 1e-9
 

@@ -1,4 +1,4 @@
-"""Where the variants end, by enumeration in float64: a policy is a softmax over a few responses, every expectation is
+"""Where the variants end, by enumeration in float64: a policy is a softmax over few responses, an expectation is
 a sum over all pairs of them, and what is followed is the gradient of `sail_loss` itself."""
 import math
 
@@ -13,11 +13,13 @@ REFERENCE = torch.tensor([-0.5, 0.3, 0.4, -0.2], dtype=torch.float64).log_softma
 
 
 def gradient(logits, reference, reward, own, **options):
-    """Minus ∇J of the logits, over all ordered pairs. own: "both", "responses", "labels" are the policy's own, or
-    "nothing", where pairs are uniform; labels that are not its own are Bradley-Terry on the reward."""
+    """Minus ∇J of the logits, over all ordered pairs. own: "both", "responses", "labels" are the policy's
+    own, or "nothing", where pairs are uniform; labels that are not its own are Bradley-Terry on the
+    reward."""
     logits = logits.detach().requires_grad_()
     logps, every = logits.log_softmax(-1), torch.ones(len(logits) ** 2, dtype=torch.bool)
-    first, second = (side.flatten() for side in torch.meshgrid(*[torch.arange(len(logits))] * 2, indexing="ij"))
+    places = torch.arange(len(logits))
+    first, second = (side.flatten() for side in torch.meshgrid(places, places, indexing="ij"))
     sampled, self_labelled = own in ("both", "responses"), own in ("both", "labels")
     losses, _ = sail_loss(
         logps[first], logps[second], reference[first], reference[second],
@@ -51,7 +53,7 @@ def test_a_self_labelled_pair_pulls_by_beta_times_q_times_one_minus_q_times_its_
     theirs = torch.tensor([-4.0, -4.7], dtype=torch.float64)
     u = BETA * ((ours[0] - theirs[0]) - (ours[1] - theirs[1])).item()
     q = 1 / (1 + math.exp(-u))
-    for preference in (0.0, 0.3, 1.0):                     # whatever the true preference is: T1 is 0, T3 is this
+    for preference in (0.0, 0.3, 1.0):                  # whatever the true preference is: T1 is 0, T3 this
         loss, _ = sail_loss(*ours[:, None], *theirs[:, None], torch.tensor([preference]),
                             self_labelled=torch.tensor([True]), beta=BETA, label_coef=1.0)
         pull = -torch.autograd.grad(loss.sum(), ours)[0]
@@ -69,11 +71,12 @@ def test_dp_ends_to_first_order_where_dpo_with_a_smaller_beta_does(scale, apart)
                 + mix * gradient(logits, REFERENCE, reward, "labels", label_coef=label_coef))
 
     dp = fixed_point(of_dp, REFERENCE)
-    dpo, dpo_of_smaller_beta = (fixed_point(lambda logits: gradient(logits, REFERENCE, reward, "nothing", beta=beta),
+    dpo, dpo_of_smaller_beta = (fixed_point(lambda logits: gradient(logits, REFERENCE, reward, "nothing",
+                                                                    beta=beta),
                                             REFERENCE) for beta in (BETA, BETA * (1 - k)))
     margins, plain, smaller = ((policy - REFERENCE)[0] - (policy - REFERENCE)[3]
                                for policy in (dp, dpo, dpo_of_smaller_beta))
-    assert (plain * BETA).item() == pytest.approx(2.1 * scale, abs=1e-5)             # DPO's margin is the reward's
+    assert (plain * BETA).item() == pytest.approx(2.1 * scale, abs=1e-5)          # DPO's margin: the reward's
     assert abs(margins / smaller - 1).item() < apart
     assert (margins / plain).item() == pytest.approx(1 / (1 - k), rel=2 * apart)     # 1.67 times DPO's
 
@@ -81,17 +84,19 @@ def test_dp_ends_to_first_order_where_dpo_with_a_smaller_beta_does(scale, apart)
 def test_online_dpo_ends_at_the_best_policy_and_pr_beside_it():
     best = (REFERENCE + REWARD / BETA).log_softmax(-1)
     assert value(best) == pytest.approx(BETA * (REFERENCE + REWARD / BETA).logsumexp(-1).item())
-    ends = [fixed_point(lambda logits: gradient(logits, REFERENCE, REWARD, "responses", response_coef=coef), best)
+    ends = [fixed_point(lambda logits: gradient(logits, REFERENCE, REWARD, "responses", response_coef=coef),
+                        best)
             for coef in (0.0, 0.3, 1.0)]
     distances, lost = [kl(end, best) for end in ends], [value(best) - value(end) for end in ends]
     assert distances[0] == pytest.approx(0, abs=1e-12)
     assert 1e-4 < distances[1] < distances[2]
-    assert lost == pytest.approx([BETA * distance for distance in distances], abs=1e-9)   # J* − J = β·KL(π‖π*)
+    assert lost == pytest.approx([BETA * distance for distance in distances], abs=1e-9)  # J* − J = β·KL(π‖π*)
 
 
 def test_pp_leaves_for_what_the_reference_thinks_rare_and_the_rarer_the_farther():
-    """PP sees no reward. It stands still at the reference, and off it, it climbs until it has put about half of its
-    mass on the rare response: its KL grows by about 1 with every zero of ε. The best policy stays near."""
+    """PP sees no reward. It stands still at the reference, and off it, it climbs until it has put about half
+    of its mass on the rare response: its KL grows by about 1 with every zero of ε. The best policy stays
+    near."""
     reward, pp, best = torch.tensor([0.0, 1.0], dtype=torch.float64), [], []
     for epsilon in (1e-2, 1e-4, 1e-6, 1e-8):
         reference = torch.tensor([1 - epsilon, epsilon], dtype=torch.float64).log()

@@ -8,7 +8,8 @@ from toy import pairs_of
 
 
 def finished_run(path, *evals, beta=0.5, **more):
-    """What sail.py leaves of a run, of which the report reads: (step, KL, reward) per evaluation; more figures."""
+    """What sail.py leaves of a run, of which the report reads: (step, KL, reward) per evaluation; more
+    figures."""
     (path / "model").mkdir(parents=True)
     rows = [{"step": step, "kl": kl, "kl_interval": [kl - 1, kl + 1], "reward": reward,
              "reward_interval": [reward - 0.5, reward + 0.5], **more} for step, kl, reward in evals]
@@ -29,7 +30,8 @@ def test_j_is_the_runs_own_only_where_its_beta_is_the_toys(tmp_path):
     measured = {"J": 1.25, "J_interval": [1.0, 1.5]}
     finished_run(tmp_path / "toy" / "dpo-s0", (2, 1.0, 2.0), **measured)
     finished_run(tmp_path / "toy" / "simpo-s0", (2, 1.0, 2.0), beta=2.0, **measured)
-    assert [row["figures"]["J"] for row in replicate.rows_of(tmp_path)] == [[1.25, 1.0, 1.5], [1.5, None, None]]
+    figures = [row["figures"]["J"] for row in replicate.rows_of(tmp_path)]
+    assert figures == [[1.25, 1.0, 1.5], [1.5, None, None]]
 
 
 def test_the_table_has_means_over_seeds_and_differences_seed_by_seed(tmp_path):
@@ -38,7 +40,8 @@ def test_the_table_has_means_over_seeds_and_differences_seed_by_seed(tmp_path):
         finished_run(tmp_path / "toy" / f"pr-s{seed}", (1, 4.0 + seed, 0.0), (2, 2.0, pr))
     table = replicate.table(replicate.rows_of(tmp_path), {
         "reward": ("toy", "figures", "reward"), "minus DPO": ("toy", "figures", "reward-dpo"),
-        "J": ("toy", "figures", "J"), "highest KL": ("toy", "peak_kl", None), "steps": ("toy", "steps", None)})
+        "J": ("toy", "figures", "J"), "highest KL": ("toy", "peak_kl", None),
+        "steps": ("toy", "steps", None)})
     assert table.split("\n")[2:] == [
         "| dpo | 2.00 ± 12.71 |  | 1.50 ± 12.71 | 1.00 | 2 |",
         "| pr | 3.25 ± 15.89 | +1.25 ± 3.18 | 2.25 ± 15.89 | 5.00 | 2 |"]
@@ -52,7 +55,8 @@ def test_dialogues_have_the_figures_that_evaluate_py_wrote(tmp_path):
     row, = replicate.rows_of(tmp_path)
     assert (row["method"], row["seed"]) == ("sft", 0)
     assert row["figures"] == row["second"] == {"reward": [0.25, 0.0, 0.4]}
-    assert replicate.table([row], {"reward": ("dialogues", "second", "reward")}).endswith("| sft | 0.25 ± 0.20 |")
+    table = replicate.table([row], {"reward": ("dialogues", "second", "reward")})
+    assert table.endswith("| sft | 0.25 ± 0.20 |")
 
 
 def test_a_fifth_of_the_labels_is_flipped_and_nothing_else():
