@@ -111,8 +111,7 @@ def summed(totals, device):
 
 
 def stop_signals():
-    """A list that SIGTERM and SIGINT add the run's exit status to; it then ends after its step. A second
-    SIGINT ends it at once."""
+    """A list that gets the exit status at SIGTERM or SIGINT, to end after the step; a second SIGINT is final."""
     stopped = []
 
     def note(number, _):

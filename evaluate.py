@@ -305,8 +305,7 @@ def frontier(rewards, temperatures):
 
 @torch.no_grad()
 def best_possible(options):
-    """(the row of J*, all rows) of `frontier`, from --frontier samples of the reference to each held-out
-    prompt of the first run that has a reference and a reward; None for J* where the samples are too few."""
+    """(J*'s row, or None where samples are too few, all rows) of `frontier`, from the first run's reference."""
     runs = [find_run(path, options)[2] for path in options.models]
     args = next((run for run in runs if run.reference and run.reward), None)
     if args is None:
@@ -327,8 +326,7 @@ def best_possible(options):
 
 
 def compare(paths, out=None, best=None, curve=()):
-    """Print finished runs as one markdown table; write its figures to `out`, and a picture beside it. best,
-    curve: of `best_possible`; J is then also set against J*."""
+    """Print finished runs as a markdown table; write figures to `out`, a picture beside it, with `best_possible`."""
     found, variants, results = read_runs(paths), defaultdict(list), {}
     out = Path(out or next(iter(found)).parent / "results.json")
     for path in found:                                     # names that differ in -sN alone are seeds

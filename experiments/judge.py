@@ -64,8 +64,8 @@ def load_judge(url, model, template="helpful", verdicts="verdicts.jsonl", timeou
     InputError where the host refuses or cannot be reached."""
     import openai
     if not re.fullmatch(r"https?://(\[[0-9a-f:]+\]|[^/@:\[\]\s]+)(:\d+)?(/[^@\s]*)?", url):
-        raise InputError(f"judge {url.rpartition('@')[2]}: want http://HOST/v1 or https://HOST/v1; a key goes "
-                         "into the environment variable OPENAI_API_KEY")
+        raise InputError(f"judge {url.rpartition('@')[2]}: want http://HOST/v1 or https://HOST/v1; a key "
+                         "goes into the environment variable OPENAI_API_KEY")
     with open_verdicts(verdicts):                             # complains before there is work to lose
         pass
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
@@ -145,7 +145,7 @@ def open_verdicts(path):
         except (ValueError, KeyError, TypeError):
             marks = None
         if marks is None or half[:9] != b'{"key": "'[:len(half)]:
-            raise InputError(f"{path}: not a file of verdicts; --verdicts wants a new file, or one of its own")
+            raise InputError(f"{path}: not a file of verdicts; --verdicts wants a new one, or its own")
         file.truncate(sum(len(line) + 1 for line in lines))
         yield file, marks
 
@@ -166,7 +166,8 @@ def main():
     if not ours or prompts != [row.get("prompt") for row in theirs] or not all(
             isinstance(row.get("prompt"), (str, list)) and isinstance(row.get("response"), str)
             for row in (*ours, *theirs)):
-        raise InputError(f"{args.theirs}: want prompt and response in each line, and prompts as in {args.ours}")
+        raise InputError(f"{args.theirs}: want prompt and response in each line, and the prompts of "
+                         f"{args.ours}")
     judge = load_judge(args.url, args.model, args.template, args.verdicts)
     ours, theirs = ([row["response"] for row in rows] for rows in (ours, theirs))
     wins, flipped, unparsable = zip(*judge(prompts, ours, theirs))

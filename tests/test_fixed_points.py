@@ -1,4 +1,4 @@
-"""Where the variants end, by enumeration in float64: a policy is a softmax over few responses, an expectation is
+"""Where variants end, by enumeration in float64: a policy is a softmax over few responses, an expectation is
 a sum over all pairs of them, and what is followed is the gradient of `sail_loss` itself."""
 import math
 
