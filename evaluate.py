@@ -305,7 +305,7 @@ def frontier(rewards, temperatures):
 
 @torch.no_grad()
 def best_possible(options):
-    """(J*'s row, or None where samples are too few, all rows) of `frontier`, from the first run's reference."""
+    """(J*'s row, or None for too few samples, all rows) of `frontier`, from the first run's reference."""
     runs = [find_run(path, options)[2] for path in options.models]
     args = next((run for run in runs if run.reference and run.reward), None)
     if args is None:
@@ -326,7 +326,7 @@ def best_possible(options):
 
 
 def compare(paths, out=None, best=None, curve=()):
-    """Print finished runs as a markdown table; write figures to `out`, a picture beside it, with `best_possible`."""
+    """Print runs as a markdown table; write figures to `out` and a picture beside it. See `best_possible`."""
     found, variants, results = read_runs(paths), defaultdict(list), {}
     out = Path(out or next(iter(found)).parent / "results.json")
     for path in found:                                     # names that differ in -sN alone are seeds
