@@ -111,7 +111,7 @@ def summed(totals, device):
 
 
 def stop_signals():
-    """A list that gets the exit status at SIGTERM or SIGINT, to end after a step; a second SIGINT is final."""
+    """A list that gets the exit status at SIGTERM or SIGINT, to end after a step; a second SIGINT is hard."""
     stopped = []
 
     def note(number, _):
