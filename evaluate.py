@@ -354,25 +354,24 @@ COLOURS = "#000000 #0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #7F7F7F".spli
 
 
 def plot(groups, results, curve, path):
-    """Held-out reward against KL, as a PNG. A large point is a run's end, or the mean over seeds; a line
-    leads there through evaluations; a small point is one evaluation of one run."""
+    """Held-out reward against KL, as a PNG. A large point is a run's end, or the mean over seeds; a line leads
+    there through the evaluations."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for (name, runs), colour in zip(groups.items(), cycle(COLOURS)):
+    for (name, runs), colour, side in zip(groups.items(), cycle(COLOURS), cycle((6, -14))):
         if "reward" not in results[name]:
             continue
         reward, kl = results[name]["reward"], results[name].get("kl", (0.0, 0.0, 0.0))       # SFT has none
         errors = [[[abs(end - value)] for end in ends] for value, *ends in (reward, kl)]
         axes.errorbar(kl[0], reward[0], *errors, color=colour, marker="o", capsize=3)
-        axes.annotate(name, (kl[0], reward[0]), (6, 4), textcoords="offset points", color=colour)
+        axes.annotate(name, (kl[0], reward[0]), (6, side), textcoords="offset points", color=colour)
         points = [(row["step"], row["kl"], row["reward"]) for rows in runs for row in rows
                   if row.get("kl") is not None and row.get("reward") is not None]
-        axes.scatter(*([point[axis] for point in points] for axis in (1, 2)), s=8, color=colour, alpha=0.4)
         steps = sorted({step for step, *_ in points})
         at = [[point for point in points if point[0] == step] for step in steps]
         at = [same for same in at if len(same) == len(runs)]                  # the steps that all runs have
-        axes.plot(*([mean(point[axis] for point in same) for same in at] for axis in (1, 2)), color=colour)
+        axes.plot(*([mean(point[axis] for point in same) for same in at] for axis in (1, 2)), ".-", color=colour)
     axes.set(xlabel="KL(π‖π_ref), nats per response", ylabel="held-out reward")
     axes.margins(x=0.15)
     if curve:
