@@ -354,7 +354,7 @@ COLOURS = "#000000 #0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #7F7F7F".spli
 
 
 def plot(groups, results, curve, path):
-    """Held-out reward against KL, as a PNG. A large point is a run's end, or the mean over seeds; a line leads
+    """Held-out reward against KL, as a PNG. A large point is a run's end, or the mean over seeds; a line goes
     there through the evaluations."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -371,7 +371,8 @@ def plot(groups, results, curve, path):
         steps = sorted({step for step, *_ in points})
         at = [[point for point in points if point[0] == step] for step in steps]
         at = [same for same in at if len(same) == len(runs)]                  # the steps that all runs have
-        axes.plot(*([mean(point[axis] for point in same) for same in at] for axis in (1, 2)), ".-", color=colour)
+        curve = [[mean(point[axis] for point in same) for same in at] for axis in (1, 2)]
+        axes.plot(*curve, ".-", color=colour)
     axes.set(xlabel="KL(π‖π_ref), nats per response", ylabel="held-out reward")
     axes.margins(x=0.15)
     if curve:
