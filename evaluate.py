@@ -371,8 +371,8 @@ def plot(groups, results, curve, path):
         steps = sorted({step for step, *_ in points})
         at = [[point for point in points if point[0] == step] for step in steps]
         at = [same for same in at if len(same) == len(runs)]                  # the steps that all runs have
-        curve = [[mean(point[axis] for point in same) for same in at] for axis in (1, 2)]
-        axes.plot(*curve, ".-", color=colour)
+        track = [[mean(point[axis] for point in same) for same in at] for axis in (1, 2)]
+        axes.plot(*track, ".-", color=colour)
     axes.set(xlabel="KL(π‖π_ref), nats per response", ylabel="held-out reward")
     axes.margins(x=0.15)
     if curve:
