@@ -6,6 +6,7 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 run() { echo "+ $*"; "$@"; }
+case " $* " in *" --help "* | *" -h "*) sed -n '2,5s/^# //p' "$here/run.sh"; exit ;; esac      # sail.py has its own
 
 # Let glibc keep freed memory for the next step rather than return it to the kernel and pay for every page
 # anew: experiments/bench.py times steps on a CPU without this ("as-is") and with it ("kept").
