@@ -219,7 +219,7 @@ def pair_logps(model, pairs, dtype="float32", reference=None):
     return sums[..., torch.tensor(places, device=device)]
 
 
-LOGITS = 2**25                            # of a forward, positions × vocabulary: 128 MB, several times
+LOGITS = 3 * 2**24                        # of a forward, positions × vocabulary: 192 MB, several times
 
 
 def micro_batches(pairs, model, size=None):
