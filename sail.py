@@ -286,8 +286,7 @@ def draw_pairs(examples, step, steps, total, args):
 
 
 def train(args, device):
-    """The whole run: load, loop, save. Raises InputError on bad input, where a reward fails, and after ten
-    non-finite steps in a row; what was reached by then is in a checkpoint."""
+    """The whole run: load, loop, save. InputError: bad input, a failing reward, ten steps not finite."""
     run, out = SimpleNamespace(device=device), Path(args.out)
     (run.policy, run.reference, run.tokenizer, run.reward, run.examples, run.held_out,
      run.counts) = load_everything(args, device)
@@ -320,7 +319,8 @@ def train(args, device):
         raise SystemExit(max(run.stopped, default=0))
     load_base = partial(load_policy, args.model, "cpu", args.trust_remote_code)
     save_model(run.policy, run.tokenizer, out, load_base)
-    say(f"saved {out}/model; `python evaluate.py {out}` samples from it and sets it beside other runs")
+    code = f" --reward {args.reward}" * (".py:" in (args.reward or ""))
+    say(f"saved {out}/model; `python evaluate.py {out}{code}` samples from it and sets it beside other runs")
 
 
 def loop(run, out, args):

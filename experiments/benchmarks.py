@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from data import InputError, Parser, command_line, number, read_rows, write_rows, write_text
+from data import InputError, Parser, command_line, number, read_rows, seeded, write_rows, write_text
 from generate import answer, load_policy
 
 BENCHMARKS = {  # name: the columns that identify its questions; the last one holds what is asked
@@ -102,7 +102,7 @@ def main():
                          f"{'.json' if benchmark == 'AlpacaEval' else '.jsonl'}")
     model, tokenizer = load_policy(args.model, "cuda" if torch.cuda.is_available() else "cpu",
                                    args.trust_remote_code, (args.max_prompt_length, args.max_response_length))
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seeded("answers", args.seed))
     rows = answer_benchmark(model, tokenizer, benchmark, rows, turns, args)
     if benchmark == "AlpacaEval":
         write_text(args.out, json.dumps(rows, indent=1))

@@ -153,7 +153,7 @@ def test_bad_rewards_are_named_and_what_was_written_stays(name, message, tmp_pat
 
 
 def test_prompts_over_the_limit_a_tokenizer_without_pad_and_one_without_template_are_no_errors(
-        tmp_path, monkeypatch):
+        tmp_path, monkeypatch, capsys):
     tokenizer = byte_tokenizer()
     tokenizer.pad_token = None
     for part in (tiny_model(), tokenizer):
@@ -167,6 +167,8 @@ def test_prompts_over_the_limit_a_tokenizer_without_pad_and_one_without_template
         "--max-response-length", "8", "--batch-size", "4", "--out", str(tmp_path / "out")])
     last = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
     assert last["truncated_prompts"] > 30 and last["dropped"] == 0 and last["on_policy"] == 0.5
+    advice = capsys.readouterr().out.split("`")[1]                     # a run's code runs only where it is named
+    assert advice == f"python evaluate.py {tmp_path}/out --reward {tmp_path}/mine.py:score"
 
 
 # --- data that lack a response
