@@ -167,7 +167,7 @@ def test_prompts_over_the_limit_a_tokenizer_without_pad_and_one_without_template
         "--max-response-length", "8", "--batch-size", "4", "--out", str(tmp_path / "out")])
     last = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
     assert last["truncated_prompts"] > 30 and last["dropped"] == 0 and last["on_policy"] == 0.5
-    advice = capsys.readouterr().out.split("`")[1]                     # a run's code runs only where it is named
+    advice = capsys.readouterr().out.split("`")[1]        # its code runs only where it is named
     assert advice == f"python evaluate.py {tmp_path}/out --reward {tmp_path}/mine.py:score"
 
 
