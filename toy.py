@@ -83,10 +83,10 @@ def toy_pair(rng, prompt, first, second):
 
 def pairs_of(source, limit=None, prefer="better"):
     """`data.load_pairs`, which also knows pairs of the grammar: 3,000 of `toy` or `toy:grammar`, whose chosen
-    ones the SFT model learns from, and 256 of `toy:test`, with held-out prompts."""
+    ones the SFT model learns from, and 1,024 of `toy:test`, with held-out prompts."""
     if source not in ("toy", "toy:grammar", "toy:test"):
         return load_pairs(source, limit, prefer)
-    rng, count, pairs = random.Random(source == "toy:test"), 256 if source == "toy:test" else 3000, []
+    rng, count, pairs = random.Random(source == "toy:test"), 1024 if source == "toy:test" else 3000, []
     while len(pairs) < min(count, limit or count):
         prompt, noun = rng.choice(toy_prompts(held_out=source == "toy:test"))
         first, second = toy_response(rng, noun), toy_response(rng, noun)

@@ -8,8 +8,10 @@ one line per run, to experiments/replication.jsonl, the picture of the toy's run
 
 Toy world: each seed has its own SFT model, and pairs that this model sampled; both are what the seed's other
 runs start from. Three data sets: all 18,000 pairs; a quarter of them, and all with 20 % of the labels
-flipped, for four methods. J is reward − 0.5·KL, whose best value is known. "dp-control" is dp without its
-term T3: as many optimizer steps, more than dpo's, on the same pairs.
+flipped, for four methods. J is reward − 0.5·KL on 1,024 held-out prompts; J*, the best that any policy can
+have, comes from the seed's own SFT model. Own pairs come on top of the data's, so that the variants take more
+optimizer steps than dpo. "dp-control" is dp without its term T3, at as many steps; "dpo-longer" has those of
+online DPO and PR.
 
 Dialogues: a small Llama that has read nothing else is trained on the chosen responses; half of the pairs make
 a reward model; on the other half every method starts from the SFT model, with that reward model's labels
@@ -26,6 +28,7 @@ import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -36,6 +39,7 @@ from toy import TOY_DEFAULTS, TOY_PAIRS
 
 METHODS = {
     "dpo": "--variant dpo",
+    "dpo-longer": "--variant dpo --steps 268",                         # as many as online DPO and PR have
     "dp": "--variant dp",
     "dp-control": "--variant dp --label-coef 0",
     "online-dpo": "--variant pr --response-coef 0",
@@ -52,6 +56,7 @@ PICTURE = ("sft", "dpo", "dp", "pp", "online-dpo", "pr", "pr-1")
 # What `--data toy` implies, spelled out for the pairs that come from a file.
 TOY = "--eval-data toy:test " + " ".join(f"--{name.replace('_', '-')} {value}"
                                          for name, value in TOY_DEFAULTS.items())
+EVALUATION = "--eval-every 30 --eval-limit 1024"
 WORLDS = {"toy": ("--data toy", METHODS), "toy-quarter": ("--data toy --limit 4500", FEW),
           "toy-flipped": (f"--data {{flipped}} {TOY}", FEW)}
 HH_METHODS = {name: METHODS[name] for name in ("dpo", "dp", "pp", "pr")}
@@ -91,8 +96,8 @@ def toy(runs, seeds, at_a_time, worlds=WORLDS, only=METHODS):
     """SFT models, their pairs, and all runs on worlds of the toy: {name: (flags of the data, methods)}."""
     from reward import draw_toy_pairs
     models = {seed: runs / f"toy/sft-s{seed}/model" for seed in range(FIRST_SEED, FIRST_SEED + seeds)}
-    train_all([(model.parent, f"--variant sft --seed {seed}") for seed, model in models.items()],
-              at_a_time, "toy sft")
+    train_all([(model.parent, f"--variant sft --seed {seed} --eval-limit 1024")
+               for seed, model in models.items()], at_a_time, "toy sft")
     jobs = []
     for seed, model in tqdm(models.items(), "toy pairs"):              # before two runs at a time need them
         if not (model / TOY_PAIRS).is_file():
@@ -101,7 +106,7 @@ def toy(runs, seeds, at_a_time, worlds=WORLDS, only=METHODS):
         write_rows(flipped, flipped_pairs(load_pairs(model / TOY_PAIRS)[0]))
         for world, (data, methods) in worlds.items():
             jobs += [(runs / f"{world}/{method}-s{seed}",
-                      f"{data.format(flipped=flipped)} --model {model} --eval-every 15 --seed {seed} "
+                      f"{data.format(flipped=flipped)} --model {model} --seed {seed} {EVALUATION} "
                       + METHODS[method]) for method in methods if method in only]
     train_all(jobs, at_a_time, "toy")
 
@@ -207,6 +212,24 @@ def j_of(figures, beta):
     return [figures["reward"][0] - TOY_DEFAULTS["beta"] * kl, None, None]
 
 
+def below_the_best(rows, runs, samples=2000):
+    """Give each toy run figures["gap"], J* − J, and row["above"]: by how much the low end of its reward lies
+    above the highest reward at its KL. Both by the frontier of its own seed's SFT model; a KL that the
+    samples do not reach has no "above"."""
+    from evaluate import best_possible
+    for seed in sorted({row["seed"] for row in rows if row["world"] == "toy"}):
+        ours = [row for row in rows if row["world"].startswith("toy") and row["seed"] == seed]
+        models = [runs / row["world"] / f"{row['method']}-s{seed}" for row in ours if row["method"] != "sft"]
+        best, curve = best_possible(argparse.Namespace(models=models, frontier=samples, eval_limit=256))
+        kls, heights = zip(*sorted((point["kl"], point["reward"]) for point in curve))
+        for row in ours:
+            figures = row["figures"]
+            figures["gap"] = [best["best"] - figures["J"][0], None, None]
+            if figures.get("kl", [0.0])[0] <= kls[-1]:
+                height = float(np.interp(figures.get("kl", [0.0])[0], kls, heights))
+                row["above"] = round(figures["reward"][1] - height, 3)
+
+
 def table(rows, columns, methods=("sft", *METHODS)):
     """Markdown: a line per method, mean ± half the 95 % t-interval over seeds, for a single run over prompts;
     columns: {head: (world, key, name)}; "reward-dpo" is the difference to DPO's reward, seed by seed. Without
@@ -238,6 +261,7 @@ def table(rows, columns, methods=("sft", *METHODS)):
 def report(runs):
     """Tables, raw rows, picture."""
     rows = rows_of(runs)
+    below_the_best(rows, runs)
     write_rows(ROOT / "experiments/replication.jsonl", rows)
     shown = [path for method in PICTURE for path in sorted((runs / "toy").glob(f"{method}-s*"))]
     subprocess.run([sys.executable, ROOT / "evaluate.py", "--compare", *shown, "--frontier", "2000", "--out",
@@ -245,7 +269,8 @@ def report(runs):
     shutil.copy(runs / "toy.png", ROOT / "experiments/results.png")
 
     def of(world, *names):
-        heads = {"kl": "KL", "J-dpo": "J minus DPO's", "J-online-dpo": "minus online DPO's",
+        heads = {"kl": "KL", "gap": "J* − J", "J-dpo": "J minus DPO's", "J-dpo-longer": "minus longer DPO's",
+                 "J-online-dpo": "minus online DPO's",
                  "reward-dpo": "minus DPO's", "win_rate": "win rate", "lc_win_rate": "length-controlled",
                  "length": "tokens"}
         return {heads.get(name, name): (world, "figures", name) for name in names}
@@ -253,8 +278,11 @@ def report(runs):
     def ends(world):
         return {"highest KL": (world, "peak_kl", None), "steps": (world, "steps", None)}
 
+    above = [row["above"] for row in rows if "above" in row]
+    print(f"\n{sum(excess <= 0 for excess in above)} of {len(above)} toy runs lie below the best possible or "
+          f"within their interval of it; the largest excess is {max(above):.3f}")
     print("\nToy world; highest KL: of all seeds and evaluations:\n\n" + table(rows, {
-        **of("toy", "reward", "kl", "J", "J-dpo", "J-online-dpo"), **ends("toy")}))
+        **of("toy", "reward", "kl", "J", "gap", "J-dpo", "J-dpo-longer", "J-online-dpo"), **ends("toy")}))
     print("\nDP beside its control, and the difference:\n\n" + table(rows, {
         head: ("toy", "figures", name + minus) for name in ("reward", "kl", "margin", "accuracy", "J")
         for head, minus in ((name, ""), (f"{name}, difference", "-dp-control"))}, ("dp-control", "dp")))

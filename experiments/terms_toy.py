@@ -9,9 +9,9 @@ mixed ones too: what one of the two has trained the other finds.
 
 A run is a curve of reward against KL(π‖π_ref) as it trains. The regression reward = a + b·√KL + c·KL is laid
 through its points with KL below 6 (the form of Gao et al., arXiv 2210.10760) and read at a KL that the run
-has reached. Training prompts: the step's own samples, every step. Held out: a sample for each of 256 held-out
-prompts, every 15 steps. J is reward − 0.5·KL, held out, at the end. Figures are means over seeds ± the
-half-width of the 95 % t-interval; differences to online DPO are taken seed by seed.
+has reached. Training prompts: the step's own samples, every step. Held out: a sample for each of 1,024
+held-out prompts, every 30 steps. J is reward − 0.5·KL, held out, at the end. Figures are means over seeds ±
+the half-width of the 95 % t-interval; differences to online DPO are taken seed by seed.
 """
 import argparse
 import json
@@ -55,17 +55,18 @@ def reward_at(curve, at):
 def measure(folder, seeds):
     """{method: {prompts: {KL: {reward, difference}}, end: …}}, each figure a summary over seeds."""
     results = {method: {} for method in METHODS}
+    seeds = range(replicate.FIRST_SEED, replicate.FIRST_SEED + seeds)
     for prompts, file in PROMPTS.items():
         rewards = {}                                      # method -> KL -> (seeds,)
         for method in METHODS:
-            curves = [curve_of(folder / f"{method}-s{seed}" / file) for seed in range(seeds)]
+            curves = [curve_of(folder / f"{method}-s{seed}" / file) for seed in seeds]
             rewards[method] = {at: torch.tensor([reward_at(curve, at) for curve in curves]) for at in KLS}
             results[method][prompts] = {
                 at: {"reward": summary(rewards[method][at]),
                      "difference": summary(rewards[method][at] - rewards["online-dpo"][at])} for at in KLS}
     ends = {}                                             # method -> (seeds, 3), KL, reward, J
     for method in METHODS:
-        texts = [(folder / f"{method}-s{seed}" / "eval.jsonl").read_text() for seed in range(seeds)]
+        texts = [(folder / f"{method}-s{seed}" / "eval.jsonl").read_text() for seed in seeds]
         last = [json.loads(text.splitlines()[-1]) for text in texts]
         ends[method] = torch.tensor([
             [row["kl"], row["reward"], row["reward"] - TOY_DEFAULTS["beta"] * row["kl"]] for row in last])
