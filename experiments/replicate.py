@@ -220,7 +220,8 @@ def below_the_best(rows, runs, samples=2000):
     for seed in sorted({row["seed"] for row in rows if row["world"] == "toy"}):
         ours = [row for row in rows if row["world"].startswith("toy") and row["seed"] == seed]
         models = [runs / row["world"] / f"{row['method']}-s{seed}" for row in ours if row["method"] != "sft"]
-        best, curve = best_possible(argparse.Namespace(models=models, frontier=samples, eval_limit=256))
+        best, curve = best_possible(argparse.Namespace(models=models, frontier=samples, eval_limit=256,
+                                                        seed=seed))
         kls, heights = zip(*sorted((point["kl"], point["reward"]) for point in curve))
         for row in ours:
             figures = row["figures"]
