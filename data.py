@@ -41,14 +41,18 @@ class BadRow(ValueError):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose errors are one line; `shared` adds flags that several scripts have."""
+    """argparse with short help and one-line errors; `shared` adds flags that several scripts have."""
+
+    def __init__(self, description, arguments=""):
+        super().__init__(description=description, usage=f"%(prog)s [flags]{arguments}",
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=35))
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
-    def shared(self, *flags):
+    def shared(self, *flags, add=None):
         for flag in flags:
-            self.add_argument(flag, **SHARED[flag])
+            (add or self.add_argument)(flag, **SHARED[flag])
 
 
 def number(kind, low, high=math.inf):
@@ -63,15 +67,15 @@ def number(kind, low, high=math.inf):
     return convert
 
 
+COUNT = dict(metavar="N", type=number(int, 1))
 SHARED = {
-    "--data": dict(default="toy", help="toy (default), a .jsonl, .json, .csv or .parquet file, or a hub name "
-                   "OWNER/NAME[/CONFIG][:SPLIT]; see data.py"),
-    "--eval-data": dict(help="held-out pairs (toy:test for the toy, else one prompt in twenty of --data)"),
-    "--prefer": dict(choices=["better", "safer"], default="better", help="PKU-SafeRLHF's label"),
-    "--limit": dict(type=number(int, 1), help="use at most so many pairs"),
-    "--max-prompt-length": dict(type=number(int, 1), help="tokens; cut from the left (512; toy 8)"),
-    "--max-response-length": dict(type=number(int, 1), help="tokens; cut from the right (512; toy 24)"),
-    "--seed": dict(type=number(int, 0), default=0, help="of all that is drawn (0)"),
+    "--data": dict(default="toy", help="a .jsonl, .json, .csv or .parquet file, a hub name, or toy (toy)"),
+    "--eval-data": dict(help="held-out pairs (one prompt in twenty of --data; toy: toy:test)"),
+    "--prefer": dict(choices=["better", "safer"], default="better", help="label of PKU-SafeRLHF (better)"),
+    "--limit": dict(COUNT, help="use the first N pairs only"),
+    "--max-prompt-length": dict(COUNT, help="tokens; cut on the left (training: 512, toy 8)"),
+    "--max-response-length": dict(COUNT, help="tokens; cut on the right (training: 512, toy 24)"),
+    "--seed": dict(type=number(int, 0), default=0, help="random seed (0)"),
     "--trust-remote-code": dict(action="store_true", help="run code that comes with a hub model")}
 
 
@@ -169,11 +173,6 @@ def from_scores(prompt, scored):
     return prompt, ranked[-1][1], ranked[0][1]
 
 
-def from_winner(prompt, responses, winner):
-    """Two responses and the index of the preferred one."""
-    return from_scores(prompt, [(float(winner) == place, text) for place, text in enumerate(responses)])
-
-
 REDDIT = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"    # as in arXiv 2009.01325
 FORMATS = {  # name: (the columns that identify it, converter of (row, prefer)); the first that fits is taken
     "ShareGPT": ("conversations chosen rejected", lambda row, _: (
@@ -184,12 +183,13 @@ FORMATS = {  # name: (the columns that identify it, converter of (row, prefer));
     "whole dialogues as messages": ("chosen_messages rejected_messages", lambda row, _: from_dialogues(
         row["chosen_messages"], row["rejected_messages"])),
     "PKU-SafeRLHF": ("prompt response_0 response_1 better_response_id safer_response_id", lambda row, prefer:
-        from_winner(row["prompt"], [row["response_0"], row["response_1"]], row[f"{prefer}_response_id"])),
+        from_scores(row["prompt"], [(float(row[f"{prefer}_response_id"]) == i, row[f"response_{i}"])
+                                    for i in (0, 1)])),
     "UltraFeedback": ("instruction completions", lambda row, _: from_scores(
         row["instruction"], [(c["overall_score"], c["response"]) for c in row["completions"]])),
-    "summarize_from_feedback": ("info summaries choice", lambda row, _: from_winner(
+    "summarize_from_feedback": ("info summaries choice", lambda row, _: from_scores(
         REDDIT.format_map({**row["info"], "post": row["info"].get("post") or row["info"]["article"]}),
-        [summary["text"] for summary in row["summaries"]], row["choice"])),
+        [(float(row["choice"]) == i, summary["text"]) for i, summary in enumerate(row["summaries"])])),
     "webgpt_comparisons": ("question answer_0 answer_1 score_0 score_1", lambda row, _: from_scores(
         row["question"]["full_text"], [(row[f"score_{i}"], row[f"answer_{i}"]) for i in (0, 1)])),
     "dialogues": ("messages", lambda row, _: split_dialogue(as_messages(row["messages"]))),
@@ -421,8 +421,8 @@ def collate(prompts, responses, device="cpu"):
 
 def main():
     """`python data.py SOURCE [--model M]`."""
-    parser = Parser(description="Show what a preference data set holds and how it will be read.")
-    parser.add_argument("source")
+    parser = Parser("Show what a preference data set holds and how it will be read.", " SOURCE")
+    parser.add_argument("source", metavar="SOURCE", help="a file or OWNER/NAME[/CONFIG][:SPLIT]")
     parser.add_argument("--model", help="a directory or hub name: count and render in its tokens")
     parser.shared("--prefer", "--limit", "--max-prompt-length", "--max-response-length")
     args = parser.parse_args()

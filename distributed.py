@@ -274,10 +274,10 @@ def write_line(out, name, row):
         events(out).flush()
 
 
-def log(out, record, steps, log_every=10):
-    """Append a step's record to metrics.jsonl; print every log_every-th, the first and the last as a line."""
+def log(out, record, steps):
+    """Append a step's record to metrics.jsonl; print every tenth, the first and the last as a line."""
     write_line(out, "metrics", record)
-    if record["step"] % log_every == 0 or record["step"] in (1, steps):
+    if record["step"] % 10 == 0 or record["step"] in (1, steps):
         fields = [f"{name} {record[name]:.4g}" for name in SHOWN if record.get(name) is not None]
         say(f"step {record['step']}/{steps} | " + " | ".join(fields))
 

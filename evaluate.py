@@ -37,8 +37,7 @@ def length_controlled(verdicts, lengths):
     verdicts: 1, ½ or 0. lengths: how much longer the response is than its opponent, within ±1. P(win) =
     σ(quality + bias · length) is fitted by Newton's method; the rate is σ(quality), or the raw one where no
     length differs. A trace of ridge keeps both finite, and weighs a thousand times more on quality: what the
-    two explain equally well, as when all wins are longer, counts as length. (AlpacaEval's term for the
-    instruction's difficulty needs many models.)"""
+    two explain equally well, as when all wins are longer, counts as length."""
     inputs = torch.stack([torch.ones_like(lengths), lengths], -1)                             # (R, n, 2)
     ridge, weights = torch.tensor([0.1, 1e-4], dtype=verdicts.dtype), verdicts.new_zeros(len(verdicts), 2)
     for _ in range(100):
@@ -258,8 +257,7 @@ def evaluate_models(options):
 # --- finished runs side by side: a table and a picture ------------------------------------------------------
 
 def read_runs(paths):
-    """{path: rows of eval.jsonl} of finished runs of sail.py among the paths. Raises InputError without
-    any."""
+    """{path: rows of eval.jsonl} of the finished runs of sail.py among the paths; InputError without any."""
     runs = {}
     for path in map(Path, paths):
         file = path / "eval.jsonl"
@@ -305,7 +303,7 @@ def frontier(rewards, temperatures):
 
 @torch.no_grad()
 def best_possible(options):
-    """(J*'s row, or None for too few samples, all rows) of `frontier`, from the first run's reference."""
+    """(J*'s row, all rows) of `frontier`, by the first run's reference. InputError for too few samples."""
     runs = [find_run(path, options)[2] for path in options.models]
     args = next((run for run in runs if run.reference and run.reward), None)
     if args is None:
@@ -322,7 +320,9 @@ def best_possible(options):
     scores = [reward([each["prompt"]] * len(group), [response_text(tokenizer, ids) for ids in group])
               for each, group in zip(examples, drawn)]
     rows = frontier(scores, [args.beta * 1.15 ** power for power in range(-12, 40)])
-    return next((row for row in rows if row["temperature"] == args.beta), None), rows
+    if best := [row for row in rows if row["temperature"] == args.beta]:
+        return best[0], rows
+    raise InputError(f"--frontier {options.frontier}: too few samples at β {args.beta:g}; give more")
 
 
 def compare(paths, out=None, best=None, curve=()):
@@ -387,7 +387,7 @@ def plot(groups, results, curve, path):
 
 def main():
     """`python evaluate.py RUN …`."""
-    parser = Parser(description="Evaluate runs of sail.py, or any checkpoints, side by side.")
+    parser = Parser("Evaluate runs of sail.py, with their own settings, or any checkpoints.", " RUN …")
     add = parser.add_argument
     add("models", nargs="*", metavar="RUN", help="a run's or a checkpoint's directory, or a hub name")
     add("--compare", action="store_true", help="only read what finished runs have measured, and draw it")

@@ -425,10 +425,10 @@ def answer(model, tokenizer, prompts, temperature, args):
 
 def main():
     """`python generate.py --model M --data D --out FILE`."""
-    parser = Parser(description="Sample a response to each prompt of a data set.")
+    parser = Parser("Sample a response to each prompt of a data set.")
     add = parser.add_argument
-    add("--model", default="toy", help="a Hugging Face directory or name, or toy (default)")
-    add("--out", default="responses.jsonl", help="JSON lines: prompt, response, tokens, finished")
+    add("--model", default="toy", help="a directory or hub name, or toy (toy)")
+    add("--out", default="responses.jsonl", help="JSON lines (responses.jsonl)")
     add("--temperature", type=number(float, 0), default=1.0, help="0: the likeliest token each time (1)")
     add("--batch-size", type=number(int, 1), default=64, help="prompts generated together (64)")
     parser.shared("--data", "--limit", "--max-prompt-length", "--max-response-length", "--seed",

@@ -206,9 +206,9 @@ def share_of(values):
 
 def main():
     """`python reward.py --reward R --responses FILE --out FILE`."""
-    parser = Parser(description="Score a file of responses, as generate.py writes it.")
+    parser = Parser("Score a file of responses, as generate.py writes it.")
     add = parser.add_argument
-    add("--reward", default="toy", help="toy (default), FILE.py:FUNCTION, or a classifier")
+    add("--reward", default="toy", help="FILE.py:FUNCTION, a one-logit classifier, or toy (toy)")
     add("--responses", default="responses.jsonl", help="lines with prompt and response (responses.jsonl)")
     add("--out", default="scored.jsonl", help="the same lines with their reward (scored.jsonl)")
     parser.shared("--trust-remote-code")

@@ -1,33 +1,36 @@
 """SAIL: self-improving efficient online alignment of language models (arXiv 2406.15567), from scratch.
 
-Online alignment is bilevel: a reward r is fitted on pairs that the policy produced, and the policy is the
-best response to r under a KL penalty. That best response is known, r = β log π/π_ref + const, so r can be
-put out of the problem, and the policy is left in three places of one objective: inside, in the responses,
-and in the labels.
+Online alignment has two levels: a reward r is fitted on pairs that were written by the best policy for r.
+
+    upper:  max_r E_x E_{(y1,y2) ~ π_r} E_{(w,l) ~ label} [ log σ(r(x,y_w) − r(x,y_l)) ]
+    lower:  π_r = argmax_π E_{y ~ π}[ r(x,y) ] − β KL(π ‖ π_ref) = π_ref exp(r/β) / Z(x)
+
+The lower level's solution, read the other way, is r = β log(π_r/π_ref) + β log Z(x). Put into the upper
+level, Z cancels in the difference, and one level is left: a policy π_θ, which is in three places of
 
     J(θ) = E_x E_{(y1,y2) ~ π_θ} E_{(w,l) ~ label} [ f(u) ],     f = log σ,
     u    = β [ (log π_θ(y_w) − log π_ref(y_w)) − (log π_θ(y_l) − log π_ref(y_l)) ]
 
+The mean is a sum of P(responses) · P(label) · f. The product rule gives a term for each factor, and ∇P =
+P ∇log P makes it a mean again. By the policy's own label, P(y_1 ≻ y_2) is σ(u_12).
+
     ∇J = E[ ∇f ]                                        T1   the DPO term
        + E[ f · ∇(log π_θ(y_1|x) + log π_θ(y_2|x)) ]    T2   because the responses come from the policy
-       + E[ f · ∇ log σ(u_12) ]                         T3   because the label comes from the policy
+       + E[ f · ∇log P(w ≻ l) ]                         T3   because the label comes from the policy
 
 DPO keeps T1. SAIL-DP adds T3 (data's responses, own labels), SAIL-PR adds T2 (own responses, a reward's
-labels), SAIL-PP adds both. `sail_loss` below is all of it, `training_step` is how it is used.
+labels), SAIL-PP adds both. `sail_loss` below is all of it, for B pairs; `training_step` is how it is used.
 
     python sail.py --variant pr                                         # the embedded toy world, on a CPU
     python sail.py --variant pr --model M --data D --reward R           # your own, on one GPU if there is one
-    torchrun --nproc_per_node 8 sail.py --variant pr …                  # eight GPUs
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d \
-        --rdzv_endpoint HOST:29500 sail.py …                            # two nodes
+    torchrun --nproc_per_node 8 sail.py --variant pr …                  # eight GPUs; two nodes:
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 sail.py …
 
 What differs from the paper's text, on purpose:
   1. The label is summed out, not sampled: the same gradient on average, less noise (--label sampled).
   2. T2 has a baseline, a mean of f over other pairs, which changes its noise and not its expectation.
   3. Responses are sampled at temperature 1 from the untruncated softmax, of which T2 is the score.
   4. AdamW and full fine-tuning by default; the authors used RMSprop and LoRA.
-
-Shapes: B pairs, T tokens of prompt and response with padding.
 """
 import math
 import time
@@ -56,10 +59,9 @@ from toy import SFT_MODEL, TOY_DEFAULTS, TOY_PAIRS, TOY_SFT, pairs_of
 
 
 def implicit_reward(policy_logps, reference_logps, lengths, beta, loss_type):
-    """r(x, y), (B,), whose difference between chosen and rejected response is the margin u. simpo: β·log π /
-    |y| (arXiv 2405.14734). orpo: the log-odds of the mean log-probability per token (2403.07691). These two
-    need `lengths`, in tokens, and no reference. All others: DPO's β·(log π − log π_ref) (2305.18290, eq.
-    5)."""
+    """r(x, y), (B,); u is a difference of two. simpo: β·log π / |y| (arXiv 2405.14734). orpo: the log-odds of
+    the mean log-probability per token (2403.07691). These two need `lengths`, in tokens, and no reference.
+    All others: DPO's β·(log π − log π_ref) (2305.18290, eq. 5)."""
     if loss_type == "simpo":
         return beta * policy_logps / lengths
     if loss_type == "orpo":
@@ -200,8 +202,7 @@ def sft_losses(policy, pairs, args):
 
 
 def accumulate_gradients(model, losses_of, micros, scale):
-    """Back-propagate scale·Σ weight·losses of micro-batches [(pairs, weight)]; metrics' sums, where
-    weighed."""
+    """Back-propagate scale·Σ weight·losses of micro-batches [(pairs, weight)]; returns the metrics' sums."""
     totals = Counter()
     for nth, (pairs, weight) in enumerate(micros, 1):
         model.require_backward_grad_sync = nth == len(micros)          # DDP: once, with the last
@@ -336,7 +337,7 @@ def loop(run, out, args):
         progress.update(step=step, skipped=progress["skipped"] + (not finite),
                         in_a_row=0 if finite else progress["in_a_row"] + 1)
         figures.update(skipped=progress["skipped"], **run.counts)
-        log(out, record_of(step, totals, args, **figures), steps, args.log_every)
+        log(out, record_of(step, totals, args, **figures), steps)
         if progress["in_a_row"] >= 10:
             raise InputError(f"steps {step - 9} to {step}: loss or gradient not finite; lower the rate")
         if step == steps or args.eval_every and step % args.eval_every == 0:
@@ -356,52 +357,51 @@ DEFAULTS = dict(epochs=1.0, batch_size=32, schedule="constant", eval_every=100, 
 
 def parse_args(argv=None):
     """The command line, checked and completed with the defaults that depend on data and variant."""
-    parser = Parser(description="Train a language model on preferences: SFT, DPO and SAIL's DP, PP and PR.")
+    parser = Parser("Train a language model by SFT, DPO or SAIL's DP, PP and PR. Defaults in brackets.")
     positive, weight, whole = number(float, 1e-12), number(float, 0), number(int, 1)
-    add = parser.add_argument_group("method (mix and coefficients: the authors' examples)").add_argument
-    add("--variant", choices=[*VARIANTS], default="pr", help="whose responses, whose labels (pr)")
-    add("--mix", type=number(float, 0, 1), help="share of pairs on the variant's route; the rest is DPO")
-    add("--response-coef", type=weight, help="of T2 (pp 0.2, pr 0.3); 0 with pr: online DPO")
-    add("--label-coef", type=weight, help="of T3 (dp 0.2, pp 0.2)")
-    add("--label", choices=["expected", "sampled"], default="expected", help="sum it out, or draw (expected)")
-    add("--baseline", choices=["running", "none"], default="running", help="T2's: mean past f (running)")
-    add("--preference", choices=["soft", "hard"], default="soft", help="pr's: σ(reward difference), or 1")
-    add("--beta", type=positive, help="KL weight (0.1, the authors'; toy 0.5)")
+    add = parser.add_argument_group("method (mix and weights: the authors' examples)").add_argument
+    add("--variant", choices=[*VARIANTS], default="pr", help="who responds, and who labels (pr)")
+    add("--mix", type=number(float, 0, 1), help="share of own pairs (dp 0.4, pp pr 0.3)")
+    add("--response-coef", type=weight, help="weight of T2 (pp 0.2, pr 0.3); pr at 0: online DPO")
+    add("--label-coef", type=weight, help="weight of T3 (dp pp 0.2)")
+    add("--label", choices=["expected", "sampled"], default="expected", help="average over it, or draw")
+    add("--baseline", choices=["running", "none"], default="running", help="of T2: mean of past f, or 0")
+    add("--preference", choices=["soft", "hard"], default="soft", help="σ(reward difference), or 1 (soft)")
+    add("--beta", type=positive, help="weight of the KL penalty (0.1; toy 0.5)")
     add("--loss-type", choices="sigmoid ipo hinge simpo orpo".split(), default="sigmoid", help="f (sigmoid)")
-    add("--target-margin", type=weight, default=0.0, help="simpo's m (0)")
-    add("--label-smoothing", type=number(float, 0, 0.5), default=0.0, help="ε: given labels become 1 − ε (0)")
-    add("--nll-coef", type=weight, default=0.0, help="of −log π per token of the data's chosen responses (0)")
-    add("--revkl-coef", type=weight, help="of RevKL, KL(π_ref‖π) per token, exact (0; toy pp 0.3)")
+    add("--target-margin", type=weight, default=0.0, help="of simpo (0)")
+    add("--label-smoothing", type=number(float, 0, 0.5), default=0.0, help="ε of conservative DPO (0)")
+    add("--nll-coef", type=weight, default=0.0, help="weight of −log π per chosen token (0)")
+    add("--revkl-coef", type=weight, help="weight of KL(π_ref‖π) per token (0; toy pp 0.3)")
     add = parser.add_argument_group("models and data").add_argument
-    add("--model", default="toy", help="a Hugging Face directory or hub name, or toy, which is made (toy)")
-    add("--reference", help="the frozen reference (--model as loaded)")
+    add("--model", default="toy", help="a directory or hub name, or toy, which is made (toy)")
+    add("--reference", help="what KL is measured to (--model as it starts)")
     add("--lora", type=whole, metavar="RANK", help="train a LoRA adapter of this rank (needs peft)")
-    add("--reward", help="toy, FILE.py:FUNCTION, or a one-logit classifier's directory or hub name")
+    add("--reward", help="FILE.py:FUNCTION, a one-logit classifier, or toy")
     parser.shared("--data", "--eval-data", "--prefer", "--limit", "--max-prompt-length",
-                  "--max-response-length", "--seed", "--trust-remote-code")
+                  "--max-response-length", "--seed", "--trust-remote-code", add=add)
     add = parser.add_argument_group("optimisation").add_argument
-    add("--epochs", type=positive, help="times each offline pair is seen, whatever the mix (1; toy sft 4)")
+    add("--epochs", type=positive, help="times each pair of the data is seen (1; toy sft 4)")
     add("--steps", type=whole, help="optimizer steps, instead of --epochs")
-    add("--batch-size", type=whole, help="pairs per optimizer step, over all processes (32; toy 96)")
+    add("--batch-size", type=whole, help="pairs per step, over all processes (32; toy 96)")
     add("--learning-rate", type=positive, help="(1e-6, lora 1e-5, sft 2e-5; toy 4e-4, sft 2e-3)")
-    add("--warmup-steps", type=number(int, 0), help="of linear warm-up (a tenth of the steps)")
-    add("--schedule", choices=["constant", "cosine"], help="after it (constant; toy cosine)")
+    add("--warmup-steps", type=number(int, 0), help="of linear warm-up (a tenth of all steps)")
+    add("--schedule", choices=["constant", "cosine"], help="after warm-up (constant; toy cosine)")
     add("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="rmsprop is the authors' (adamw)")
     add("--max-grad-norm", type=positive, default=1.0, help="clip the gradient to this norm (1)")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of arithmetic, not weights")
-    add("--eval-every", type=number(int, 0), help="steps between evaluations (100; toy 25); 0: at the end")
+    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="to compute in")
+    add("--eval-every", type=number(int, 0), help="steps between evaluations (100; toy 25), 0: at the end")
     add("--eval-limit", type=whole, help="held-out pairs to evaluate on (128; toy 256)")
     add = parser.add_argument_group("memory, speed, output: may change when a run is continued").add_argument
     may_change = [
-        add("--micro-batch-size", type=whole, help="pairs per forward, at most (as memory allows)"),
+        add("--micro-batch-size", type=whole, metavar="N", help="at most N pairs per forward"),
         add("--gradient-checkpointing", action="store_true", help="compute activations twice, keep fewer"),
         add("--shard", action="store_true", help="split model and optimizer over the processes (FSDP2)"),
-        add("--out", help="directory of args.json, the logs, model/ and adapter/ (runs/DATA/VARIANT)"),
-        add("--save-every", type=whole, metavar="N", help="steps between checkpoints, of which two stay"),
+        add("--out", help="directory for logs and model (runs/DATA/VARIANT)"),
+        add("--save-every", type=whole, metavar="N", help="a checkpoint every N steps; two stay"),
         add("--resume", action="store_true", help="continue from OUT's newest checkpoint, if any"),
-        add("--overwrite", action="store_true", help="replace an earlier run in OUT, first and as a whole"),
-        add("--tensorboard", action="store_true", help="also write OUT/tensorboard (needs tensorboard)"),
-        add("--log-every", type=whole, default=10, help="steps between printed lines (10)")]
+        add("--overwrite", action="store_true", help="delete an earlier run in OUT before starting"),
+        add("--tensorboard", action="store_true", help="also write OUT/tensorboard (needs tensorboard)")]
     parser.set_defaults(may_change=[flag.dest for flag in may_change] + ["may_change", "steps", "epochs"])
     return completed(parser.parse_args(argv), parser)
 

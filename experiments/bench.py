@@ -165,7 +165,7 @@ def ours(row, folder):
         "--eval-data", str(folder / "one.jsonl"), "--eval-limit", "1", "--eval-every", "0",
         "--reward", f"{__file__}:reward", "--steps", str(row["steps"]), "--batch-size", str(row["batch"]),
         *micro, "--learning-rate", "1e-6", "--mix", str(route), "--max-prompt-length", str(row["prompt"]),
-        "--dtype", row["dtype"], "--log-every", "1000",
+        "--dtype", row["dtype"],
         "--max-response-length", str(row["new_tokens"] if row["variant"] in ("pp", "pr")
                                      else row["response"] or 192), "--out", str(folder / "run")])
     if int(os.environ.get("RANK", 0)):

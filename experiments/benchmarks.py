@@ -86,7 +86,7 @@ def answer_benchmark(model, tokenizer, benchmark, rows, turns, args):
 
 def main():
     """`python experiments/benchmarks.py --model M --questions Q --out FILE`."""
-    parser = Parser(description="Answer a benchmark's questions.")
+    parser = Parser("Answer a benchmark's questions.")
     parser.add_argument("--model", default="toy", help="a Hugging Face directory or name, or toy (default)")
     parser.add_argument("--questions", required=True, help="a file of AlpacaEval, MT-Bench or Arena-Hard")
     parser.add_argument("--out", required=True, help="the benchmark's answer file")

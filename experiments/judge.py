@@ -152,7 +152,7 @@ def open_verdicts(path):
 
 def main():
     """`python experiments/judge.py OURS THEIRS --url U --model M`."""
-    parser = Parser(description="Win rates of responses against others, by a model's verdicts.")
+    parser = Parser("Win rates of responses against others, by a model's verdicts.")
     add = parser.add_argument
     add("ours", help="JSON lines with prompt and response, as generate.py writes them")
     add("theirs", help="the same of another model, in the same order of prompts")

@@ -207,7 +207,7 @@ def measure(name, steps):
         common = ["--model", folder + "/model", "--data", folder + "/pairs.jsonl",
                   "--reward", f"{ROOT}/experiments/bench.py:reward", "--steps", str(steps),
                   "--batch-size", "8", "--micro-batch-size", "2", "--eval-every", "0", "--eval-limit", "1",
-                  "--max-prompt-length", "64", "--max-response-length", "64", "--log-every", "1000"]
+                  "--max-prompt-length", "64", "--max-response-length", "64"]
         for variant in ("dpo", "dp", "pp", "pr"):
             cells = []
             for ranks, more in ((1, []), (1, ["--lora", "8"]), (2, ["--shard"]),
@@ -228,7 +228,7 @@ def flat(steps):
         for variant in ("sft", "dpo", "dp", "pp", "pr", "spin"):
             found = in_a_process(["--model", folder, "--data", "toy:grammar", "--variant", variant,
                                   "--steps", str(steps), "--batch-size", "8", "--eval-every", "0",
-                                  "--eval-limit", "4", "--log-every", "1000"])["steps"]
+                                  "--eval-limit", "4"])["steps"]
             print(f"| {variant} | {found[19] / 2**20:.1f} | {found[-1] / 2**20:.1f} | "
                   f"{found[-1] / found[19] - 1:+.2%} |", flush=True)
 

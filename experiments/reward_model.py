@@ -98,7 +98,7 @@ def train(args):
 
 def main():
     """`python experiments/reward_model.py --model M --data D --out DIR`."""
-    parser = Parser(description="Make a reward model of preferences.")
+    parser = Parser("Make a reward model of preferences.")
     add = parser.add_argument
     add("--model", default="toy", help="a causal language model or one-logit classifier (the toy's SFT)")
     add("--out", help="directory of model/, args.json and the logs (runs/DATA-reward)")

@@ -90,3 +90,15 @@ def test_dialogues_are_split_by_their_prompts(tmp_path):
         map(len, prompts.values())) - len(prompts["both"])             # no prompt is in two of the three
     assert prompts["both"] == prompts["first"] | prompts["second"] and len(texts) == 4 * len(prompts["both"])
     assert 10 < len(prompts["held-out"]) < 45 and min(len(prompts["first"]), len(prompts["second"])) > 60
+
+
+def test_a_runs_reward_is_set_beside_the_highest_at_its_kl(tmp_path, monkeypatch):
+    curve = [{"kl": 0.0, "reward": 1.0}, {"kl": 2.0, "reward": 3.0}]
+    monkeypatch.setattr("evaluate.best_possible", lambda options: ({"best": 2.25 + options.seed}, curve))
+    finished_run(tmp_path / "toy" / "dpo-s0", (2, 1.0, 2.0))                   # its interval: 1.5 to 2.5
+    finished_run(tmp_path / "toy-quarter" / "pr-s0", (2, 1.5, 3.25))
+    finished_run(tmp_path / "toy" / "pr-s1", (2, 5.0, 2.0))                    # beyond what the samples reach
+    rows = replicate.rows_of(tmp_path)
+    replicate.below_the_best(rows, tmp_path)
+    found = {(row["method"], row["seed"]): (row["figures"]["gap"][0], row.get("above")) for row in rows}
+    assert found == {("dpo", 0): (0.75, -0.5), ("pr", 0): (-0.25, 0.25), ("pr", 1): (3.75, None)}

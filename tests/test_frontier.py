@@ -1,0 +1,74 @@
+"""The best that any policy can do, against the exact curve of a policy that can be enumerated."""
+import pytest
+import sail
+import torch
+from test_enumeration import World
+from test_reward_evaluate import run_evaluate
+
+from data import InputError
+from evaluate import frontier
+
+TEMPERATURES, SAMPLES = (0.4, 0.6, 1.0, 2.0), 800
+
+
+@pytest.fixture(scope="module")
+def world():
+    """(log π_ref of fifteen responses, their rewards to two prompts, (2, 15), log π of another policy)."""
+    made, generator = World(), torch.Generator().manual_seed(5)
+    return (made.reference_logps.detach(), torch.randn(2, 15, dtype=torch.float64, generator=generator),
+            made.logps.detach())
+
+
+def best_of(t, reference, rewards):
+    """(KL, reward, J) of π_t ∝ π_ref·exp(r/t), exact, means over the prompts."""
+    logps = (reference + rewards / t).log_softmax(-1)
+    kl = (logps.exp() * (logps - reference)).sum(-1).mean().item()
+    reward = (logps.exp() * rewards).sum(-1).mean().item()
+    return kl, reward, reward - t * kl
+
+
+def test_the_estimate_equals_the_exact_curve_within_its_error(world):
+    reference, rewards, _ = world
+    exact = [best_of(t, reference, rewards) for t in TEMPERATURES]
+    fine = sorted(best_of(0.1 * 1.02**power, reference, rewards)[:2] for power in range(300))
+    kls, heights = torch.tensor(fine, dtype=torch.float64).T
+    generator, inside, tries = torch.Generator().manual_seed(0), {"best": 0, "height": 0}, 200
+    for _ in range(tries):
+        drawn = torch.multinomial(reference.exp(), 2 * SAMPLES, True, generator=generator).view(2, SAMPLES)
+        for row, (_, _, best) in zip(frontier(rewards.gather(1, drawn), TEMPERATURES), exact, strict=True):
+            place = (kls < row["kl"]).sum()                             # on a line through the fine curve
+            share = (row["kl"] - kls[place - 1]) / (kls[place] - kls[place - 1])
+            height = heights[place - 1] + share * (heights[place] - heights[place - 1])
+            inside["best"] += abs(row["best"] - best) <= row["error"]
+            inside["height"] += abs(row["reward"] - height.item()) <= row["error"]
+    for name, times in inside.items():
+        assert 0.90 < times / tries / len(TEMPERATURES) < 0.999, name   # of 95 % intervals
+
+
+def test_no_policy_lies_above_the_curve(world):
+    reference, rewards, other = world
+    for logps in (reference, other, torch.randn(15, dtype=torch.float64).mul(2).log_softmax(-1)):
+        kl, reward = (logps.exp() * (logps - reference)).sum(), (logps.exp() * rewards).sum(-1).mean()
+        for t in TEMPERATURES:
+            assert reward - t * kl <= best_of(t, reference, rewards)[2] + 1e-12
+
+
+def test_temperatures_that_leave_fewer_than_thirty_samples_are_left_out():
+    rewards = [[0.0] * 99 + [1.0], [0.0] * 100]
+    assert [row["temperature"] for row in frontier(rewards, [0.1, 10.0])] == [10.0]
+
+
+def test_compare_sets_runs_beside_the_best_possible(base, tmp_path, monkeypatch, capsys):
+    sail.main(["--model", base, "--variant", "dpo", "--data", "toy", "--limit", "48", "--steps", "1",
+               "--eval-limit", "32", "--beta", "4", "--out", str(tmp_path / "dpo")])
+    capsys.readouterr()
+    monkeypatch.chdir(tmp_path)
+    figures = run_evaluate(monkeypatch, "dpo", "--compare", "--frontier", "200")["dpo"]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("|  | reward | KL | J | J* − J |") and len(lines[0].split("|")) <= 10
+    words = lines[-1].split()                                           # "the best at β 4: J* VALUE ± …"
+    best = float(words[words.index("J*") + 1])
+    assert figures["gap"]["value"] == pytest.approx(best - figures["J"]["value"], abs=6e-4)
+    assert (tmp_path / "figures.png").is_file()
+    with pytest.raises(InputError, match="--frontier 100: too few samples at β 0.1; give more"):
+        run_evaluate(monkeypatch, "dpo", "--compare", "--frontier", "100", "--beta", "0.1")
