@@ -412,12 +412,9 @@ def save_model(policy, tokenizer, out, load_base):
 
 
 def replace(directory, write):
-    """write(path) beside the directory, then rename: what stands there is whole, old or new."""
-    aside, old = (Path(f"{directory}.{suffix}") for suffix in ("writing", "old"))
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    """write(path) beside the directory, then rename: what stands there is whole."""
+    aside = Path(f"{directory}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
     write(aside)
-    if directory.exists():
-        directory.rename(old)
+    shutil.rmtree(directory, ignore_errors=True)
     aside.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)

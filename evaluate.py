@@ -192,12 +192,10 @@ def print_table(results, runs=None):
 
 def write_figures(results, path):
     """{model: {name: {value, low, high}}} as JSON; what is not a finite number is null."""
-    def finite(number):
-        return number if math.isfinite(number) else None
-
-    write_text(path, json.dumps({model: {name: dict(zip(("value", "low", "high"), map(finite, figure)))
-                                         for name, figure in figures.items()}
-                                 for model, figures in results.items()}, indent=1) + "\n")
+    write_text(path, json.dumps({
+        model: {name: {end: number if math.isfinite(number) else None
+                       for end, number in zip(("value", "low", "high"), figure)}
+                for name, figure in figures.items()} for model, figures in results.items()}, indent=1) + "\n")
 
 
 # --- models of the command line -----------------------------------------------------------------------------
@@ -350,7 +348,8 @@ def compare(paths, out=None, best=None, curve=()):
               f" {best['reward']:.2f} at KL {best['kl']:.2f} (effective sample size {best['effective']:.0f})")
 
 
-COLOURS = "#000000 #0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #7F7F7F".split()      # Okabe and Ito's
+COLOURS = dict(zip("sft dpo dp pp online-dpo pr pr-1 spin".split(),                       # Okabe and Ito's
+                   "#000000 #0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #7F7F7F".split()))
 
 
 def plot(groups, results, curve, path):
@@ -358,28 +357,30 @@ def plot(groups, results, curve, path):
     there through the evaluations."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    for (name, runs), colour, side in zip(groups.items(), cycle(COLOURS), cycle((6, -14))):
+    axes, ends = figure.subplots(), []
+    for (name, runs), spare in zip(groups.items(), cycle(COLOURS.values())):
+        colour = COLOURS.get(name, spare)
         if "reward" not in results[name]:
             continue
         reward, kl = results[name]["reward"], results[name].get("kl", (0.0, 0.0, 0.0))       # SFT has none
         errors = [[[abs(end - value)] for end in ends] for value, *ends in (reward, kl)]
         axes.errorbar(kl[0], reward[0], *errors, color=colour, marker="o", capsize=3)
-        axes.annotate(name, (kl[0], reward[0]), (6, side), textcoords="offset points", color=colour)
-        points = [(row["step"], row["kl"], row["reward"]) for rows in runs for row in rows
-                  if row.get("kl") is not None and row.get("reward") is not None]
-        steps = sorted({step for step, *_ in points})
-        at = [[point for point in points if point[0] == step] for step in steps]
-        at = [same for same in at if len(same) == len(runs)]                  # the steps that all runs have
-        track = [[mean(point[axis] for point in same) for same in at] for axis in (1, 2)]
+        ends.append((reward[0], kl[0], name, colour))
+        steps = set.intersection(*(                                           # those that all runs have
+            {row["step"] for row in rows if None not in (row.get("kl"), row.get("reward"))} for rows in runs))
+        track = [[mean(row[axis] for rows in runs for row in rows if row["step"] == step)
+                  for step in sorted(steps)] for axis in ("kl", "reward")]
         axes.plot(*track, ".-", color=colour)
     axes.set(xlabel="KL(π‖π_ref), nats per response", ylabel="held-out reward")
-    axes.margins(x=0.15)
     if curve:
-        line = sorted((row["kl"], row["reward"]) for row in curve if row["kl"] < 1.5 * axes.get_xlim()[1])
+        line = sorted((row["kl"], row["reward"]) for row in curve if row["kl"] < axes.get_xlim()[1])
         axes.plot(*zip(*line), color="black", linestyle="--", linewidth=1, scalex=False)
-        middle = min(line, key=lambda point: abs(point[0] - axes.get_xlim()[1] / 3))
-        axes.annotate("best possible", middle, (-6, 4), textcoords="offset points", ha="right")
+        ends.append((*line[-1][::-1], "best possible", "black"))
+    place, height = -math.inf, 0.05 * (axes.get_ylim()[1] - axes.get_ylim()[0])
+    for reward, kl, name, colour in sorted(ends):          # names on the right, a line's height apart
+        place = max(reward, place + height)
+        axes.annotate(name, (kl, reward), (axes.get_xlim()[1], place), color=colour, va="center", arrowprops={
+            "arrowstyle": "-", "color": colour, "linestyle": ":", "relpos": (0, 0.5)})
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130, format="png")

@@ -34,7 +34,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from evaluate import over_seeds
+from evaluate import COLOURS, over_seeds
 from sail import utility
 
 RESPONSES, BETA = 40, 0.1
@@ -48,27 +48,28 @@ METHODS = {                                                         # route, mix
     "online DPO, mix 1": ("pr", 1.0, 0.0, 0.0, 0.0),
     "online DPO, mix 0.4": ("pr", 0.4, 0.0, 0.0, 0.0),
     "online DPO, mix 0.3": ("pr", 0.3, 0.0, 0.0, 0.0),
-    **{f"PR, mix 1, c2 {c:g}": ("pr", 1.0, c, 0.0, 0.0) for c in (0.03, 0.1, 0.3, 1.0)},
-    **{f"PR, mix 0.3, c2 {c:g}": ("pr", 0.3, c, 0.0, 0.0) for c in (0.3, 1.0)},
-    **{f"offline DPO, γ {g:g}": ("dpo", 0.0, 0.0, 0.0, g) for g in (0.01, 0.03)},     # what γ does alone
-    **{f"DP, mix 0.4, c3 {c:g}": ("dp", 0.4, 0.0, c, 0.0) for c in (0.2, 1.0)},
-    **{f"PP, mix 0.3, c2 c3 {c:g}": ("pp", 0.3, c, c, 0.0) for c in (0.2, 1.0)},
-    **{f"PP, mix 0.3, c2 c3 1, γ {g:g}": ("pp", 0.3, 1.0, 1.0, g) for g in (0.01, 0.03, 0.1)},
-    "PP, mix 1, c2 c3 0.2": ("pp", 1.0, 0.2, 0.2, 0.0),
+    **{f"PR, mix 1, T2 × {c:g}": ("pr", 1.0, c, 0.0, 0.0) for c in (0.03, 0.1, 0.3, 1.0)},
+    **{f"PR, mix 0.3, T2 × {c:g}": ("pr", 0.3, c, 0.0, 0.0) for c in (0.3, 1.0)},
+    **{f"offline DPO, RevKL {g:g}": ("dpo", 0.0, 0.0, 0.0, g) for g in (0.01, 0.03)},     # what it does alone
+    **{f"DP, mix 0.4, T3 × {c:g}": ("dp", 0.4, 0.0, c, 0.0) for c in (0.2, 1.0)},
+    **{f"PP, mix 0.3, T2 and T3 × {c:g}": ("pp", 0.3, c, c, 0.0) for c in (0.2, 1.0)},
+    **{f"PP, mix 0.3, T2 and T3 × 1, RevKL {g:g}": ("pp", 0.3, 1.0, 1.0, g) for g in (0.01, 0.03, 0.1)},
+    "PP, mix 1, T2 and T3 × 0.2": ("pp", 1.0, 0.2, 0.2, 0.0),
 }
 ENDS = {                                                            # route, mix, c2, c3, γ
     "DPO": ("dpo", 0.0, 0.0, 0.0, 0.0),
-    **{f"DP, mix 0.4, c3 {c:g}": ("dp", 0.4, 0.0, c, 0.0) for c in (0.2, 1.0)},
+    **{f"DP, mix 0.4, T3 × {c:g}": ("dp", 0.4, 0.0, c, 0.0) for c in (0.2, 1.0)},
     **{f"online DPO, mix {mix:g}": ("pr", mix, 0.0, 0.0, 0.0) for mix in (0.3, 1.0)},
-    **{f"PR, mix {mix:g}, c2 {c:g}": ("pr", mix, c, 0.0, 0.0) for mix in (0.3, 1.0) for c in (0.3, 1.0)},
-    **{f"PP, mix 0.3, c2 c3 {c:g}": ("pp", 0.3, c, c, 0.0) for c in (0.2, 1.0)},
-    "PP, mix 0.3, c2 c3 0.2, γ 0.03": ("pp", 0.3, 0.2, 0.2, 0.03)}
+    **{f"PR, mix {mix:g}, T2 × {c:g}": ("pr", mix, c, 0.0, 0.0) for mix in (0.3, 1.0) for c in (0.3, 1.0)},
+    **{f"PP, mix 0.3, T2 and T3 × {c:g}": ("pp", 0.3, c, c, 0.0) for c in (0.2, 1.0)},
+    "PP, mix 0.3, T2 and T3 × 0.2, RevKL 0.03": ("pp", 0.3, 0.2, 0.2, 0.03)}
 DATA = {                                                            # (pairs, share of them flipped)
     "all pairs": (None, 0.0), f"all, {FLIPPED:.0%} flipped": (None, FLIPPED),
     f"{PAIRS:,} pairs": (PAIRS, 0.0), f"{PAIRS:,}, {FLIPPED:.0%} flipped": (PAIRS, FLIPPED)}
-DRAWN = {                                                           # colours: Okabe and Ito
-    "offline DPO": "#000000", "online DPO, mix 1": "#0072B2", "PR, mix 1, c2 0.3": "#009E73",
-    "PR, mix 1, c2 1": "#56B4E9", "DP, mix 0.4, c3 1": "#E69F00", "PP, mix 0.3, c2 c3 1": "#CC79A7"}
+DRAWN = {                                                           # the picture's lines and their colours
+    "offline DPO": COLOURS["dpo"], "online DPO, mix 1": COLOURS["online-dpo"],
+    "PR, mix 1, T2 × 0.3": COLOURS["pr"], "PR, mix 1, T2 × 1": COLOURS["pr-1"],
+    "DP, mix 0.4, T3 × 1": COLOURS["dp"], "PP, mix 0.3, T2 and T3 × 1": COLOURS["pp"]}
 
 
 def worlds(seeds):

@@ -24,6 +24,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 import replicate
+from evaluate import COLOURS
 from terms_exact import summary
 from toy import TOY_DEFAULTS
 
@@ -32,7 +33,6 @@ METHODS = {"online-dpo": "T2 × 0", "pr": "T2 × 0.3", "pr-1": "T2 × 1"}       
 # Their worlds in --runs, and what these are made of.
 GROUPS = {"mixed": ("toy", "--data toy"), "online": ("toy-online", "--data toy --mix 1")}
 PROMPTS = {"training prompts": "metrics.jsonl", "held out": "eval.jsonl"}
-DRAWN = {"pr": "#009E73", "pr-1": "#D55E00"}                                       # colours: Okabe and Ito
 
 
 def curve_of(path):
@@ -102,17 +102,17 @@ def table(results, seeds, prompts):
 
 def draw(axes, results, seeds, prompts):
     """PR's reward minus online DPO's at equal KL, against KL, with intervals; names at the lines' ends."""
-    for shift, (method, colour) in enumerate(DRAWN.items()):
+    for shift, method in enumerate(["pr", "pr-1"]):
         points = [(float(at), figure["difference"]) for at, figure in results[method][prompts].items()
                   if figure["difference"]["worlds"] == seeds]
         if not points:
             continue
         x = [at * 1.03**shift for at, _ in points]
         halves = [figure["half"] or 0 for _, figure in points]         # a single seed has no interval
-        axes.errorbar(x, [figure["mean"] for _, figure in points], halves, color=colour, marker="o",
+        axes.errorbar(x, [figure["mean"] for _, figure in points], halves, color=COLOURS[method], marker="o",
                       capsize=3)
         axes.annotate(METHODS[method], (x[-1], points[-1][1]["mean"]), (8, -3), textcoords="offset points",
-                      color=colour)
+                      color=COLOURS[method])
     axes.axhline(0, color="black", linewidth=1)
     axes.set_xscale("log")
     axes.set_xticks(KLS, [f"{at:g}" for at in KLS])
