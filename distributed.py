@@ -96,7 +96,8 @@ def in_turns(action):
 def share(pairs):
     """This process's share of a step's pairs. Raises InputError where there are fewer than processes."""
     if len(pairs) < world():
-        raise InputError(f"--batch-size: {len(pairs)} pairs a step are too few for {world()} processes")
+        raise InputError(f"--batch-size: {len(pairs)} pairs a step are too few for {world()} processes; "
+                         "raise it, or --epochs")
     return pairs[rank()::world()]
 
 

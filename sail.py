@@ -318,8 +318,7 @@ def train(args, device):
     if run.progress["step"] < steps:
         say(f"stopped after step {run.progress['step']}, which is saved; --resume continues")
         raise SystemExit(max(run.stopped, default=0))
-    load_base = partial(load_policy, args.model, "cpu", args.trust_remote_code)
-    save_model(run.policy, run.tokenizer, out, load_base)
+    save_model(run.policy, run.tokenizer, out, lambda: load_policy(args.model, "cpu", args.trust_remote_code))
     code = f" --reward {args.reward}" * (".py:" in (args.reward or ""))
     say(f"saved {out}/model; `python evaluate.py {out}{code}` samples from it and sets it beside other runs")
 
@@ -423,6 +422,7 @@ def completed(args, parser):
     sampled = variant["sampled"] if args.mix == 1 else ()
     args.needs = ["chosen"] if sft else [side for side in SIDES if side not in sampled]
     wrong = {"--target-margin: only simpo has one": args.target_margin and args.loss_type != "simpo",
+             "--overwrite: deletes what --resume continues; give one of them": args.overwrite and args.resume,
              "--lora: the toy's SFT model has no base to adapt": args.lora and args.model == "toy",
              "--reward: pr needs one to label its samples; toy, FILE.py:FUNCTION or a classifier":
              args.variant == "pr" and args.mix > 0 and not args.reward}

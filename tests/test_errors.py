@@ -65,7 +65,7 @@ def test_bad_data_is_named(name, tmp_path, monkeypatch, capsys):
     (["--seed", "-1"], "--seed: -1 is not in"), (["--eval-every", "-1"], "--eval-every: -1 is not in"),
     (["--response-coef", "nan"], "--response-coef: nan is not in"),
     (["--target-margin", "1"], "--target-margin: only simpo has one"),
-    (["--target-margin", "1"], "--target-margin: only simpo has one"),
+    (["--resume", "--overwrite"], "--overwrite: deletes what --resume continues; give one of them"),
     (["--data", "x.jsonl"], "--reward: pr needs one"), (["--batch-size", "0"], "--batch-size: 0 is not in 1"),
     (["--learning-rate", "nan"], "--learning-rate: nan is not in"),
     (["--steps", "many"], "invalid int value: 'many'"),

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from generate import load_policy
+from toy import pairs_of
+
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "experiments/README.md")
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
@@ -35,10 +38,19 @@ def test_the_loops_log_probabilities_are_those_of_sail():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs trl")
-def test_the_trainer_for_trl_is_a_trainer_of_trl():
+def test_the_trainer_for_trl_trains(base, tmp_path):
+    from datasets import Dataset
+    from trl import DPOConfig
     names = {}
     exec(TRL, names)
-    assert issubclass(names["SAILTrainer"], names["DPOTrainer"])
+    model, tokenizer = load_policy(base)
+    trainer = names["SAILTrainer"](
+        model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(pairs_of("toy", 16)[0]),
+        args=DPOConfig(output_dir=str(tmp_path), max_steps=2, learning_rate=1e-3, logging_steps=1, bf16=False,
+                       use_cpu=True, report_to=[], gradient_checkpointing=False, save_strategy="no"))
+    trainer.train()
+    first, last = trainer.state.log_history[:2]
+    assert first["sail/margin"] == 0 and last["sail/margin"] != 0 and 0 <= last["sail/self_labelled"] <= 1
 
 
 def test_the_quoted_lines_of_the_loss_are_in_sail():
