@@ -1,23 +1,23 @@
 """How noisy, and how biased, estimators of ∇J are: routes PP and PR, sigmoid utility, a pair at a time.
 
-    python experiments/noise.py                 # ten minutes on one core: two tables, JSON and the picture
+    python experiments/noise.py                 # three minutes on one core: tables, JSON and the picture
     python experiments/noise.py --groups 400    # one minute, with wider intervals
 
 ∇J is the whole gradient, T1 + T2 + T3 with coefficients 1. With s_1, s_2 the scores ∇log π(y) of a pair's
-responses, F its utility and c the weight that T1 and T3 give to s_1 − s_2, an estimator is
+responses, f its utility and c the weight that T1 and T3 give to s_1 − s_2, an estimator is
 
-    (F − b_1)·s_1 + (F − b_2)·s_2 + c·(s_1 − s_2),
+    (f − b_1)·s_1 + (f − b_2)·s_2 + c·(s_1 − s_2),
 
-F and c being means over both labels or, "label drawn", those of one. The rows are T2's baselines b:
-  none                 0; with the label drawn, the paper's letter
-  other 7 pairs        the mean F of the other pairs in a batch of 8
-  running mean         of past steps' F, at the rate 0.1 with 29 pairs a step, as in sail.py
+f and c being means over both labels or, "label drawn", those of one. The rows are T2's baselines b:
+  none                 0; with the label drawn, as in the paper's text
+  other 7 pairs        the mean f of the other pairs in a batch of 8
+  running mean         of past steps' f, at the rate 0.1 with 29 pairs a step, as in sail.py
   best constant        the one of least variance
-  prompt's other pair  F of a second pair of responses to the same prompt
-  per token            for token t of a response, the F that there would be had it ended before t; PR, whose
+  prompt's other pair  f of a second pair of responses to the same prompt
+  per token            for token t of a response, the f that there would be had it ended before t; PR, whose
                        label is not known then, takes both labels as equally likely
 and two that are biased: antithetic pairs, y_2 by the inverse CDF at 1 − v where y_1's is at v, which are not
-independent; and the authors' public code, which adds T2 as F / log π(y) without a baseline. A std is that of
+independent; and the authors' public code, which adds T2 as f / log π(y) without a baseline. A std is that of
 one pair's gradient: that of the mean over four responses, as two pairs, times √2.
 
 Enumerated: the fifteen-response GPT-2 of test_enumeration.py, unrelated to its reference, β 0.7, soft labels.
@@ -52,12 +52,12 @@ from toy import TOY_DEFAULTS, toy_prompts, toy_reward
 ROUTES, BLOCKS, T_QUANTILE = ("pp", "pr"), 10, 2.26                 # of t with nine degrees of freedom
 PAPER, DEFAULT, SMOOTHEST = "no baseline, label drawn", "running mean", "per token"
 CAPTIONS = {PAPER: "no baseline, label drawn (paper)", DEFAULT: "running mean (default)",
-            "T2 as F / log π(y), label drawn": "T2 as F / log π(y) (authors' code)"}
+            "T2 as f / log π(y), label drawn": "T2 as f / log π(y) (authors' code)"}
 TOY_POLICY = Path("runs/noise")                                     # trained on first use
 ONLINE_DPO = "--variant pr --mix 1 --response-coef 0 --steps 40 --seed 0"
 WORLDS = ("enumerated", "toy", "policy = reference")
 TITLES = {"enumerated": "enumerated policy: exact", "toy": "toy world: sampled, 95 % intervals"}
-BIASED = ("antithetic pairs, running mean", "T2 as F / log π(y), label drawn")
+BIASED = ("antithetic pairs, running mean", "T2 as f / log π(y), label drawn")
 PARTNER, OTHER = [1, 0, 3, 2], [2, 3, 0, 1]                         # four make the pairs (0, 1) and (2, 3)
 
 
@@ -109,7 +109,7 @@ def estimators(fours, route):
     u = reward - reward[:, PARTNER]                                 # (G, 4), a response against its partner
     p = torch.sigmoid(u) if route == "pp" else fours.preference
 
-    def utility_and_weight(p):                                      # F and c, on the response's score, (G, 4)
+    def utility_and_weight(p):                                      # f and c, on the response's score, (G, 4)
         c = (p * (1 + T3 * F.logsigmoid(u)) * torch.sigmoid(-u)
              - (1 - p) * (1 + T3 * F.logsigmoid(-u)) * torch.sigmoid(u))
         return expected_utility(u, p), fours.beta * c
@@ -135,10 +135,10 @@ def estimators(fours, route):
         "other 7 pairs, label drawn": (drawn(), b, variance_drawn / 7),
         "other 7 pairs": (summed(pairs), b, variance / 7),
         "prompt's other pair": (summed(pairs - f[:, OTHER] / 2), 0, 0),
-        DEFAULT: (summed(pairs), b, 0.1 / 1.9 / 29 * variance),     # Var(running mean) / Var(F)
+        DEFAULT: (summed(pairs), b, 0.1 / 1.9 / 29 * variance),     # Var(running mean) / Var(f)
         "best constant": (summed(pairs), None, 0),
         SMOOTHEST: (summed(pairs, vector, -0.5), 0, 0),
-        "T2 as F / log π(y), label drawn": (drawn(fours.logps), 0, 0)}
+        "T2 as f / log π(y), label drawn": (drawn(fours.logps), 0, 0)}
 
 
 def rows_of(fours):
@@ -294,7 +294,7 @@ def toy(path, n):
 
 
 def table(rows):
-    """A route's figures, {row: {world: figures}}, in markdown. ×: the paper's letter's std over the row's."""
+    """A route's figures, {row: {world: figures}}, in markdown. ×: the paper's std over the row's."""
     def cell(value, half=0.0, form=".2f"):
         return f"{value:{form}}" + (f" ± {half:{form}}" if half else "")
 

@@ -1,6 +1,6 @@
 """What T2 does when responses are sampled: reward at equal KL, and J at the end, on the toy world.
 
-    python experiments/terms_toy.py                   # 30 runs, a quarter of an hour on two cores; resumes
+    python experiments/terms_toy.py                   # 30 runs, ten minutes on two cores; resumes
     python experiments/terms_toy.py --plot terms.png  # … and draws it, beside what terms_exact.py found
 
 Two groups of runs of sail.py, each with T2 × 0 (online DPO), × 0.3 and × 1: `mixed`, the authors' mix of
@@ -117,7 +117,7 @@ def draw(axes, results, seeds, prompts):
     axes.set_xscale("log")
     axes.set_xticks(KLS, [f"{at:g}" for at in KLS])
     axes.minorticks_off()
-    axes.margins(x=0.25)
+    axes.margins(x=0.2)
     axes.set(xlabel="KL(π‖π_ref)", ylabel="reward minus online DPO's", title=f"PR on the toy, {prompts}")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
@@ -148,10 +148,10 @@ def main():
     if args.plot:
         from matplotlib.figure import Figure
         from terms_exact import draw_exact
-        figure = Figure(figsize=(11, 4.2), layout="constrained")
+        figure = Figure(figsize=(9.5, 4.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         draw_exact(left, json.loads(args.exact.read_text()))
-        draw(right, results["online"], args.seeds, "held out")
+        draw(right, results["online"], args.seeds, "training prompts")
         left.set_title("exact gradients, 16 worlds of 40 responses")
         figure.savefig(args.plot, dpi=130, format="png")
 
