@@ -59,7 +59,8 @@ TOY = "--eval-data toy:test " + " ".join(f"--{name.replace('_', '-')} {value}"
 EVALUATION = "--eval-every 30 --eval-limit 1024"
 WORLDS = {"toy": ("--data toy", METHODS), "toy-quarter": ("--data toy --limit 4500", FEW),
           "toy-flipped": (f"--data {{flipped}} {TOY}", FEW)}
-HH_METHODS = {name: METHODS[name] for name in ("dpo", "dp", "pp", "pr")}
+HH_METHODS = {**{name: METHODS[name] for name in ("dpo", "dp", "pp", "online-dpo", "pr")},
+              "pr-hard": "--variant pr --preference hard"}             # for a reward model that is unsure
 HH = "--max-prompt-length 128 --max-response-length 64 --micro-batch-size 16 --eval-limit 256"
 
 
@@ -296,7 +297,7 @@ def report(runs):
             **of("dialogues", "reward", "reward-dpo", "win_rate", "lc_win_rate"),
             **{f"{head}, second": (world, "second", name) for head, (world, _, name) in of(
                 "dialogues", "reward", "reward-dpo", "win_rate", "lc_win_rate").items()},
-            **of("dialogues", "kl", "length", "accuracy")}))
+            **of("dialogues", "kl", "length", "accuracy")}, ("sft", *HH_METHODS)))
 
 
 def main():
