@@ -1,6 +1,6 @@
 """What the terms T1, T2 and T3 do when nothing is sampled: reward lost at equal KL, for every variant.
 
-    python experiments/terms_exact.py                        # three minutes on one core; tables, JSON
+    python experiments/terms_exact.py                        # two minutes on one core; tables, JSON
     python experiments/terms_exact.py --plot terms.png       # … and draws regret against KL
     python experiments/terms_exact.py --optimizer natural    # the same gradients, followed another way
 
