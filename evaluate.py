@@ -247,7 +247,8 @@ def evaluate_models(options):
         examples, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths)
         results[name], _ = evaluate_policy(policy, reference, tokenizer, examples, reward, args)
     print_table(results)
-    out = options.out or Path(options.models[0] if Path(model).is_dir() else "runs/x").parent / "results.json"
+    beside = Path(options.models[0] if Path(model).is_dir() else "runs/x").parent
+    out = options.out or beside / "evaluated.json"
     write_figures(results, out)
     print(f"\nfigures in {out}")
 
@@ -392,7 +393,7 @@ def main():
     add = parser.add_argument
     add("models", nargs="*", metavar="RUN", help="a run's or a checkpoint's directory, or a hub name")
     add("--compare", action="store_true", help="only read what finished runs have measured, and draw it")
-    add("--out", help="the figures as JSON, --compare's picture beside it (results.json beside the RUNs)")
+    add("--out", help="the figures as JSON (beside the RUNs: evaluated.json; --compare: results.json, .png)")
     parser.shared("--data", "--eval-data", "--prefer", "--max-prompt-length", "--max-response-length",
                   "--seed", "--trust-remote-code")
     parser.set_defaults(data=None, prefer=None, trust_remote_code=None)              # then the run's

@@ -159,9 +159,8 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
 
 
 def preference_losses(policy, reference, pairs, args, baseline=None):
-    """`sail_loss` of the pairs, and the regularisers that args turns on: (losses (B,), metrics). nll: −log π
-    of the data's chosen response, per token. revkl: KL(π_ref ‖ π), the mean over the pair's response
-    tokens."""
+    """`sail_loss` of the pairs, plus the regularisers that are switched on: (losses (B,), metrics). nll: −log
+    π per token of the data's chosen response. revkl: KL(π_ref ‖ π) per token of the pair's responses."""
     if args.revkl_coef:
         ours, theirs, revkl = pair_logps(policy, pairs, args.dtype, reference)                     # (2, B)
     else:

@@ -377,12 +377,14 @@ def test_figures_are_written_beside_the_runs_and_not_into_the_current_directory(
     (tmp_path / "runs/pr/eval.jsonl").write_text('{"step": 1, "reward": 1.0}\n')
     here.mkdir()
     monkeypatch.chdir(here)
-    for flag, name in (("--eval-limit=2", "kl"), ("--compare", "reward")):
+    files = {"--eval-limit=2": ("evaluated.json", "kl"), "--compare": ("results.json", "reward")}
+    for flag, (file, name) in files.items():                           # neither overwrites the other's
         monkeypatch.setattr("sys.argv", ["evaluate.py", run, flag])
         evaluate.main()
-        results = tmp_path / "runs/results.json"
+        results = tmp_path / "runs" / file
         assert name in json.loads(results.read_text())["pr"] and not list(here.iterdir())
-        results.unlink()
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
+        "pr", "evaluated.json", "results.json", "results.png"}
 
 
 def test_a_runs_reward_that_is_code_runs_on_the_command_lines_word_alone(tmp_path, monkeypatch, capsys, base):
