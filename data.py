@@ -313,7 +313,7 @@ def load_tokenizer(name, trust_remote_code=False, ends=True):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code,
                                                   local_files_only=Path(name).is_dir())
     except (OSError, ValueError) as error:
-        raise InputError(f"{name}: no tokenizer to load ({first_line(error)})") from None
+        raise InputError(f"{name}: no tokenizer ({first_line(error)}); of a run, name its model/") from None
     if ends and tokenizer.eos_token_id is None:
         raise InputError(f"{name}: its tokenizer has no end-of-sequence token; tokenizer_config.json sets it")
     return tokenizer
