@@ -97,9 +97,8 @@ def load_judge(url, model, template="helpful", verdicts="verdicts.jsonl", timeou
                     line = {"key": keys[question], "model": model, "answer": answer, "question": question}
                     file.write(json.dumps(line).encode() + b"\n")
                     file.flush()
-            except BaseException:                                      # what has not begun does not begin
+            finally:                                                   # what has not begun does not begin
                 pool.shutdown(cancel_futures=True)
-                raise
         return [verdict_of(*(marks[keys[question]] for question in pair)) if pair[0] in keys
                 else Verdict(0.5, False, False) for pair in asked]
 
