@@ -12,6 +12,7 @@ messages where the data is a dialogue. How a pair becomes text:
   - it has none: strings stay as they are; messages become "\\n\\nHuman: …\\n\\nAssistant:", as in hh-rlhf.
 """
 import argparse
+import ast
 import csv
 import hashlib
 import io
@@ -21,6 +22,7 @@ import os
 import re
 import sys
 from collections import Counter
+from datetime import date
 from pathlib import Path
 
 try:
@@ -67,6 +69,11 @@ def number(kind, low, high=math.inf):
     return convert
 
 
+def iso_date(text):
+    """An argparse type: a date, as YYYY-MM-DD."""
+    return date.fromisoformat(text).isoformat()
+
+
 COUNT = dict(metavar="N", type=number(int, 1))
 SHARED = {
     "--data": dict(default="toy", help="a .jsonl, .json, .csv or .parquet file, a hub name, or toy (toy)"),
@@ -75,6 +82,7 @@ SHARED = {
     "--limit": dict(COUNT, help="use the first N pairs only"),
     "--max-prompt-length": dict(COUNT, help="tokens; cut on the left (training: 512, toy 8)"),
     "--max-response-length": dict(COUNT, help="tokens; cut on the right (training: 512, toy 24)"),
+    "--date": dict(type=iso_date, help="what a chat template that asks for the date is told (today)"),
     "--seed": dict(type=number(int, 0), default=0, help="random seed (0)"),
     "--trust-remote-code": dict(action="store_true", help="run code that comes with a hub model")}
 
@@ -109,115 +117,289 @@ def seeded(purpose, *numbers):
     return int.from_bytes(hashlib.sha256(repr((purpose, *numbers)).encode()).digest()[:4], "big")
 
 
-# --- formats: told apart by their columns; a converter takes a row and returns (prompt, chosen, rejected) ---
+# --- messages -----------------------------------------------------------------------------------------------
 
-ROLES = {"human": "user", "gpt": "assistant", "Human": "user", "Assistant": "assistant"}
 SIDES = ("chosen", "rejected")
 NO_TEXT, TIE = "null or malformed text", "no preference between the responses"
+ROLES = {"user": "user", "human": "user", "prompter": "user",
+         "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
+         "bot": "assistant", "ai": "assistant",
+         "system": "system", "developer": "system"}
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")         # a system turn beside the prompt
+# What a row or a message may carry beside its text, and no format here can render.
+NOT_RENDERED = ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "reasoning_content",
+                "reasoning", "thinking", "images", "image", "audio", "audios", "video", "videos", "documents")
 
 
 def as_messages(turns):
-    """A dialogue as role/content or from/value turns, plain or in typed parts -> [{role, content}]."""
+    """A dialogue as role/content or from/value turns, plain, in typed parts, or as JSON in a string ->
+    [{role, content}], the roles system, user and assistant. Raises BadRow for what could not be rendered
+    whole."""
+    turns = unquoted(turns)
+    if isinstance(turns, dict):
+        turns = [turns]
     messages = []
     for turn in turns:
-        role, content = turn.get("role") or turn.get("from"), turn.get("content", turn.get("value"))
+        refuse_unread(turn, "message")
+        role = turn.get("role") or turn.get("from")
+        content = turn.get("content", turn.get("value"))
         if isinstance(content, list):
-            if {part["type"] for part in content} - {"text"}:
-                raise BadRow("message part that is not text")
-            content = "".join(part.get("text") or part["value"] for part in content)
+            content = joined_parts(content)
         if not isinstance(role, str) or not isinstance(content, str):
             raise BadRow(NO_TEXT)
-        messages.append({"role": ROLES.get(role, role), "content": content})
+        if role.strip().lower() not in ROLES:
+            raise BadRow(f"message of the role {role[:20]!r}")
+        messages.append({"role": ROLES[role.strip().lower()], "content": content})
+    return messages
+
+
+def joined_parts(parts):
+    """The text of a message in typed parts, [{type: "text", text or value}]."""
+    texts = []
+    for part in parts:
+        if part["type"] != "text":
+            raise BadRow("message part that is not text")
+        texts.append(part.get("text") or part["value"])
+    return "".join(texts)
+
+
+def unquoted(value):
+    """A list or a dict that stands in a string, as .csv files hold it: JSON, or as Python prints it. Raises
+    BadRow for another string."""
+    if not isinstance(value, str):
+        return value
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(value)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, (list, dict)):
+            return found
+    raise BadRow("a dialogue in a string that is no JSON")
+
+
+def text_or_messages(value):
+    """A column that holds a text, or messages: these as a list. A string is taken for messages in JSON only
+    where all of it says so."""
+    if isinstance(value, (list, dict)):
+        return as_messages(value)
+    if isinstance(value, str) and re.match(r"\s*(\[\s*)?\{\s*['\"](role|content|from|value)['\"]\s*:", value):
+        return as_messages(value)
+    return value
+
+
+def refuse_unread(record, what):
+    """Raises BadRow for a row, or a message, that holds more than can be rendered."""
+    for name in NOT_RENDERED:
+        if record.get(name) not in (None, "", "[]", [], {}):
+            raise BadRow(f"{what} with {name}")
+
+
+def without_system(messages):
+    """The messages after a system turn."""
+    if messages and messages[0]["role"] == "system":
+        return messages[1:]
     return messages
 
 
 def split_dialogue(dialogue):
     """A whole dialogue, as messages or as an hh-rlhf string -> (prompt messages, last response)."""
+    dialogue = text_or_messages(dialogue)
     if isinstance(dialogue, str):            # the prompt ends with the last "\n\nAssistant:"
         prompt, _, response = dialogue.rpartition("\n\nAssistant:")
         start, *turns = re.split(r"\n\n(Human|Assistant):", prompt)
         if start.strip() or not turns:
             raise BadRow("not a '\\n\\nHuman: … \\n\\nAssistant: …' dialogue")
-        messages = [{"from": who, "value": text.strip()} for who, text in zip(turns[::2], turns[1::2])]
-        return as_messages(messages), response
-    messages = as_messages(dialogue)
-    if messages[-1]["role"] != "assistant":
+        return as_messages([{"from": who, "value": text.strip()}
+                            for who, text in zip(turns[::2], turns[1::2])]), response
+    if dialogue[-1]["role"] != "assistant":
         raise BadRow("last message is not the assistant's")
-    return messages[:-1], messages[-1]["content"]
+    return dialogue[:-1], dialogue[-1]["content"]
 
 
-def from_dialogues(*dialogues):
+def joined_prompt(prompt, before):
+    """The prompt of a row whose responses come with turns in front: these repeat it, or go on from it."""
+    turns = without_system(prompt)
+    if without_system(before)[:len(turns)] != turns:
+        return prompt + before
+    system = prompt[:len(prompt) - len(turns)]
+    if not system:
+        return before
+    if without_system(before) != before and before[:1] != system:
+        raise BadRow("two system turns")
+    return system + without_system(before)
+
+
+# --- formats: told apart by their columns; a function of a row gives (prompt, chosen, rejected) -------------
+
+def from_sharegpt(row):
+    prompt = as_messages(row["conversations"])
+    return prompt, *(split_dialogue(as_messages(row[side]))[1] for side in SIDES)
+
+
+def from_prompt(row):
+    """A prompt and responses, as strings or messages; the latter come with or without the prompt in front."""
+    prompt, chosen, rejected = (text_or_messages(row[column]) for column in ("prompt", *SIDES))
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        before, chosen, rejected = from_dialogues(chosen, rejected)
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        prompt = joined_prompt(prompt, before) if before else prompt
+    return prompt, chosen, rejected
+
+
+def from_question(row):
+    return from_prompt({**row, "prompt": row["question"]})
+
+
+def from_instruction(row):
+    texts = [row["instruction"], row.get("input") or ""]
+    return from_prompt({**row, "prompt": "\n".join(text for text in texts if text)})
+
+
+def from_dialogues(chosen, rejected):
     """Two whole dialogues, which must share their prompt."""
-    (prompt, chosen), (other, rejected) = map(split_dialogue, dialogues)
+    prompt, chosen = split_dialogue(chosen)
+    other, rejected = split_dialogue(rejected)
     if prompt != other:
         raise BadRow("chosen and rejected have different prompts")
     return prompt, chosen, rejected
 
 
-def from_prompt(prompt, chosen, rejected):
-    """A prompt and responses, as strings or messages; the latter come with or without the prompt in front."""
-    prompt = as_messages(prompt) if isinstance(prompt, list) else prompt
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        before, chosen, rejected = from_dialogues(chosen, rejected)
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        if before:                             # the prompt again; only a system turn may be missing from it
-            prompt = [turn for turn in prompt[:1] if turn["role"] == "system" and turn != before[0]] + before
-    return prompt, chosen, rejected
+def from_two_dialogues(row):
+    return from_dialogues(row["chosen"], row["rejected"])
 
 
-def from_scores(prompt, scored):
-    """(score, response)s: the best against the worst."""
+def from_two_message_lists(row):
+    return from_dialogues(as_messages(row["chosen_messages"]), as_messages(row["rejected_messages"]))
+
+
+def from_pku(row, prefer="better"):
+    preferred = float(row[f"{prefer}_response_id"])
+    return best_and_worst(row["prompt"], [(preferred == 0, row["response_0"]),
+                                          (preferred == 1, row["response_1"])])
+
+
+def from_pku_safer(row):
+    return from_pku(row, "safer")
+
+
+def from_ultrafeedback(row):
+    return best_and_worst(row["instruction"], [(completion["overall_score"], completion["response"])
+                                               for completion in unquoted(row["completions"])])
+
+
+def from_summaries(row):
+    """As in arXiv 2009.01325; articles stand where posts do."""
+    info, choice = unquoted(row["info"]), float(row["choice"])
+    post = info.get("post") or info["article"]
+    prompt = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {post}\n\nTL;DR:"
+    return best_and_worst(prompt, [(choice == place, summary["text"])
+                                   for place, summary in enumerate(unquoted(row["summaries"]))])
+
+
+def from_webgpt(row):
+    return best_and_worst(unquoted(row["question"])["full_text"], [(row["score_0"], row["answer_0"]),
+                                                                   (row["score_1"], row["answer_1"])])
+
+
+def from_dialogue(row):
+    return split_dialogue(as_messages(row["messages"]))
+
+
+def from_prompt_alone(row):
+    return text_or_messages(row["prompt"]),
+
+
+def best_and_worst(prompt, scored):
+    """(prompt, best, worst) of (score, response)s; those without a score do not count."""
     ranked = sorted(((float(score), text) for score, text in scored if score is not None), key=lambda s: s[0])
     if not ranked or ranked[0][0] == ranked[-1][0] or not all(math.isfinite(score) for score, _ in ranked):
         raise BadRow(TIE)
     return prompt, ranked[-1][1], ranked[0][1]
 
 
-REDDIT = "SUBREDDIT: r/{subreddit}\n\nTITLE: {title}\n\nPOST: {post}\n\nTL;DR:"    # as in arXiv 2009.01325
-FORMATS = {  # name: (the columns that identify it, converter of (row, prefer)); the first that fits is taken
-    "ShareGPT": ("conversations chosen rejected", lambda row, _: (
-        as_messages(row["conversations"]), *(split_dialogue([row[side]])[1] for side in SIDES))),
-    "prompt, chosen, rejected": ("prompt chosen rejected", lambda row, _: from_prompt(
-        row["prompt"], row["chosen"], row["rejected"])),
-    "whole dialogues": ("chosen rejected", lambda row, _: from_dialogues(row["chosen"], row["rejected"])),
-    "whole dialogues as messages": ("chosen_messages rejected_messages", lambda row, _: from_dialogues(
-        row["chosen_messages"], row["rejected_messages"])),
-    "PKU-SafeRLHF": ("prompt response_0 response_1 better_response_id safer_response_id", lambda row, prefer:
-        from_scores(row["prompt"], [(float(row[f"{prefer}_response_id"]) == i, row[f"response_{i}"])
-                                    for i in (0, 1)])),
-    "UltraFeedback": ("instruction completions", lambda row, _: from_scores(
-        row["instruction"], [(c["overall_score"], c["response"]) for c in row["completions"]])),
-    "summarize_from_feedback": ("info summaries choice", lambda row, _: from_scores(
-        REDDIT.format_map({**row["info"], "post": row["info"].get("post") or row["info"]["article"]}),
-        [(float(row["choice"]) == i, summary["text"]) for i, summary in enumerate(row["summaries"])])),
-    "webgpt_comparisons": ("question answer_0 answer_1 score_0 score_1", lambda row, _: from_scores(
-        row["question"]["full_text"], [(row[f"score_{i}"], row[f"answer_{i}"]) for i in (0, 1)])),
-    "dialogues": ("messages", lambda row, _: split_dialogue(as_messages(row["messages"]))),
-    "prompts": ("prompt", lambda row, _: from_prompt(row["prompt"], None, None)[:1]),
-}
+FORMATS = [  # name, the columns that identify it, and its function; the first that fits is taken
+    ("ShareGPT", "conversations chosen rejected", from_sharegpt),
+    ("prompt, chosen, rejected", "prompt chosen rejected", from_prompt),
+    ("question, chosen, rejected", "question chosen rejected", from_question),
+    ("instruction, chosen, rejected", "instruction chosen rejected", from_instruction),
+    ("whole dialogues", "chosen rejected", from_two_dialogues),
+    ("whole dialogues as messages", "chosen_messages rejected_messages", from_two_message_lists),
+    ("PKU-SafeRLHF", "prompt response_0 response_1 better_response_id safer_response_id", from_pku),
+    ("UltraFeedback", "instruction completions", from_ultrafeedback),
+    ("summarize_from_feedback", "info summaries choice", from_summaries),
+    ("webgpt_comparisons", "question answer_0 answer_1 score_0 score_1", from_webgpt),
+    ("dialogues", "messages", from_dialogue),
+    ("prompts", "prompt", from_prompt_alone),
+]
+OPTIONAL_COLUMNS = (*SYSTEM_COLUMNS, "history", "input", *NOT_RENDERED)
+
+
+def with_turns_before(prompt, row):
+    """The prompt with the row's `history` and `system` columns in front."""
+    history = row.get("history")
+    if history not in (None, "", "[]", []):
+        turns = []
+        for turn in unquoted(history):
+            if isinstance(turn, dict):
+                turns += as_messages([turn])
+            else:
+                question, answer = turn
+                turns += as_messages([{"role": "user", "content": question},
+                                      {"role": "assistant", "content": answer}])
+        prompt = turns + ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
+    for column in SYSTEM_COLUMNS:
+        text = row.get(column)
+        if text in (None, ""):
+            continue
+        if not isinstance(text, str):
+            raise BadRow(NO_TEXT)
+        system = [{"role": "system", "content": text}]
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if prompt[:1] != system and without_system(prompt) != prompt:
+            raise BadRow("two system turns")
+        prompt = system + without_system(prompt)
+    return prompt
 
 
 # --- loading ------------------------------------------------------------------------------------------------
 
 def read_rows(source):
-    """The raw rows of `source`, an iterable of dicts. Raises InputError where it cannot be read."""
+    """The raw rows of `source`, a list of dicts or a datasets.Dataset. Raises InputError where it cannot be
+    read."""
     path = Path(source)
     if path.suffix in (".jsonl", ".json", ".csv", ".parquet") and not path.is_file():
         raise InputError(f"{source}: no such file")
     if path.suffix in (".jsonl", ".json", ".csv"):
         return read_text(path)
-    import datasets                              # slow to import, and not needed for JSON and CSV
+    if path.is_file():
+        return read_parquet(path)
+    import datasets                              # slow to import, and needed for nothing else
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)    # its errors are told below, in one line
     try:
-        if path.is_file():
-            return datasets.load_dataset("parquet", data_files=str(path), split="train")
         name, _, split = str(source).partition(":")
-        name, *config = (name,) if path.exists() or name.count("/") < 2 else name.rsplit("/", 1)
+        if path.exists():                        # its files may have been replaced since they were cached
+            return datasets.load_dataset(str(source), split="train", download_mode="force_redownload")
+        name, *config = (name,) if name.count("/") < 2 else name.rsplit("/", 1)
         return datasets.load_dataset(name or "(no name)", *config, split=split or "train")
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"{source}: cannot be read as a data set ({first_line(error.__cause__ or error)}); "
                          "want a .jsonl, .json, .csv, .parquet file or OWNER/NAME[/CONFIG][:SPLIT]") from None
+
+
+def read_parquet(path):
+    """The rows of a .parquet file, of those columns that a format may need: what an unused one names, a path
+    or an address, is not opened."""
+    import pyarrow
+    import pyarrow.parquet
+    known = {*OPTIONAL_COLUMNS, *" ".join(columns for _, columns, _ in FORMATS).split()}
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        return file.read([name for name in file.schema_arrow.names if name in known] or None).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise InputError(f"{path}: cannot be read as a data set ({first_line(error)}); want a .jsonl, .json, "
+                         ".csv, .parquet file or OWNER/NAME[/CONFIG][:SPLIT]") from None
 
 
 def read_text(path):
@@ -227,10 +409,13 @@ def read_text(path):
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
             csv.field_size_limit(2**31 - 1)                 # a long text is no error
-            return list(csv.DictReader(io.StringIO(text, newline=""), restkey=""))
+            return list(csv.DictReader(io.StringIO(text, newline=""), restkey=TOO_MANY_CELLS))
         array = text.lstrip().startswith("[")               # not splitlines: U+2028 may stand in a string
         for line, each in enumerate([text] if array else text.split("\n"), 1):
-            rows += json.loads(each) if array else [json.loads(each)] if each.strip() else []
+            if array:
+                rows += json.loads(each)
+            elif each.strip():
+                rows.append(json.loads(each))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error})") from None
     except (ValueError, RecursionError, csv.Error) as error:
@@ -239,6 +424,9 @@ def read_text(path):
     if not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: a row is not an object with columns")
     return rows
+
+
+TOO_MANY_CELLS = "row with more cells than the header"     # the column in which csv puts those beyond it
 
 
 def read_json(path):
@@ -266,28 +454,64 @@ def load_pairs(source, limit=None, prefer="better"):
     """Preference pairs from `source` (see the top of this file): ([{prompt, chosen, rejected}], report).
 
     limit: keep at most so many. prefer: "better" or "safer", for PKU-SafeRLHF. report: a dict {format, rows,
-    dropped}, where `dropped` counts rows by reason. Raises InputError where nothing can be used."""
+    dropped, altered, unread}: rows that were dropped and pairs that were altered, by reason, and the columns
+    that nothing reads. Raises InputError where nothing can be used."""
     rows = read_rows(source)
     if len(rows) == 0:
         raise InputError(f"{source}: empty, no rows")
     columns = set().union(*(rows[:100] if isinstance(rows, list) else [rows.column_names]))
-    name = next((name for name, (needed, _) in FORMATS.items() if columns.issuperset(needed.split())), None)
-    if name is None:
-        known = "; ".join(needed.replace(" ", ", ") for needed, _ in FORMATS.values())
-        raise InputError(f"{source}: columns {', '.join(sorted(columns))} fit none of: {known}")
+    name, needed, convert = format_of(columns, source)
+    if convert is from_pku and prefer == "safer":
+        convert = from_pku_safer
+    if not isinstance(rows, list):
+        rows = rows.select_columns([column for column in rows.column_names
+                                    if column in (*needed, *OPTIONAL_COLUMNS)])
     pairs, dropped = [], Counter()
     for row in rows:
         if len(pairs) == limit:
             break
         try:
-            pairs.append(checked_pair(*FORMATS[name][1](row, prefer)))
+            if TOO_MANY_CELLS in row:
+                raise BadRow(TOO_MANY_CELLS)
+            refuse_unread(row, "row")
+            prompt, *responses = convert(row)
+            pairs.append(checked_pair(with_turns_before(prompt, row), *responses))
         except BadRow as reason:
             dropped[str(reason)] += 1
         except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError):
             dropped[NO_TEXT] += 1
     if not pairs:
         raise InputError(f"{source}: no usable pair in {len(rows)} rows ({counted(dropped)})")
-    return pairs, {"format": name, "rows": len(pairs) + sum(dropped.values()), "dropped": dropped}
+    unread = sorted(columns - {*needed, *OPTIONAL_COLUMNS, TOO_MANY_CELLS})
+    return pairs, {"format": name, "rows": len(pairs) + sum(dropped.values()), "dropped": dropped,
+                   "altered": Counter(take_out_repeated_prompts(pairs)), "unread": unread}
+
+
+def format_of(columns, source):
+    """(name, columns, function) of the first of FORMATS whose columns are all there."""
+    for name, needed, convert in FORMATS:
+        if columns.issuperset(needed.split()):
+            return name, needed.split(), convert
+    known = "; ".join(needed.replace(" ", ", ") for _, needed, _ in FORMATS)
+    raise InputError(f"{source}: columns {', '.join(sorted(columns))} fit none of: {known}")
+
+
+def take_out_repeated_prompts(pairs):
+    """Where most pairs' responses begin with their whole prompt, as strings, take it out of them, in place.
+    Returns how many were altered, by reason."""
+    def repeats(pair):
+        return isinstance(pair["prompt"], str) and pair["chosen"] and all(
+            pair[side].startswith(pair["prompt"]) and len(pair[side].strip()) > len(pair["prompt"].strip())
+            for side in SIDES if pair[side])
+
+    repeating = [pair for pair in pairs if repeats(pair)]
+    if 2 * len(repeating) < len(pairs) or not repeating:
+        return {}
+    for pair in repeating:
+        for side in SIDES:
+            if pair[side]:
+                pair[side] = pair[side][len(pair["prompt"]):]
+    return {"prompts repeated in their responses, taken out": len(repeating)}
 
 
 def checked_pair(prompt, *responses):
@@ -301,14 +525,18 @@ def checked_pair(prompt, *responses):
         raise BadRow("empty response")
     if len(responses) == 2 and responses[0].strip() == responses[1].strip():
         raise BadRow("chosen equals rejected")
-    return dict(zip(("prompt", *SIDES), (prompt, *responses, None, None)))
+    chosen, rejected = (*responses, None, None)[:2]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 # --- text to tokens -----------------------------------------------------------------------------------------
 
-def load_tokenizer(name, trust_remote_code=False, ends=True):
-    """The tokenizer of a directory or hub name. Raises InputError where there is none, or it has no EOS."""
+def load_tokenizer(name, trust_remote_code=False, ends=True, date=None):
+    """The tokenizer of a directory or hub name. date: what a chat template that asks for today is told, as
+    YYYY-MM-DD; None: today. Raises InputError where there is none, or it has no EOS."""
     from transformers import AutoTokenizer
+    if Path(name, "adapter_config.json").is_file():
+        raise InputError(f"{name} is an adapter; merge it into its base first, as OUT/model of sail.py is")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code,
                                                   local_files_only=Path(name).is_dir())
@@ -316,6 +544,7 @@ def load_tokenizer(name, trust_remote_code=False, ends=True):
         raise InputError(f"{name}: no tokenizer ({first_line(error)}); of a run, name its model/") from None
     if ends and tokenizer.eos_token_id is None:
         raise InputError(f"{name}: its tokenizer has no end-of-sequence token; tokenizer_config.json sets it")
+    tokenizer.template_date = date
     return tokenizer
 
 
@@ -325,7 +554,7 @@ def end_token_ids(tokenizer, model=None):
     special, ids = tokenizer.added_tokens_decoder, {tokenizer.eos_token_id}
     if tokenizer.chat_template:
         try:
-            _, _, closing = render("question", "answer", tokenizer)[1].rpartition("answer")
+            closing = Dialogue("question", tokenizer).closing
             tokens = tokenizer(closing, add_special_tokens=False)["input_ids"]
             ids.update([token for token in tokens if token in special and special[token].special][:1])
         except BadRow:
@@ -334,78 +563,194 @@ def end_token_ids(tokenizer, model=None):
     return ids | {token for token in (extra if isinstance(extra, list) else [extra]) if token in special}
 
 
-def render(prompt, response, tokenizer=None):
-    """(prompt text, response text) whose concatenation is the whole dialogue. Raises InputError where the
-    chat template's render does not begin with its generation prompt: training would see another one than
-    sampling."""
-    if tokenizer is None or not tokenizer.chat_template:
-        if isinstance(prompt, str):
-            return prompt, response
-        names = {"user": "Human", "assistant": "Assistant"}
-        turns = [f"\n\n{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in prompt]
-        return "".join(turns) + "\n\nAssistant:", " " + response.strip()
+def apply_template(tokenizer, messages, **options):
+    """The text that a tokenizer's chat template makes of messages. Raises BadRow where it refuses them."""
     from jinja2 import TemplateError
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    today = date.fromisoformat(getattr(tokenizer, "template_date", None) or date.today().isoformat())
     try:
-        head = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        answered = messages + [{"role": "assistant", "content": response}]
-        whole = tokenizer.apply_chat_template(answered, tokenize=False)
-    except TemplateError as error:
-        raise BadRow(f"refused by the chat template: {error}") from None
-    if not whole.startswith(head):
-        raise InputError(f"{tokenizer.name_or_path}: its chat template renders an answered dialogue unlike "
-                         "the prompt it generates from; want one whose generation prompt is a prefix")
-    header, answer, _ = whole[len(head):].partition(response.strip())
-    if answer and header.strip() and head == tokenizer.apply_chat_template(messages, tokenize=False):
-        head += header          # the template knows no generation prompt: the answer's header is the prompt's
-    return head, whole[len(head):]
+        return tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=today.strftime, **options)
+    except (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+            ValueError) as error:                        # a template is foreign code
+        raise BadRow(f"refused by the chat template: {first_line(error)[:80]}") from None
 
 
-def prompt_tokens(head, tokenizer, limit):
-    """(the ids of a prompt's text, whether they were cut to `limit`), from the left, but for a BOS token."""
-    ids = tokenizer(head, add_special_tokens=not tokenizer.chat_template)["input_ids"]
+class Dialogue:
+    """A prompt as text, and what the chat template puts around its answer.
+
+    head: the text of the prompt, up to where a response begins, as the policy is given it for sampling.
+    filler: what the template itself writes before an answer, as an empty block of thoughts; mostly "".
+    closing: what it writes after an answer. Both are found once, with an answer that occurs in no text.
+    A prompt that ends in an assistant's message is an answer that was started, and is continued."""
+
+    def __init__(self, prompt, tokenizer=None):
+        self.tokenizer, self.template = tokenizer, tokenizer is not None and bool(tokenizer.chat_template)
+        self.messages, self.filler, self.closing = prompt, "", ""
+        if not self.template:
+            self.head = prompt if isinstance(prompt, str) else plain_dialogue(prompt)
+            return
+        if isinstance(prompt, str):
+            self.messages = [{"role": "user", "content": prompt}]
+        marker = "xANSWERx"
+        while marker in str(self.messages):
+            marker += "x"
+        opening, found, self.closing = self.answered_by(marker).partition(marker)
+        if not found:
+            raise BadRow("the chat template leaves the answer out")
+        self.head = opening
+        if not self.started:
+            self.head = apply_template(tokenizer, self.messages, add_generation_prompt=True)
+            if self.head == apply_template(tokenizer, self.messages):  # it knows no generation prompt
+                self.head = opening.rstrip(" ")                        # a space belongs to the next word
+        if not opening.startswith(self.head):
+            raise BadRow("the chat template's generation prompt does not begin an answered dialogue")
+        self.filler = opening[len(self.head):]
+
+    @property
+    def started(self):
+        return not isinstance(self.messages, str) and self.messages[-1]["role"] == "assistant"
+
+    def answered_by(self, answer):
+        """The template's text of the dialogue with this answer."""
+        messages = list(self.messages)
+        if self.started:
+            answer = messages.pop()["content"] + answer
+        return apply_template(self.tokenizer, messages + [{"role": "assistant", "content": answer}])
+
+    def tail(self, response):
+        """The text that follows `head`: the response, with what the template writes around it. Raises BadRow
+        where the template makes another text of the response."""
+        if not self.template:
+            between = isinstance(self.messages, list) and not self.started
+            return " " + response.strip() if between else response
+        answer = response.rstrip() if self.started else response.strip()
+        whole = self.answered_by(answer)
+        for filler in (self.filler, ""):                 # none where the answer brings its own
+            if whole == self.head + filler + answer + self.closing:
+                return filler + answer + self.closing
+        raise BadRow("the chat template rewrites the answer")
+
+
+def plain_dialogue(messages):
+    """The text of a prompt of messages for a tokenizer without a chat template, as in hh-rlhf."""
+    names = {"user": "Human", "assistant": "Assistant"}
+    turns = [f"\n\n{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in messages]
+    return "".join(turns) + ("\n\nAssistant:" if messages[-1]["role"] != "assistant" else "")
+
+
+def render(prompt, response, tokenizer=None):
+    """(prompt text, response text) whose concatenation is the whole dialogue; raises BadRow."""
+    dialogue = Dialogue(prompt, tokenizer)
+    return dialogue.head, dialogue.tail(response)
+
+
+def token_ids(text, tokenizer):
+    """The ids of a text that begins with its prompt. A chat template writes BOS itself; some tokenizers end
+    every text."""
+    ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
     if ids and ids[-1] == tokenizer.eos_token_id and not tokenizer.chat_template:
-        ids = ids[:-1]                                                    # some tokenizers end every text
+        return ids[:-1]
+    return ids
+
+
+def fitting_prompt(prompt, tokenizer, limit, lengths=None):
+    """(Dialogue, its ids, those that are left within `limit`); the whole prompt's length goes to `lengths`.
+
+    A text without turns is cut from the left, but for a BOS token. A dialogue loses whole turns, the oldest
+    first, never its system turn, and begins with a user's. Raises BadRow where what is left is too long."""
+    dialogue = Dialogue(prompt, tokenizer)
+    ids = token_ids(dialogue.head, tokenizer)
     if not ids:
         raise BadRow("prompt without tokens")
-    bos = ids[:1] if len(ids) > limit > 1 and ids[0] == tokenizer.bos_token_id else []
-    return bos + ids[-(limit - len(bos)):], len(ids) > limit
+    if lengths is not None:
+        lengths["prompt"].append(len(ids))
+    if len(ids) <= limit:
+        return dialogue, ids, ids
+    if isinstance(dialogue.messages, str):
+        bos = ids[:1] if limit > 1 and ids[0] == tokenizer.bos_token_id else []
+        return dialogue, ids, bos + ids[len(ids) - limit + len(bos):]
+    turns = without_system(dialogue.messages)
+    system = dialogue.messages[:len(dialogue.messages) - len(turns)]
+    for first in range(1, len(turns)):
+        if turns[first]["role"] == "user":
+            shorter = Dialogue(system + turns[first:], tokenizer)
+            ids = token_ids(shorter.head, tokenizer)
+            if len(ids) <= limit:
+                return shorter, ids, ids
+    raise BadRow("prompt longer than --max-prompt-length")
 
 
-def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length):
-    """([{prompt, prompt_ids, chosen, chosen_ids, rejected, rejected_ids}], counts) of pairs.
+def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length, rows=math.inf):
+    """([{prompt, prompt_ids, chosen, chosen_ids, rejected, rejected_ids}], counts, lengths) of pairs.
 
     Both responses follow the same prompt ids; one that the data lacks has no ids. One longer than
-    max_response_length is cut from the right, and then has no end token. counts: what was truncated, pairs
-    with an end token in their text, which cuts them, and rows dropped as nothing is left to learn."""
-    examples, counts = [], Counter(dropped=0)
-    ends = tokenizer.convert_ids_to_tokens(sorted(end_ids))
+    max_response_length is cut from the right, and then has no end token. counts: what was cut, pairs with an
+    end token in their text, which cuts them, and rows dropped. lengths: {side: tokens before cutting, of each
+    row that could be rendered}. Raises InputError where the model, of `rows` ids, lacks one that occurs."""
+    examples, counts, lengths = [], Counter(dropped=0), {side: [] for side in ("prompt", *SIDES)}
+    limits = max_prompt_length, max_response_length
     for pair in pairs:
         try:
-            rendered = [render(pair["prompt"], pair[side] or "answer", tokenizer) for side in SIDES]
-            prompt_ids, cut = prompt_tokens(rendered[0][0], tokenizer, max_prompt_length)
-            ids = [response_tokens(text, tokenizer, end_ids) if pair[side] else []
-                   for side, (_, text) in zip(SIDES, rendered)]
-            chosen_ids, rejected_ids = (each[:max_response_length] for each in ids)
-            if chosen_ids and chosen_ids == rejected_ids:
-                raise BadRow("same tokens in both responses")
+            example, changes = encode_pair(pair, tokenizer, end_ids, *limits, lengths)
         except BadRow as reason:
             counts.update({"dropped": 1, str(reason): 1})
             continue
-        counts.update(
-            truncated_prompts=cut, truncated_responses=sum(len(each) > max_response_length for each in ids),
-            end_token_in_text=any(end in (pair[side] or "") for side in SIDES for end in ends))
-        examples.append(dict(pair, prompt_ids=prompt_ids, chosen_ids=chosen_ids, rejected_ids=rejected_ids))
+        highest = max(example["prompt_ids"] + example["chosen_ids"] + example["rejected_ids"])
+        if highest >= rows:
+            token = tokenizer.convert_ids_to_tokens(highest)
+            raise InputError(f"the data hold {token!r}, id {highest}, and the model has only {rows} ids; "
+                             "wrong tokenizer?")
+        counts.update(changes)
+        examples.append(example)
     if not examples:
         raise InputError(f"none of {len(pairs)} pairs has anything to learn as tokens: {counted(+counts)}")
-    return examples, counts
+    return examples, counts, lengths
 
 
-def response_tokens(text, tokenizer, end_ids):
-    """The ids of a response's text with one end token: the first of `end_ids` in it, or the EOS appended."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    end = next((place for place, token in enumerate(ids) if token in end_ids), None)
-    return ids + [tokenizer.eos_token_id] if end is None else ids[:end + 1]
+def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length, lengths):
+    """(the pair with its ids, what was changed, by reason) of `encode`, which adds to `lengths`."""
+    dialogue, uncut, prompt_ids = fitting_prompt(pair["prompt"], tokenizer, max_prompt_length, lengths)
+    changes = Counter(truncated_prompts=lengths["prompt"][-1] > len(prompt_ids), truncated_responses=0,
+                      end_token_in_text=0, prompt_merges_with_response=0)
+    example, ends = dict(pair, prompt_ids=prompt_ids), tokenizer.convert_ids_to_tokens(sorted(end_ids))
+    for side in SIDES:
+        if pair[side] is None:
+            example[f"{side}_ids"] = []
+            continue
+        text = dialogue.tail(pair[side])
+        whole = token_ids(dialogue.head + text, tokenizer)
+        if whole[:len(uncut)] == uncut:
+            ids = whole[len(uncut):]
+        else:                                            # a token would reach over the boundary
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            changes["prompt_merges_with_response"] += 1
+        ids = up_to_end(ids, tokenizer.eos_token_id, end_ids)
+        lengths[side].append(len(ids))
+        example[f"{side}_ids"] = ids[:max_response_length]
+        changes["truncated_responses"] += len(ids) > max_response_length
+        changes["end_token_in_text"] |= any(end in pair[side] for end in ends)
+    if example["chosen_ids"] and example["chosen_ids"] == example["rejected_ids"]:
+        raise BadRow("same tokens in both responses")
+    return example, changes
+
+
+def up_to_end(ids, eos_id, end_ids):
+    """A response's ids with one end token: the first of `end_ids` in it, or the EOS appended."""
+    for place, token in enumerate(ids):
+        if token in end_ids:
+            return ids[:place + 1]
+    return ids + [eos_id]
+
+
+def response_text(tokenizer, ids, prompt_ids=()):
+    """What a reward, a judge and a reader see of a response: its text without the end token and outer white
+    space. A tokenizer that comes with a `response_template`, for models which write in channels, says what of
+    it is the answer; without one, special tokens inside a response stay, as they were written."""
+    if getattr(tokenizer, "response_template", None):
+        message = tokenizer.parse_response(list(ids), prefix=list(prompt_ids))
+        return (message.get("content") or "").strip()
+    if ids and ids[-1] in tokenizer.all_special_ids:
+        ids = ids[:-1]
+    return tokenizer.decode(ids).strip()
 
 
 def collate(prompts, responses, device="cpu"):
@@ -419,31 +764,55 @@ def collate(prompts, responses, device="cpu"):
             pad([[0] * len(prompt) + [1] * len(response) for prompt, response in zip(prompts, responses)]))
 
 
+# --- the command line ---------------------------------------------------------------------------------------
+
+def length_table(lengths, unit, limits=None):
+    """Lines that show how long prompts and responses are, and how many of them a limit cuts or drops."""
+    lines = []
+    for side, numbers in lengths.items():
+        if not numbers:
+            continue
+        ordered = sorted(numbers)
+        middle, most = ordered[len(ordered) // 2], ordered[len(ordered) * 9 // 10]
+        line = f"{side:>9}: {unit} median {middle}, 90 % {most}, most {ordered[-1]}"
+        if limits:
+            over = sum(number > limits[side] for number in numbers)
+            line += f"; {over} of {len(numbers)} longer than {limits[side]}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def main():
     """`python data.py SOURCE [--model M]`."""
     parser = Parser("Show what a preference data set holds and how it will be read.", " SOURCE")
     parser.add_argument("source", metavar="SOURCE", help="a file or OWNER/NAME[/CONFIG][:SPLIT]")
     parser.add_argument("--model", help="a directory or hub name: count and render in its tokens")
-    parser.shared("--prefer", "--limit", "--max-prompt-length", "--max-response-length")
+    parser.shared("--prefer", "--limit", "--max-prompt-length", "--max-response-length", "--date")
     args = parser.parse_args()
     pairs, report = load_pairs(args.source, args.limit, args.prefer)
     print(f"{args.source}: {report['format']}; {report['rows']} rows, {len(pairs)} kept, dropped: "
           f"{counted(report['dropped'])}")
-    sides, unit, show = [side for side in ("prompt", *SIDES) if pairs[0][side]], "characters", str
-    rows = [[render(pair["prompt"], pair[side] if side in SIDES else "")[side in SIDES] for side in sides]
-            for pair in pairs]
+    if report["altered"]:
+        print(f"altered: {counted(report['altered'])}")
+    if report["unread"]:
+        print(f"columns that nothing reads: {', '.join(report['unread'])}")
+    sides = [side for side in ("prompt", *SIDES) if pairs[0][side]]
     if args.model:
-        tokenizer = load_tokenizer(args.model)
-        examples, counts = encode(pairs, tokenizer, end_token_ids(tokenizer), args.max_prompt_length or 512,
-                                  args.max_response_length or 512)
-        print(f"{len(examples)} encoded; {counted(counts)}")
-        unit, show = "tokens", tokenizer.decode
-        rows = [[example[f"{side}_ids"] for side in sides] for example in examples]
-    for side, texts in zip(sides, zip(*rows)):
-        lengths = sorted(map(len, texts))
-        print(f"{side:>9}: {unit} min {lengths[0]}, median {lengths[len(lengths) // 2]}, max {lengths[-1]}")
+        tokenizer = load_tokenizer(args.model, date=args.date)
+        limits = args.max_prompt_length or 512, args.max_response_length or 512
+        examples, counts, lengths = encode(pairs, tokenizer, end_token_ids(tokenizer), *limits)
+        print(f"{len(examples)} encoded; {counted(+counts)}")
+        print(length_table(lengths, "tokens", dict(zip(lengths, (limits[0], limits[1], limits[1])))))
+        rows = [[tokenizer.decode(example[f"{side}_ids"]) for side in sides] for example in examples[:2]]
+    else:
+        rows = []
+        for pair in pairs:
+            head, tail = render(pair["prompt"], pair["chosen"] or "")
+            rows.append([head, tail, render(pair["prompt"], pair["rejected"] or "")[1]][:len(sides)])
+        print(length_table({side: [len(row[place]) for row in rows] for place, side in enumerate(sides)},
+                           "characters"))
     for nth, row in enumerate(rows[:2], 1):
-        print(f"--- {nth}", *(f"{side + ':':10}{show(text)!r}" for side, text in zip(sides, row)), sep="\n")
+        print(f"--- {nth}", *(f"{side + ':':10}{text!r}" for side, text in zip(sides, row)), sep="\n")
 
 
 if __name__ == "__main__":

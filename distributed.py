@@ -5,13 +5,13 @@ logs, checkpoints/STEP, model/. What stands there under its own name is whole: w
 Neither random states nor the position in the data are saved: they follow from seed, step and rank.
 """
 import fcntl
-import gc
 import hashlib
 import json
 import math
 import os
 import shutil
 import signal
+import time
 import warnings
 from collections import Counter
 from contextlib import contextmanager
@@ -49,7 +49,6 @@ def joined(shard=False):
         raise OSError(f"rank {rank()} has lost another process ({first_line(error)[-60:]}); --resume goes on "
                       "from the last checkpoint") from None
     finally:
-        gc.collect()                                   # DDP and its threads, before their group goes
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -68,6 +67,23 @@ def say(line):
     """Print a line, once for all processes."""
     if rank() == 0:
         tqdm.write(line)
+
+
+def progress(items, what, total=None, unit="it"):
+    """Hand on `items`, and show how far they are once that takes longer than a few seconds: a bar on a
+    terminal, elsewhere a line every half minute."""
+    total = len(items) if total is None else total
+    if rank() != 0:
+        yield from items
+        return
+    bar = tqdm(items, what, total, leave=False, delay=3, unit=unit, disable=None)
+    started = said = time.perf_counter()
+    for done, item in enumerate(bar, 1):
+        yield item
+        now = time.perf_counter()
+        if bar.disable and now - said > 30:
+            say(f"{what}: {done} of {total} after {now - started:.0f} s")
+            said = now
 
 
 def together(action=lambda: None):
@@ -117,20 +133,28 @@ def stop_signals():
 
     def note(number, _):
         stopped.append(130 if number == signal.SIGINT else 0)
+        again = ""
         if number == signal.SIGINT:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            again = "; again: at once, without saving"
+        if rank() == 0:                                # not print: a signal may come in the middle of one
+            os.write(2, f"\n{signal.Signals(number).name}: stopping after this step{again}\n".encode())
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, note)
     return stopped
 
 
-def data_parallel(policy):
-    """What to train: the policy in DistributedDataParallel, or itself, where it is alone or sharded."""
-    if world() == 1 or is_sharded(policy):
-        return policy
-    with warnings.catch_warnings(action="ignore", category=FutureWarning):    # torch 2.13 renames the option
-        return torch.nn.parallel.DistributedDataParallel(policy, broadcast_buffers=False)
+def sum_gradients(model):
+    """Add up the processes' gradients (FSDP has done so for a sharded model). A parameter that the loss does
+    not reach has a gradient of zeros: the optimizer then has a state of it, to save and to continue from."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if world() > 1 and not is_sharded(model):
+            dist.all_reduce(parameter.grad)
 
 
 # --- shards -------------------------------------------------------------------------------------------------
@@ -171,11 +195,12 @@ def gathered(model):
 
 
 def weighted(micros, model):
-    """The micro-batches as (pairs, weight), the weight the number of processes, by which DDP and FSDP divide
-    the gradient. A sharded model's collectives demand as many on every process: what is added weighs 0."""
+    """The micro-batches as (pairs, weight): 1, or the number of processes, by which FSDP divides gradients.
+    A sharded model's collectives demand as many on every process: what is added weighs 0."""
+    if not is_sharded(model):
+        return [(pairs, 1) for pairs in micros]
     most = torch.tensor(len(micros), device=next(model.parameters()).device)
-    if is_sharded(model):
-        dist.all_reduce(most, dist.ReduceOp.MAX)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
     return [(pairs, world()) for pairs in micros] + [(micros[0], 0)] * (int(most) - len(micros))
 
 
@@ -224,21 +249,32 @@ def begin(out, args, progress=None, policy=None, optimizer=None, scheduler=None)
     are kept out for as long as the lock, a file, is open. Raises InputError where there is another run."""
     lock = together(lambda: locked(out) if rank() == 0 else None)       # first: all take part in what follows
     checkpoint = newest_checkpoint(out)
-    if checkpoint and getattr(args, "resume", False):
+    if checkpoint and args.resume:
         progress = resume(checkpoint, args, progress, policy, optimizer, scheduler)
     elif rank() == 0:
         if (checkpoint or (out / "model").exists()) and not args.overwrite:
-            raise InputError(f"{out} holds an earlier run; --overwrite replaces it, "
-                             + "--resume continues it, " * bool(checkpoint) + "another --out keeps it")
-        for name in ("model", "adapter", "checkpoints", "tensorboard"):
-            shutil.rmtree(out / name, ignore_errors=True)
-        for name in LOGS:
-            (out / f"{name}.jsonl").write_text("")
+            continues = "--resume continues it, " if checkpoint else "it has no checkpoint to --resume, "
+            raise InputError(f"{out} holds an earlier run; --overwrite replaces it, {continues}"
+                             "another --out keeps it")
+        if args.resume:
+            say(f"--resume: {out} has no checkpoint, so this starts from the beginning")
+        start_afresh(out, keep_logs=args.resume)
     if rank() == 0:
         write_text(out / "args.json", json.dumps(vars(args), indent=1) + "\n")
         if getattr(args, "tensorboard", False):
             events(out)
     return lock, progress
+
+
+def start_afresh(out, keep_logs):
+    """Take away what an earlier run left in `out`; its logs stay as NAME.jsonl.old where that is wanted."""
+    for name in ("model", "adapter", "checkpoints", "tensorboard"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in LOGS:
+        path = out / f"{name}.jsonl"
+        if keep_logs and path.exists() and path.stat().st_size:
+            path.replace(f"{path}.old")
+        path.write_text("")
 
 
 def locked(out):
@@ -291,13 +327,19 @@ def shown(value, low, high):
     return f"{value:.3f} ± {half:.3f}"
 
 
-def log_figures(out, step, figures):
-    """Append figures, {name: (value, low, high)}, to eval.jsonl, and print them in a line."""
-    row = {"step": step}
+def few(n):
+    """A warning for figures of n prompts, "" where n will do."""
+    return f" | of {n} prompts only: the intervals are rough" if n < 20 else ""
+
+
+def log_figures(out, step, figures, n):
+    """Append figures of n prompts, {name: (value, low, high)}, to eval.jsonl, and print them in a line."""
+    row = {"step": step, "prompts": n}
     for name, (value, *interval) in figures.items():
         row.update({name: value, f"{name}_interval": interval if math.isfinite(interval[0]) else None})
     write_line(out, "eval", row)
-    say(f"eval {step} | " + " | ".join(f"{name} {shown(*figure)}" for name, figure in figures.items()))
+    fields = [f"{name} {shown(*figure)}" for name, figure in figures.items()]
+    say(f"eval {step} | {' | '.join(fields)}{few(n)}")
 
 
 # --- checkpoints and models ---------------------------------------------------------------------------------
@@ -315,12 +357,19 @@ def newest_checkpoint(out):
 
 
 def state_of(policy, optimizer):
-    """What a checkpoint holds, by name: the trained parameters, and the optimizer's state of each."""
+    """What a checkpoint holds, by name: the trained parameters, tied ones once, and the optimizer's state of
+    each."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
     options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
-    weights, state = get_state_dict(policy, optimizer, options=options)
-    return {f"{kind}.{name}": value for kind, values in (("model", weights), ("optimizer", state))
-            for name, value in values.items() if isinstance(value, torch.Tensor)}
+    weights, optimizer_state = get_state_dict(policy, optimizer, options=options)
+    state = {}
+    for name, parameter in policy.named_parameters():                  # names each storage once
+        if parameter.requires_grad:
+            state[f"model.{name}"] = weights[name]
+    for name, value in optimizer_state.items():
+        if isinstance(value, torch.Tensor):
+            state[f"optimizer.{name}"] = value
+    return state
 
 
 def save_checkpoint(out, policy, optimizer, progress):

@@ -19,13 +19,13 @@ from statistics import mean
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
-from data import (InputError, Parser, command_line, encode, end_token_ids, number, read_json, read_rows,
-                  seeded, write_text)
-from distributed import gathered, in_turns, is_sharded, log_figures, rank, shown, write_line
-from generate import load_models, load_policy, micro_batches, pair_logps, response_text, sample
-from reward import bootstrap, load_reward, mean_of, prefers_chosen, share_of
+from data import (InputError, Parser, command_line, counted, encode, end_token_ids, number, read_json,
+                  read_rows, response_text, seeded, write_text)
+from distributed import (few, gathered, in_turns, is_sharded, log_figures, progress, rank, say, shown,
+                         write_line)
+from generate import load_models, load_policy, micro_batches, pair_logps, sample
+from reward import bootstrap, drop_unscorable, load_reward, mean_of, prefers_chosen, share_of
 from toy import TOY_DEFAULTS, train_and_held_out
 
 # --- figures, each as (value, low, high) --------------------------------------------------------------------
@@ -77,7 +77,8 @@ def over_seeds(values):
 def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
     """Figures of a policy on held-out examples: ({name: (value, low, high)}, samples).
 
-    reference, reward: None leaves out what they measure; so do examples without responses. args: beta, dtype,
+    reference, reward: None leaves out what they measure; so do examples without responses. Without a
+    reference, as in SFT, loss is −log π per token of the data's chosen responses. args: beta, dtype,
     max_response_length, and the seed of the samples. KL is estimated from the samples, as log π(y) − log
     π_ref(y) summed over y's tokens, in nats per response; the reward decides on wins over the chosen
     responses."""
@@ -86,14 +87,15 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
         responses, finished = sample(policy, tokenizer, [example["prompt_ids"] for example in examples],
                                      args.max_response_length)
     prompts = [example["prompt"] for example in examples]
-    texts, columns = [response_text(tokenizer, ids) for ids, in responses], {}
+    texts = [response_text(tokenizer, ids, example["prompt_ids"])
+             for example, (ids,) in zip(examples, responses)]
+    columns = {}
     if reference is not None:
         names = "loss margin accuracy kl" if examples[0]["rejected"] else "kl"
         columns = {name: [] for name in names.split()}
         drawn = [{**example, "sample_ids": ids, "chosen_ids": example["chosen_ids"] or ids}    # for its size
                  for example, (ids,) in zip(examples, responses)]
-        for batch in tqdm(micro_batches(drawn, policy, 32), "scoring", leave=False,
-                          disable=None if len(drawn) > 256 else True):
+        for batch in progress(micro_batches(drawn, policy, 32), "scoring, batches"):
             own = [dict(row, chosen_ids=row["sample_ids"], rejected_ids=row["sample_ids"]) for row in batch]
             both = own + batch * ("loss" in columns)
             ratio = pair_logps(policy, both, args.dtype) - pair_logps(reference, both, args.dtype)
@@ -101,6 +103,12 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
             for name, values in dict(kl=ratio[0, :len(batch)], loss=-F.logsigmoid(margin), margin=margin,
                                      accuracy=prefers_chosen(margin)).items():
                 columns.get(name, []).extend(values.tolist())
+    elif examples[0]["chosen"]:
+        columns["loss"] = []
+        for batch in progress(micro_batches(examples, policy, 32), "scoring, batches"):
+            both = [dict(example, rejected_ids=example["chosen_ids"]) for example in batch]
+            for logp, example in zip(pair_logps(policy, both, args.dtype)[0].tolist(), batch):
+                columns["loss"].append(-logp / len(example["chosen_ids"]))
     if reward is not None:
         columns["reward"] = reward(prompts, texts)
         if "kl" in columns:                                 # what alignment maximises
@@ -113,7 +121,8 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
     for row, score in zip(samples, columns.get("reward", [])):
         row["reward"] = score
     if reward is not None and examples[0]["chosen"]:
-        opponents = [response_text(tokenizer, example["chosen_ids"]) for example in examples]
+        opponents = [response_text(tokenizer, example["chosen_ids"], example["prompt_ids"])
+                     for example in examples]
         lead = torch.tensor(columns["reward"]) - torch.tensor(reward(prompts, opponents))
         figures.update(win_figures(prefers_chosen(lead).tolist(), texts, opponents))
     return figures, samples
@@ -124,27 +133,39 @@ def evaluate_run(run, out, step, args):
     if not run.held_out or not (rank() == 0 or is_sharded(run.policy)):
         return
     run.policy.eval()
+    say(f"evaluating at step {step}: a response of up to {args.max_response_length} tokens to each of "
+        f"{len(run.held_out)} held-out prompts …")
     with gathered(run.policy):
         figures, samples = evaluate_policy(run.policy, run.reference, run.tokenizer, run.held_out,
                                            run.reward if rank() == 0 else None, args)
-    log_figures(out, step, figures)
+    log_figures(out, step, figures, len(run.held_out))
     for row in samples[:8]:
         write_line(out, "samples", {"step": step, **row})
 
 
 def load_everything(args, device):
-    """(policy, reference, tokenizer, reward, examples, held-out examples, counts), fit for each other."""
+    """(policy, reference, tokenizer, reward, examples, held-out examples, counts, lengths), fit for each
+    other. counts: what was dropped, cut and altered among the training pairs; lengths: as in `encode`."""
     train, held_out, report = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
     if any(train[0][side] is None for side in args.needs):
         raise InputError(f"{args.data}: {report['format']}, without the {' and '.join(args.needs)} responses "
                          f"that --variant {args.variant} learns from (pp and pr do without at --mix 1)")
-    reward = load_reward(args.reward, device, args.trust_remote_code) if args.reward else None
+    reward = load_reward(args.reward, device, args.trust_remote_code, args.date) if args.reward else None
+    train, unscorable = drop_unscorable(train, reward)
+    held_out = held_out[:args.eval_limit]
+    if held_out:
+        held_out, _ = drop_unscorable(held_out, reward)
     policy, reference, tokenizer = in_turns(lambda: load_models(args, device))
-    lengths = end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length
-    examples, counts = encode(train, tokenizer, *lengths)
-    held_out = encode(held_out[:args.eval_limit], tokenizer, *lengths)[0] if held_out else []
+    limits = (end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length,
+              policy.get_input_embeddings().weight.shape[0])
+    examples, counts, lengths = encode(train, tokenizer, *limits)
+    if held_out:
+        held_out, dropped, _ = encode(held_out, tokenizer, *limits)
+        if dropped["dropped"]:
+            say(f"held-out pairs: {counted(+dropped)}")
     counts["dropped"] += sum(report["dropped"].values())
-    return policy, reference, tokenizer, reward, examples, held_out, {**counts, **report["dropped"]}
+    counts.update(report["dropped"] + report["altered"] + unscorable)
+    return policy, reference, tokenizer, reward, examples, held_out, counts, lengths
 
 
 def count(pairs, variant):
@@ -201,7 +222,8 @@ def write_figures(results, path):
 # --- models of the command line -----------------------------------------------------------------------------
 
 DEFAULTS = dict(data="toy", eval_data=None, prefer="better", reward=None, reference=None, beta=0.1,
-                max_prompt_length=512, max_response_length=512, dtype="float32", trust_remote_code=False)
+                max_prompt_length=512, max_response_length=512, dtype="float32", date=None,
+                trust_remote_code=False)
 
 
 def find_run(path, options):
@@ -221,7 +243,8 @@ def find_run(path, options):
 
 
 def evaluate_models(options):
-    """Sample from the models of the command line, print a table of their figures and write these to --out."""
+    """Sample from the models of the command line, print a table of their figures, and write these into each
+    run's evaluated.json, or all into --out."""
     runs = [find_run(path, options) for path in options.models]
     if not runs:
         raise InputError("no run or model directory among the arguments")
@@ -234,23 +257,43 @@ def evaluate_models(options):
     held_out = train_and_held_out(args.data, args.eval_data, None, args.prefer)[1][:args.eval_limit]
     if not held_out:
         raise InputError(f"{args.data}: no pair is held out; name some with --eval-data")
-    reward = load_reward(args.reward, device, args.trust_remote_code) if args.reward else None
-    reference, reference_tokenizer = load_policy(reference_name, device, args.trust_remote_code)
-    print(f"{len(held_out)} held-out pairs of {args.eval_data or args.data}, reference {reference_name}, "
-          f"reward {args.reward}, which also decides on wins over the chosen responses; 95 % intervals over "
-          "prompts, as ± half or as [low, high]\n")
-    results = {}
+    reward = load_reward(args.reward, device, args.trust_remote_code, args.date) if args.reward else None
+    held_out, unscorable = drop_unscorable(held_out, reward)
+    options_of_models = device, args.trust_remote_code, lengths, args.date
+    reference, reference_tokenizer = load_policy(reference_name, *options_of_models)
+    results, samples = {}, {}
     for name, model, _ in runs:
-        policy, tokenizer = load_policy(model, device, args.trust_remote_code, lengths)
+        print(f"{name}: a response of up to {args.max_response_length} tokens to {len(held_out)} prompts …")
+        policy, tokenizer = load_policy(model, *options_of_models)
         if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
             raise InputError(f"{model} has another vocabulary than the reference {reference_name}")
-        examples, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths)
-        results[name], _ = evaluate_policy(policy, reference, tokenizer, examples, reward, args)
+        examples, counts, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths,
+                                     policy.get_input_embeddings().weight.shape[0])
+        results[name], samples[name] = evaluate_policy(policy, reference, tokenizer, examples, reward, args)
+    print(f"\n{len(examples)} held-out pairs of {args.eval_data or args.data} "
+          f"({counted(+counts + unscorable)}), "
+          f"reference {reference_name}, reward {args.reward}, which also decides on wins over the chosen "
+          f"responses; 95 % intervals over prompts, as ± half or as [low, high]{few(len(examples))}\n")
     print_table(results)
-    beside = Path(options.models[0] if Path(model).is_dir() else "runs/x").parent
-    out = options.out or beside / "evaluated.json"
-    write_figures(results, out)
-    print(f"\nfigures in {out}")
+    print_samples(samples, options.show)
+    files = {Path(options.out): results} if options.out else {}
+    for (name, model, _), path in zip(runs, options.models if not options.out else ()):
+        directory = Path(path) if Path(path, "model") == Path(model) else Path()
+        files.setdefault(directory / "evaluated.json", {})[name] = results[name]
+    for path, figures in files.items():
+        write_figures(figures, path)
+    print(f"\nfigures in {', '.join(map(str, files))}")
+
+
+def print_samples(samples, number):
+    """The answers of all models, {model: samples}, to the first `number` prompts, one prompt after the other.
+    """
+    for rows in list(zip(*samples.values()))[:number]:
+        prompt = rows[0]["prompt"]
+        print(f"\n>>> {prompt if isinstance(prompt, str) else prompt[-1]['content']}")
+        for name, row in zip(samples, rows):
+            reward = f" (reward {row['reward']:.3f})" if "reward" in row else ""
+            print(f"--- {name}{reward}\n{row['response']}")
 
 
 # --- finished runs side by side: a table and a picture ------------------------------------------------------
@@ -265,6 +308,12 @@ def read_runs(paths):
     if not runs:
         raise InputError("--compare: no finished run with held-out figures among the arguments")
     return runs
+
+
+def last_samples(path):
+    """The rows of a run's samples.jsonl of its last evaluation."""
+    rows = read_rows(path / "samples.jsonl")
+    return [row for row in rows if row["step"] == rows[-1]["step"]]
 
 
 def figure_of(name, rows):
@@ -308,15 +357,17 @@ def best_possible(options):
     if args is None:
         raise InputError("--frontier: no run has a reference and a reward")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    reference, tokenizer = load_policy(args.reference, device, args.trust_remote_code)
-    reward = load_reward(args.reward, device, args.trust_remote_code)
+    reference, tokenizer = load_policy(args.reference, device, args.trust_remote_code,
+                                       (args.max_prompt_length, args.max_response_length), args.date)
+    reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
     held_out = train_and_held_out(args.data, args.eval_data, None, args.prefer)[1][:args.eval_limit]
     lengths = end_token_ids(tokenizer, reference), args.max_prompt_length, args.max_response_length
     examples = {str(each["prompt"]): each for each in encode(held_out, tokenizer, *lengths)[0]}.values()
     torch.manual_seed(seeded("frontier", args.seed))
     drawn, _ = sample(reference, tokenizer, [each["prompt_ids"] for each in examples],
                       args.max_response_length, options.frontier, batch_size=1)
-    scores = [reward([each["prompt"]] * len(group), [response_text(tokenizer, ids) for ids in group])
+    scores = [reward([each["prompt"]] * len(group),
+                     [response_text(tokenizer, ids, each["prompt_ids"]) for ids in group])
               for each, group in zip(examples, drawn)]
     rows = frontier(scores, [args.beta * 1.15 ** power for power in range(-12, 40)])
     if best := [row for row in rows if row["temperature"] == args.beta]:
@@ -324,8 +375,9 @@ def best_possible(options):
     raise InputError(f"--frontier {options.frontier}: too few samples at β {args.beta:g}; give more")
 
 
-def compare(paths, out=None, best=None, curve=()):
-    """Print runs as a markdown table; write figures to `out` and a picture beside it. See `best_possible`."""
+def compare(paths, out=None, show=0, best=None, curve=()):
+    """Print runs as a markdown table, and their last answers to the first `show` held-out prompts; write
+    figures to `out` and a picture beside it. best, curve: see `best_possible`."""
     found, variants, results = read_runs(paths), defaultdict(list), {}
     out = Path(out or next(iter(found)).parent / "results.json")
     for path in found:                                     # names that differ in -sN alone are seeds
@@ -340,6 +392,7 @@ def compare(paths, out=None, best=None, curve=()):
             results[name]["gap"] = best["best"] - value, best["best"] - high, best["best"] - low
     seeds = {name: len(runs) for name, runs in groups.items()}
     print_table(results, seeds if len(found) > len(groups) else None)
+    print_samples({str(path): last_samples(path) for path in found} if show else {}, show)
     write_figures(results, out)
     plot(groups, results, curve, out.with_suffix(".png"))
     print("\n95 % intervals, as ± half or as [low, high]: over seeds (t) where there are several, else over "
@@ -393,9 +446,10 @@ def main():
     add = parser.add_argument
     add("models", nargs="*", metavar="RUN", help="a run's or a checkpoint's directory, or a hub name")
     add("--compare", action="store_true", help="only read what finished runs have measured, and draw it")
-    add("--out", help="the figures as JSON (beside the RUNs: evaluated.json; --compare: results.json, .png)")
+    add("--out", help="the figures as JSON (RUN/evaluated.json; --compare: results.json, .png beside RUN)")
+    add("--show", type=number(int, 0), default=0, metavar="N", help="all answers to the first N prompts (0)")
     parser.shared("--data", "--eval-data", "--prefer", "--max-prompt-length", "--max-response-length",
-                  "--seed", "--trust-remote-code")
+                  "--date", "--seed", "--trust-remote-code")
     parser.set_defaults(data=None, prefer=None, trust_remote_code=None)              # then the run's
     add("--frontier", type=number(int, 100), metavar="N",
         help="with --compare: the best possible, from N samples of the reference to each held-out prompt")
@@ -407,7 +461,7 @@ def main():
     args = parser.parse_args()
     args.models = [path for path in args.models if not Path(path).is_file()]     # runs/toy/* has results.json
     if args.compare:
-        compare(args.models, args.out, *best_possible(args) if args.frontier else ())
+        compare(args.models, args.out, args.show, *best_possible(args) if args.frontier else ())
     else:
         evaluate_models(args)
 

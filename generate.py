@@ -11,38 +11,53 @@ Shapes: B rows, T tokens of prompt and response with padding, P of the prompt, V
 import copy
 import inspect
 import math
+from collections import Counter
 from pathlib import Path
 
-from data import (BadRow, InputError, Parser, collate, command_line, end_token_ids, first_line,  # isort: skip
-                  load_tokenizer, number, prompt_tokens, render, seeded, write_rows)
+from data import (BadRow, InputError, Parser, collate, command_line, counted, end_token_ids, first_line,  # isort: skip
+                  fitting_prompt, load_tokenizer, number, response_text, seeded, write_rows)
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-from distributed import gathered, shard
+from distributed import gathered, progress, shard
 from toy import SFT_MODEL, pairs_of, toy_model
 
 # --- load and adapt -----------------------------------------------------------------------------------------
 
 
-def load_policy(name, device="cpu", trust_remote_code=False, lengths=(0, 0)):
+def load_policy(name, device="cpu", trust_remote_code=False, lengths=(0, 0), date=None):
     """(model, tokenizer): a causal language model in float32 without dropout, of a directory (without the
     network) or hub name; `toy` is the toy's SFT model. Ids that the tokenizer cannot produce get no
-    probability, in sampling and scoring alike. Raises InputError where there is nothing to load, or too few
-    positions for `lengths`."""
+    probability, in sampling and scoring alike. date: as in `load_tokenizer`. Raises InputError where there is
+    nothing to load, or too few positions for `lengths`."""
     from transformers import AutoModelForCausalLM
     name = str(SFT_MODEL) if name == "toy" else name
     if name == str(SFT_MODEL) and not SFT_MODEL.is_dir():
         raise InputError(f"toy: no SFT model in {name} yet; `python sail.py --variant sft` trains it")
-    tokenizer = load_tokenizer(name, trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code, date=date)
     model = load_weights(AutoModelForCausalLM, name, trust_remote_code, dtype=torch.float32).float()
     prepare(model, tokenizer, name)
-    positions = getattr(model.config, "max_position_embeddings", None) or math.inf
+    positions = positions_of(model)
     if sum(lengths) > positions:
         raise InputError(f"{name} takes {positions} tokens, --max-prompt-length {lengths[0]} and "
                          f"--max-response-length {lengths[1]} make more; lower them")
     return model.to(device), tokenizer
+
+
+def positions_of(model):
+    """How many tokens a model can sample and score alike. From a certain length on, rotary encodings of the
+    kinds longrope and dynamic turn all positions of a sequence by other angles; keys that are in the cache by
+    then keep the old ones, so that such a length is as good as none."""
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None) or math.inf
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [each for each in rope.values() if isinstance(each, dict)] or [rope]      # for each kind of layer
+    for kind in kinds:
+        rope_type = kind.get("rope_type") or "default"
+        if rope_type == "longrope" or "dynamic" in rope_type:
+            positions = min(positions, kind.get("original_max_position_embeddings") or positions)
+    return positions
 
 
 def load_weights(auto_class, name, trust_remote_code=False, may_lack=frozenset(), **options):
@@ -53,8 +68,6 @@ def load_weights(auto_class, name, trust_remote_code=False, may_lack=frozenset()
     logging.set_verbosity_error()                   # its report of missing weights is told below, in one line
     logging.disable_progress_bar()
     kind = auto_class.__name__.removeprefix("AutoModelFor")
-    if Path(name, "adapter_config.json").is_file():
-        raise InputError(f"{name} is an adapter; merge it into its base first, as OUT/model of sail.py is")
     try:
         model, loading = auto_class.from_pretrained(
             name, trust_remote_code=trust_remote_code, local_files_only=Path(name).is_dir(),
@@ -79,8 +92,9 @@ def prepare(model, tokenizer, name="model"):
                 setattr(module, attribute, 0.0)
     known, head = max(tokenizer.get_vocab().values()) + 1, model.get_output_embeddings()
     rows = head.weight.shape[0]
-    if rows < known:
-        raise InputError(f"{name}: the tokenizer has {known} ids, the model only {rows}; wrong tokenizer?")
+    if max(end_token_ids(tokenizer, model)) >= rows:     # other ids without a row may well occur in no text
+        raise InputError(f"{name}: the tokenizer has {known} ids, the model only {rows}, and an end token is "
+                         "among the others; wrong tokenizer?")
     try:
         allow_packing(model)                             # before ids are masked: it compares logits
         if rows > known:
@@ -111,15 +125,15 @@ def load_models(args, device):
     """(policy, reference, tokenizer) as the flags of sail.py want them: adapted, sharded, on the device. The
     reference is None for sft, and the policy without its adapter where it has one."""
     place = "cpu" if args.shard else device                            # FSDP moves what it keeps
-    lengths = args.max_prompt_length, args.max_response_length
+    options = args.trust_remote_code, (args.max_prompt_length, args.max_response_length), args.date
     if args.model == "toy":                                            # sft, which starts from nothing
         policy, tokenizer = toy_model(args.seed)
         prepare(policy, tokenizer).to(place)
     else:
-        policy, tokenizer = load_policy(args.model, place, args.trust_remote_code, lengths)
+        policy, tokenizer = load_policy(args.model, place, *options)
     reference = None
     if args.reference not in (None, args.model):
-        reference, other = load_policy(args.reference, place, args.trust_remote_code, lengths)
+        reference, other = load_policy(args.reference, place, *options)
         if other.get_vocab() != tokenizer.get_vocab():
             raise InputError(f"--reference {args.reference} has another vocabulary than --model {args.model}")
     elif args.reference:
@@ -327,8 +341,7 @@ def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, t
     end_ids = torch.tensor(sorted(end_token_ids(tokenizer, model)), device=model.device)
     by_length = sorted(range(len(prompt_ids)), key=lambda place: len(prompt_ids[place]))
     responses = [None] * len(prompt_ids)
-    for start in tqdm(range(0, len(prompt_ids), batch_size), "generating", leave=False,
-                      disable=None if len(prompt_ids) > batch_size else True):
+    for start in range(0, len(prompt_ids), batch_size):
         batch = by_length[start:start + batch_size]
         rows = draw(model, [prompt_ids[place] for place in batch], end_ids, max_response_length,
                     num_responses, temperature)
@@ -361,7 +374,8 @@ def draw(model, prompt_ids, end_ids, max_response_length, num_responses, tempera
                                for each in (logits, mask, positions[:, -1:]))
     responses = [[] for _ in range(len(mask))]
     going = list(responses)                                            # those without an end token yet
-    while True:
+    what = f"responses to {len(prompt_ids)} prompts, tokens"
+    for length in progress(range(1, max_response_length + 1), what):
         cumulative = (logits / max(temperature, 1e-30)).softmax(-1).cumsum(-1, dtype=torch.float64)
         tokens = torch.searchsorted(cumulative, cumulative[:, -1:] * torch.rand(
             len(going), 1, dtype=torch.float64, device=mask.device), right=True)                    # (B, 1)
@@ -370,14 +384,15 @@ def draw(model, prompt_ids, end_ids, max_response_length, num_responses, tempera
         for response, token in zip(going, tokens[:, 0].tolist()):
             response.append(token)
         going_on = (~torch.isin(tokens[:, 0], end_ids)).nonzero()[:, 0]
-        if not len(going_on) or len(going[0]) == max_response_length:
-            return responses
+        if not len(going_on) or length == max_response_length:
+            break
         if len(going_on) < len(going):
             cache.batch_select_indices(going_on)
             tokens, mask, positions = tokens[going_on], mask[going_on], positions[going_on]
             going = [going[row] for row in going_on.tolist()]
         mask, positions = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), positions + 1
         logits = next_logits(tokens, positions)
+    return responses
 
 
 def roll_out(policy, tokenizer, pairs, args):
@@ -396,17 +411,28 @@ def roll_out(policy, tokenizer, pairs, args):
             responses, finished = next(samples)
             pair = {**pair, "unfinished": len(sides) - sum(finished)}
             for side, ids in zip(sides, responses):
-                pair.update({f"{side}_ids": ids, side: response_text(tokenizer, ids)})
+                text = response_text(tokenizer, ids, pair["prompt_ids"])
+                pair.update({f"{side}_ids": ids, side: text})
         rolled_out.append(pair)
     return rolled_out
 
 
-def response_text(tokenizer, ids):
-    """A response as a reward sees it: decoded, without special tokens and outer white space."""
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
 # --- the command line ---------------------------------------------------------------------------------------
+
+def askable(prompts, tokenizer, limit):
+    """(the prompts that a chat template takes and that fit into `limit` tokens, counts of others by reason).
+    Raises InputError where none is left."""
+    kept, dropped = [], Counter()
+    for prompt in prompts:
+        try:
+            fitting_prompt(prompt, tokenizer, limit)
+            kept.append(prompt)
+        except BadRow as reason:
+            dropped[str(reason)] += 1
+    if not kept:
+        raise InputError(f"none of {len(prompts)} prompts can be asked: {counted(dropped)}")
+    return kept, dropped
+
 
 def answer(model, tokenizer, prompts, temperature, args):
     """A response to each prompt: [(text, length in tokens, whether it finished)]. Raises InputError for a
@@ -414,13 +440,13 @@ def answer(model, tokenizer, prompts, temperature, args):
     prompt_ids = []
     for nth, prompt in enumerate(prompts, 1):
         try:
-            head = render(prompt, "answer", tokenizer)[0]
-            prompt_ids.append(prompt_tokens(head, tokenizer, args.max_prompt_length)[0])
+            prompt_ids.append(fitting_prompt(prompt, tokenizer, args.max_prompt_length)[2])
         except BadRow as reason:
             raise InputError(f"prompt {nth}: {reason}") from None
     responses, finished = sample(model, tokenizer, prompt_ids, args.max_response_length, 1, temperature,
                                  args.batch_size)
-    return [(response_text(tokenizer, ids), len(ids), done) for (ids,), (done,) in zip(responses, finished)]
+    return [(response_text(tokenizer, ids, prompt), len(ids), done)
+            for prompt, (ids,), (done,) in zip(prompt_ids, responses, finished)]
 
 
 def main():
@@ -431,13 +457,17 @@ def main():
     add("--out", default="responses.jsonl", help="JSON lines (responses.jsonl)")
     add("--temperature", type=number(float, 0), default=1.0, help="0: the likeliest token each time (1)")
     add("--batch-size", type=number(int, 1), default=64, help="prompts generated together (64)")
-    parser.shared("--data", "--limit", "--max-prompt-length", "--max-response-length", "--seed",
+    parser.shared("--data", "--limit", "--max-prompt-length", "--max-response-length", "--date", "--seed",
                   "--trust-remote-code")
     parser.set_defaults(data="toy:test", max_prompt_length=512, max_response_length=128)
     args = parser.parse_args()
-    prompts = [pair["prompt"] for pair in pairs_of(args.data, args.limit)[0]]
+    pairs, report = pairs_of(args.data, args.limit)
     model, tokenizer = load_policy(args.model, "cuda" if torch.cuda.is_available() else "cpu",
-                                   args.trust_remote_code, (args.max_prompt_length, args.max_response_length))
+                                   args.trust_remote_code, (args.max_prompt_length, args.max_response_length),
+                                   args.date)
+    prompts, unasked = askable([pair["prompt"] for pair in pairs], tokenizer, args.max_prompt_length)
+    if unasked or report["dropped"]:
+        print(f"dropped: {counted(unasked + report['dropped'])}")
     torch.manual_seed(seeded("answers", args.seed))
     answers = answer(model, tokenizer, prompts, args.temperature, args)
     write_rows(args.out, [dict(prompt=prompt, response=text, tokens=tokens, finished=done)

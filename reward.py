@@ -10,24 +10,28 @@ import math
 import random
 import sys
 import traceback
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
-from data import InputError, Parser, command_line, load_tokenizer, read_rows, render, seeded, write_rows
-from generate import load_policy, load_weights, response_text, sample
+from data import (BadRow, InputError, Parser, apply_template, command_line, counted, load_tokenizer,
+                  read_rows, render, response_text, seeded, write_rows)
+from distributed import progress
+from generate import load_policy, load_weights, sample
 from toy import TOY_DEFAULTS, toy_pair, toy_prompts, toy_reward
 
 # --- rewards ------------------------------------------------------------------------------------------------
 
 
-def load_reward(name, device="cpu", trust_remote_code=False):
+def load_reward(name, device="cpu", trust_remote_code=False, date=None):
     """reward(prompts, responses) -> list of floats, of the reward called `name` (see the top of this file).
     Raises InputError where there is nothing to load; a call does where the scores are not one finite number
-    per response, and, below the traceback, where it fails."""
+    per response, and, below the traceback, where it fails. reward.ids_of is a classifier's `ids_of` (see
+    `load_classifier`), None for a function. date: as in `load_tokenizer`."""
+    ids_of = None
     if name == "toy":
         score = toy_reward
     elif ".py:" in name:
@@ -35,11 +39,11 @@ def load_reward(name, device="cpu", trust_remote_code=False):
     elif name.endswith(".py"):
         raise InputError(f"reward {name}: which of its functions? want {name}:FUNCTION")
     else:
-        model, _, ids_of = load_classifier(name, trust_remote_code)
+        model, _, ids_of = load_classifier(name, trust_remote_code, date=date)
         model.to(device)
 
         def score(prompts, responses):
-            return classifier_scores(model, list(map(ids_of, prompts, responses)))
+            return classifier_scores(model, [ids for ids, _ in map(ids_of, prompts, responses)])
 
     def reward(prompts, responses):
         with users_code(f"reward {name}: failed, as shown above"):
@@ -49,7 +53,28 @@ def load_reward(name, device="cpu", trust_remote_code=False):
                              f"{str(scores)[:60]}…; want a finite one each")
         return scores
 
+    reward.ids_of = ids_of
     return reward
+
+
+def drop_unscorable(pairs, reward):
+    """(the pairs that a reward can score, counts by reason): without those whose prompt a classifier's chat
+    template refuses. The counts also have the data's dialogues that lose their start to its length limit."""
+    if reward is None or reward.ids_of is None:
+        return pairs, Counter()
+    kept, counts = [], Counter()
+    for pair in pairs:
+        try:
+            cuts = [reward.ids_of(pair["prompt"], response)[1]
+                    for response in (pair["chosen"] or "answer", pair["rejected"] or "answer")]
+        except BadRow as reason:
+            counts[f"for the reward model {reason}"] += 1
+            continue
+        counts["dialogues_cut_for_the_reward_model"] += any(cuts)
+        kept.append(pair)
+    if not kept:
+        raise InputError(f"the reward model can score none of {len(pairs)} pairs: {counted(+counts)}")
+    return kept, +counts
 
 
 @contextmanager
@@ -59,6 +84,8 @@ def users_code(problem):
         yield
     except InputError:
         raise
+    except BadRow as reason:
+        raise InputError(f"{problem.partition(':')[0]}: a dialogue is {reason}") from None
     except (Exception, SystemExit):
         traceback.print_exc()
         raise InputError(problem) from None
@@ -79,21 +106,19 @@ def load_function(name):
     return getattr(module, function)
 
 
-def load_classifier(name, trust_remote_code=False, max_length=None, **trainee):
-    """(model, tokenizer, ids_of) of a sequence classifier with one logit, in eval mode. ids_of(prompt,
-    response) -> the ids that it reads, in scoring and in training: its own tokenizer and chat template render
-    the dialogue, which loses tokens on the left where it is too long; InputError where the template refuses
-    it. trainee: num_labels and dtype of a classifier to be trained, which may be a causal language model: its
-    score head is then drawn."""
-    from jinja2 import TemplateError
+def load_classifier(name, trust_remote_code=False, max_length=None, date=None, **trainee):
+    """(model, tokenizer, ids_of) of a sequence classifier with one logit, in float32 and eval mode.
+    ids_of(prompt, response) -> (the ids that it reads, in scoring and in training, whether they were cut):
+    its own tokenizer and chat template render the dialogue, which loses tokens on the left where it is too
+    long; BadRow where the template refuses it. trainee: num_labels of a classifier to be trained, which may
+    be a causal language model: its score head is then drawn."""
     from transformers import AutoModelForSequenceClassification
-    tokenizer = load_tokenizer(name, trust_remote_code, ends=False)
+    tokenizer = load_tokenizer(name, trust_remote_code, ends=False, date=date)
     model = load_weights(AutoModelForSequenceClassification, name, trust_remote_code,
-                         {"score.weight"} if trainee else frozenset(), **trainee).eval()
-    known, rows = max(tokenizer.get_vocab().values()) + 1, model.get_input_embeddings().weight.shape[0]
-    if model.config.num_labels != 1 or rows < known:
-        raise InputError(f"{name}: has {model.config.num_labels} logits per response and {rows} ids, its "
-                         f"tokenizer {known} ids; want a model with one logit, and its own tokenizer")
+                         {"score.weight"} if trainee else frozenset(), dtype=torch.float32, **trainee).eval()
+    if model.config.num_labels != 1:
+        raise InputError(f"{name}: has {model.config.num_labels} logits per response; want a model with one")
+    rows = model.get_input_embeddings().weight.shape[0]
     tokenizer.truncation_side = "left"
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length or math.inf)      # saved with it
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**9))
@@ -101,13 +126,18 @@ def load_classifier(name, trust_remote_code=False, max_length=None, **trainee):
     def ids_of(prompt, response):
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         answered = messages + [{"role": "assistant", "content": response.strip()}]    # stripped, as samples
-        try:
-            text = (tokenizer.apply_chat_template(answered, tokenize=False) if tokenizer.chat_template else
-                    "".join(render(messages, response)))
-        except TemplateError as error:
-            raise InputError(f"reward {name}: its chat template refuses a dialogue ({error})") from None
-        return tokenizer(text, add_special_tokens=not tokenizer.chat_template, truncation=True,
-                         max_length=limit)["input_ids"]
+        if tokenizer.chat_template:
+            text = apply_template(tokenizer, answered)
+        else:
+            text = "".join(render(messages, response))
+        encoded = tokenizer(text, add_special_tokens=not tokenizer.chat_template, truncation=True,
+                            max_length=limit, return_overflowing_tokens=tokenizer.is_fast)
+        ids = encoded["input_ids"]
+        ids, cut = (ids[0], len(ids) > 1) if tokenizer.is_fast else (ids, len(ids) == limit)
+        if max(ids) >= rows:
+            raise InputError(f"{name}: a dialogue has the id {max(ids)}, and the model only {rows} ids; want "
+                             "its own tokenizer")
+        return ids, cut
 
     return model, tokenizer, ids_of
 
@@ -130,8 +160,7 @@ def classifier_logits(model, rows):
 def classifier_scores(model, rows, batch_size=32):
     """`classifier_logits` of any number of rows, as a list of floats; like lengths go together."""
     order, scores = sorted(range(len(rows)), key=lambda row: len(rows[row])), [0.0] * len(rows)
-    for first in tqdm(range(0, len(rows), batch_size), "scoring", leave=False,
-                      disable=None if len(rows) > 4 * batch_size else True):
+    for first in progress(range(0, len(rows), batch_size), "scoring, batches"):
         batch = order[first:first + batch_size]
         for row, value in zip(batch, classifier_logits(model, [rows[row] for row in batch]).tolist()):
             scores[row] = value
@@ -211,13 +240,14 @@ def main():
     add("--reward", default="toy", help="FILE.py:FUNCTION, a one-logit classifier, or toy (toy)")
     add("--responses", default="responses.jsonl", help="lines with prompt and response (responses.jsonl)")
     add("--out", default="scored.jsonl", help="the same lines with their reward (scored.jsonl)")
-    parser.shared("--trust-remote-code")
+    parser.shared("--date", "--trust-remote-code")
     args = parser.parse_args()
     rows = read_rows(args.responses)
     if not rows or not all(isinstance(row.get("prompt"), (str, list)) and isinstance(row.get("response"), str)
                            for row in rows):
         raise InputError(f"{args.responses}: want lines with prompt and response, as generate.py writes them")
-    reward = load_reward(args.reward, "cuda" if torch.cuda.is_available() else "cpu", args.trust_remote_code)
+    reward = load_reward(args.reward, "cuda" if torch.cuda.is_available() else "cpu", args.trust_remote_code,
+                         args.date)
     scores = reward([row["prompt"] for row in rows], [row["response"] for row in rows])
     write_rows(args.out, [{**row, "reward": value} for row, value in zip(rows, scores)])
     print(f"{len(rows)} responses scored in {args.out}: mean {sum(scores) / len(scores):.3f}, "

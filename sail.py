@@ -35,20 +35,22 @@ What differs from the paper's text, on purpose:
 import math
 import time
 from collections import Counter
+from datetime import date
 from fractions import Fraction
 from functools import lru_cache, partial
 from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
-from data import SIDES, InputError, Parser, collate, command_line, counted, number, seeded     # isort: skip
+from data import (SIDES, InputError, Parser, collate, command_line, counted, length_table, number,  # isort: skip
+                  read_json, seeded)
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from distributed import (begin, data_parallel, fingerprint, joined, log, make_optimizer, rank,
-                         run_directory, save_checkpoint, save_model, say, share, stop_signals, summed,
+from distributed import (begin, fingerprint, joined, log, make_optimizer, rank, run_directory,
+                         save_checkpoint, save_model, say, share, stop_signals, sum_gradients, summed,
                          together, update, weighted)
 from evaluate import count, evaluate_run, load_everything, record_of
 from generate import load_policy, micro_batches, pair_logps, roll_out, sequence_logps
@@ -203,12 +205,12 @@ def sft_losses(policy, pairs, args):
 def accumulate_gradients(model, losses_of, micros, scale):
     """Back-propagate scale·Σ weight·losses of micro-batches [(pairs, weight)]; returns the metrics' sums."""
     totals = Counter()
-    for nth, (pairs, weight) in enumerate(micros, 1):
-        model.require_backward_grad_sync = nth == len(micros)          # DDP: once, with the last
+    for pairs, weight in micros:
         losses, metrics = losses_of(pairs)
         (scale * weight * losses.sum()).backward()
         for name, value in metrics.items():
             totals[name] += value.item() * len(pairs) * (weight > 0)
+    sum_gradients(model)
     return totals
 
 
@@ -226,12 +228,12 @@ def training_step(run, pairs, args):
     labelled = time.perf_counter()
     # 3. log-probabilities, loss, gradient of the mean over the pairs (of SFT's loss, over their tokens)
     run.policy.train(args.gradient_checkpointing)                      # works in train mode only; no dropout
-    losses_of = partial(sft_losses, run.model, args=args) if args.variant == "sft" else partial(
-        preference_losses, run.model, run.reference, args=args, baseline=run.progress["baseline"])
+    losses_of = partial(sft_losses, run.policy, args=args) if args.variant == "sft" else partial(
+        preference_losses, run.policy, run.reference, args=args, baseline=run.progress["baseline"])
     totals = summed(count(drawn, args.variant), run.device)
     over = totals["chosen_tokens" if args.variant == "sft" else "pairs"]
     micros = weighted(micro_batches(drawn, run.policy, args.micro_batch_size), run.policy)
-    totals.update(summed(accumulate_gradients(run.model, losses_of, micros, 1 / over), run.device))
+    totals.update(summed(accumulate_gradients(run.policy, losses_of, micros, 1 / over), run.device))
     # 4. step, unless the loss or the gradient is not finite; move the baseline on
     grad_norm, learning_rate, finite = update(run.policy, run.optimizer, run.scheduler, args.max_grad_norm,
                                               totals["loss"])
@@ -288,12 +290,13 @@ def draw_pairs(examples, step, steps, total, args):
 def train(args, device):
     """The whole run: load, loop, save. InputError: bad input, a failing reward, ten steps not finite."""
     run, out = SimpleNamespace(device=device), Path(args.out)
+    args.date = args.date or date_of(out, args.resume)
     (run.policy, run.reference, run.tokenizer, run.reward, run.examples, run.held_out,
-     run.counts) = load_everything(args, device)
+     run.counts, lengths) = load_everything(args, device)
     total, steps = plan(len(run.examples), args)
     share(range(total // max(steps, 1)))                               # complains where it is too little
     args.data_sha256 = fingerprint([*run.examples, *run.held_out])
-    run.model, parameters = data_parallel(run.policy), list(run.policy.parameters())
+    parameters = list(run.policy.parameters())
     run.optimizer, run.scheduler = make_optimizer(parameters, steps, args.learning_rate, args.optimizer,
                                                   args.schedule, args.warmup_steps)
     f_zero = utility(torch.zeros(()), args.beta, args.loss_type, args.target_margin).item()
@@ -301,10 +304,13 @@ def train(args, device):
                  baseline=f_zero if args.baseline == "running" else 0.0)
     run.lock, run.progress = together(lambda: begin(out, args, fresh, run.policy, run.optimizer,
                                                     run.scheduler))
+    limits = dict(prompt=args.max_prompt_length, chosen=args.max_response_length,
+                  rejected=args.max_response_length)
     own, size = int(total * Fraction(str(args.mix))), sum(p.numel() for p in parameters)
     say(f"{args.model} on {device}: {sum(p.numel() for p in parameters if p.requires_grad):,} of {size:,} "
         f"parameters are trained\n{args.data}: {len(run.examples)} pairs to train on, {len(run.held_out)} to "
-        f"evaluate on; {counted(run.counts)}\n{args.variant}: {total - own} offline pairs + {own} on the "
+        f"evaluate on; {counted(+run.counts)}\n{length_table(lengths, 'tokens', limits)}\n"
+        f"{args.variant}: {total - own} offline pairs + {own} on the "
         f"variant's route = {total} pairs, {steps} steps of {math.ceil(total / steps)} -> {out}")
     run.stopped = stop_signals()
     try:
@@ -322,11 +328,32 @@ def train(args, device):
     say(f"saved {out}/model; `python evaluate.py {out}{code}` samples from it and sets it beside other runs")
 
 
+def date_of(out, resume):
+    """The date that a run's chat template is told: today, or that on which it began."""
+    if resume and (out / "args.json").is_file():
+        return read_json(out / "args.json").get("date")
+    return date.today().isoformat()
+
+
+def say_how_long(seconds, evaluation, steps, args, device):
+    """After the first step, how long the run will take, and, where that is long, what makes it shorter."""
+    evaluations = 1 + (steps // args.eval_every if args.eval_every else 0)
+    total = seconds * steps + evaluation * evaluations
+    say(f"the first step took {seconds:.1f} s, an evaluation {evaluation:.1f} s: all {steps} steps and "
+        f"{evaluations} evaluations about {total / 60:.0f} min")
+    if seconds > 60 or device.type == "cpu" and total > 1200:
+        say(f"for a shorter run: --batch-size ({args.batch_size}), --max-response-length "
+            f"({args.max_response_length}), --max-prompt-length ({args.max_prompt_length}), --steps, "
+            f"--eval-limit ({args.eval_limit}), --eval-every ({args.eval_every}), --lora")
+
+
 def loop(run, out, args):
     """The steps that are left, with logs, evaluations and checkpoints; ends early on SIGTERM or SIGINT."""
     progress, steps = run.progress, run.progress["steps"]
+    started, first = time.perf_counter(), progress["step"] + 1
     if progress["step"] == 0 and args.eval_every:
         together(lambda: evaluate_run(run, out, 0, args))
+    evaluated = time.perf_counter() - started
     for step in tqdm(range(progress["step"] + 1, steps + 1), args.variant, steps, initial=progress["step"],
                      disable=None if rank() == 0 else True):
         torch.manual_seed(seeded("samples", args.seed, step, rank()))
@@ -336,6 +363,8 @@ def loop(run, out, args):
                         in_a_row=0 if finite else progress["in_a_row"] + 1)
         figures.update(skipped=progress["skipped"], **run.counts)
         log(out, record_of(step, totals, args, **figures), steps)
+        if step == first:
+            say_how_long(figures["seconds"], evaluated, steps - first + 1, args, run.device)
         if progress["in_a_row"] >= 10:
             raise InputError(f"steps {step - 9} to {step}: loss or gradient not finite; lower the rate")
         if step == steps or args.eval_every and step % args.eval_every == 0:
@@ -377,7 +406,7 @@ def parse_args(argv=None):
     add("--lora", type=whole, metavar="RANK", help="train a LoRA adapter of this rank (needs peft)")
     add("--reward", help="FILE.py:FUNCTION, a one-logit classifier, or toy")
     parser.shared("--data", "--eval-data", "--prefer", "--limit", "--max-prompt-length",
-                  "--max-response-length", "--seed", "--trust-remote-code", add=add)
+                  "--max-response-length", "--date", "--seed", "--trust-remote-code", add=add)
     add = parser.add_argument_group("optimisation").add_argument
     add("--epochs", type=positive, help="times each pair of the data is seen (1; toy sft 4)")
     add("--steps", type=whole, help="optimizer steps, instead of --epochs")

@@ -92,7 +92,8 @@ def pairs_of(source, limit=None, prefer="better"):
         first, second = toy_response(rng, noun), toy_response(rng, noun)
         if first != second:
             pairs.append(toy_pair(rng, prompt, first, second))
-    return pairs, {"format": "the embedded toy world", "rows": len(pairs), "dropped": Counter()}
+    return pairs, {"format": "the embedded toy world", "rows": len(pairs), "dropped": Counter(),
+                   "altered": Counter(), "unread": []}
 
 
 def train_and_held_out(data, eval_data=None, limit=None, prefer="better"):

@@ -38,7 +38,7 @@ def batch_gradient(n, variant, micro_batch_size, label="expected"):
     """The gradient that sail.py's loop would step with, flattened, and the batch's summed metrics."""
     args = parse_args(["--variant", variant, "--label", label])
     policy, reference = tiny_model(seed=1), tiny_model(seed=2)
-    model = distributed.data_parallel(policy)
+    model = policy
     losses_of = partial(preference_losses, model, reference, args=args, baseline=-0.6)
     micros = generate.micro_batches(distributed.share(pairs_of(n, variant)), policy, micro_batch_size)
     totals = accumulate_gradients(model, losses_of, distributed.weighted(micros, policy), 1 / n)

@@ -87,14 +87,18 @@ def test_the_second_turn_is_asked_after_the_models_own_answer_to_the_first(templ
     assert [prompt for prompt, *_ in calls] == [first, first + second]
 
 
-@pytest.mark.parametrize("template", [None, TEMPLATE])
-@pytest.mark.parametrize("limit", [200, 6])
+@pytest.mark.parametrize("template, limit", [(None, 200), (None, 6), (TEMPLATE, 200)])
 def test_a_single_question_has_the_prompt_ids_that_training_has(template, limit, calls):
     tokenizer = byte_tokenizer(template, bos=True)
     answers([["a long question"]], tokenizer, "AlpacaEval", limit)
     pair = {"prompt": "a long question", "chosen": "good", "rejected": "bad"}
-    (example,), _ = encode([pair], tokenizer, end_token_ids(tokenizer), limit, 50)
+    (example,), *_ = encode([pair], tokenizer, end_token_ids(tokenizer), limit, 50)
     assert [ids for _, ids, _ in calls] == [example["prompt_ids"]] and len(example["prompt_ids"]) <= limit
+
+
+def test_a_question_that_does_not_fit_is_named(calls):
+    with pytest.raises(InputError, match="prompt 1: prompt longer than --max-prompt-length"):
+        answers([["a long question"]], byte_tokenizer(TEMPLATE), "AlpacaEval", 6)
 
 
 def test_each_category_is_answered_at_fastchats_temperature(checkpoint, tmp_path, monkeypatch, calls):
@@ -145,8 +149,10 @@ def test_bad_questions_are_named_in_one_line(name, tmp_path, monkeypatch, capsys
 
 @pytest.mark.parametrize("template, message", [
     ("{{ raise_exception('not this') }}", "refused by the chat template: not this"),
-    ("{{ '' }}", "prompt without tokens")])
+    ("{{ '' }}", "the chat template leaves the answer out"),
+    ("{% if messages[1:] %}{{ messages[-1].content }}{% endif %}", "prompt without tokens")])
 def test_a_question_that_cannot_be_asked_is_named(template, message, calls):
-    tokenizer = byte_tokenizer("{% if messages[0].content == 'Q' %}" + template + "{% else %}ok{% endif %}")
+    tokenizer = byte_tokenizer("{% if messages[0].content == 'Q' %}" + template + "{% else %}ok"
+                               "{% if messages[1:] %}{{ messages[-1].content }}{% endif %}{% endif %}")
     with pytest.raises(InputError, match=f"prompt 2: {message}"):
         answers([["P"], ["Q"]], tokenizer)

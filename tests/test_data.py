@@ -73,7 +73,8 @@ def test_prompts_and_dialogues_with_nothing_in_them_are_dropped(tmp_path, row):
 
 
 @pytest.mark.parametrize("rows, dropped", [
-    ("prompt,chosen,rejected\nQ,good,bad\nQ,good\nQ,good,bad 2,more,and more\n", {data.NO_TEXT: 1}),
+    ("prompt,chosen,rejected\nQ,good,bad\nQ,good\nQ,g,b\nQ,good,bad 2,more,and more\n",
+     {data.NO_TEXT: 1, data.TOO_MANY_CELLS: 1}),
     (f"prompt,chosen,rejected\nQ,good,bad\nQ,good,{'long ' * 40_000}\n", {})])
 def test_ragged_csv_is_counted_and_long_csv_is_read(tmp_path, rows, dropped):
     (tmp_path / "x.csv").write_text(rows)
@@ -117,7 +118,7 @@ def test_huge_integers_are_read_or_counted(tmp_path):
 def test_an_end_token_that_is_written_out_in_a_response_is_counted():
     pairs = [{"prompt": "Q", "chosen": "good<eos> never learned", "rejected": "bad"},
              {"prompt": "Q<eos>", "chosen": "good", "rejected": "bad"}]
-    examples, counts = encode(pairs, byte_tokenizer(), {1}, 90, 90)
+    examples, counts, _ = encode(pairs, byte_tokenizer(), {1}, 90, 90)
     assert counts["end_token_in_text"] == 1
     assert byte_tokenizer().decode(examples[0]["chosen_ids"]) == "good<eos>"
 
@@ -218,7 +219,7 @@ def test_the_toy_corpus_is_the_same_every_time_and_prefers_the_better_review():
 # --- text and tokens
 
 def encode_one(pair, tokenizer, prompt_limit=100, response_limit=100, end_ids=(1,)):
-    examples, counts = encode([pair], tokenizer, set(end_ids), prompt_limit, response_limit)
+    examples, counts, _ = encode([pair], tokenizer, set(end_ids), prompt_limit, response_limit)
     return examples[0], counts
 
 
@@ -250,8 +251,8 @@ def test_a_template_without_generation_prompt_still_keeps_its_header_out_of_the_
 def test_a_template_whose_generation_prompt_is_no_prefix_is_refused():
     thinking = TEMPLATE.replace("<|assistant|>{% endif", "<|assistant|>think{% endif")
     tokenizer = byte_tokenizer(thinking)
-    with pytest.raises(InputError, match="chat template"):
-        render("Q", "good", tokenizer)
+    with pytest.raises(InputError, match="1 the chat template's generation prompt does not begin"):
+        encode([{"prompt": "Q", "chosen": "good", "rejected": "bad"}], tokenizer, {1}, 90, 90)
 
 
 def test_a_row_that_the_template_refuses_is_dropped():
@@ -289,7 +290,7 @@ def test_a_response_that_the_data_lack_has_no_ids():
 def test_pairs_that_truncation_makes_equal_are_dropped_and_counted():
     pairs = [{"prompt": "Q", "chosen": "same start, good", "rejected": "same start, bad"},
              {"prompt": "Q", "chosen": "good", "rejected": "bad"}]
-    examples, counts = encode(pairs, byte_tokenizer(), {1}, 9, 9)
+    examples, counts, _ = encode(pairs, byte_tokenizer(), {1}, 9, 9)
     assert len(examples) == 1 and counts["dropped"] == 1 and counts["same tokens in both responses"] == 1
 
 

@@ -205,13 +205,20 @@ def test_the_token_that_closes_an_answer_in_the_template_ends_it():
     EOS."""
     tokenizer = byte_tokenizer(TEMPLATE.replace("<eos>", "<|user|>\\n"))
     end_ids = end_token_ids(tokenizer)
-    examples, _ = encode([{"prompt": "Q", "chosen": "good", "rejected": "bad"}], tokenizer, end_ids, 50, 50)
+    examples, *_ = encode([{"prompt": "Q", "chosen": "good", "rejected": "bad"}], tokenizer, end_ids, 50, 50)
     assert end_ids == {1, 2} and tokenizer.decode(examples[0]["chosen_ids"]) == "good<|user|>"
 
 
-def test_a_model_smaller_than_its_tokenizer_is_refused():
-    with pytest.raises(InputError, match="261 ids"):
-        prepare(tiny_model(vocab_size=100), byte_tokenizer())
+def test_a_model_smaller_than_its_tokenizer_is_refused_only_where_an_id_that_occurs_has_no_row():
+    model, tokenizer = prepare(tiny_model(vocab_size=100), byte_tokenizer()), byte_tokenizer()
+    known = {"prompt": "!!", "chosen": "!", "rejected": "#"}
+    assert encode([known], tokenizer, {1}, 9, 9, rows=100)[0]
+    assert model.get_output_embeddings().weight.shape[0] == 100
+    with pytest.raises(InputError, match="the data hold 'z', id .*the model has only 100 ids"):
+        encode([known, {**known, "chosen": "z"}], tokenizer, {1}, 9, 9, rows=100)
+    tokenizer.eos_token = "z"
+    with pytest.raises(InputError, match="261 ids, the model only 100, and an end token is among"):
+        prepare(model, tokenizer)
 
 
 def test_the_command_line_writes_one_row_per_prompt(checkpoint, tmp_path, monkeypatch, capsys):

@@ -271,7 +271,7 @@ def evaluated():
             parameter *= 1.5
     pairs = [{"prompt": f"how was the {noun} ?", "chosen": f"the {noun} was good .", "rejected": "the"}
              for noun in ("soup", "tea", "cake") * 20]
-    examples, _ = encode(pairs, tokenizer, {tokenizer.eos_token_id}, 16, 16)
+    examples, *_ = encode(pairs, tokenizer, {tokenizer.eos_token_id}, 16, 16)
     args = parse_args(["--variant", "dpo", "--beta", "0.2"])
 
     def win_on_first_half(prompts, responses):         # data's responses score 0; samples 1, 0 (a tie) or −1
@@ -310,7 +310,7 @@ def test_kl_is_positive_and_zero_against_itself(evaluated):
 
 def test_kl_and_loss_are_of_each_examples_own_rows_in_its_place(monkeypatch):
     (policy, tokenizer), (reference, _) = toy_model(seed=1), toy_model(seed=2)
-    examples, _ = encode(pairs_of("toy:test")[0][:70], tokenizer, {tokenizer.eos_token_id}, 16, 48)
+    examples, *_ = encode(pairs_of("toy:test")[0][:70], tokenizer, {tokenizer.eos_token_id}, 16, 48)
     args = parse_args(["--variant", "dpo", "--beta", "0.2", "--max-response-length", "48"])
     monkeypatch.setattr(evaluate, "mean_of", list)                     # each example's figure, not the mean
     figures, _ = evaluate_policy(policy, reference, tokenizer, examples, None, args)
@@ -337,7 +337,7 @@ def test_models_are_evaluated_into_a_table_and_a_file(tmp_path, monkeypatch, cap
     for variant in ("sft", "dpo", "pr"):
         sail.main(["--variant", variant, "--model", base, "--steps", "2", "--eval-limit", "4"])
     row = json.loads((tmp_path / "runs/toy/pr/eval.jsonl").read_text().split("\n")[0])
-    figures = {name for name in row if not name.endswith("_interval")} - {"step"}
+    figures = {name for name in row if not name.endswith("_interval")} - {"step", "prompts"}
     assert {"kl", "reward", "lc_win_rate", "length", "loss"} <= figures
     assert all(row[f"{name}_interval"][0] <= row[name] <= row[f"{name}_interval"][1] for name in figures)
     results = run_evaluate(monkeypatch, "runs/toy/sft", "runs/toy/dpo", "runs/toy/pr", "--eval-limit", "8")
@@ -372,19 +372,18 @@ def run_of(path, base, **settings):
     return str(path)
 
 
-def test_figures_are_written_beside_the_runs_and_not_into_the_current_directory(tmp_path, monkeypatch, base):
+def test_figures_are_written_into_the_run_or_beside_it_and_nowhere_else(tmp_path, monkeypatch, base):
     run, here = run_of(tmp_path / "runs/pr", base), tmp_path / "here"
     (tmp_path / "runs/pr/eval.jsonl").write_text('{"step": 1, "reward": 1.0}\n')
     here.mkdir()
     monkeypatch.chdir(here)
-    files = {"--eval-limit=2": ("evaluated.json", "kl"), "--compare": ("results.json", "reward")}
+    files = {"--eval-limit=2": ("pr/evaluated.json", "kl"), "--compare": ("results.json", "reward")}
     for flag, (file, name) in files.items():                           # neither overwrites the other's
         monkeypatch.setattr("sys.argv", ["evaluate.py", run, flag])
         evaluate.main()
         results = tmp_path / "runs" / file
         assert name in json.loads(results.read_text())["pr"] and not list(here.iterdir())
-    assert {path.name for path in (tmp_path / "runs").iterdir()} == {
-        "pr", "evaluated.json", "results.json", "results.png"}
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"pr", "results.json", "results.png"}
 
 
 def test_a_runs_reward_that_is_code_runs_on_the_command_lines_word_alone(tmp_path, monkeypatch, capsys, base):

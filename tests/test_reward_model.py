@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import TEMPLATE, byte_tokenizer, tiny_model
 from test_errors import fails
+from test_scale import rows_of
 
 import reward
 import reward_model
@@ -15,7 +16,7 @@ import sail
 from reward import load_classifier, load_reward, prefers_chosen
 from reward_model import bradley_terry_loss
 
-TRAINEE = dict(num_labels=1, dtype=torch.float32)          # of a classifier that is to be trained
+TRAINEE = dict(num_labels=1)                               # of a classifier that is to be trained
 
 
 def dialogue(turn):
@@ -71,7 +72,7 @@ def test_training_learns_to_prefer_the_chosen_and_says_so(monkeypatch, checkpoin
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=0.3) and steps[-1]["loss"] < 0.3
     rates = [step["learning_rate"] for step in steps]
     assert rates[0] < 3e-3 and rates[-1] == 3e-3 and set(steps[0]) == {
-        "step", "loss", "accuracy", "margin", "grad_norm", "learning_rate"}
+        "step", "loss", "accuracy", "margin", "grad_norm", "learning_rate", "seconds"}
     score = load_reward(str(tmp_path / "model"))
     assert score(["7? "], ["yes!"]) > score(["7? "], ["no!"])
     assert f"eval {len(steps)} | accuracy 1.000 [0.57, 1.00] | loss " in capsys.readouterr().out
@@ -95,7 +96,7 @@ def test_scores_served_equal_scores_trained_in_any_company(template, pad, pad_id
     served = str(tmp_path / "out/model")
     (_, _, ids_of), score, scores = load_classifier(served), load_reward(served), []
     for prompt, response in zip(prompts, responses):
-        ids = ids_of(prompt, response)
+        ids, _ = ids_of(prompt, response)
         assert len(ids) <= 48
         with torch.no_grad():                              # alone: no padding
             scores.append(inside(input_ids=torch.tensor([ids])).logits.item())
@@ -149,7 +150,7 @@ def test_one_seed_gives_one_model_bit_for_bit_and_another_seed_another(monkeypat
         torch.rand(len(name) + int(seed))                  # a global random state of its own
         trained(monkeypatch, checkpoint, pairs, tmp_path / name, "--limit", "40", "--seed", seed)
     weights = [(tmp_path / name / "model/model.safetensors").read_bytes() for name in "abc"]
-    logs = [(tmp_path / name / "metrics.jsonl").read_text() for name in "abc"]
+    logs = [rows_of(tmp_path / name) for name in "abc"]
     assert weights[0] == weights[1] != weights[2] and logs[0] == logs[1] != logs[2]
 
 
@@ -200,7 +201,8 @@ def test_pairs_whose_difference_is_cut_off_are_dropped_and_counted(monkeypatch, 
     source = write(tmp_path / "x.jsonl", rows)
     trained(monkeypatch, checkpoint, source, tmp_path / "out", "--max-length", "20", "--eval-data", source)
     said = capsys.readouterr().out
-    assert "10 pairs to train on, 10 to evaluate on; dropped: 30 same tokens in both responses" in said
+    assert "10 pairs to train on, 10 to evaluate on; dropped: 60 dialogues cut" in said
+    assert "30 same tokens in both responses" in said
 
 
 def test_prompts_without_responses_are_refused(monkeypatch, checkpoint, pairs, tmp_path, capsys):
@@ -240,9 +242,9 @@ def two_logits(path):
     (two_logits, "no model for SequenceClassification to load"),
     (lambda path: (path / "adapter_config.json").write_text('{"peft_type": "LORA"}'),
      "is an adapter; merge it"),
-    (lambda path: tiny_model(vocab_size=50).save_pretrained(path), "and 50 ids, its tokenizer 261 ids"),
+    (lambda path: tiny_model(vocab_size=50).save_pretrained(path), "and the model only 50 ids"),
     (lambda path: byte_tokenizer("{{ raise_exception('no') }}").save_pretrained(path),
-     "no pair of 115 can be told apart (115 refused by the chat template)")],
+     "no pair of 115 can be told apart (115 refused by the chat template: no)")],
     ids=["missing weight", "no directory", "two logits", "adapter", "small vocabulary", "refusing template"])
 def test_a_start_that_cannot_be_trained_is_named(break_it, message, checkpoint, pairs, tmp_path, monkeypatch,
                                                  capsys):
