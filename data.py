@@ -679,16 +679,19 @@ def fitting_prompt(prompt, tokenizer, limit, lengths=None):
     raise BadRow("prompt longer than --max-prompt-length")
 
 
-def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length, rows=math.inf):
+def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length, rows=math.inf, limit=None):
     """([{prompt, prompt_ids, chosen, chosen_ids, rejected, rejected_ids}], counts, lengths) of pairs.
 
     Both responses follow the same prompt ids; one that the data lacks has no ids. One longer than
     max_response_length is cut from the right, and then has no end token. counts: what was cut, pairs with an
     end token in their text, which cuts them, and rows dropped. lengths: {side: tokens before cutting, of each
-    row that could be rendered}. Raises InputError where the model, of `rows` ids, lacks one that occurs."""
+    row that could be rendered}. limit: stop after so many. Raises InputError where the model, of `rows` ids,
+    lacks one that occurs."""
     examples, counts, lengths = [], Counter(dropped=0), {side: [] for side in ("prompt", *SIDES)}
     limits = max_prompt_length, max_response_length
     for pair in pairs:
+        if len(examples) == limit:
+            break
         try:
             example, changes = encode_pair(pair, tokenizer, end_ids, *limits, lengths)
         except BadRow as reason:

@@ -320,7 +320,10 @@ def log(out, record, steps):
 
 
 def shown(value, low, high):
-    """A figure as text: ± half its interval, or by the interval's ends where these are unlike far from it."""
+    """A figure as text: ± half its interval, or by the interval's ends where these are unlike far from it; alone
+    where it has none."""
+    if math.isnan(low):
+        return f"{value:.3f}"
     half = (high - low) / 2
     if abs(low + half - value) > 0.1 * half:
         return f"{value:.3f} [{low:.2f}, {high:.2f}]"

@@ -152,7 +152,6 @@ def load_everything(args, device):
                          f"that --variant {args.variant} learns from (pp and pr do without at --mix 1)")
     reward = load_reward(args.reward, device, args.trust_remote_code, args.date) if args.reward else None
     train, unscorable = drop_unscorable(train, reward)
-    held_out = held_out[:args.eval_limit]
     if held_out:
         held_out, _ = drop_unscorable(held_out, reward)
     policy, reference, tokenizer = in_turns(lambda: load_models(args, device))
@@ -160,7 +159,7 @@ def load_everything(args, device):
               policy.get_input_embeddings().weight.shape[0])
     examples, counts, lengths = encode(train, tokenizer, *limits)
     if held_out:
-        held_out, dropped, _ = encode(held_out, tokenizer, *limits)
+        held_out, dropped, _ = encode(held_out, tokenizer, *limits, args.eval_limit)
         if dropped["dropped"]:
             say(f"held-out pairs: {counted(+dropped)}")
     counts["dropped"] += sum(report["dropped"].values())
@@ -254,7 +253,7 @@ def evaluate_models(options):
     reference_name = next((run.reference for *_, run in runs if run.reference), runs[0][1])
     lengths = args.max_prompt_length, args.max_response_length
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    held_out = train_and_held_out(args.data, args.eval_data, None, args.prefer)[1][:args.eval_limit]
+    held_out = train_and_held_out(args.data, args.eval_data, None, args.prefer)[1]
     if not held_out:
         raise InputError(f"{args.data}: no pair is held out; name some with --eval-data")
     reward = load_reward(args.reward, device, args.trust_remote_code, args.date) if args.reward else None
@@ -263,12 +262,13 @@ def evaluate_models(options):
     reference, reference_tokenizer = load_policy(reference_name, *options_of_models)
     results, samples = {}, {}
     for name, model, _ in runs:
-        print(f"{name}: a response of up to {args.max_response_length} tokens to {len(held_out)} prompts …")
+        print(f"{name}: a response of up to {args.max_response_length} tokens to "
+              f"{min(len(held_out), args.eval_limit)} prompts …")
         policy, tokenizer = load_policy(model, *options_of_models)
         if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
             raise InputError(f"{model} has another vocabulary than the reference {reference_name}")
         examples, counts, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths,
-                                     policy.get_input_embeddings().weight.shape[0])
+                                     policy.get_input_embeddings().weight.shape[0], args.eval_limit)
         results[name], samples[name] = evaluate_policy(policy, reference, tokenizer, examples, reward, args)
     print(f"\n{len(examples)} held-out pairs of {args.eval_data or args.data} "
           f"({counted(+counts + unscorable)}), "
@@ -360,9 +360,10 @@ def best_possible(options):
     reference, tokenizer = load_policy(args.reference, device, args.trust_remote_code,
                                        (args.max_prompt_length, args.max_response_length), args.date)
     reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
-    held_out = train_and_held_out(args.data, args.eval_data, None, args.prefer)[1][:args.eval_limit]
-    lengths = end_token_ids(tokenizer, reference), args.max_prompt_length, args.max_response_length
-    examples = {str(each["prompt"]): each for each in encode(held_out, tokenizer, *lengths)[0]}.values()
+    held_out = train_and_held_out(args.data, args.eval_data, None, args.prefer)[1]
+    held_out, *_ = encode(drop_unscorable(held_out, reward)[0], tokenizer, end_token_ids(tokenizer, reference),
+                          args.max_prompt_length, args.max_response_length, limit=args.eval_limit)
+    examples = {str(each["prompt"]): each for each in held_out}.values()
     torch.manual_seed(seeded("frontier", args.seed))
     drawn, _ = sample(reference, tokenizer, [each["prompt_ids"] for each in examples],
                       args.max_response_length, options.frontier, batch_size=1)

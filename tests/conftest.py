@@ -41,6 +41,7 @@ def byte_tokenizer(template=None, bos=False):
 WINDOWED = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
 FAMILIES = {  # AutoConfig's name and own settings; cohere, gemma2 and granite scale or cap their logits
     "llama": ("llama", {}), "gpt2": ("gpt2", {}), "qwen2": ("qwen2", {}),
+    "tied": ("llama", dict(tie_word_embeddings=True)),                 # as most small pretrained models
     "qwen3": ("qwen3", dict(head_dim=8)),
     "gemma2": ("gemma2", dict(head_dim=8, final_logit_softcapping=2.0, **WINDOWED)),
     "gemma3": ("gemma3_text", dict(head_dim=8, **WINDOWED)), "cohere": ("cohere", dict(logit_scale=0.25)),
@@ -64,7 +65,7 @@ def tiny_model(family="llama", vocab_size=261, seed=0, **more):
 def checkpoint(tmp_path_factory):
     """A saved chat model: a directory with a byte tokenizer, a template and random weights."""
     path = tmp_path_factory.mktemp("checkpoint")
-    tiny_model().save_pretrained(path)
+    tiny_model("tied").save_pretrained(path)
     byte_tokenizer(TEMPLATE).save_pretrained(path)
     return path
 
@@ -77,6 +78,9 @@ def base(tmp_path_factory):
     from toy import TOY_PAIRS, pairs_of, toy_model
     path = tmp_path_factory.mktemp("base")
     write_rows(path / TOY_PAIRS, pairs_of("toy")[0])
-    for part in toy_model(seed=5):
-        part.save_pretrained(path)
+    model, tokenizer = toy_model(seed=5)
+    model.config.tie_word_embeddings = True                # all that trains, saves and resumes meets tied weights
+    model.tie_weights()
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
     return str(path)

@@ -210,14 +210,14 @@ def test_the_token_that_closes_an_answer_in_the_template_ends_it():
 
 
 def test_a_model_smaller_than_its_tokenizer_is_refused_only_where_an_id_that_occurs_has_no_row():
-    model, tokenizer = prepare(tiny_model(vocab_size=100), byte_tokenizer()), byte_tokenizer()
+    model, tokenizer = prepare(tiny_model(vocab_size=50), byte_tokenizer()), byte_tokenizer()
     known = {"prompt": "!!", "chosen": "!", "rejected": "#"}
-    assert encode([known], tokenizer, {1}, 9, 9, rows=100)[0]
-    assert model.get_output_embeddings().weight.shape[0] == 100
-    with pytest.raises(InputError, match="the data hold 'z', id .*the model has only 100 ids"):
-        encode([known, {**known, "chosen": "z"}], tokenizer, {1}, 9, 9, rows=100)
+    assert encode([known], tokenizer, {1}, 9, 9, rows=50)[0]
+    assert model.get_output_embeddings().weight.shape[0] == 50
+    with pytest.raises(InputError, match="the data hold 'z', id .*the model has only 50 ids"):
+        encode([known, {**known, "chosen": "z"}], tokenizer, {1}, 9, 9, rows=50)
     tokenizer.eos_token = "z"
-    with pytest.raises(InputError, match="261 ids, the model only 100, and an end token is among"):
+    with pytest.raises(InputError, match="261 ids, the model only 50, and an end token is among"):
         prepare(model, tokenizer)
 
 

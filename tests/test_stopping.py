@@ -3,6 +3,7 @@ nothing."""
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -69,7 +70,7 @@ def test_a_finished_run_is_refused_with_what_to_type_and_stays(run, monkeypatch,
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     shutil.rmtree(out / "checkpoints")
     message = refused(argv, monkeypatch, capsys)
-    assert "--overwrite replaces it, another --out keeps it" in message and "--resume" not in message
+    assert "--overwrite replaces it, it has no checkpoint to --resume, another --out keeps it" in message
 
 
 def test_overwrite_removes_the_old_run_as_a_whole_before_the_first_step(run, monkeypatch, capsys):
@@ -303,8 +304,13 @@ def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_mode
     size = sum(parameter.numel() for parameter in load_policy(base)[0].parameters())
     assert lines[0] == f"{base} on cpu: {size:,} of {size:,} parameters are trained"
     assert lines[1].startswith(f"{base}/toy-pairs.jsonl: 39 pairs to train on, 4 to evaluate on; ")
-    assert lines[2] == ("pr: 2 offline pairs + 2 on the variant's route = 4 pairs, 1 steps of 4 -> "
+    assert re.fullmatch(r"   prompt: tokens median 5, 90 % 6, most 6; 0 of 39 longer than 8", lines[2])
+    assert lines[3].startswith("   chosen: tokens median ") and lines[4].startswith(" rejected: tokens median ")
+    assert lines[5] == ("pr: 2 offline pairs + 2 on the variant's route = 4 pairs, 1 steps of 4 -> "
                         f"{tmp_path}/run")
+    assert lines[6] == "evaluating at step 0: a response of up to 24 tokens to each of 4 held-out prompts …"
+    assert any(re.fullmatch(r"the first step took [\d.]+ s, an evaluation [\d.]+ s: about 0 min for 1 step.s., "
+                            r"\d evaluation.s.", line) for line in lines)
     assert lines[-1] == (f"saved {tmp_path}/run/model; `python evaluate.py {tmp_path}/run` samples from it "
                          "and sets it beside other runs")
 

@@ -303,7 +303,7 @@ def test_the_gradient_is_that_of_the_mean_loss(base, tmp_path):
     more = ["--variant", "dp", "--reference", base, "--steps", "1", "--batch-size", "10", "--limit", "60"]
     row = run(base, tmp_path, *more)[0]
     args = parse_args(["--model", base, *more])
-    policy, reference, _, _, examples, _, _ = sail.load_everything(args, "cpu")
+    policy, reference, _, _, examples, *_ = sail.load_everything(args, "cpu")
     losses, _ = sail.preference_losses(policy, reference, draw_pairs(examples, 1, 1, 10, args), args,
                                        baseline=0.0)
     losses.mean().backward()
