@@ -1,0 +1,256 @@
+"""What people's checkpoints do: tied and unreached weights, missing rows, lengths, clocks, channels."""
+import json
+import shutil
+from datetime import date
+
+import pytest
+import torch
+from conftest import TEMPLATE, byte_tokenizer, tiny_model
+from test_errors import fails
+from test_scale import largest_difference, rows_of, weights
+
+import distributed
+import generate
+import sail
+from data import BadRow, InputError, encode, load_tokenizer, render, response_text
+from generate import load_policy, positions_of, sample
+from reward import drop_unscorable, load_classifier, load_reward
+from sail import sequence_logps
+
+SHORT = ["--steps", "4", "--batch-size", "4", "--limit", "40", "--eval-limit", "2", "--eval-every", "0",
+         "--max-response-length", "6", "--save-every", "2"]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# --- weights
+
+@pytest.mark.parametrize("shard", [False, True])
+@pytest.mark.parametrize("lora", [None, 2])
+def test_a_checkpoint_holds_each_trained_storage_once_and_nothing_frozen(shard, lora):
+    if lora:
+        pytest.importorskip("peft")
+    with distributed.joined(shard=shard):
+        model = tiny_model("tied")
+        if lora:
+            generate.add_adapter(model, lora)
+        if shard:
+            distributed.shard(model)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model(torch.tensor([[5, 6, 7]])).logits.sum().backward()
+        distributed.sum_gradients(model)
+        optimizer.step()
+        state = distributed.state_of(model, optimizer)
+        names = {name.removeprefix("model.") for name in state if name.startswith("model.model.")}
+        assert names == {name for name, weight in model.named_parameters() if weight.requires_grad}
+        assert not any("lm_head" in name for name in state)
+        assert len(state) == 4 * len(names)                            # weight, two moments, step
+        assert lora is None or all("lora" in name for name in names)
+
+
+class WithSpare(torch.nn.Module):
+    """A part of a model that the loss does not reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.spare = torch.nn.Parameter(torch.ones(3))
+
+
+@pytest.mark.parametrize("more", [[], ["--shard"]], ids=["one process", "shard"])
+def test_a_parameter_that_gets_no_gradient_is_trained_around_saved_and_continued(base, tmp_path, monkeypatch,
+                                                                                 more):
+    load = generate.load_policy
+
+    def with_spare(*inputs, **options):
+        model, tokenizer = load(*inputs, **options)
+        model.model.layers[0].projector = WithSpare()
+        return model, tokenizer
+
+    monkeypatch.setattr(generate, "load_policy", with_spare)
+    argv = ["--variant", "dpo", "--model", base, *SHORT, *more]
+    sail.main([*argv, "--out", str(tmp_path / "whole")])
+    out = shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    shutil.rmtree(out / "checkpoints/4")
+    shutil.rmtree(out / "model")
+    sail.main([*argv, "--out", str(out), "--resume"])
+    assert rows_of(out) == rows_of(tmp_path / "whole")
+    assert largest_difference(weights(out / "model"), weights(tmp_path / "whole/model")) == 0
+
+
+def test_gradients_that_are_missing_become_zeros_and_frozen_weights_get_none():
+    model = tiny_model()
+    model.spare, model.frozen = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2), False)
+    model(torch.tensor([[5, 6]])).logits.sum().backward()
+    distributed.sum_gradients(model)
+    assert model.spare.grad.tolist() == [0, 0] and model.frozen.grad is None
+    assert model.lm_head.weight.grad.abs().sum() > 0
+
+
+# --- lengths
+
+ROPE = {"longrope": dict(rope_type="longrope", short_factor=[1.0] * 4, long_factor=[8.0] * 4, rope_theta=1e4,
+                         original_max_position_embeddings=24),
+        "dynamic": dict(rope_type="dynamic", factor=4.0, rope_theta=1e4, original_max_position_embeddings=24)}
+
+
+@pytest.mark.parametrize("kind, limit", [("longrope", 24), ("dynamic", 24), ("default", 256)])
+def test_a_model_whose_positions_depend_on_the_length_is_used_up_to_where_they_do(kind, limit, tmp_path):
+    rope = ROPE.get(kind, dict(rope_type="default", rope_theta=1e4))
+    tiny_model(rope_parameters=rope).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    model, _ = load_policy(str(tmp_path), lengths=(limit - 8, 8))
+    assert positions_of(model) == limit
+    with pytest.raises(InputError, match=f"takes {limit} tokens"):
+        load_policy(str(tmp_path), lengths=(limit - 7, 8))
+
+
+def test_longrope_scores_what_was_sampled_within_its_limit_and_not_beyond():
+    model, tokenizer = tiny_model(rope_parameters=ROPE["longrope"]), byte_tokenizer()
+    differences = []
+    for length in (12, 30):                                            # 10 tokens of prompt, then
+        torch.manual_seed(0)
+        logps, original = [], torch.Tensor.softmax
+        seen = model.lm_head.register_forward_hook(
+            lambda _, __, logits: logps.append(logits[0, -1].log_softmax(-1)))
+        (response,), _ = sample(model, tokenizer, [[5] * 10], length)[0], original
+        seen.remove()
+        sampled = sum(each[token] for each, token in zip(logps, response[0]))
+        ids = torch.tensor([[5] * 10 + response[0]])
+        mask = torch.tensor([[0] * 10 + [1] * len(response[0])])
+        with torch.no_grad():
+            differences.append((sequence_logps(model, ids, torch.ones_like(ids), mask) - sampled).abs().item())
+    assert differences[0] < 1e-4 < 1e-2 < differences[1]
+
+
+def test_layer_types_may_have_positions_of_their_own():
+    model = tiny_model("gemma3")
+    assert {*model.config.rope_parameters} >= {"full_attention", "sliding_attention"}
+    assert positions_of(model) == 256
+    model.config.rope_parameters["full_attention"] = ROPE["longrope"]
+    assert positions_of(model) == 24
+
+
+# --- reward models
+
+@pytest.fixture
+def classifier(checkpoint, tmp_path):
+    """A directory of a classifier that is stored in bfloat16 and whose template refuses one prompt."""
+    path = tmp_path / "classifier"
+    model, *_ = load_classifier(str(checkpoint), num_labels=1)
+    model.bfloat16().save_pretrained(path)
+    refusing = "{% if messages[0].content == 'no' %}{{ raise_exception('not that') }}{% endif %}" + TEMPLATE
+    byte_tokenizer(refusing).save_pretrained(path)
+    return str(path)
+
+
+def test_a_reward_model_in_bfloat16_is_run_in_float32(classifier):
+    model, _, ids_of = load_classifier(classifier)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    scores = load_reward(classifier)(["Q"] * 60, [f"answer {i}" for i in range(60)])
+    assert len({*scores}) == 60
+    one_by_one = [load_reward(classifier)(["Q"], [f"answer {i}"])[0] for i in range(3)]
+    assert scores[:3] == pytest.approx(one_by_one, abs=1e-5)
+
+
+def test_a_row_that_the_reward_models_template_refuses_is_dropped_before_training(classifier, base, tmp_path):
+    reward = load_reward(classifier)
+    pairs = [{"prompt": prompt, "chosen": "good", "rejected": None} for prompt in ("yes", "no", "yes")]
+    kept, counts = drop_unscorable(pairs, reward)
+    assert [pair["prompt"] for pair in kept] == ["yes", "yes"]
+    assert counts == {"for the reward model refused by the chat template: not that": 1}
+    assert drop_unscorable(pairs, None) == (pairs, {})
+    with pytest.raises(InputError, match="can score none of 1 pairs: 1 for the reward model refused"):
+        drop_unscorable(pairs[1:2], reward)
+    rows = [{"prompt": "no" if i % 4 == 0 else f"q {i}", "chosen": "the soup", "rejected": "the tea"}
+            for i in range(40)]
+    out = tmp_path / "run"
+    sail.main(["--variant", "pr", "--model", base, "--data", write(tmp_path / "x.jsonl", rows), "--eval-data",
+               write(tmp_path / "y.jsonl", rows[:3]), "--reward", classifier, "--out", str(out), *SHORT])
+    row = rows_of(out)[-1]
+    assert row["for the reward model refused by the chat template: not that"] == 10
+    assert rows_of(out, "eval")[-1]["prompts"] == 2
+
+
+def test_dialogues_that_a_reward_model_cuts_are_counted(checkpoint, tmp_path):
+    model, tokenizer, _ = load_classifier(str(checkpoint), num_labels=1, max_length=12)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    pairs = [{"prompt": "Q", "chosen": "a", "rejected": "b" * n} for n in (1, 30)]
+    assert drop_unscorable(pairs, load_reward(str(tmp_path)))[1] == {"dialogues_cut_for_the_reward_model": 1}
+
+
+# --- clocks
+
+CLOCK = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
+
+
+def test_a_template_that_reads_the_clock_is_told_the_runs_date(tmp_path, checkpoint):
+    path = shutil.copytree(checkpoint, tmp_path / "model")
+    byte_tokenizer(CLOCK).save_pretrained(path)
+    tokenizer = load_tokenizer(str(path), date="2001-02-03")
+    assert render("Q", "A", tokenizer)[0].startswith("03 Feb 2001<|user|>")
+    assert render("Q", "A", load_tokenizer(str(path)))[0].startswith(date.today().strftime("%d %b %Y"))
+
+
+def test_a_run_keeps_its_date_and_is_continued_on_another_day(tmp_path, checkpoint, monkeypatch, capsys):
+    path = shutil.copytree(checkpoint, tmp_path / "model")
+    byte_tokenizer(CLOCK).save_pretrained(path)
+    rows = [{"prompt": f"q {i}", "chosen": "yes", "rejected": f"no {i}"} for i in range(60)]
+    argv = ["--variant", "dpo", "--model", str(path), "--data", write(tmp_path / "x.jsonl", rows), *SHORT,
+            "--max-prompt-length", "40"]
+
+    class Yesterday(date):
+        @classmethod
+        def today(cls):
+            return cls(2020, 1, 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sail, "date", Yesterday)
+        sail.main([*argv, "--out", str(tmp_path / "run")])
+    assert json.loads((tmp_path / "run/args.json").read_text())["date"] == "2020-01-01"
+    before = rows_of(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run/checkpoints/4")
+    sail.main([*argv, "--out", str(tmp_path / "run"), "--resume"])
+    assert rows_of(tmp_path / "run") == before
+    message = fails(sail.main, ["sail.py", *argv, "--out", str(tmp_path / "run"), "--resume", "--date",
+                                "2020-01-02"], monkeypatch, capsys)
+    assert "--date has changed" in message
+    assert "invalid iso_date value: 'today'" in fails(sail.main, ["sail.py", "--date", "today"], monkeypatch,
+                                                      capsys)
+
+
+# --- the text of a response
+
+def test_special_tokens_inside_a_response_stay_and_the_end_token_goes():
+    tokenizer = byte_tokenizer()
+    ids = tokenizer("thought<|assistant|> Hello!<eos>")["input_ids"]
+    assert response_text(tokenizer, ids) == "thought<|assistant|> Hello!"
+    assert response_text(tokenizer, ids[:-1]) == "thought<|assistant|> Hello!"        # unfinished
+    assert response_text(tokenizer, []) == response_text(tokenizer, [1]) == ""
+
+
+def test_a_tokenizer_that_can_parse_channels_says_what_the_answer_is():
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>", "<|message|>"]})
+    tokenizer.response_template = {
+        "defaults": {"role": "assistant"},
+        "fields": {"thinking": {"open": "<|channel|>analysis<|message|>", "close": "<|assistant|>"},
+                   "content": {"open": "<|channel|>final<|message|>", "close": "<eos>"}}}
+    text = "<|channel|>analysis<|message|>The user greets.<|assistant|><|channel|>final<|message|>Hello!<eos>"
+    assert response_text(tokenizer, tokenizer(text)["input_ids"]) == "Hello!"
+
+
+# --- templates that cannot answer
+
+def test_any_error_of_a_template_drops_the_row():
+    for template in ("{{ 1 // 0 }}", "{{ messages[9].content }}", "{{ messages | first | sum }}"):
+        with pytest.raises(BadRow, match="refused by the chat template"):
+            render("Q", "A", byte_tokenizer(template))
+
+
+def test_a_bad_template_is_told_by_the_count_of_its_rows():
+    with pytest.raises(InputError, match="none of 2 pairs .* 2 dropped, 2 the chat template leaves"):
+        encode([{"prompt": "Q", "chosen": "a", "rejected": "b"}] * 2, byte_tokenizer("fixed"), {1}, 9, 9)
