@@ -563,12 +563,23 @@ def end_token_ids(tokenizer, model=None):
     return ids | {token for token in (extra if isinstance(extra, list) else [extra]) if token in special}
 
 
+def without_clock(template, day):
+    """A chat template which asks for today's date, and is told `day` (YYYY-MM-DD) instead, if one is given."""
+    if day is None:
+        return template
+
+    def that_day(call):
+        return repr(date.fromisoformat(day).strftime(call[2]))
+
+    return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", that_day, template)
+
+
 def apply_template(tokenizer, messages, **options):
     """The text that a tokenizer's chat template makes of messages. Raises BadRow where it refuses them."""
     from jinja2 import TemplateError
-    today = date.fromisoformat(getattr(tokenizer, "template_date", None) or date.today().isoformat())
+    template = without_clock(tokenizer.get_chat_template(), getattr(tokenizer, "template_date", None))
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=today.strftime, **options)
+        return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **options)
     except (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
             ValueError) as error:                        # a template is foreign code
         raise BadRow(f"refused by the chat template: {first_line(error)[:80]}") from None
@@ -747,10 +758,13 @@ def up_to_end(ids, eos_id, end_ids):
 def response_text(tokenizer, ids, prompt_ids=()):
     """What a reward, a judge and a reader see of a response: its text without the end token and outer white
     space. A tokenizer that comes with a `response_template`, for models which write in channels, says what of
-    it is the answer; without one, special tokens inside a response stay, as they were written."""
-    if getattr(tokenizer, "response_template", None):
-        message = tokenizer.parse_response(list(ids), prefix=list(prompt_ids))
-        return (message.get("content") or "").strip()
+    it is the answer. Without one, or if the response has not that form, special tokens inside it stay."""
+    if ids and getattr(tokenizer, "response_template", None):
+        try:
+            message = tokenizer.parse_response(list(ids), prefix=list(prompt_ids))
+            return (message.get("content") or "").strip()
+        except ValueError:
+            pass                                         # shown as it was written
     if ids and ids[-1] in tokenizer.all_special_ids:
         ids = ids[:-1]
     return tokenizer.decode(ids).strip()

@@ -168,7 +168,8 @@ def test_a_row_that_the_reward_models_template_refuses_is_dropped_before_trainin
             for i in range(40)]
     out = tmp_path / "run"
     sail.main(["--variant", "pr", "--model", base, "--data", write(tmp_path / "x.jsonl", rows), "--eval-data",
-               write(tmp_path / "y.jsonl", rows[:3]), "--reward", classifier, "--out", str(out), *SHORT])
+               write(tmp_path / "y.jsonl", rows[:3]), "--reward", classifier, "--out", str(out), *SHORT,
+               "--max-prompt-length", "40"])
     row = rows_of(out)[-1]
     assert row["for the reward model refused by the chat template: not that"] == 10
     assert rows_of(out, "eval")[-1]["prompts"] == 2
@@ -236,11 +237,15 @@ def test_a_tokenizer_that_can_parse_channels_says_what_the_answer_is():
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>", "<|message|>"]})
     tokenizer.response_template = {
+        "start_anchor": "<|assistant|>",
         "defaults": {"role": "assistant"},
         "fields": {"thinking": {"open": "<|channel|>analysis<|message|>", "close": "<|assistant|>"},
                    "content": {"open": "<|channel|>final<|message|>", "close": "<eos>"}}}
     text = "<|channel|>analysis<|message|>The user greets.<|assistant|><|channel|>final<|message|>Hello!<eos>"
     assert response_text(tokenizer, tokenizer(text)["input_ids"]) == "Hello!"
+    assert response_text(tokenizer, []) == ""
+    tokenizer.response_template["fields"]["content"]["optional"] = False
+    assert response_text(tokenizer, tokenizer("no channel<eos>")["input_ids"]) == "no channel"
 
 
 # --- templates that cannot answer
