@@ -564,7 +564,7 @@ def end_token_ids(tokenizer, model=None):
 
 
 def without_clock(template, day):
-    """A chat template which asks for today's date, and is told `day` (YYYY-MM-DD) instead, if one is given."""
+    """A chat template that asks for today's date, and is told `day` (YYYY-MM-DD) instead, if there is one."""
     if day is None:
         return template
 

@@ -257,7 +257,8 @@ def begin(out, args, progress=None, policy=None, optimizer=None, scheduler=None)
             raise InputError(f"{out} holds an earlier run; --overwrite replaces it, {continues}"
                              "another --out keeps it")
         if args.resume:
-            say(f"--resume: {out} has no checkpoint, so this starts from the beginning")
+            say(f"--resume: {out} has no checkpoint, so this starts from the beginning; earlier logs stay, "
+                "as NAME.jsonl.old")
         start_afresh(out, keep_logs=args.resume)
     if rank() == 0:
         write_text(out / "args.json", json.dumps(vars(args), indent=1) + "\n")
@@ -320,7 +321,7 @@ def log(out, record, steps):
 
 
 def shown(value, low, high):
-    """A figure as text: ± half its interval, or by the interval's ends where these are unlike far from it; alone
+    """A figure as text: ± half its interval, or by the interval's ends if these are unlike far from it; alone
     where it has none."""
     if math.isnan(low):
         return f"{value:.3f}"

@@ -150,17 +150,21 @@ def load_everything(args, device):
     if any(train[0][side] is None for side in args.needs):
         raise InputError(f"{args.data}: {report['format']}, without the {' and '.join(args.needs)} responses "
                          f"that --variant {args.variant} learns from (pp and pr do without at --mix 1)")
+    if report["unread"]:
+        say(f"{args.data}: columns that nothing reads: {', '.join(report['unread'])}")
     reward = load_reward(args.reward, device, args.trust_remote_code, args.date) if args.reward else None
     train, unscorable = drop_unscorable(train, reward)
+    unscorable_held_out = {}
     if held_out:
-        held_out, _ = drop_unscorable(held_out, reward)
+        held_out, unscorable_held_out = drop_unscorable(held_out, reward)
     policy, reference, tokenizer = in_turns(lambda: load_models(args, device))
     limits = (end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length,
               policy.get_input_embeddings().weight.shape[0])
     examples, counts, lengths = encode(train, tokenizer, *limits)
     if held_out:
         held_out, dropped, _ = encode(held_out, tokenizer, *limits, args.eval_limit)
-        if dropped["dropped"]:
+        dropped.update(unscorable_held_out)
+        if +dropped:
             say(f"held-out pairs: {counted(+dropped)}")
     counts["dropped"] += sum(report["dropped"].values())
     counts.update(report["dropped"] + report["altered"] + unscorable)
@@ -361,7 +365,8 @@ def best_possible(options):
                                        (args.max_prompt_length, args.max_response_length), args.date)
     reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
     held_out = train_and_held_out(args.data, args.eval_data, None, args.prefer)[1]
-    held_out, *_ = encode(drop_unscorable(held_out, reward)[0], tokenizer, end_token_ids(tokenizer, reference),
+    held_out, _ = drop_unscorable(held_out, reward)
+    held_out, *_ = encode(held_out, tokenizer, end_token_ids(tokenizer, reference),
                           args.max_prompt_length, args.max_response_length, limit=args.eval_limit)
     examples = {str(each["prompt"]): each for each in held_out}.values()
     torch.manual_seed(seeded("frontier", args.seed))

@@ -14,8 +14,9 @@ import math
 from collections import Counter
 from pathlib import Path
 
-from data import (BadRow, InputError, Parser, collate, command_line, counted, end_token_ids, first_line,  # isort: skip
-                  fitting_prompt, load_tokenizer, number, response_text, seeded, write_rows)
+from data import (
+    BadRow, InputError, Parser, collate, command_line, counted, end_token_ids, first_line,
+    fitting_prompt, load_tokenizer, number, response_text, seeded, write_rows)
 
 import torch
 from torch.nn.utils.rnn import pad_sequence

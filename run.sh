@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # ./run.sh              sft → dpo → dp → pp → pr → compare, on the embedded toy world
 # ./run.sh ARGS         the same with ARGS passed to sail.py: ./run.sh --model DIR --data FILE --reward DIR
+#                       SFT_FLAGS="--learning-rate 2e-5 --epochs 3" ./run.sh … are for the SFT alone
 # ./run.sh test         the tests
 # NPROC=8 ./run.sh …    with eight processes, one for each GPU; PYTHON=python3.12 ./run.sh … picks the Python
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 run() { echo "+ $*"; "$@"; }
-case " $* " in *" --help "* | *" -h "*) sed -n '2,5s/^# //p' "$here/run.sh"; exit ;; esac      # sail.py has its own
+case " $* " in *" --help "* | *" -h "*) sed -n '2,6s/^# //p' "$here/run.sh"; exit ;; esac      # sail.py has its own
 
 # Let glibc keep freed memory for the next step rather than return it to the kernel and pay for every page
 # anew: experiments/bench.py times steps on a CPU without this ("as-is") and with it ("kept").
@@ -43,7 +44,8 @@ for variant in sft dpo dp pp pr; do
     if [ -d "runs/$name/$variant/model" ] && [ -z "$again" ]; then
         echo "# runs/$name/$variant is there already; --overwrite trains it anew"
     else
-        run "${train[@]}" --variant $variant "$@" --out "runs/$name/$variant"
+        only=; if [ $variant = sft ]; then only=${SFT_FLAGS:-}; fi
+        run "${train[@]}" --variant $variant "$@" $only --out "runs/$name/$variant"
     fi
 done
 best=(); if [ "$name" = toy ]; then best=(--frontier 2000); fi                # the best that any policy can do

@@ -42,8 +42,8 @@ from operator import itemgetter
 from pathlib import Path
 from types import SimpleNamespace
 
-from data import (SIDES, InputError, Parser, collate, command_line, counted, length_table, number,  # isort: skip
-                  read_json, seeded)
+from data import (
+    SIDES, InputError, Parser, collate, command_line, counted, length_table, number, read_json, seeded)
 
 import torch
 import torch.nn.functional as F
@@ -339,8 +339,8 @@ def say_how_long(seconds, evaluation, steps, args, device):
     """After the first step, how long the run will take, and, where that is long, what makes it shorter."""
     evaluations = 1 + (steps // args.eval_every if args.eval_every else 0)
     total = seconds * steps + evaluation * evaluations
-    say(f"the first step took {seconds:.1f} s, an evaluation {evaluation:.1f} s: about {total / 60:.0f} min for "
-        f"{counted({'step(s)': steps, 'evaluation(s)': evaluations})}")
+    say(f"the first step took {seconds:.1f} s, an evaluation {evaluation:.1f} s: about {total / 60:.0f} min "
+        f"for {counted({'step(s)': steps, 'evaluation(s)': evaluations})}")
     if seconds > 60 or device.type == "cpu" and total > 1200:
         say(f"for a shorter run: --batch-size ({args.batch_size}), --max-response-length "
             f"({args.max_response_length}), --max-prompt-length ({args.max_prompt_length}), --steps, "

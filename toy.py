@@ -120,7 +120,7 @@ def toy_tokenizer():
         words + [word for prompt in PROMPTS for word in prompt.split() if word != "{}"]))
     tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)},
                                            unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()         # a word, or marks
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
                                    unk_token="<unk>", clean_up_tokenization_spaces=False)
 

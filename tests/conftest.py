@@ -79,7 +79,7 @@ def base(tmp_path_factory):
     path = tmp_path_factory.mktemp("base")
     write_rows(path / TOY_PAIRS, pairs_of("toy")[0])
     model, tokenizer = toy_model(seed=5)
-    model.config.tie_word_embeddings = True                # all that trains, saves and resumes meets tied weights
+    model.config.tie_word_embeddings = True   # what trains, saves and resumes meets tied weights
     model.tie_weights()
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)

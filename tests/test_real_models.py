@@ -121,7 +121,8 @@ def test_longrope_scores_what_was_sampled_within_its_limit_and_not_beyond():
         ids = torch.tensor([[5] * 10 + response[0]])
         mask = torch.tensor([[0] * 10 + [1] * len(response[0])])
         with torch.no_grad():
-            differences.append((sequence_logps(model, ids, torch.ones_like(ids), mask) - sampled).abs().item())
+            scored = sequence_logps(model, ids, torch.ones_like(ids), mask)
+            differences.append((scored - sampled).abs().item())
     assert differences[0] < 1e-4 < 1e-2 < differences[1]
 
 

@@ -1,0 +1,146 @@
+"""What a new user meets in the first hour: what is said, how long it takes, what is kept."""
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import byte_tokenizer
+from test_errors import fails
+from test_scale import rows_of
+
+import evaluate
+import generate
+import sail
+
+ROOT = Path(sail.__file__).parent
+SHORT = ["--steps", "2", "--batch-size", "4", "--limit", "40", "--eval-limit", "3",
+         "--max-response-length", "8"]
+
+
+@pytest.fixture(scope="module")
+def two_runs(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs")
+    for variant in ("sft", "pr"):
+        sail.main(["--variant", variant, "--model", base, *SHORT, "--out", str(out / variant)])
+    return out
+
+
+def test_resume_with_nothing_to_resume_says_so_and_keeps_the_old_logs(two_runs, base, tmp_path, capsys):
+    out = shutil.copytree(two_runs / "pr", tmp_path / "run")
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    shutil.rmtree(out / "model")
+    before = {name: (out / f"{name}.jsonl").read_bytes() for name in ("metrics", "eval", "samples")}
+    sail.main(["--variant", "pr", "--model", base, *SHORT, "--out", str(out), "--resume"])
+    said = capsys.readouterr().out
+    assert "has no checkpoint, so this starts from the beginning" in said
+    assert "earlier logs stay, as NAME.jsonl.old" in said
+    assert {name: (out / f"{name}.jsonl.old").read_bytes() for name in before} == before
+    assert len(rows_of(out)) == 2
+
+
+def test_a_signal_is_acknowledged_at_once(capfd):
+    import signal
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        stopped = sail.stop_signals()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stopped == [130]
+        assert "SIGINT: stopping after this step; again: at once, without saving" in capfd.readouterr().err
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
+def test_the_held_out_loss_of_sft_is_that_of_its_training(two_runs, base, tmp_path):
+    """Nats per token of the held-out chosen responses: a run that evaluates on what it trains on, in one
+    step, before the first update, sees its own loss."""
+    rows = [dict(prompt=f"review the soup : {i}", chosen="the soup was good .", rejected="bad")
+            for i in range(4)]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sail.main(["--variant", "sft", "--model", base, "--data", str(path), "--eval-data", str(path), "--steps",
+               "1", "--batch-size", "4", "--max-prompt-length", "20", "--max-response-length", "20", "--out",
+               str(tmp_path / "run"), "--eval-every", "1"])
+    held_out = rows_of(tmp_path / "run", "eval")[0]
+    assert held_out["loss"] == pytest.approx(rows_of(tmp_path / "run")[0]["loss"], abs=1e-5)
+    low, high = held_out["loss_interval"]
+    assert low <= held_out["loss"] <= high
+    assert held_out["prompts"] == 4
+
+
+def test_figures_of_few_prompts_say_that_they_are(base, tmp_path, capsys):
+    sail.main(["--variant", "dpo", "--model", base, *SHORT, "--out", str(tmp_path / "few")])
+    assert "of 3 prompts only: the intervals are rough" in capsys.readouterr().out
+    sail.main(["--variant", "dpo", "--model", base, *SHORT, "--eval-limit", "20", "--out",
+               str(tmp_path / "run")])
+    assert "the intervals are rough" not in capsys.readouterr().out
+
+
+def test_the_answers_of_two_runs_are_shown_side_by_side(two_runs, monkeypatch, capsys):
+    runs = [str(two_runs / "sft"), str(two_runs / "pr")]
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--compare", *runs, "--show", "2", "--out",
+                                     str(two_runs / "figures.json")])
+    evaluate.main()
+    shown = capsys.readouterr().out
+    samples = [[row for row in rows_of(two_runs / name, "samples") if row["step"] == 2]
+               for name in ("sft", "pr")]
+    assert shown.count("\n>>> ") == 2
+    for ours, theirs in list(zip(*samples))[:2]:
+        block = shown[shown.index(f">>> {ours['prompt']}"):]
+        assert block.index(ours["response"]) < block.index(theirs["response"])
+
+
+def test_an_adapter_directory_is_named_as_one(tmp_path, monkeypatch, capsys):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    argv = ["--model", str(tmp_path), "--data", "toy:test"]
+    for main, argv in ((sail.main, ["sail.py", "--variant", "dpo", *argv]),
+                       (generate.main, ["generate.py", *argv])):
+        monkeypatch.setattr("sys.argv", argv)
+        assert "is an adapter; merge it into its base first" in fails(main, argv, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("seconds, device, told", [
+    (70, "cuda", True), (50, "cuda", False), (50, "cpu", True), (1, "cpu", False)])
+def test_a_long_run_says_which_flags_make_it_shorter(seconds, device, told, capsys):
+    args = SimpleNamespace(eval_every=10, batch_size=31, max_response_length=512, max_prompt_length=512,
+                           eval_limit=128)
+    sail.say_how_long(seconds, 30.0, 40, args, torch.device(device))
+    said = capsys.readouterr().out
+    minutes = (40 * seconds + 5 * 30) / 60
+    assert f"about {minutes:.0f} min for 40 step(s), 5 evaluation(s)" in said
+    assert ("--batch-size (31), --max-response-length (512)" in said) == told
+
+
+def test_columns_that_nothing_reads_are_said_before_training(base, tmp_path, capsys):
+    rows = [dict(prompt=f"question {i}", chosen="the soup", rejected="the tea", persona="pirate")
+            for i in range(40)]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sail.main(["--variant", "dpo", "--model", base, "--data", str(path), *SHORT, "--max-prompt-length", "9",
+               "--out", str(tmp_path / "run")])
+    assert f"{path}: columns that nothing reads: persona\n" in capsys.readouterr().out
+
+
+def test_run_sh_gives_the_sft_flags_of_its_own(tmp_path):
+    """With a Python that prints what it is called with."""
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$@" >> "$CALLS"\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "CALLS": str(tmp_path / "calls"),
+                   "SFT_FLAGS": "--learning-rate 3e-5"}
+    subprocess.run(["bash", ROOT / "run.sh", "--model", "M", "--learning-rate", "1e-6"], cwd=tmp_path,
+                   check=True, env=environment, capture_output=True)
+    calls = [line for line in (tmp_path / "calls").read_text().splitlines() if "--variant" in line]
+    rates = {line.split("--variant ")[1].split()[0]: line.split("--learning-rate ")[-1].split()[0]
+             for line in calls}
+    assert rates == {"sft": "3e-5", "dpo": "1e-6", "dp": "1e-6", "pp": "1e-6", "pr": "1e-6"}
+
+
+def test_what_a_person_reads_of_samples_has_no_end_token(two_runs):
+    assert byte_tokenizer().eos_token == "<eos>"
+    for row in rows_of(two_runs / "pr", "samples"):
+        assert "<eos>" not in row["response"] and row["response"] == row["response"].strip()

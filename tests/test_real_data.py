@@ -1,0 +1,290 @@
+"""What people's files and templates hold: every row is read whole, or dropped and counted by its reason."""
+import json
+
+import pytest
+from conftest import TEMPLATE, byte_tokenizer
+
+from data import NO_TEXT, Dialogue, encode, fitting_prompt, load_pairs, render
+
+
+def turn(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+Q, GOOD, BAD = turn("user", "Q"), turn("assistant", "good"), turn("assistant", "bad")
+SYSTEM = turn("system", "S")
+PLAIN = dict(prompt="Q0", chosen="yes", rejected="no")
+
+
+def load(tmp_path, *rows):
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return load_pairs(str(path))
+
+
+def dropped_of(tmp_path, row):
+    """Why this row is dropped; a good one beside it, with the same columns, is kept."""
+    pairs, report = load(tmp_path, row, PLAIN)
+    assert len(pairs) == 1
+    return dict(report["dropped"])
+
+
+def encode_one(pair, tokenizer, *limits):
+    examples, counts, _ = encode([pair], tokenizer, {1}, *(limits or (100, 100)))
+    return examples[0], counts
+
+
+# --- where the response begins
+
+SAYS = ("{% for m in messages %}{{ 'USER: ' + m.content + ' ' if m.role == 'user' else "
+        "'ASSISTANT: ' + m.content + '<eos>' }}{% endfor %}")       # knows no generation prompt
+
+
+@pytest.mark.parametrize("answer", ["A", "ASSISTANT", "T: A", ":", "USER", "xANSWERx"])
+def test_the_header_is_found_whatever_the_answer_repeats_of_it(answer):
+    assert render("Q", answer, byte_tokenizer(SAYS)) == ("USER: Q ASSISTANT:", f" {answer}<eos>")
+    assert render(answer, "A", byte_tokenizer(SAYS)) == (f"USER: {answer} ASSISTANT:", " A<eos>")
+
+
+def test_both_sides_of_a_pair_follow_the_same_prompt():
+    tokenizer = byte_tokenizer(SAYS)
+    example, _ = encode_one({"prompt": "Q", "chosen": "A", "rejected": "S"}, tokenizer)
+    assert tokenizer.decode(example["prompt_ids"]) == "USER: Q ASSISTANT:"
+    assert tokenizer.decode(example["chosen_ids"]) == " A<eos>"
+    assert tokenizer.decode(example["rejected_ids"]) == " S<eos>"
+
+
+def sentencepiece(words):
+    """A tokenizer that writes the space before a word into its token, and one before every text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    vocab = {word: place for place, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", unk_token="<unk>")
+
+
+def test_the_responses_ids_are_those_of_the_whole_text():
+    tokenizer = sentencepiece(["▁say", "▁the", "▁word", "the"])
+    pair = {"prompt": "say", "chosen": " the word", "rejected": " word"}
+    example, counts = encode_one(pair, tokenizer)
+    whole = tokenizer("say the word")["input_ids"]
+    assert example["prompt_ids"] + example["chosen_ids"] == whole + [1]
+    assert not counts["prompt_merges_with_response"]
+
+
+def test_a_token_that_would_reach_over_the_boundary_is_counted():
+    tokenizer = sentencepiece(["▁say", "▁the", "▁saythe"])
+    example, counts = encode_one({"prompt": "say", "chosen": "the", "rejected": " say"}, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(example["prompt_ids"]) == ["▁say"]
+    assert tokenizer.convert_ids_to_tokens(example["chosen_ids"]) == ["▁the", "<eos>"]
+    assert counts["prompt_merges_with_response"] == 1
+
+
+# --- turns before the answer
+
+@pytest.mark.parametrize("before", [[turn("assistant", "A1"), turn("user", "Q2")]])
+@pytest.mark.parametrize("prompt, first", [([Q], [Q]), ("Q", [Q]), ([SYSTEM, Q], [SYSTEM, Q])])
+def test_turns_before_the_answer_follow_the_prompt_or_repeat_it(prompt, first, before, tmp_path):
+    for repeated in ([], [Q], first):
+        row = dict(prompt=prompt, chosen=repeated + before + [GOOD], rejected=repeated + before + [BAD])
+        assert load(tmp_path, row)[0] == [dict(prompt=first + before, chosen="good", rejected="bad")]
+
+
+def test_strings_that_begin_with_their_prompt_lose_it_if_most_rows_have_that_form(tmp_path):
+    rows = [dict(prompt=f"question {i}", chosen=f"question {i} yes", rejected=f"question {i} no")
+            for i in range(9)]
+    pairs, report = load(tmp_path, *rows, PLAIN)
+    assert pairs[:9] == [dict(prompt=f"question {i}", chosen=" yes", rejected=" no") for i in range(9)]
+    assert pairs[9] == PLAIN
+    assert report["altered"] == {"prompts repeated in their responses, taken out": 9}
+    echo = dict(prompt="Hello", chosen="Hello you", rejected="Hello there")          # an answer, in its file
+    pairs, report = load(tmp_path, echo, PLAIN, PLAIN)
+    assert pairs[0] == echo and not report["altered"]
+
+
+# --- columns and keys
+
+@pytest.mark.parametrize("row, prompt", [
+    (dict(PLAIN, system="S"), [SYSTEM, turn("user", "Q0")]),
+    (dict(PLAIN, system_prompt="S", prompt=[Q]), [SYSTEM, Q]),
+    (dict(PLAIN, system="S", prompt=[SYSTEM, Q]), [SYSTEM, Q]),
+    (dict(PLAIN, system=""), "Q0"), (dict(PLAIN, system=None, tools=None, images=[]), "Q0"),
+    (dict(PLAIN, history=[["Q1", "A1"]]), [turn("user", "Q1"), turn("assistant", "A1"), turn("user", "Q0")]),
+    (dict(PLAIN, history=[Q, turn("assistant", "A1")]), [Q, turn("assistant", "A1"), turn("user", "Q0")]),
+    (dict(PLAIN, history=[["Q1", "A1"]], system="S"),
+     [SYSTEM, turn("user", "Q1"), turn("assistant", "A1"), turn("user", "Q0")]),
+    (dict(instruction="Do", input="this", chosen="yes", rejected="no"), "Do\nthis"),
+    (dict(question="Why?", chosen="yes", rejected="no", system="S"), [SYSTEM, turn("user", "Why?")])])
+def test_system_history_and_input_are_part_of_the_prompt(row, prompt, tmp_path):
+    assert load(tmp_path, row)[0] == [dict(prompt=prompt, chosen="yes", rejected="no")]
+
+
+@pytest.mark.parametrize("spelling, role", [
+    ("User", "user"), ("human", "user"), ("prompter", "user"), ("Assistant", "assistant"),
+    ("gpt", "assistant"), ("model", "assistant"), ("System", "system"), ("developer", "system")])
+def test_the_usual_spellings_of_roles_are_understood(spelling, role, tmp_path):
+    end = [Q] if role != "user" else []
+    before = [turn(spelling, "one"), *end]
+    pairs, _ = load(tmp_path, dict(chosen=before + [GOOD], rejected=before + [BAD]))
+    assert pairs[0]["prompt"] == [turn(role, "one"), *end]
+
+
+@pytest.mark.parametrize("row, reason", [
+    (dict(PLAIN, tools=[{"name": "search"}]), "row with tools"),
+    (dict(PLAIN, images=["a.png"]), "row with images"),
+    (dict(PLAIN, documents=["text"]), "row with documents"),
+    (dict(PLAIN, prompt=[turn("user", "Q", tool_calls=[{"id": 1}])]), "message with tool_calls"),
+    (dict(PLAIN, chosen=[turn("assistant", "good", reasoning_content="hm")], rejected=[BAD]),
+     "message with reasoning_content"),
+    (dict(PLAIN, prompt=[turn("tool", "42")]), "message of the role 'tool'"),
+    (dict(PLAIN, prompt=[turn("user", [{"type": "image_url", "image_url": "x"}])]),
+     "message part that is not text"),
+    (dict(PLAIN, system="other", prompt=[SYSTEM, Q]), "two system turns"),
+    (dict(PLAIN, system=3), NO_TEXT)])
+def test_what_cannot_be_rendered_drops_its_row_by_name(row, reason, tmp_path):
+    assert dropped_of(tmp_path, row) == {reason: 1}
+
+
+def test_columns_that_nothing_reads_are_named(tmp_path):
+    assert load(tmp_path, dict(PLAIN, persona="pirate", lang="en"))[1]["unread"] == ["lang", "persona"]
+
+
+@pytest.mark.parametrize("quote", [json.dumps, repr])
+def test_messages_in_strings_are_read_as_messages(quote, tmp_path):
+    for row in (dict(prompt=quote([SYSTEM, Q]), chosen=quote([GOOD]), rejected=quote([BAD])),
+                dict(chosen=quote([SYSTEM, Q, GOOD]), rejected=quote([SYSTEM, Q, BAD])),
+                dict(prompt=quote([SYSTEM, Q]), chosen=quote(GOOD), rejected=quote(BAD)),
+                dict(conversations=quote([SYSTEM, Q]), chosen=quote(GOOD), rejected=quote(BAD))):
+        assert load(tmp_path, row)[0] == [dict(prompt=[SYSTEM, Q], chosen="good", rejected="bad")]
+    scored = quote([dict(response="bad", overall_score=1), dict(response="good", overall_score=2)])
+    assert load(tmp_path, dict(instruction="Q", completions=scored))[0][0]["chosen"] == "good"
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}', "[1, 2]", '[{"name": "x"}]', "{'role"])
+def test_answers_that_are_json_stay_text(text, tmp_path):
+    assert load(tmp_path, dict(PLAIN, chosen=text))[0][0]["chosen"] == text
+
+
+# --- templates
+
+THINKS = TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'].split('</think>')[-1] }}")
+
+
+def test_an_answer_that_the_template_rewrites_drops_its_pair_by_that_reason():
+    pairs = [dict(prompt="Q", chosen="<think>yes</think>A", rejected="<think>no</think>A"),
+             dict(prompt="Q", chosen="A", rejected="<think>no</think>B"), PLAIN]
+    examples, counts, _ = encode(pairs, byte_tokenizer(THINKS), {1}, 90, 90)
+    assert len(examples) == 1
+    assert counts["the chat template rewrites the answer"] == counts["dropped"] == 2
+
+
+def test_a_template_that_adds_an_empty_block_of_thoughts_keeps_the_answers_own():
+    adds = TEMPLATE.replace("{{ message['content'] }}", "{% if message['role'] == 'assistant' and '<think>' "
+                            "not in message['content'] %}<think></think>{% endif %}{{ message['content'] }}")
+    assert render("Q", "A", byte_tokenizer(adds)) == ("<|user|>Q<eos><|assistant|>", "<think></think>A<eos>")
+    own = "<think>hm</think>A"
+    assert render("Q", own, byte_tokenizer(adds)) == ("<|user|>Q<eos><|assistant|>", f"{own}<eos>")
+
+
+def test_one_row_that_the_template_refuses_leaves_the_others():
+    strict = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+              + TEMPLATE)
+    pairs = [PLAIN, dict(PLAIN, prompt=[SYSTEM, Q]), PLAIN]
+    examples, counts, _ = encode(pairs, byte_tokenizer(strict), {1}, 90, 90)
+    assert len(examples) == 2 and counts["refused by the chat template: no system turns"] == 1
+
+
+def test_a_prompt_that_ends_in_a_started_answer_is_continued():
+    tokenizer = byte_tokenizer(TEMPLATE)
+    pair = dict(prompt=[Q, turn("assistant", "Once upon")], chosen=" a time", rejected=" no time")
+    example, _ = encode_one(pair, tokenizer)
+    assert tokenizer.decode(example["prompt_ids"]) == "<|user|>Q<eos><|assistant|>Once upon"
+    assert tokenizer.decode(example["chosen_ids"]) == " a time<eos>"
+    assert render(pair["prompt"], " a time") == ("\n\nHuman: Q\n\nAssistant: Once upon", " a time")
+
+
+# --- white space
+
+@pytest.mark.parametrize("prompt", ["Q", [Q]])
+def test_white_space_around_a_response_gives_nothing_away_under_a_template(prompt):
+    tokenizer = byte_tokenizer(TEMPLATE)
+    example, _ = encode_one(dict(prompt=prompt, chosen="good", rejected="  bad \n"), tokenizer)
+    assert tokenizer.decode(example["chosen_ids"]) == "good<eos>"
+    assert tokenizer.decode(example["rejected_ids"]) == "bad<eos>"
+
+
+def test_a_plain_dialogue_has_one_space_before_each_answer():
+    assert render([Q], "good")[1] == render([Q], " good")[1] == " good"
+
+
+# --- limits
+
+LONG = [SYSTEM, turn("user", "a" * 30), turn("assistant", "b" * 30), turn("user", "c" * 10)]
+
+
+def kept(prompt, limit):
+    tokenizer = byte_tokenizer(TEMPLATE)
+    return tokenizer.decode(fitting_prompt(prompt, tokenizer, limit)[2])
+
+
+def test_too_long_a_dialogue_loses_its_oldest_turns_whole_and_keeps_the_system_turn():
+    tokenizer = byte_tokenizer(TEMPLATE)
+    whole = tokenizer.decode(fitting_prompt(LONG, tokenizer, 999)[2])
+    assert whole == tokenizer.apply_chat_template(LONG, tokenize=False, add_generation_prompt=True)
+    short = tokenizer.apply_chat_template([LONG[0], LONG[3]], tokenize=False, add_generation_prompt=True)
+    assert kept(LONG, 60) == short
+    example, counts = encode_one(dict(prompt=LONG, chosen="yes", rejected="no"), tokenizer, 60, 9)
+    assert counts["truncated_prompts"] == 1 and tokenizer.decode(example["prompt_ids"]) == short
+
+
+def test_a_dialogue_that_does_not_fit_without_its_older_turns_is_dropped():
+    pairs = [dict(prompt=LONG, chosen="yes", rejected="no"), PLAIN, dict(PLAIN, prompt="d" * 50)]
+    examples, counts, lengths = encode(pairs, byte_tokenizer(TEMPLATE), {1}, 20, 9)
+    assert [example["prompt"] for example in examples] == ["Q0"]
+    assert counts["prompt longer than --max-prompt-length"] == counts["dropped"] == 2
+    assert max(lengths["prompt"]) > 60                                         # as they were before
+
+
+def test_lengths_are_those_before_cutting():
+    pair = dict(prompt="12345678", chosen="123456789", rejected="1")
+    _, counts, lengths = encode([pair], byte_tokenizer(), {1}, 4, 5)
+    assert lengths == {"prompt": [8], "chosen": [10], "rejected": [2]}
+    assert counts["truncated_prompts"] == counts["truncated_responses"] == 1
+
+
+# --- files
+
+def test_a_file_that_was_replaced_under_its_name_and_time_is_read_anew(tmp_path):
+    import os
+
+    import datasets
+    path = tmp_path / "x.parquet"
+    for answer in ("one", "two"):
+        datasets.Dataset.from_list([dict(PLAIN, chosen=answer)]).to_parquet(str(path))
+        os.utime(path, (0, 0))
+        assert load_pairs(str(path))[0][0]["chosen"] == answer
+    for answer in ("one", "two"):
+        datasets.Dataset.from_list([dict(PLAIN, chosen=answer)]).to_parquet(str(tmp_path / "dir/x.parquet"))
+        os.utime(tmp_path / "dir/x.parquet", (0, 0))
+        assert load_pairs(str(tmp_path / "dir"))[0][0]["chosen"] == answer
+
+
+def test_columns_of_pictures_are_not_opened(tmp_path):
+    import datasets
+    rows = datasets.Dataset.from_list([dict(PLAIN, portrait={"path": None, "bytes": b"no picture"})])
+    rows.cast_column("portrait", datasets.Image()).to_parquet(str(tmp_path / "x.parquet"))
+    assert load_pairs(str(tmp_path / "x.parquet"))[0] == [PLAIN]
+
+
+# --- the template of the real model has the shape of this one
+
+def test_a_dialogue_knows_what_stands_around_its_answer():
+    chatml = byte_tokenizer("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<eos>\n"
+                            "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    dialogue = Dialogue([SYSTEM, Q], chatml)
+    assert dialogue.head == "<|im_start|>system\nS<eos>\n<|im_start|>user\nQ<eos>\n<|im_start|>assistant\n"
+    assert dialogue.filler == "" and dialogue.closing == "<eos>\n"
+    example, _ = encode_one(dict(prompt=[Q], chosen="yes", rejected="no"), chatml)
+    assert chatml.decode(example["chosen_ids"]) == "yes<eos>"                # nothing is learned after it
