@@ -262,7 +262,7 @@ def test_revkl_and_both_log_probs_come_from_one_forward_of_each_model(family):
     weights, parameters = torch.tensor([1.0, -2.0, 0.5]), list(policy.parameters())
     gradients = torch.autograd.grad((weights * revkl).sum(), parameters)
     for one, other in zip(gradients, torch.autograd.grad((weights * expected).sum(), parameters)):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)    # parts of a model are float32 always
 
 
 def test_revkl_is_zero_at_the_reference():

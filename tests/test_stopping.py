@@ -301,6 +301,7 @@ def test_without_torch_each_script_says_in_one_line_what_to_type(tmp_path):
 def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_model_is(base, tmp_path, capsys):
     sail.main(["--model", base, *SHORT, "--steps", "1", "--out", str(tmp_path / "run")])
     lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"held-out pairs: \d truncated_responses", lines.pop(0))
     size = sum(parameter.numel() for parameter in load_policy(base)[0].parameters())
     assert lines[0] == f"{base} on cpu: {size:,} of {size:,} parameters are trained"
     assert lines[1].startswith(f"{base}/toy-pairs.jsonl: 39 pairs to train on, 4 to evaluate on; ")
