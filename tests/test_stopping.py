@@ -305,7 +305,7 @@ def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_mode
     size = sum(parameter.numel() for parameter in load_policy(base)[0].parameters())
     assert lines[0] == f"{base} on cpu: {size:,} of {size:,} parameters are trained"
     assert lines[1].startswith(f"{base}/toy-pairs.jsonl: 39 pairs to train on, 4 to evaluate on; ")
-    assert re.fullmatch(r"   prompt: tokens median 5, 90 % 6, most 6; 0 of 39 longer than 8", lines[2])
+    assert re.fullmatch(r"   prompt: tokens median 5, 90 % 6, most 6; 0 of 40 longer than 8", lines[2])
     assert lines[3].startswith("   chosen: tokens median ")
     assert lines[4].startswith(" rejected: tokens median ")
     assert lines[5] == ("pr: 2 offline pairs + 2 on the variant's route = 4 pairs, 1 steps of 4 -> "
