@@ -310,10 +310,10 @@ def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_mode
     assert lines[4].startswith(" rejected: tokens median ")
     assert lines[5] == ("pr: 2 offline pairs + 2 on the variant's route = 4 pairs, 1 steps of 4 -> "
                         f"{tmp_path}/run")
-    assert lines[6] == "evaluating at step 0: a response of up to 24 tokens to each of 4 held-out prompts …"
-    said = r"the first step took [\d.]+ s, an evaluation [\d.]+ s: about 0 min "
-    said += r"for 1 step.s., \d evaluation.s."
-    assert any(re.fullmatch(said, line) for line in lines)
+    assert lines[6].startswith("step 1/1 | loss ")
+    said = r"the first step took [\d.]+ s, an evaluation 0.0 s: about 0 min for 1 step.s., 1 evaluation.s."
+    assert re.fullmatch(said, lines[7])
+    assert lines[8] == "evaluating at step 1: a response of up to 6 tokens to each of 4 held-out prompts …"
     assert lines[-1] == (f"saved {tmp_path}/run/model; `python evaluate.py {tmp_path}/run` samples from it "
                          "and sets it beside other runs")
 
