@@ -5,23 +5,20 @@
 
 SOURCE is a .jsonl, .json, .csv or .parquet file, or a hub name written OWNER/NAME[/CONFIG][:SPLIT].
 
-A pair is a dict {prompt, chosen, rejected}. Responses are strings, or None where the data lacks them: rows of
-prompts, for fully online runs, or of dialogues, for sft. The prompt is a string, or a list of {role, content}
-messages where the data is a dialogue. How a pair becomes text:
+Rows of prompts alone do for fully online runs, rows of dialogues for sft. How a pair becomes text:
   - the tokenizer has a chat template: the template renders it (a string counts as one user message);
   - it has none: strings stay as they are; messages become "\\n\\nHuman: …\\n\\nAssistant:", as in hh-rlhf.
 """
-import argparse
 import ast
 import csv
-import hashlib
 import io
 import json
 import math
-import os
 import re
 import sys
+import zlib
 from collections import Counter
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 
@@ -31,95 +28,41 @@ try:
 except ImportError as missing:
     sys.exit(f"{Path(sys.argv[0]).name}: error: {missing}: pip install -r requirements.txt, or run ./run.sh")
 
-# --- what every script shares -------------------------------------------------------------------------------
+from runtime.command_line import InputError, Parser, command_line, first_line, format_counts
+
+SIDES = ("chosen", "rejected")
 
 
-class InputError(ValueError):
-    """Bad input from the user: its text says what is wrong, where, and what to do."""
+@dataclass
+class Pair:
+    """A pair of responses to one prompt, from the file to the loss."""
+    # of the data, or, where the policy responds, of `generate.roll_out` and `reward.label_by_reward`
+    prompt: str | list                       # a text, or messages {role, content}
+    chosen: str | None                       # the preferred response; None if the data lacks it
+    rejected: str | None
+    # of `encode`; the responses' ids end with an end token, unless they were cut
+    prompt_ids: list = field(default_factory=list)
+    chosen_ids: list = field(default_factory=list)
+    rejected_ids: list = field(default_factory=list)
+    # of `sail.draw_pairs`
+    on_policy: bool = False                  # both responses are sampled from the policy: T2
+    self_labelled: bool = False              # the policy labels the pair: T3
+    label_draw: float = 0.0                  # uniform in [0, 1): draws the label if it is not summed out
+    # of `generate.roll_out`
+    samples: int = 0                         # how many of the two responses were sampled
+    sampled_tokens: int = 0                  # their length
+    unfinished: int = 0                      # how many of them have no end token
+    # of `reward.label_by_reward`
+    preference: float = 1.0                  # P(chosen ≻ rejected)
+    rewards: tuple = ()                      # of chosen, of rejected
 
 
 class BadRow(ValueError):
     """One row that cannot be used: its text is the reason under which it is counted."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with short help and one-line errors; `shared` adds flags that several scripts have."""
-
-    def __init__(self, description, arguments=""):
-        super().__init__(description=description, usage=f"%(prog)s [flags]{arguments}",
-                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=35))
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-    def shared(self, *flags, add=None):
-        for flag in flags:
-            (add or self.add_argument)(flag, **SHARED[flag])
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: an int or float from `low` to `high`, and finite."""
-    def convert(text):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not in {low:g} … {high:g}")
-        return value
-
-    convert.__name__ = kind.__name__           # argparse names it where `text` is no number at all
-    return convert
-
-
-def iso_date(text):
-    """An argparse type: a date, as YYYY-MM-DD."""
-    return date.fromisoformat(text).isoformat()
-
-
-COUNT = dict(metavar="N", type=number(int, 1))
-SHARED = {
-    "--data": dict(default="toy", help="a .jsonl, .json, .csv or .parquet file, a hub name, or toy (toy)"),
-    "--eval-data": dict(help="held-out pairs (one prompt in twenty of --data; toy: toy:test)"),
-    "--prefer": dict(choices=["better", "safer"], default="better", help="label of PKU-SafeRLHF (better)"),
-    "--limit": dict(COUNT, help="use the first N pairs only"),
-    "--max-prompt-length": dict(COUNT, help="tokens; cut on the left (training: 512, toy 8)"),
-    "--max-response-length": dict(COUNT, help="tokens; cut on the right (training: 512, toy 24)"),
-    "--date": dict(type=iso_date, help="what a chat template that asks for the date is told (today)"),
-    "--seed": dict(type=number(int, 0), default=0, help="random seed (0)"),
-    "--trust-remote-code": dict(action="store_true", help="run code that comes with a hub model")}
-
-
-def command_line(main):
-    """Run a script's `main`; bad input, a file that fails, or an optional package that is not there, becomes
-    one line on stderr and exit status 2."""
-    try:
-        main()
-    except (InputError, OSError, ModuleNotFoundError) as error:
-        # InputError is raised by all processes alike, and one speaks; other errors may be one's own.
-        if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):
-            path = getattr(error, "filename2", None) or getattr(error, "filename", None)     # 2: renamed to
-            message = f"{path}: {error.strerror}" if path else error
-            message = f"needs a package: pip install {error.name}" if hasattr(error, "name") else message
-            print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-        sys.exit(2)
-
-
-def first_line(error):
-    """The first line of an exception's text."""
-    return str(error).strip().split("\n")[0].rstrip(".")
-
-
-def counted(counter):
-    """{'empty response': 4} -> '4 empty response'."""
-    return ", ".join(f"{times} {what}" for what, times in counter.items()) or "none"
-
-
-def seeded(purpose, *numbers):
-    """The seed of one stream of random numbers: a hash into the 32 bits that torch keeps on a CPU."""
-    return int.from_bytes(hashlib.sha256(repr((purpose, *numbers)).encode()).digest()[:4], "big")
-
-
 # --- messages -----------------------------------------------------------------------------------------------
 
-SIDES = ("chosen", "rejected")
 NO_TEXT, TIE = "null or malformed text", "no preference between the responses"
 ROLES = {"user": "user", "human": "user", "prompter": "user",
          "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant",
@@ -205,16 +148,23 @@ def without_system(messages):
 def split_dialogue(dialogue):
     """A whole dialogue, as messages or as an hh-rlhf string -> (prompt messages, last response)."""
     dialogue = text_or_messages(dialogue)
-    if isinstance(dialogue, str):            # the prompt ends with the last "\n\nAssistant:"
-        prompt, _, response = dialogue.rpartition("\n\nAssistant:")
-        start, *turns = re.split(r"\n\n(Human|Assistant):", prompt)
-        if start.strip() or not turns:
-            raise BadRow("not a '\\n\\nHuman: … \\n\\nAssistant: …' dialogue")
-        return as_messages([{"from": who, "value": text.strip()}
-                            for who, text in zip(turns[::2], turns[1::2])]), response
+    if isinstance(dialogue, str):
+        return split_hh_dialogue(dialogue)
     if dialogue[-1]["role"] != "assistant":
         raise BadRow("last message is not the assistant's")
     return dialogue[:-1], dialogue[-1]["content"]
+
+
+def split_hh_dialogue(text):
+    """`split_dialogue` of a string as in hh-rlhf; the prompt goes up to the last Assistant."""
+    prompt, _, response = text.rpartition("\n\nAssistant:")
+    start, *turns = re.split(r"\n\n(Human|Assistant):", prompt)       # speaker, text, speaker, text, …
+    if start.strip() or not turns:
+        raise BadRow("not a '\\n\\nHuman: … \\n\\nAssistant: …' dialogue")
+    messages = []
+    for speaker, said in zip(turns[::2], turns[1::2]):
+        messages.append({"role": ROLES[speaker.lower()], "content": said.strip()})
+    return messages, response
 
 
 def joined_prompt(prompt, before):
@@ -234,16 +184,22 @@ def joined_prompt(prompt, before):
 
 def from_sharegpt(row):
     prompt = as_messages(row["conversations"])
-    return prompt, *(split_dialogue(as_messages(row[side]))[1] for side in SIDES)
+    _, chosen = split_dialogue(as_messages(row["chosen"]))
+    _, rejected = split_dialogue(as_messages(row["rejected"]))
+    return prompt, chosen, rejected
 
 
 def from_prompt(row):
     """A prompt and responses, as strings or messages; the latter come with or without the prompt in front."""
-    prompt, chosen, rejected = (text_or_messages(row[column]) for column in ("prompt", *SIDES))
+    prompt = text_or_messages(row["prompt"])
+    chosen = text_or_messages(row["chosen"])
+    rejected = text_or_messages(row["rejected"])
     if isinstance(chosen, list) and isinstance(rejected, list):
         before, chosen, rejected = from_dialogues(chosen, rejected)
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        prompt = joined_prompt(prompt, before) if before else prompt
+        if isinstance(prompt, str):
+            prompt = [{"role": "user", "content": prompt}]
+        if before:
+            prompt = joined_prompt(prompt, before)
     return prompt, chosen, rejected
 
 
@@ -252,8 +208,10 @@ def from_question(row):
 
 
 def from_instruction(row):
-    texts = [row["instruction"], row.get("input") or ""]
-    return from_prompt({**row, "prompt": "\n".join(text for text in texts if text)})
+    prompt = row["instruction"]
+    if row.get("input"):
+        prompt += "\n" + row["input"]
+    return from_prompt({**row, "prompt": prompt})
 
 
 def from_dialogues(chosen, rejected):
@@ -284,8 +242,10 @@ def from_pku_safer(row):
 
 
 def from_ultrafeedback(row):
-    return best_and_worst(row["instruction"], [(completion["overall_score"], completion["response"])
-                                               for completion in unquoted(row["completions"])])
+    scored = []
+    for completion in unquoted(row["completions"]):
+        scored.append((completion["overall_score"], completion["response"]))
+    return best_and_worst(row["instruction"], scored)
 
 
 def from_summaries(row):
@@ -293,13 +253,15 @@ def from_summaries(row):
     info, choice = unquoted(row["info"]), float(row["choice"])
     post = info.get("post") or info["article"]
     prompt = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {post}\n\nTL;DR:"
-    return best_and_worst(prompt, [(choice == place, summary["text"])
-                                   for place, summary in enumerate(unquoted(row["summaries"]))])
+    scored = []
+    for place, summary in enumerate(unquoted(row["summaries"])):
+        scored.append((choice == place, summary["text"]))
+    return best_and_worst(prompt, scored)
 
 
 def from_webgpt(row):
-    return best_and_worst(unquoted(row["question"])["full_text"], [(row["score_0"], row["answer_0"]),
-                                                                   (row["score_1"], row["answer_1"])])
+    prompt = unquoted(row["question"])["full_text"]
+    return best_and_worst(prompt, [(row["score_0"], row["answer_0"]), (row["score_1"], row["answer_1"])])
 
 
 def from_dialogue(row):
@@ -312,8 +274,14 @@ def from_prompt_alone(row):
 
 def best_and_worst(prompt, scored):
     """(prompt, best, worst) of (score, response)s; those without a score do not count."""
-    ranked = sorted(((float(score), text) for score, text in scored if score is not None), key=lambda s: s[0])
-    if not ranked or ranked[0][0] == ranked[-1][0] or not all(math.isfinite(score) for score, _ in ranked):
+    ranked = []
+    for score, text in scored:
+        if score is not None:
+            ranked.append((float(score), text))
+            if not math.isfinite(ranked[-1][0]):
+                raise BadRow(TIE)
+    ranked.sort(key=lambda one: one[0])
+    if not ranked or ranked[0][0] == ranked[-1][0]:
         raise BadRow(TIE)
     return prompt, ranked[-1][1], ranked[0][1]
 
@@ -337,35 +305,39 @@ OPTIONAL_COLUMNS = (*SYSTEM_COLUMNS, "history", "input", *NOT_RENDERED)
 
 def with_turns_before(prompt, row):
     """The prompt with the row's `history` and `system` columns in front."""
-    history = row.get("history")
+    history, systems = row.get("history"), [row[name] for name in SYSTEM_COLUMNS if row.get(name)]
+    if history in (None, "", "[]", []) and not systems:
+        return prompt
+    if isinstance(prompt, str):
+        prompt = [{"role": "user", "content": prompt}]
     if history not in (None, "", "[]", []):
-        turns = []
-        for turn in unquoted(history):
-            if isinstance(turn, dict):
-                turns += as_messages([turn])
-            else:
-                question, answer = turn
-                turns += as_messages([{"role": "user", "content": question},
-                                      {"role": "assistant", "content": answer}])
-        prompt = turns + ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt)
-    for column in SYSTEM_COLUMNS:
-        text = row.get(column)
-        if text in (None, ""):
-            continue
+        prompt = history_messages(unquoted(history)) + prompt
+    for text in systems:
         if not isinstance(text, str):
             raise BadRow(NO_TEXT)
         system = [{"role": "system", "content": text}]
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if prompt[:1] != system and without_system(prompt) != prompt:
             raise BadRow("two system turns")
         prompt = system + without_system(prompt)
     return prompt
 
 
+def history_messages(history):
+    """Turns as messages, or as [question, answer] -> messages."""
+    messages = []
+    for turn in history:
+        if not isinstance(turn, dict):
+            question, answer = turn
+            messages += as_messages([{"role": "user", "content": question}])
+            turn = {"role": "assistant", "content": answer}
+        messages += as_messages([turn])
+    return messages
+
+
 # --- loading ------------------------------------------------------------------------------------------------
 
 def read_rows(source):
-    """The raw rows of `source`, a list of dicts or a datasets.Dataset. Raises InputError where it cannot be
+    """The raw rows of `source`, a list of dicts or a datasets.Dataset. Raises InputError if it cannot be
     read."""
     path = Path(source)
     if path.suffix in (".jsonl", ".json", ".csv", ".parquet") and not path.is_file():
@@ -404,23 +376,24 @@ def read_parquet(path):
 
 def read_text(path):
     """The rows of a .csv file, or of one with a JSON object on each line, or an array of them."""
-    rows, line = [], 1
+    rows, nth = [], 1
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
             csv.field_size_limit(2**31 - 1)                 # a long text is no error
             return list(csv.DictReader(io.StringIO(text, newline=""), restkey=TOO_MANY_CELLS))
-        array = text.lstrip().startswith("[")               # not splitlines: U+2028 may stand in a string
-        for line, each in enumerate([text] if array else text.split("\n"), 1):
-            if array:
-                rows += json.loads(each)
-            elif each.strip():
-                rows.append(json.loads(each))
+        if text.lstrip().startswith("["):
+            rows = json.loads(text)
+        else:
+            for nth, line in enumerate(text.split("\n"), 1):      # not splitlines: U+2028 may be text
+                if line.strip():
+                    rows.append(json.loads(line))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error})") from None
     except (ValueError, RecursionError, csv.Error) as error:
-        raise InputError(f"{path}:{line + getattr(error, 'lineno', 1) - 1}: not {path.suffix[1:]} "
-                         f"({first_line(error)}); want an object per line, or an array of objects") from None
+        line = nth + getattr(error, "lineno", 1) - 1
+        raise InputError(f"{path}:{line}: not {path.suffix[1:]} ({first_line(error)}); "
+                         "want an object per line, or an array of objects") from None
     if not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: a row is not an object with columns")
     return rows
@@ -429,62 +402,67 @@ def read_text(path):
 TOO_MANY_CELLS = "row with more cells than the header"     # the column in which csv puts those beyond it
 
 
-def read_json(path):
-    """The object in a file that sail.py wrote. Raises InputError where it is cut short."""
-    try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error}); it was cut short, or edited") from None
-
-
-def write_text(path, text):
-    """Write a file aside, under a name of this process alone, and rename it: there is never half a file."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(f"{path}.{os.getpid()}.writing")
-    aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate: as in JSON
-    aside.replace(path)
-
-
-def write_rows(path, rows):
-    """Write rows as JSON lines."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
 def load_pairs(source, limit=None, prefer="better"):
-    """Preference pairs from `source` (see the top of this file): ([{prompt, chosen, rejected}], report).
+    """Preference pairs from `source` (see the top of this file): ([Pair], report).
 
     limit: keep at most so many. prefer: "better" or "safer", for PKU-SafeRLHF. report: a dict {format, rows,
     dropped, altered, unread}: rows that were dropped and pairs that were altered, by reason, and the columns
-    that nothing reads. Raises InputError where nothing can be used."""
+    that nothing reads. Raises InputError if nothing can be used."""
     rows = read_rows(source)
     if len(rows) == 0:
         raise InputError(f"{source}: empty, no rows")
-    columns = set().union(*(rows[:100] if isinstance(rows, list) else [rows.column_names]))
+    if isinstance(rows, list):
+        columns = set().union(*rows[:100])
+    else:
+        columns = set(rows.column_names)
     name, needed, convert = format_of(columns, source)
     if convert is from_pku and prefer == "safer":
         convert = from_pku_safer
+    readable = {*needed, *OPTIONAL_COLUMNS}
     if not isinstance(rows, list):
-        rows = rows.select_columns([column for column in rows.column_names
-                                    if column in (*needed, *OPTIONAL_COLUMNS)])
+        rows = rows.select_columns(sorted(columns & readable))         # others may be pictures, to be decoded
     pairs, dropped = [], Counter()
     for row in rows:
         if len(pairs) == limit:
             break
         try:
-            if TOO_MANY_CELLS in row:
-                raise BadRow(TOO_MANY_CELLS)
-            refuse_unread(row, "row")
-            prompt, *responses = convert(row)
-            pairs.append(checked_pair(with_turns_before(prompt, row), *responses))
+            pairs.append(pair_of(row, convert))
         except BadRow as reason:
             dropped[str(reason)] += 1
         except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError):
             dropped[NO_TEXT] += 1
     if not pairs:
-        raise InputError(f"{source}: no usable pair in {len(rows)} rows ({counted(dropped)})")
-    unread = sorted(columns - {*needed, *OPTIONAL_COLUMNS, TOO_MANY_CELLS})
+        raise InputError(f"{source}: no usable pair in {len(rows)} rows ({format_counts(dropped)})")
     return pairs, {"format": name, "rows": len(pairs) + sum(dropped.values()), "dropped": dropped,
-                   "altered": Counter(take_out_repeated_prompts(pairs)), "unread": unread}
+                   "altered": take_out_repeated_prompts(pairs),
+                   "unread": sorted(columns - readable - {TOO_MANY_CELLS})}
+
+
+def pair_of(row, convert):
+    """The Pair in a row of the format that `convert` reads. Raises BadRow, or, if the row has another form,
+    what Python does."""
+    if TOO_MANY_CELLS in row:
+        raise BadRow(TOO_MANY_CELLS)
+    refuse_unread(row, "row")
+    prompt, *responses = convert(row)
+    prompt = with_turns_before(prompt, row)
+    json.dumps([prompt, responses], ensure_ascii=False).encode()            # half a surrogate pair is no text
+    for response in responses:
+        if not isinstance(response, str):
+            raise BadRow(NO_TEXT)
+        if not response.strip():
+            raise BadRow("empty response")
+    last = prompt
+    if isinstance(prompt, list) and prompt:
+        last = prompt[-1]["content"]
+    if not isinstance(prompt, (str, list)):
+        raise BadRow(NO_TEXT)
+    if not prompt or not last.strip():
+        raise BadRow("empty prompt")
+    chosen, rejected = (*responses, None, None)[:2]
+    if rejected is not None and chosen.strip() == rejected.strip():
+        raise BadRow("chosen equals rejected")
+    return Pair(prompt, chosen, rejected)
 
 
 def format_of(columns, source):
@@ -497,43 +475,61 @@ def format_of(columns, source):
 
 
 def take_out_repeated_prompts(pairs):
-    """Where most pairs' responses begin with their whole prompt, as strings, take it out of them, in place.
+    """If most pairs' responses begin with their whole prompt, as strings, take it out of them, in place.
     Returns how many were altered, by reason."""
-    def repeats(pair):
-        return isinstance(pair["prompt"], str) and pair["chosen"] and all(
-            pair[side].startswith(pair["prompt"]) and len(pair[side].strip()) > len(pair["prompt"].strip())
-            for side in SIDES if pair[side])
-
-    repeating = [pair for pair in pairs if repeats(pair)]
-    if 2 * len(repeating) < len(pairs) or not repeating:
-        return {}
+    repeating = [pair for pair in pairs if repeats_its_prompt(pair)]
+    if not repeating or 2 * len(repeating) < len(pairs):
+        return Counter()
     for pair in repeating:
-        for side in SIDES:
-            if pair[side]:
-                pair[side] = pair[side][len(pair["prompt"]):]
-    return {"prompts repeated in their responses, taken out": len(repeating)}
+        pair.chosen = pair.chosen.removeprefix(pair.prompt)
+        if pair.rejected is not None:
+            pair.rejected = pair.rejected.removeprefix(pair.prompt)
+    return Counter({"prompts repeated in their responses, taken out": len(repeating)})
 
 
-def checked_pair(prompt, *responses):
-    """The pair as a dict; raises BadRow, or UnicodeEncodeError, where there is nothing to learn from it."""
-    json.dumps([prompt, responses], ensure_ascii=False).encode()            # half a surrogate pair is no text
-    if not isinstance(prompt, (str, list)) or not all(isinstance(response, str) for response in responses):
-        raise BadRow(NO_TEXT)
-    if not prompt or not (prompt if isinstance(prompt, str) else prompt[-1]["content"]).strip():
-        raise BadRow("empty prompt")
-    if not all(response.strip() for response in responses):
-        raise BadRow("empty response")
-    if len(responses) == 2 and responses[0].strip() == responses[1].strip():
-        raise BadRow("chosen equals rejected")
-    chosen, rejected = (*responses, None, None)[:2]
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+def repeats_its_prompt(pair):
+    """Whether the prompt, as a string, stands before something more in each response."""
+    if not isinstance(pair.prompt, str) or pair.chosen is None:
+        return False
+    for response in (pair.chosen, pair.rejected):
+        if response is not None and not response.removeprefix(pair.prompt).strip():
+            return False
+        if response is not None and not response.startswith(pair.prompt):
+            return False
+    return True
+
+
+def split_held_out(pairs):
+    """(training pairs, held-out pairs): those of one prompt in twenty are held out, told by the prompt's
+    CRC-32, so that no prompt is on both sides, in whatever order the pairs come."""
+    train, held_out = [], []
+    for pair in pairs:
+        if zlib.crc32(json.dumps(pair.prompt).encode()) % 20 == 0:
+            held_out.append(pair)
+        else:
+            train.append(pair)
+    return train, held_out
+
+
+def train_and_held_out(data, eval_data=None, limit=None, prefer="better"):
+    """(training pairs, held-out pairs, report of `data`, report of `eval_data` or None), the same for every
+    script: held out are the pairs of `eval_data`, or some of `data`'s."""
+    pairs, report = load_pairs(data, limit, prefer)
+    if eval_data:
+        held_out, held_out_report = load_pairs(eval_data, None, prefer)
+        return pairs, held_out, report, held_out_report
+    train, held_out = split_held_out(pairs)
+    if not train:
+        raise InputError(f"{data}: all {len(pairs)} pairs are held out; give more, or name others with "
+                         "--eval-data")
+    return train, held_out, report, None
 
 
 # --- text to tokens -----------------------------------------------------------------------------------------
 
 def load_tokenizer(name, trust_remote_code=False, ends=True, date=None):
     """The tokenizer of a directory or hub name. date: what a chat template that asks for today is told, as
-    YYYY-MM-DD; None: today. Raises InputError where there is none, or it has no EOS."""
+    YYYY-MM-DD; None: today. Raises InputError if there is none, or it has no EOS."""
     from transformers import AutoTokenizer
     if Path(name, "adapter_config.json").is_file():
         raise InputError(f"{name} is an adapter; merge it into its base first, as OUT/model of sail.py is")
@@ -643,9 +639,12 @@ class Dialogue:
 
 def plain_dialogue(messages):
     """The text of a prompt of messages for a tokenizer without a chat template, as in hh-rlhf."""
-    names = {"user": "Human", "assistant": "Assistant"}
-    turns = [f"\n\n{names.get(turn['role'], turn['role'].title())}: {turn['content']}" for turn in messages]
-    return "".join(turns) + ("\n\nAssistant:" if messages[-1]["role"] != "assistant" else "")
+    names, text = {"user": "Human", "assistant": "Assistant", "system": "System"}, ""
+    for turn in messages:
+        text += f"\n\n{names[turn['role']]}: {turn['content']}"
+    if messages[-1]["role"] != "assistant":
+        text += "\n\nAssistant:"
+    return text
 
 
 def render(prompt, response, tokenizer=None):
@@ -691,46 +690,49 @@ def fitting_prompt(prompt, tokenizer, limit, lengths=None):
 
 
 def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length, rows=math.inf, limit=None):
-    """([{prompt, prompt_ids, chosen, chosen_ids, rejected, rejected_ids}], counts, lengths) of pairs.
+    """(copies of the pairs with their ids, counts, lengths).
 
     Both responses follow the same prompt ids; one that the data lacks has no ids. One longer than
     max_response_length is cut from the right, and then has no end token. counts: what was cut, pairs with an
     end token in their text, which cuts them, and rows dropped. lengths: {side: tokens before cutting, of each
-    row that could be rendered}. limit: stop after so many. Raises InputError where the model, of `rows` ids,
+    row that could be rendered}. limit: stop after so many. Raises InputError if the model, of `rows` ids,
     lacks one that occurs."""
-    examples, counts, lengths = [], Counter(dropped=0), {side: [] for side in ("prompt", *SIDES)}
-    limits = max_prompt_length, max_response_length
+    encoded, counts = [], Counter(dropped=0)
+    lengths = {"prompt": [], "chosen": [], "rejected": []}
     for pair in pairs:
-        if len(examples) == limit:
+        if len(encoded) == limit:
             break
         try:
-            example, changes = encode_pair(pair, tokenizer, end_ids, *limits, lengths)
+            done, changes = encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length,
+                                        lengths)
         except BadRow as reason:
             counts.update({"dropped": 1, str(reason): 1})
             continue
-        highest = max(example["prompt_ids"] + example["chosen_ids"] + example["rejected_ids"])
+        highest = max(done.prompt_ids + done.chosen_ids + done.rejected_ids)
         if highest >= rows:
             token = tokenizer.convert_ids_to_tokens(highest)
             raise InputError(f"the data hold {token!r}, id {highest}, and the model has only {rows} ids; "
                              "wrong tokenizer?")
         counts.update(changes)
-        examples.append(example)
-    if not examples:
-        raise InputError(f"none of {len(pairs)} pairs has anything to learn as tokens: {counted(+counts)}")
-    return examples, counts, lengths
+        encoded.append(done)
+    if not encoded:
+        raise InputError(f"none of {len(pairs)} pairs has anything to learn as tokens: "
+                         f"{format_counts(+counts)}")
+    return encoded, counts, lengths
 
 
 def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length, lengths):
-    """(the pair with its ids, what was changed, by reason) of `encode`, which adds to `lengths`."""
-    dialogue, uncut, prompt_ids = fitting_prompt(pair["prompt"], tokenizer, max_prompt_length, lengths)
+    """(a copy of the pair with its ids, what was changed, by reason) of `encode`, which adds to `lengths`."""
+    dialogue, uncut, prompt_ids = fitting_prompt(pair.prompt, tokenizer, max_prompt_length, lengths)
     changes = Counter(truncated_prompts=lengths["prompt"][-1] > len(prompt_ids), truncated_responses=0,
                       end_token_in_text=0, prompt_merges_with_response=0)
-    example, ends = dict(pair, prompt_ids=prompt_ids), tokenizer.convert_ids_to_tokens(sorted(end_ids))
+    ends = tokenizer.convert_ids_to_tokens(sorted(end_ids))
+    ids_of = {"chosen": [], "rejected": []}
     for side in SIDES:
-        if pair[side] is None:
-            example[f"{side}_ids"] = []
+        response = getattr(pair, side)
+        if response is None:
             continue
-        text = dialogue.tail(pair[side])
+        text = dialogue.tail(response)
         whole = token_ids(dialogue.head + text, tokenizer)
         if whole[:len(uncut)] == uncut:
             ids = whole[len(uncut):]
@@ -739,12 +741,14 @@ def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length
             changes["prompt_merges_with_response"] += 1
         ids = up_to_end(ids, tokenizer.eos_token_id, end_ids)
         lengths[side].append(len(ids))
-        example[f"{side}_ids"] = ids[:max_response_length]
+        ids_of[side] = ids[:max_response_length]
         changes["truncated_responses"] += len(ids) > max_response_length
-        changes["end_token_in_text"] |= any(end in pair[side] for end in ends)
-    if example["chosen_ids"] and example["chosen_ids"] == example["rejected_ids"]:
+        changes["end_token_in_text"] |= any(end in response for end in ends)
+    if ids_of["chosen"] and ids_of["chosen"] == ids_of["rejected"]:
         raise BadRow("same tokens in both responses")
-    return example, changes
+    encoded = replace(pair, prompt_ids=prompt_ids, chosen_ids=ids_of["chosen"],
+                      rejected_ids=ids_of["rejected"])
+    return encoded, changes
 
 
 def up_to_end(ids, eos_id, end_ids):
@@ -773,12 +777,14 @@ def response_text(tokenizer, ids, prompt_ids=()):
 def collate(prompts, responses, device="cpu"):
     """Lists of prompt and response ids -> input_ids, attention_mask, response_mask, each (B, T), padded on
     the right. Masks come from lengths, so the padding id (0) means nothing and may equal any real token."""
-    def pad(rows):
-        return pad_sequence([torch.tensor(row) for row in rows], batch_first=True).to(device)
-
-    return (pad([prompt + response for prompt, response in zip(prompts, responses)]),
-            pad([[1] * (len(prompt) + len(response)) for prompt, response in zip(prompts, responses)]),
-            pad([[0] * len(prompt) + [1] * len(response) for prompt, response in zip(prompts, responses)]))
+    input_ids, attention_mask, response_mask = [], [], []
+    for prompt, response in zip(prompts, responses):
+        input_ids.append(torch.tensor(prompt + response))
+        attention_mask.append(torch.ones(len(prompt) + len(response), dtype=torch.long))
+        response_mask.append(torch.tensor([0] * len(prompt) + [1] * len(response)))
+    return (pad_sequence(input_ids, batch_first=True).to(device),
+            pad_sequence(attention_mask, batch_first=True).to(device),
+            pad_sequence(response_mask, batch_first=True).to(device))
 
 
 # --- the command line ---------------------------------------------------------------------------------------
@@ -799,6 +805,51 @@ def length_table(lengths, unit, limits=None):
     return "\n".join(lines)
 
 
+def print_report(source, pairs, report):
+    """What `load_pairs` has found."""
+    print(f"{source}: {report['format']}; {report['rows']} rows, {len(pairs)} kept, dropped: "
+          f"{format_counts(report['dropped'])}")
+    if report["altered"]:
+        print(f"altered: {format_counts(report['altered'])}")
+    if report["unread"]:
+        print(f"columns that nothing reads: {', '.join(report['unread'])}")
+
+
+def print_as_tokens(pairs, tokenizer, limits):
+    """What `encode` makes of the pairs; two of them as the model sees them."""
+    encoded, counts, lengths = encode(pairs, tokenizer, end_token_ids(tokenizer), *limits)
+    print(f"{len(encoded)} encoded; {format_counts(+counts)}")
+    print(length_table(lengths, "tokens", dict(prompt=limits[0], chosen=limits[1], rejected=limits[1])))
+    for nth, pair in enumerate(encoded[:2], 1):
+        print_pair(nth, tokenizer.decode(pair.prompt_ids), tokenizer.decode(pair.chosen_ids),
+                   tokenizer.decode(pair.rejected_ids))
+
+
+def print_as_text(pairs):
+    """How long the pairs' texts are; two of them, rendered without a chat template."""
+    lengths = {"prompt": [], "chosen": [], "rejected": []}
+    for nth, pair in enumerate(pairs, 1):
+        dialogue = Dialogue(pair.prompt)
+        lengths["prompt"].append(len(dialogue.head))
+        texts = {"chosen": "", "rejected": ""}
+        for side in SIDES:
+            if getattr(pair, side) is not None:
+                texts[side] = dialogue.tail(getattr(pair, side))
+                lengths[side].append(len(texts[side]))
+        if nth <= 2:
+            print_pair(nth, dialogue.head, texts["chosen"], texts["rejected"])
+    print(length_table(lengths, "characters"))
+
+
+def print_pair(nth, prompt, chosen, rejected):
+    """A pair's texts, each on a line; without the responses that the data lacks."""
+    print(f"--- {nth}\nprompt:   {prompt!r}")
+    if chosen:
+        print(f"chosen:   {chosen!r}")
+    if rejected:
+        print(f"rejected: {rejected!r}")
+
+
 def main():
     """`python data.py SOURCE [--model M]`."""
     parser = Parser("Show what a preference data set holds and how it will be read.", " SOURCE")
@@ -807,29 +858,12 @@ def main():
     parser.shared("--prefer", "--limit", "--max-prompt-length", "--max-response-length", "--date")
     args = parser.parse_args()
     pairs, report = load_pairs(args.source, args.limit, args.prefer)
-    print(f"{args.source}: {report['format']}; {report['rows']} rows, {len(pairs)} kept, dropped: "
-          f"{counted(report['dropped'])}")
-    if report["altered"]:
-        print(f"altered: {counted(report['altered'])}")
-    if report["unread"]:
-        print(f"columns that nothing reads: {', '.join(report['unread'])}")
-    sides = [side for side in ("prompt", *SIDES) if pairs[0][side]]
+    print_report(args.source, pairs, report)
     if args.model:
-        tokenizer = load_tokenizer(args.model, date=args.date)
         limits = args.max_prompt_length or 512, args.max_response_length or 512
-        examples, counts, lengths = encode(pairs, tokenizer, end_token_ids(tokenizer), *limits)
-        print(f"{len(examples)} encoded; {counted(+counts)}")
-        print(length_table(lengths, "tokens", dict(zip(lengths, (limits[0], limits[1], limits[1])))))
-        rows = [[tokenizer.decode(example[f"{side}_ids"]) for side in sides] for example in examples[:2]]
+        print_as_tokens(pairs, load_tokenizer(args.model, date=args.date), limits)
     else:
-        rows = []
-        for pair in pairs:
-            head, tail = render(pair["prompt"], pair["chosen"] or "")
-            rows.append([head, tail, render(pair["prompt"], pair["rejected"] or "")[1]][:len(sides)])
-        print(length_table({side: [len(row[place]) for row in rows] for place, side in enumerate(sides)},
-                           "characters"))
-    for nth, row in enumerate(rows[:2], 1):
-        print(f"--- {nth}", *(f"{side + ':':10}{text!r}" for side, text in zip(sides, row)), sep="\n")
+        print_as_text(pairs)
 
 
 if __name__ == "__main__":

@@ -1,79 +1,59 @@
 """Evaluate policies side by side on held-out data, every figure with its 95 % interval.
 
-    python evaluate.py runs/toy/*                        # runs of sail.py: their own data, reward, lengths
+    python evaluate.py runs/mine/*                       # runs of sail.py: their own data, reward, lengths
     python evaluate.py MODEL … --data D --reward R       # any checkpoints
-    python evaluate.py --compare runs/toy/*              # what finished runs have measured: table and picture
+    python evaluate.py --compare runs/mine/*             # what finished runs have measured: table and picture
 
 On held-out pairs: DPO loss, margin and accuracy against the reference. On responses sampled to their prompts,
-at temperature 1 as in training: reward, length, unfinished, KL(π‖π_ref), and the win rate against the data's
-chosen responses, a tie counting ½, raw and length-controlled.
+at temperature 1 as in training: reward, length, unfinished, KL(π‖π_ref), `objective`, which is reward − β·KL,
+and the win rate against the data's chosen responses, a tie counting ½, raw and length-controlled.
 """
 import json
 import math
 import re
 from argparse import Namespace
-from collections import Counter, defaultdict
+from collections import defaultdict
 from itertools import cycle
 from pathlib import Path
 from statistics import mean
 
+from data import collate, encode, end_token_ids, read_rows, response_text, train_and_held_out
+
 import torch
 import torch.nn.functional as F
 
-from data import (InputError, Parser, command_line, counted, encode, end_token_ids, number, read_json,
-                  read_rows, response_text, seeded, write_text)
-from distributed import (few, gathered, in_turns, is_sharded, log_figures, progress, rank, say, shown,
-                         write_line)
-from generate import load_models, load_policy, micro_batches, pair_logps, sample
-from reward import bootstrap, drop_unscorable, load_reward, mean_of, prefers_chosen, share_of
-from toy import TOY_DEFAULTS, train_and_held_out
+from generate import load_policy, sample, sequence_logps
+from reward import drop_unscorable, load_reward
+from runtime.command_line import InputError, Parser, command_line, format_counts, number, seeded
+from runtime.intervals import few, format_figure, mean_of, over_seeds, prefers_chosen, share_of, win_figures
+from runtime.processes import progress
+from runtime.run_directory import read_json, write_text
 
 # --- figures, each as (value, low, high) --------------------------------------------------------------------
 
 
-def length_controlled(verdicts, lengths):
-    """The win rate that is left at equal lengths, (R, n) × 2 -> (R,), as in AlpacaEval 2 (arXiv 2404.04475).
-
-    verdicts: 1, ½ or 0. lengths: how much longer the response is than its opponent, within ±1. P(win) =
-    σ(quality + bias · length) is fitted by Newton's method; the rate is σ(quality), or the raw one where no
-    length differs. A trace of ridge keeps both finite, and weighs a thousand times more on quality: what the
-    two explain equally well, as when all wins are longer, counts as length."""
-    inputs = torch.stack([torch.ones_like(lengths), lengths], -1)                             # (R, n, 2)
-    ridge, weights = torch.tensor([0.1, 1e-4], dtype=verdicts.dtype), verdicts.new_zeros(len(verdicts), 2)
-    for _ in range(100):
-        p = torch.sigmoid((inputs @ weights[..., None])[..., 0])                              # (R, n)
-        gradient = ((verdicts - p)[..., None] * inputs).sum(1) - ridge * weights              # (R, 2)
-        hessian = (inputs * (p * (1 - p))[..., None]).mT @ inputs + ridge.diag()              # (R, 2, 2)
-        step = torch.linalg.solve(hessian, gradient)
-        weights = weights + step / (step.norm(dim=-1, keepdim=True) / 5).clamp(min=1)
-        if step.abs().max() < 1e-9:
-            break
-    return torch.where((lengths == 0).all(-1), verdicts.mean(-1), torch.sigmoid(weights[:, 0]))
-
-
-def scaled_lengths(ours, theirs):
-    """tanh(difference / its root mean square) of the texts' lengths in characters: (n,), within ±1."""
-    difference = torch.tensor([float(len(one) - len(other)) for one, other in zip(ours, theirs)])
-    return torch.tanh(difference / difference.square().mean().sqrt().clamp(min=1e-9))
-
-
-def win_figures(wins, ours, theirs):
-    """The rate of wins (1, ½: tie, 0) of the texts `ours` against `theirs`, raw and length-controlled."""
-    lengths = scaled_lengths(ours, theirs)
-    return {"win_rate": share_of(wins), "lc_win_rate": bootstrap(length_controlled, wins, lengths)}
-
-
-def over_seeds(values):
-    """(mean, low, high) of one figure of several runs: the 95 % t-interval; nan with fewer than two."""
-    values = torch.tensor(values, dtype=torch.float64)
-    n, middle = len(values), values.mean().item()
-    quantile = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
-    t = quantile[n - 2] if 2 <= n <= 16 else 1.96 + 2.5 / max(n - 1, 1)
-    half = t * values.std().item() / math.sqrt(n) if n > 1 else math.nan
-    return middle, middle - half, middle + half
-
-
 @torch.no_grad()
+def response_logps(model, examples, responses, dtype):
+    """log π(y|x) of a response (ids) to each example's prompt, (n,)."""
+    device = next(model.parameters()).device
+    vocabulary = model.config.get_text_config().vocab_size
+    longest = max(map(len, responses))
+    batch_size = max(1, min(32, 2**26 // (longest * vocabulary)))          # logits of at most 256 MB
+    logps = []
+    for start in progress(range(0, len(examples), batch_size), "scoring, batches"):
+        prompts = [example.prompt_ids for example in examples[start:start + batch_size]]
+        batch = collate(prompts, responses[start:start + batch_size], device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            logps.append(sequence_logps(model, *batch))
+    return torch.cat(logps).cpu()
+
+
+def log_ratios(policy, reference, examples, responses, dtype):
+    """log π(y|x) − log π_ref(y|x) of a response (ids) to each example's prompt, (n,)."""
+    ours = response_logps(policy, examples, responses, dtype)
+    return ours - response_logps(reference, examples, responses, dtype)
+
+
 def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
     """Figures of a policy on held-out examples: ({name: (value, low, high)}, samples).
 
@@ -84,165 +64,150 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
     responses."""
     torch.manual_seed(seeded("held-out samples", args.seed))
     with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        responses, finished = sample(policy, tokenizer, [example["prompt_ids"] for example in examples],
+        responses, finished = sample(policy, tokenizer, [example.prompt_ids for example in examples],
                                      args.max_response_length)
-    prompts = [example["prompt"] for example in examples]
-    texts = [response_text(tokenizer, ids, example["prompt_ids"])
-             for example, (ids,) in zip(examples, responses)]
-    columns = {}
+    responses = [ids for ids, in responses]                 # one of each prompt
+    texts = []
+    for example, ids in zip(examples, responses):
+        texts.append(response_text(tokenizer, ids, example.prompt_ids))
+    columns = pair_columns(policy, reference, examples, args)              # name: a number per example
     if reference is not None:
-        names = "loss margin accuracy kl" if examples[0]["rejected"] else "kl"
-        columns = {name: [] for name in names.split()}
-        drawn = [{**example, "sample_ids": ids, "chosen_ids": example["chosen_ids"] or ids}    # for its size
-                 for example, (ids,) in zip(examples, responses)]
-        for batch in progress(micro_batches(drawn, policy, 32), "scoring, batches"):
-            own = [dict(row, chosen_ids=row["sample_ids"], rejected_ids=row["sample_ids"]) for row in batch]
-            both = own + batch * ("loss" in columns)
-            ratio = pair_logps(policy, both, args.dtype) - pair_logps(reference, both, args.dtype)
-            margin = args.beta * (ratio[0] - ratio[1])[len(batch):]
-            for name, values in dict(kl=ratio[0, :len(batch)], loss=-F.logsigmoid(margin), margin=margin,
-                                     accuracy=prefers_chosen(margin)).items():
-                columns.get(name, []).extend(values.tolist())
-    elif examples[0]["chosen"]:
-        columns["loss"] = []
-        for batch in progress(micro_batches(examples, policy, 32), "scoring, batches"):
-            both = [dict(example, rejected_ids=example["chosen_ids"]) for example in batch]
-            for logp, example in zip(pair_logps(policy, both, args.dtype)[0].tolist(), batch):
-                columns["loss"].append(-logp / len(example["chosen_ids"]))
+        columns["kl"] = log_ratios(policy, reference, examples, responses, args.dtype).tolist()
+    prompts = [example.prompt for example in examples]
     if reward is not None:
         columns["reward"] = reward(prompts, texts)
-        if "kl" in columns:                                 # what alignment maximises
-            columns["J"] = [score - args.beta * kl for score, kl in zip(columns["reward"], columns["kl"])]
-    columns["length"] = [float(len(ids)) for ids, in responses]
+    if reward is not None and reference is not None:
+        kl = torch.tensor(columns["kl"])
+        columns["objective"] = (torch.tensor(columns["reward"]) - args.beta * kl).tolist()
+    columns["length"] = [float(len(ids)) for ids in responses]
     columns["unfinished"] = [float(not done) for done, in finished]
-    figures = {name: (share_of if name in ("accuracy", "unfinished") else mean_of)(values)
-               for name, values in columns.items()}
-    samples = [{"prompt": prompt, "response": text} for prompt, text in zip(prompts, texts)]
-    for row, score in zip(samples, columns.get("reward", [])):
-        row["reward"] = score
-    if reward is not None and examples[0]["chosen"]:
-        opponents = [response_text(tokenizer, example["chosen_ids"], example["prompt_ids"])
-                     for example in examples]
-        lead = torch.tensor(columns["reward"]) - torch.tensor(reward(prompts, opponents))
-        figures.update(win_figures(prefers_chosen(lead).tolist(), texts, opponents))
+    figures = {}
+    for name, values in columns.items():
+        interval_of = share_of if name in ("accuracy", "unfinished") else mean_of
+        figures[name] = interval_of(values)
+    samples = []
+    for place, (prompt, text) in enumerate(zip(prompts, texts)):
+        samples.append({"prompt": prompt, "response": text})
+        if reward is not None:
+            samples[-1]["reward"] = columns["reward"][place]
+    if reward is not None and examples[0].chosen is not None:
+        figures.update(wins_over_chosen(examples, texts, columns["reward"], reward, tokenizer))
     return figures, samples
 
 
-def evaluate_run(run, out, step, args):
-    """Evaluate the policy of a run in training, and log it. Only a sharded one needs all processes."""
-    if not run.held_out or not (rank() == 0 or is_sharded(run.policy)):
-        return
-    run.policy.eval()
-    say(f"evaluating at step {step}: a response of up to {args.max_response_length} tokens to each of "
-        f"{len(run.held_out)} held-out prompts …")
-    with gathered(run.policy):
-        figures, samples = evaluate_policy(run.policy, run.reference, run.tokenizer, run.held_out,
-                                           run.reward if rank() == 0 else None, args)
-    log_figures(out, step, figures, len(run.held_out))
-    for row in samples[:8]:
-        write_line(out, "samples", {"step": step, **row})
+def pair_columns(policy, reference, examples, args):
+    """{name: a number per example} of what is measured on the data's responses."""
+    if examples[0].chosen is None:
+        return {}
+    chosen_ids = [example.chosen_ids for example in examples]
+    if reference is None:                                   # nats per token, as in SFT
+        logps = response_logps(policy, examples, chosen_ids, args.dtype)
+        lengths = torch.tensor([len(ids) for ids in chosen_ids])
+        return {"loss": (-logps / lengths).tolist()}
+    if examples[0].rejected is None:
+        return {}
+    chosen = log_ratios(policy, reference, examples, chosen_ids, args.dtype)
+    rejected = log_ratios(policy, reference, examples, [example.rejected_ids for example in examples],
+                          args.dtype)
+    margin = args.beta * (chosen - rejected)
+    return {"loss": (-F.logsigmoid(margin)).tolist(), "margin": margin.tolist(),
+            "accuracy": prefers_chosen(margin).tolist()}
 
 
-def load_everything(args, device):
-    """(policy, reference, tokenizer, reward, examples, held-out examples, counts, lengths), fit for each
-    other. counts: what was dropped, cut and altered among the training pairs; lengths: as in `encode`."""
-    train, held_out, report = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
-    if any(train[0][side] is None for side in args.needs):
-        raise InputError(f"{args.data}: {report['format']}, without the {' and '.join(args.needs)} responses "
-                         f"that --variant {args.variant} learns from (pp and pr do without at --mix 1)")
-    if report["unread"]:
-        say(f"{args.data}: columns that nothing reads: {', '.join(report['unread'])}")
-    reward = load_reward(args.reward, device, args.trust_remote_code, args.date) if args.reward else None
-    train, unscorable = drop_unscorable(train, reward)
-    unscorable_held_out = {}
-    if held_out:
-        held_out, unscorable_held_out = drop_unscorable(held_out, reward)
-    policy, reference, tokenizer = in_turns(lambda: load_models(args, device))
-    limits = (end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length,
-              policy.get_input_embeddings().weight.shape[0])
-    examples, counts, lengths = encode(train, tokenizer, *limits)
-    if held_out:
-        held_out, dropped, _ = encode(held_out, tokenizer, *limits, args.eval_limit)
-        dropped.update(unscorable_held_out)
-        if +dropped:
-            say(f"held-out pairs: {counted(+dropped)}")
-    counts["dropped"] += sum(report["dropped"].values())
-    counts.update(report["dropped"] + report["altered"] + unscorable)
-    return policy, reference, tokenizer, reward, examples, held_out, counts, lengths
+def wins_over_chosen(examples, texts, rewards, reward, tokenizer):
+    """The win rates of the texts over the data's chosen responses, by the reward."""
+    opponents = []
+    for example in examples:
+        opponents.append(response_text(tokenizer, example.chosen_ids, example.prompt_ids))
+    lead = torch.tensor(rewards) - torch.tensor(reward([example.prompt for example in examples], opponents))
+    return win_figures(prefers_chosen(lead).tolist(), texts, opponents)
 
 
-def count(pairs, variant):
-    """What a step works on, as sums: pairs, tokens, and the samples' number, length, reward, …"""
-    sides, totals = ("chosen", "rejected")[:1 if variant == "sft" else 2], Counter()
-    for pair in pairs:
-        lengths = {side: len(pair[f"{side}_ids"]) for side in sides}
-        totals.update(pairs=1, tokens=len(sides) * len(pair["prompt_ids"]) + sum(lengths.values()),
-                      chosen_tokens=lengths["chosen"], fresh=len(pair["sampled"]),
-                      fresh_tokens=sum(lengths[side] for side in pair["sampled"]), ties=pair.get("tie", 0),
-                      unfinished=pair.get("unfinished", 0), reward=sum(pair.get("rewards", [])))
-    return totals
+# --- tables, files ------------------------------------------------------------------------------------------
 
-
-def record_of(step, totals, args, **rest):
-    """The step's line in metrics.jsonl: means over all pairs; None for what this step had none of."""
-    def mean(name, over="pairs"):
-        return totals[name] / totals[over] if name in totals and totals[over] else None
-
-    return {
-        "step": step, "loss": mean("loss", "chosen_tokens" if args.variant == "sft" else "pairs"),
-        **{name: mean(name) for name in ("margin", "accuracy", "chosen_logps", "rejected_logps")},
-        "kl": mean("kl", "on_policy"), "reward": mean("reward", "fresh") if args.variant == "pr" else None,
-        "response_length": mean("fresh_tokens", "fresh"), "unfinished": mean("unfinished", "fresh"),
-        "on_policy": mean("on_policy"), "self_labelled": mean("self_labelled"),
-        "label_reversed": mean("label_reversed", "self_labelled"), "ties": totals["ties"],
-        "nll": mean("nll", "offline"), "revkl": mean("revkl") if args.revkl_coef else None,
-        "tokens": round(totals["tokens"]), **rest}
-
-
-COLUMNS = {"reward": "reward", "kl": "KL", "J": "J", "gap": "J* − J", "win_rate": "win rate",
-           "lc_win_rate": "LC win rate", "length": "length"}                 # of the tables
+COLUMNS = {"reward": "reward", "kl": "KL", "objective": "reward − β·KL", "gap": "below the best",
+           "win_rate": "win rate", "lc_win_rate": "LC win rate", "length": "length"}           # of the tables
 
 
 def print_table(results, runs=None):
     """The results, {model: {name: figure}}, as a markdown table; runs: how many of each model there are."""
-    names = [name for name in COLUMNS if any(name in figures for figures in results.values())]
-    heads = ["", *["runs"] * bool(runs), *map(COLUMNS.get, names)]
-    print(f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
+    names = []
+    for name in COLUMNS:
+        if any(name in figures for figures in results.values()):
+            names.append(name)
+    heads = [COLUMNS[name] for name in names]
+    if runs:
+        heads.insert(0, "runs")
+    print(f"| | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
     for model, figures in results.items():
-        cells = [str(runs[model])] if runs else []
-        cells += [shown(*figures[name]) if name in figures else "" for name in names]
-        print(f"| {model} | {' | '.join(cells)} |")
+        cells = [model]
+        if runs:
+            cells.append(str(runs[model]))
+        for name in names:
+            cells.append(format_figure(*figures[name]) if name in figures else "")
+        print(f"| {' | '.join(cells)} |")
 
 
 def write_figures(results, path):
     """{model: {name: {value, low, high}}} as JSON; what is not a finite number is null."""
-    write_text(path, json.dumps({
-        model: {name: {end: number if math.isfinite(number) else None
-                       for end, number in zip(("value", "low", "high"), figure)}
-                for name, figure in figures.items()} for model, figures in results.items()}, indent=1) + "\n")
+    written = {}
+    for model, figures in results.items():
+        written[model] = {}
+        for name, figure in figures.items():
+            value, low, high = (end if math.isfinite(end) else None for end in figure)
+            written[model][name] = {"value": value, "low": low, "high": high}
+    write_text(path, json.dumps(written, indent=1) + "\n")
+
+
+def print_samples(samples, number):
+    """The answers of all models, {model: samples}, to the first `number` prompts, one prompt after the other.
+    """
+    for rows in list(zip(*samples.values()))[:number]:
+        prompt = rows[0]["prompt"]
+        if not isinstance(prompt, str):
+            prompt = prompt[-1]["content"]
+        print(f"\n>>> {prompt}")
+        for name, row in zip(samples, rows):
+            print(f"--- {name}")
+            if "reward" in row:
+                print(f"(reward {row['reward']:.3f})")
+            print(row["response"])
 
 
 # --- models of the command line -----------------------------------------------------------------------------
 
-DEFAULTS = dict(data="toy", eval_data=None, prefer="better", reward=None, reference=None, beta=0.1,
+DEFAULTS = dict(data=None, eval_data=None, prefer="better", reward=None, reference=None, beta=0.1,
                 max_prompt_length=512, max_response_length=512, dtype="float32", date=None,
                 trust_remote_code=False)
 
 
 def find_run(path, options):
-    """(name, model directory or name, settings) of a run of sail.py, or of a checkpoint with the default
-    settings; the command line's options come first. What runs code comes from there alone: a run may be
-    somebody else's."""
-    path, saved = Path(path), {}
-    if (path / "args.json").is_file() and (path / "model").is_dir():
-        saved = {key: value for key, value in read_json(path / "args.json").items() if key in DEFAULTS}
-    given = {key: value for key, value in vars(options).items() if value is not None}
-    args = {**DEFAULTS, **saved, "trust_remote_code": False, **given}
-    if ".py:" in (args["reward"] or "") and "reward" not in given:
-        raise InputError(f"{path}: its reward, {args['reward']}, is code; it runs where --reward names it")
-    toy = TOY_DEFAULTS if args["data"] == "toy" and not saved else {}
-    model = path / "model" if saved else path
-    return path.name or str(path), str(model), Namespace(**{**args, **toy, **given})
+    """(model directory or name, settings) of a run of sail.py, or of a checkpoint with the default settings;
+    the command line's options come first. What runs code comes from there alone: a run may be somebody
+    else's."""
+    settings, model = dict(DEFAULTS), str(path)
+    if Path(path, "args.json").is_file() and Path(path, "model").is_dir():
+        model = str(Path(path, "model"))
+        for name, value in read_json(Path(path, "args.json")).items():
+            if name in DEFAULTS and name != "trust_remote_code":
+                settings[name] = value
+    for name, value in vars(options).items():
+        if value is not None:
+            settings[name] = value
+    if ".py:" in (settings["reward"] or "") and options.reward is None:
+        raise InputError(f"{path}: its reward, {settings['reward']}, is code; it runs only if --reward names "
+                         "it")
+    return model, Namespace(**settings)
+
+
+def held_out_pairs(args, reward):
+    """(held-out pairs that the reward can score, counts of others). Raises InputError without any."""
+    if args.data is None and args.eval_data is None:
+        raise InputError("no data: the models are no runs of sail.py; name some with --data or --eval-data")
+    _, held_out, _, _ = train_and_held_out(args.data or args.eval_data, args.eval_data, None, args.prefer)
+    if not held_out:
+        raise InputError(f"{args.data}: no pair is held out; name some with --eval-data")
+    return drop_unscorable(held_out, reward)
 
 
 def evaluate_models(options):
@@ -251,53 +216,49 @@ def evaluate_models(options):
     runs = [find_run(path, options) for path in options.models]
     if not runs:
         raise InputError("no run or model directory among the arguments")
-    if len({name for name, *_ in runs}) < len(runs):
-        runs = [(path, *rest) for path, (_, *rest) in zip(options.models, runs)]
-    args = runs[0][2]                           # the same held-out pairs, lengths and seed for every model
-    reference_name = next((run.reference for *_, run in runs if run.reference), runs[0][1])
+    names = [Path(path).name or path for path in options.models]
+    if len(set(names)) < len(names):
+        names = options.models
+    args = runs[0][1]                           # the same held-out pairs, lengths and seed for every model
+    references = [run.reference for _, run in runs if run.reference]
+    reference_name = (references + [runs[0][0]])[0]
     lengths = args.max_prompt_length, args.max_response_length
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    held_out = train_and_held_out(args.data, args.eval_data, None, args.prefer)[1]
-    if not held_out:
-        raise InputError(f"{args.data}: no pair is held out; name some with --eval-data")
-    reward = load_reward(args.reward, device, args.trust_remote_code, args.date) if args.reward else None
-    held_out, unscorable = drop_unscorable(held_out, reward)
-    options_of_models = device, args.trust_remote_code, lengths, args.date
-    reference, reference_tokenizer = load_policy(reference_name, *options_of_models)
+    reward = None
+    if args.reward:
+        reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
+    held_out, unscorable = held_out_pairs(args, reward)
+    loading = device, args.trust_remote_code, lengths, args.date
+    reference, reference_tokenizer = load_policy(reference_name, *loading)
     results, samples = {}, {}
-    for name, model, _ in runs:
+    for name, (model, _) in zip(names, runs):
         print(f"{name}: a response of up to {args.max_response_length} tokens to "
               f"{min(len(held_out), args.eval_limit)} prompts …")
-        policy, tokenizer = load_policy(model, *options_of_models)
+        policy, tokenizer = load_policy(model, *loading)
         if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
             raise InputError(f"{model} has another vocabulary than the reference {reference_name}")
-        examples, counts, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths,
-                                     policy.get_input_embeddings().weight.shape[0], args.eval_limit)
+        rows = policy.get_input_embeddings().weight.shape[0]
+        examples, counts, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths, rows,
+                                     args.eval_limit)
         results[name], samples[name] = evaluate_policy(policy, reference, tokenizer, examples, reward, args)
     print(f"\n{len(examples)} held-out pairs of {args.eval_data or args.data} "
-          f"({counted(+counts + unscorable)}), "
+          f"({format_counts(+counts + unscorable)}), "
           f"reference {reference_name}, reward {args.reward}, which also decides on wins over the chosen "
           f"responses; 95 % intervals over prompts, as ± half or as [low, high]{few(len(examples))}\n")
     print_table(results)
     print_samples(samples, options.show)
-    files = {Path(options.out): results} if options.out else {}
-    for (name, model, _), path in zip(runs, options.models if not options.out else ()):
-        directory = Path(path) if Path(path, "model") == Path(model) else Path()
-        files.setdefault(directory / "evaluated.json", {})[name] = results[name]
-    for path, figures in files.items():
-        write_figures(figures, path)
+    files = defaultdict(dict)
+    for name, path, (model, _) in zip(names, options.models, runs):
+        if options.out:
+            file = Path(options.out)
+        elif Path(path, "model") == Path(model):
+            file = Path(path, "evaluated.json")
+        else:
+            file = Path("evaluated.json")
+        files[file][name] = results[name]
+    for file, figures in files.items():
+        write_figures(figures, file)
     print(f"\nfigures in {', '.join(map(str, files))}")
-
-
-def print_samples(samples, number):
-    """The answers of all models, {model: samples}, to the first `number` prompts, one prompt after the other.
-    """
-    for rows in list(zip(*samples.values()))[:number]:
-        prompt = rows[0]["prompt"]
-        print(f"\n>>> {prompt if isinstance(prompt, str) else prompt[-1]['content']}")
-        for name, row in zip(samples, rows):
-            reward = f" (reward {row['reward']:.3f})" if "reward" in row else ""
-            print(f"--- {name}{reward}\n{row['response']}")
 
 
 # --- finished runs side by side: a table and a picture ------------------------------------------------------
@@ -306,8 +267,10 @@ def read_runs(paths):
     """{path: rows of eval.jsonl} of the finished runs of sail.py among the paths; InputError without any."""
     runs = {}
     for path in map(Path, paths):
-        file = path / "eval.jsonl"
-        if (path / "model").is_dir() and file.is_file() and (rows := read_rows(file)):
+        if not (path / "model").is_dir() or not (path / "eval.jsonl").is_file():
+            continue
+        rows = read_rows(path / "eval.jsonl")
+        if rows:
             runs[path] = rows
     if not runs:
         raise InputError("--compare: no finished run with held-out figures among the arguments")
@@ -322,12 +285,13 @@ def last_samples(path):
 
 def figure_of(name, rows):
     """(value, low, high) of one figure: of one evaluation, with its interval over prompts, or of several
-    seeds', with that over seeds; None where it was not measured."""
+    seeds', with that over seeds; None if it was not measured."""
     if any(row.get(name) is None for row in rows):
         return None
-    if len(rows) == 1:
-        return rows[0][name], *(rows[0].get(f"{name}_interval") or (math.nan, math.nan))
-    return over_seeds([row[name] for row in rows])
+    if len(rows) > 1:
+        return over_seeds([row[name] for row in rows])
+    low, high = rows[0].get(f"{name}_interval") or (math.nan, math.nan)
+    return rows[0][name], low, high
 
 
 def frontier(rewards, temperatures):
@@ -336,80 +300,115 @@ def frontier(rewards, temperatures):
     its KL.
 
     The samples are weighted by exp(r/t), self-normalised importance sampling. Rows: kl in nats per response;
-    reward; best, J* at β = t, the highest reward − t·KL, which is t·log E_ref exp(r/t); error, half the 95 %
-    interval of `best` and of the curve's height at that KL; effective, the samples of a prompt that the
-    weights leave, (Σw)²/Σw². A row whose poorest prompt has fewer than 30 is left out."""
-    rewards, rows = torch.as_tensor(rewards, dtype=torch.float64), []
+    reward; best, the highest reward − t·KL, which is t·log E_ref exp(r/t); error, half the 95 % interval of
+    `best` and of the curve's height at that KL; effective, the samples of a prompt that the weights leave,
+    (Σw)²/Σw². A row whose poorest prompt has fewer than 30 is left out."""
+    rewards = torch.as_tensor(rewards, dtype=torch.float64)
     prompts, n = rewards.shape
+    rows = []
     for t in temperatures:
         weights = (rewards / t).softmax(-1)                                                         # (P, n)
         effective = 1 / weights.square().sum(-1)                                                    # (P,)
-        if effective.min() >= 30:
-            reward = (weights * rewards).sum(-1).mean().item()
-            best = t * ((rewards / t).logsumexp(-1) - math.log(n)).mean().item()
-            error = 1.96 * t * (1 / effective - 1 / n).sum().sqrt().item() / prompts
-            rows.append({"temperature": t, "kl": (reward - best) / t, "reward": reward, "best": best,
-                         "error": error, "effective": effective.min().item()})
+        if effective.min() < 30:
+            continue
+        reward = (weights * rewards).sum(-1).mean().item()
+        best = t * ((rewards / t).logsumexp(-1) - math.log(n)).mean().item()
+        error = 1.96 * t * (1 / effective - 1 / n).sum().sqrt().item() / prompts
+        rows.append({"temperature": t, "kl": (reward - best) / t, "reward": reward, "best": best,
+                     "error": error, "effective": effective.min().item()})
     return rows
 
 
-@torch.no_grad()
 def best_possible(options):
-    """(J*'s row, all rows) of `frontier`, by the first run's reference. InputError for too few samples."""
-    runs = [find_run(path, options)[2] for path in options.models]
-    args = next((run for run in runs if run.reference and run.reward), None)
-    if args is None:
+    """(the row at β, all rows) of `frontier`, by the first run's reference. InputError for too few
+    samples."""
+    runs = []
+    for path in options.models:
+        _, run = find_run(path, options)
+        if run.reference and run.reward:
+            runs.append(run)
+    if not runs:
         raise InputError("--frontier: no run has a reference and a reward")
+    args = runs[0]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    reference, tokenizer = load_policy(args.reference, device, args.trust_remote_code,
-                                       (args.max_prompt_length, args.max_response_length), args.date)
+    lengths = args.max_prompt_length, args.max_response_length
+    reference, tokenizer = load_policy(args.reference, device, args.trust_remote_code, lengths, args.date)
     reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
-    held_out = train_and_held_out(args.data, args.eval_data, None, args.prefer)[1]
-    held_out, _ = drop_unscorable(held_out, reward)
-    held_out, *_ = encode(held_out, tokenizer, end_token_ids(tokenizer, reference),
-                          args.max_prompt_length, args.max_response_length, limit=args.eval_limit)
-    examples = {str(each["prompt"]): each for each in held_out}.values()
+    held_out, _ = held_out_pairs(args, reward)
+    held_out, _, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, reference), *lengths,
+                            limit=args.eval_limit)
+    examples = list({str(example.prompt): example for example in held_out}.values())   # each prompt once
     torch.manual_seed(seeded("frontier", args.seed))
-    drawn, _ = sample(reference, tokenizer, [each["prompt_ids"] for each in examples],
+    drawn, _ = sample(reference, tokenizer, [example.prompt_ids for example in examples],
                       args.max_response_length, options.frontier, batch_size=1)
-    scores = [reward([each["prompt"]] * len(group),
-                     [response_text(tokenizer, ids, each["prompt_ids"]) for ids in group])
-              for each, group in zip(examples, drawn)]
+    scores = []
+    for example, responses in zip(examples, drawn):
+        texts = [response_text(tokenizer, ids, example.prompt_ids) for ids in responses]
+        scores.append(reward([example.prompt] * len(texts), texts))
     rows = frontier(scores, [args.beta * 1.15 ** power for power in range(-12, 40)])
-    if best := [row for row in rows if row["temperature"] == args.beta]:
-        return best[0], rows
+    for row in rows:
+        if row["temperature"] == args.beta:
+            return row, rows
     raise InputError(f"--frontier {options.frontier}: too few samples at β {args.beta:g}; give more")
+
+
+def groups_of(found):
+    """{name: rows of eval.jsonl, a list for each run}: runs whose names differ in -sN alone are seeds."""
+    variants = defaultdict(list)
+    for path, rows in found.items():
+        variants[Path(re.sub(r"-s\d+$", "", str(path)))].append(rows)
+    parts = 1
+    if len({path.name for path in variants}) < len(variants):
+        parts = 2                                          # runs of one name: with their directory
+    return {"/".join(path.parts[-parts:]): runs for path, runs in variants.items()}
 
 
 def compare(paths, out=None, show=0, best=None, curve=()):
     """Print runs as a markdown table, and their last answers to the first `show` held-out prompts; write
     figures to `out` and a picture beside it. best, curve: see `best_possible`."""
-    found, variants, results = read_runs(paths), defaultdict(list), {}
+    found = read_runs(paths)
     out = Path(out or next(iter(found)).parent / "results.json")
-    for path in found:                                     # names that differ in -sN alone are seeds
-        variants[re.sub(r"-s\d+$", "", str(path))].append(found[path])
-    parts = 1 if len({Path(variant).name for variant in variants}) == len(variants) else 2
-    groups = {"/".join(Path(variant).parts[-parts:]): runs for variant, runs in variants.items()}
+    groups, results, seeds = groups_of(found), {}, {}
     for name, runs in groups.items():
-        figures = {column: figure_of(column, [rows[-1] for rows in runs]) for column in COLUMNS}
-        results[name] = {column: figure for column, figure in figures.items() if figure}
-        if best and "J" in results[name]:
-            value, low, high = results[name]["J"]
+        results[name] = {}
+        seeds[name] = len(runs)
+        for column in COLUMNS:
+            figure = figure_of(column, [rows[-1] for rows in runs])
+            if figure:
+                results[name][column] = figure
+        if best and "objective" in results[name]:
+            value, low, high = results[name]["objective"]
             results[name]["gap"] = best["best"] - value, best["best"] - high, best["best"] - low
-    seeds = {name: len(runs) for name, runs in groups.items()}
     print_table(results, seeds if len(found) > len(groups) else None)
-    print_samples({str(path): last_samples(path) for path in found} if show else {}, show)
+    if show:
+        print_samples({str(path): last_samples(path) for path in found}, show)
     write_figures(results, out)
     plot(groups, results, curve, out.with_suffix(".png"))
-    print("\n95 % intervals, as ± half or as [low, high]: over seeds (t) where there are several, else over "
-          f"prompts. J: reward − β·KL\nfigures in {out}, picture in {out.with_suffix('.png')}")
+    print("\n95 % intervals, as ± half or as [low, high]: over seeds (t) if there are several, else over "
+          f"prompts\nfigures in {out}, picture in {out.with_suffix('.png')}")
     if best:
-        print(f"the best at β {best['temperature']:g}: J* {best['best']:.3f} ± {best['error']:.3f}, reward"
-              f" {best['reward']:.2f} at KL {best['kl']:.2f} (effective sample size {best['effective']:.0f})")
+        print(f"the best reward − β·KL at β {best['temperature']:g} is {best['best']:.3f} ± "
+              f"{best['error']:.3f}, reward {best['reward']:.2f} at KL {best['kl']:.2f} (effective sample "
+              f"size {best['effective']:.0f})")
 
 
 COLOURS = dict(zip("sft dpo dp pp online-dpo pr pr-1 spin".split(),                       # Okabe and Ito's
                    "#000000 #0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #7F7F7F".split()))
+
+
+def track_of(runs):
+    """The means over seeds of KL and reward at the steps that all runs have measured: (kls, rewards)."""
+    points = defaultdict(list)
+    for rows in runs:
+        for row in rows:
+            if row.get("kl") is not None and row.get("reward") is not None:
+                points[row["step"]].append((row["kl"], row["reward"]))
+    kls, rewards = [], []
+    for step in sorted(points):
+        if len(points[step]) == len(runs):
+            kls.append(mean(kl for kl, _ in points[step]))
+            rewards.append(mean(reward for _, reward in points[step]))
+    return kls, rewards
 
 
 def plot(groups, results, curve, path):
@@ -417,33 +416,38 @@ def plot(groups, results, curve, path):
     there through the evaluations."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes, ends = figure.subplots(), []
+    axes, labels = figure.subplots(), []                   # of lines' ends: (reward, kl, name, colour)
     for (name, runs), spare in zip(groups.items(), cycle(COLOURS.values())):
-        colour = COLOURS.get(name, spare)
         if "reward" not in results[name]:
             continue
-        reward, kl = results[name]["reward"], results[name].get("kl", (0.0, 0.0, 0.0))       # SFT has none
-        errors = [[[abs(end - value)] for end in ends] for value, *ends in (reward, kl)]
-        axes.errorbar(kl[0], reward[0], *errors, color=colour, marker="o", capsize=3)
-        ends.append((reward[0], kl[0], name, colour))
-        steps = set.intersection(*(                                           # those that all runs have
-            {row["step"] for row in rows if None not in (row.get("kl"), row.get("reward"))} for rows in runs))
-        track = [[mean(row[axis] for rows in runs for row in rows if row["step"] == step)
-                  for step in sorted(steps)] for axis in ("kl", "reward")]
-        axes.plot(*track, ".-", color=colour)
+        colour = COLOURS.get(name, spare)
+        reward, low, high = results[name]["reward"]
+        kl, kl_low, kl_high = results[name].get("kl", (0.0, 0.0, 0.0))                   # SFT has none
+        axes.errorbar(kl, reward, [[reward - low], [high - reward]], [[kl - kl_low], [kl_high - kl]],
+                      color=colour, marker="o", capsize=3)
+        axes.plot(*track_of(runs), ".-", color=colour)
+        labels.append((reward, kl, name, colour))
     axes.set(xlabel="KL(π‖π_ref), nats per response", ylabel="held-out reward")
     if curve:
-        line = sorted((row["kl"], row["reward"]) for row in curve if row["kl"] < axes.get_xlim()[1])
-        axes.plot(*zip(*line), color="black", linestyle="--", linewidth=1, scalex=False)
-        ends.append((*line[-1][::-1], "best possible", "black"))
-    place, height = -math.inf, 0.05 * (axes.get_ylim()[1] - axes.get_ylim()[0])
-    for reward, kl, name, colour in sorted(ends):          # names on the right, a line's height apart
-        place = max(reward, place + height)
-        axes.annotate(name, (kl, reward), (axes.get_xlim()[1], place), color=colour, va="center", arrowprops={
-            "arrowstyle": "-", "color": colour, "linestyle": ":", "relpos": (0, 0.5)})
+        inside = sorted((row["kl"], row["reward"]) for row in curve if row["kl"] < axes.get_xlim()[1])
+        kls, rewards = zip(*inside)
+        axes.plot(kls, rewards, color="black", linestyle="--", linewidth=1, scalex=False)
+        labels.append((rewards[-1], kls[-1], "best possible", "black"))
+    write_labels(axes, labels)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=130, format="png")
+
+
+def write_labels(axes, labels):
+    """The lines' names on the right of a picture, a line's height apart."""
+    bottom, top = axes.get_ylim()
+    place = -math.inf
+    for reward, kl, name, colour in sorted(labels):
+        place = max(reward, place + 0.05 * (top - bottom))
+        arrow = {"arrowstyle": "-", "color": colour, "linestyle": ":", "relpos": (0, 0.5)}
+        axes.annotate(name, (kl, reward), (axes.get_xlim()[1], place), color=colour, va="center",
+                      arrowprops=arrow)
 
 
 def main():
@@ -456,7 +460,7 @@ def main():
     add("--show", type=number(int, 0), default=0, metavar="N", help="all answers to the first N prompts (0)")
     parser.shared("--data", "--eval-data", "--prefer", "--max-prompt-length", "--max-response-length",
                   "--date", "--seed", "--trust-remote-code")
-    parser.set_defaults(data=None, prefer=None, trust_remote_code=None)              # then the run's
+    parser.set_defaults(prefer=None, trust_remote_code=None)              # then the run's
     add("--frontier", type=number(int, 100), metavar="N",
         help="with --compare: the best possible, from N samples of the reference to each held-out prompt")
     add("--eval-limit", type=number(int, 1), default=256, help="held-out pairs (256)")
@@ -465,9 +469,10 @@ def main():
     add("--beta", type=number(float, 1e-9), help="as in sail.py")
     add("--dtype", choices=["float32", "bfloat16"], help="as in sail.py")
     args = parser.parse_args()
-    args.models = [path for path in args.models if not Path(path).is_file()]     # runs/toy/* has results.json
+    args.models = [path for path in args.models if not Path(path).is_file()]     # as runs/mine/results.json
     if args.compare:
-        compare(args.models, args.out, args.show, *best_possible(args) if args.frontier else ())
+        best = best_possible(args) if args.frontier else ()
+        compare(args.models, args.out, args.show, *best)
     else:
         evaluate_models(args)
 

@@ -1,80 +1,79 @@
-"""Rewards: a callable (prompts, responses) -> floats, one per response; higher is better.
+"""Rewards, and labels by them: a callable (prompts, responses) -> floats, one per response; higher is better.
 
     python reward.py --reward R --responses responses.jsonl --out scored.jsonl # adds a "reward" to every line
+    python reward.py --train --model M --data PAIRS --out DIR        # a reward model, for --reward DIR/model
 
-R is `toy`; `FILE.py:FUNCTION`, your own callable; or the directory or hub name of a sequence classifier with
-one logit. A prompt is what data.py gives: a string, or a list of {role, content} messages.
+R is `FILE.py:FUNCTION`, your own callable, or the directory or hub name of a sequence classifier with one
+logit. A prompt is what data.py gives: a string, or a list of {role, content} messages. M is a causal language
+model, whose score head is drawn, or such a classifier; it is trained by Bradley-Terry's likelihood.
 """
 import importlib.util
 import math
-import random
 import sys
+import time
 import traceback
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
+
+from data import (
+    BadRow, apply_template, length_table, load_tokenizer, read_rows, render, train_and_held_out)
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
-from data import (BadRow, InputError, Parser, apply_template, command_line, counted, load_tokenizer,
-                  read_rows, render, response_text, seeded, write_rows)
-from distributed import progress
-from generate import load_policy, load_weights, sample
-from toy import TOY_DEFAULTS, toy_pair, toy_prompts, toy_reward
+from generate import load_weights
+from runtime.command_line import (
+    InputError, Parser, command_line, format_counts, number, seeded)
+from runtime.intervals import mean_of, prefers_chosen, share_of
+from runtime.optimizer import make_optimizer, optimizer_step
+from runtime.processes import fails_together, print0, progress, stop_signals, sum_gradients
+from runtime.run_directory import (
+    begin, date_of, fingerprint, log_figures, log_step, run_directory, save_checkpoint, write_directory,
+    write_rows)
 
 # --- rewards ------------------------------------------------------------------------------------------------
 
 
-def load_reward(name, device="cpu", trust_remote_code=False, date=None):
-    """reward(prompts, responses) -> list of floats, of the reward called `name` (see the top of this file).
-    Raises InputError where there is nothing to load; a call does where the scores are not one finite number
-    per response, and, below the traceback, where it fails. reward.ids_of is a classifier's `ids_of` (see
-    `load_classifier`), None for a function. date: as in `load_tokenizer`."""
-    ids_of = None
-    if name == "toy":
-        score = toy_reward
-    elif ".py:" in name:
-        score = load_function(name)
-    elif name.endswith(".py"):
-        raise InputError(f"reward {name}: which of its functions? want {name}:FUNCTION")
-    else:
-        model, _, ids_of = load_classifier(name, trust_remote_code, date=date)
-        model.to(device)
+@dataclass
+class Reward:
+    """reward(prompts, responses) -> a list of finite floats. Raises InputError if the scores are others, and,
+    below the traceback, if scoring fails."""
+    name: str
+    score: Callable                       # the user's function, or that of a classifier
+    ids_of: Callable | None = None        # a classifier's: see `load_classifier`
 
-        def score(prompts, responses):
-            return classifier_scores(model, [ids for ids, _ in map(ids_of, prompts, responses)])
-
-    def reward(prompts, responses):
-        with users_code(f"reward {name}: failed, as shown above"):
-            scores = [float(value) for value in score(prompts, responses)]
+    def __call__(self, prompts, responses):
+        with users_code(f"reward {self.name}: failed, as shown above"):
+            scores = [float(value) for value in self.score(prompts, responses)]
         if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
-            raise InputError(f"reward {name}: returned {len(scores)} scores for {len(responses)} responses, "
-                             f"{str(scores)[:60]}…; want a finite one each")
+            raise InputError(f"reward {self.name}: returned {len(scores)} scores for {len(responses)} "
+                             f"responses, {str(scores)[:60]}…; want a finite one each")
         return scores
 
-    reward.ids_of = ids_of
-    return reward
 
+def load_reward(name, device="cpu", trust_remote_code=False, date=None):
+    """The Reward called `name` (see the top of this file). date: as in `load_tokenizer`. Raises InputError if
+    there is nothing to load."""
+    if ".py:" in name:
+        return Reward(name, load_function(name))
+    if name.endswith(".py"):
+        raise InputError(f"reward {name}: which of its functions? want {name}:FUNCTION")
+    model, _, ids_of = load_classifier(name, trust_remote_code, date=date)
+    model.to(device)
 
-def drop_unscorable(pairs, reward):
-    """(the pairs that a reward can score, counts by reason): without those whose prompt a classifier's chat
-    template refuses. The counts also have the data's dialogues that lose their start to its length limit."""
-    if reward is None or reward.ids_of is None:
-        return pairs, Counter()
-    kept, counts = [], Counter()
-    for pair in pairs:
-        try:
-            cuts = [reward.ids_of(pair["prompt"], response)[1]
-                    for response in (pair["chosen"] or "answer", pair["rejected"] or "answer")]
-        except BadRow as reason:
-            counts[f"for the reward model {reason}"] += 1
-            continue
-        counts["dialogues_cut_for_the_reward_model"] += any(cuts)
-        kept.append(pair)
-    if not kept:
-        raise InputError(f"the reward model can score none of {len(pairs)} pairs: {counted(+counts)}")
-    return kept, +counts
+    def score(prompts, responses):
+        rows = []
+        for prompt, response in zip(prompts, responses):
+            ids, _ = ids_of(prompt, response)
+            rows.append(ids)
+        return classifier_scores(model, rows)
+
+    return Reward(name, score, ids_of)
 
 
 @contextmanager
@@ -109,13 +108,14 @@ def load_function(name):
 def load_classifier(name, trust_remote_code=False, max_length=None, date=None, **trainee):
     """(model, tokenizer, ids_of) of a sequence classifier with one logit, in float32 and eval mode.
     ids_of(prompt, response) -> (the ids that it reads, in scoring and in training, whether they were cut):
-    its own tokenizer and chat template render the dialogue, which loses tokens on the left where it is too
-    long; BadRow where the template refuses it. trainee: num_labels of a classifier to be trained, which may
-    be a causal language model: its score head is then drawn."""
+    its own tokenizer and chat template render the dialogue, which loses tokens on the left if it is too long;
+    BadRow if the template refuses it. trainee: num_labels of a classifier to be trained, which may be a
+    causal language model: its score head is then drawn."""
     from transformers import AutoModelForSequenceClassification
     tokenizer = load_tokenizer(name, trust_remote_code, ends=False, date=date)
-    model = load_weights(AutoModelForSequenceClassification, name, trust_remote_code,
-                         {"score.weight"} if trainee else frozenset(), dtype=torch.float32, **trainee).eval()
+    may_lack = {"score.weight"} if trainee else frozenset()
+    model = load_weights(AutoModelForSequenceClassification, name, trust_remote_code, may_lack,
+                         dtype=torch.float32, **trainee).eval()
     if model.config.num_labels != 1:
         raise InputError(f"{name}: has {model.config.num_labels} logits per response; want a model with one")
     rows = model.get_input_embeddings().weight.shape[0]
@@ -124,16 +124,12 @@ def load_classifier(name, trust_remote_code=False, max_length=None, date=None, *
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**9))
 
     def ids_of(prompt, response):
-        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-        answered = messages + [{"role": "assistant", "content": response.strip()}]    # stripped, as samples
-        if tokenizer.chat_template:
-            text = apply_template(tokenizer, answered)
-        else:
-            text = "".join(render(messages, response))
-        encoded = tokenizer(text, add_special_tokens=not tokenizer.chat_template, truncation=True,
-                            max_length=limit, return_overflowing_tokens=tokenizer.is_fast)
-        ids = encoded["input_ids"]
-        ids, cut = (ids[0], len(ids) > 1) if tokenizer.is_fast else (ids, len(ids) == limit)
+        text = dialogue_text(prompt, response, tokenizer)
+        special = not tokenizer.chat_template              # a template writes them itself
+        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+        cut = len(ids) > limit
+        if cut:
+            ids = tokenizer(text, add_special_tokens=special, truncation=True, max_length=limit)["input_ids"]
         if max(ids) >= rows:
             raise InputError(f"{name}: a dialogue has the id {max(ids)}, and the model only {rows} ids; want "
                              "its own tokenizer")
@@ -142,12 +138,26 @@ def load_classifier(name, trust_remote_code=False, max_length=None, date=None, *
     return model, tokenizer, ids_of
 
 
+def dialogue_text(prompt, response, tokenizer):
+    """The whole dialogue as a reward model reads it, the response stripped, as samples are."""
+    messages = prompt
+    if isinstance(prompt, str):
+        messages = [{"role": "user", "content": prompt}]
+    if not tokenizer.chat_template:
+        return "".join(render(messages, response))
+    return apply_template(tokenizer, messages + [{"role": "assistant", "content": response.strip()}])
+
+
 def classifier_logits(model, rows):
     """r(x, y) of B lists of ids, (B,), float32, with gradient."""
-    # A decoder is scored at its last token that is not config.pad_token_id. Where the checkpoint names none,
-    # any id that ends no row of this batch points at every row's true last token.
+    # A decoder is scored at its last token that is not config.pad_token_id. If the checkpoint names none, any
+    # id that ends no row of this batch points at every row's true last token.
     own_pad, last = model.config.pad_token_id, {row[-1] for row in rows}
-    pad = own_pad if own_pad is not None else next(i for i in range(len(last) + 1) if i not in last)
+    pad = own_pad
+    if pad is None:
+        pad = 0
+        while pad in last:
+            pad += 1
     ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
     mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
     model.config.pad_token_id = pad
@@ -159,99 +169,243 @@ def classifier_logits(model, rows):
 @torch.no_grad()
 def classifier_scores(model, rows, batch_size=32):
     """`classifier_logits` of any number of rows, as a list of floats; like lengths go together."""
-    order, scores = sorted(range(len(rows)), key=lambda row: len(rows[row])), [0.0] * len(rows)
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    scores = [0.0] * len(rows)
     for first in progress(range(0, len(rows), batch_size), "scoring, batches"):
         batch = order[first:first + batch_size]
-        for row, value in zip(batch, classifier_logits(model, [rows[row] for row in batch]).tolist()):
+        logits = classifier_logits(model, [rows[row] for row in batch])
+        for row, value in zip(batch, logits.tolist()):
             scores[row] = value
     return scores
 
 
+def drop_unscorable(pairs, reward):
+    """(the pairs that a reward can score, counts by reason): without those whose prompt a classifier's chat
+    template refuses. The counts also have the data's dialogues that lose their start to its length limit."""
+    if reward is None or reward.ids_of is None or not pairs:
+        return pairs, Counter()
+    kept, counts = [], Counter()
+    for pair in pairs:
+        try:
+            _, chosen_cut = reward.ids_of(pair.prompt, pair.chosen or "answer")
+            _, rejected_cut = reward.ids_of(pair.prompt, pair.rejected or "answer")
+        except BadRow as reason:
+            counts[f"for the reward model {reason}"] += 1
+            continue
+        counts["dialogues_cut_for_the_reward_model"] += chosen_cut or rejected_cut
+        kept.append(pair)
+    if not kept:
+        raise InputError(f"the reward model can score none of {len(pairs)} pairs: {format_counts(+counts)}")
+    return kept, +counts
+
+
+# --- labels -------------------------------------------------------------------------------------------------
+
+@fails_together
 def label_by_reward(pairs, reward, preference="hard"):
-    """Put the sampled pairs into the reward's order and label them, in place: `preference` P(chosen ≻
-    rejected) becomes 1, or ½ for a tie; "soft": σ(reward difference). Adds `rewards`, in the new order, and
-    `tie`."""
-    fresh = [pair for pair in pairs if pair["sampled"]]
-    if not fresh:
+    """Score the pairs and label them, in place: the response with the higher reward becomes `chosen`. Sets
+    `preference`, P(chosen ≻ rejected): σ(reward difference) for "soft", else 1, or ½ for a tie; and
+    `rewards`."""
+    if not pairs:
         return
-    scores = iter(reward([pair["prompt"] for pair in fresh for _ in range(2)],
-                         [pair[side] for pair in fresh for side in ("chosen", "rejected")]))
-    for pair, first, second in zip(fresh, scores, scores):
-        if second > first:            # swapping the responses and the label changes nothing but their names
-            pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
-            pair["chosen_ids"], pair["rejected_ids"] = pair["rejected_ids"], pair["chosen_ids"]
-        gap = abs(first - second)
-        soft, hard = 1 / (1 + math.exp(-gap)), 0.5 if gap == 0 else 1.0
-        pair.update(preference=soft if preference == "soft" else hard, tie=gap == 0,
-                    rewards=[max(first, second), min(first, second)])
+    prompts = [pair.prompt for pair in pairs]
+    responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    scores = reward(prompts + prompts, responses)
+    for pair, chosen, rejected in zip(pairs, scores[:len(pairs)], scores[len(pairs):]):
+        if rejected > chosen:
+            chosen, rejected = rejected, chosen
+            pair.chosen, pair.rejected = pair.rejected, pair.chosen
+            pair.chosen_ids, pair.rejected_ids = pair.rejected_ids, pair.chosen_ids
+        pair.rewards = chosen, rejected
+        if preference == "soft":
+            pair.preference = 1 / (1 + math.exp(rejected - chosen))
+        elif chosen == rejected:
+            pair.preference = 0.5
+        else:
+            pair.preference = 1.0
 
 
-def draw_toy_pairs(model, path):
-    """Sample 18,000 pairs from the toy's SFT model, label them by the true reward, write them to `path`."""
-    policy, tokenizer = load_policy(model)
-    rng = random.Random(0)
-    prompts = [prompt for prompt, _ in rng.choices(toy_prompts(), k=18000)]
-    torch.manual_seed(seeded("toy pairs"))
-    ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    responses, _ = sample(policy, tokenizer, ids, TOY_DEFAULTS["max_response_length"], 2, batch_size=512)
-    write_rows(path, [toy_pair(rng, prompt, *(response_text(tokenizer, ids) for ids in both))
-                      for prompt, both in zip(prompts, responses)])
+# --- training a reward model --------------------------------------------------------------------------------
+
+def bradley_terry_loss(chosen, rejected):
+    """−log P(chosen ≻ rejected), P = σ(r(x, chosen) − r(x, rejected)) (arXiv 1706.03741); rewards (B,) × 2 ->
+    (B,)."""
+    return -F.logsigmoid(chosen - rejected)
 
 
-# --- figures: (value, low, high) ----------------------------------------------------------------------------
-
-def prefers_chosen(margins):
-    """1 where the chosen response has the higher reward, ½ for a tie, else 0; any shape."""
-    return (margins > 0) + 0.5 * (margins == 0)
-
-
-def bootstrap(statistic, *columns, draws=1000):
-    """(value, low, high): statistic(*columns), and its 95 % interval when the n rows are drawn anew: the
-    percentiles of `draws` draws with replacement, always the same ones; nan for one row. columns: n numbers
-    each. statistic: takes them as float64 tensors (R, n), one row per draw, and returns (R,)."""
-    columns = [torch.as_tensor(column).double() for column in columns]
-    value, n = statistic(*(column[None] for column in columns)).item(), len(columns[0])
-    if n < 2:
-        return value, math.nan, math.nan
-    rows = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
-    drawn = statistic(*(column[rows] for column in columns))                                        # (R,)
-    return value, *drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-
-
-def mean_of(values):
-    """(mean, low, high) of n numbers, with its bootstrap interval."""
-    return bootstrap(lambda drawn: drawn.mean(-1), values)
+def encode_for_reward(pairs, ids_of):
+    """([(chosen, rejected)] as ids, counts, lengths in tokens): the counts are of dialogues that were cut,
+    and of pairs dropped as a chat template refuses them, or as their difference was cut off."""
+    encoded, counts, lengths = [], Counter(), {"chosen": [], "rejected": []}
+    for pair in pairs:
+        try:
+            chosen, chosen_cut = ids_of(pair.prompt, pair.chosen)
+            rejected, rejected_cut = ids_of(pair.prompt, pair.rejected)
+        except BadRow as reason:
+            counts[str(reason)] += 1
+            continue
+        counts["dialogues cut from the left"] += chosen_cut + rejected_cut
+        lengths["chosen"].append(len(chosen))
+        lengths["rejected"].append(len(rejected))
+        if chosen == rejected:
+            counts["same tokens in both responses"] += 1
+        else:
+            encoded.append((chosen, rejected))
+    return encoded, +counts, lengths
 
 
-def share_of(values):
-    """(mean, low, high) of n verdicts 0, ½ or 1, with Wilson's 95 % interval (J. Am. Stat. Assoc. 22, 209):
-    what is drawn from zeros alone never shows a one, so a bootstrap's interval would be empty."""
-    n, p, w = len(values), sum(values) / len(values), 1.96 / (2 * len(values))
-    middle, half = p + 1.96 * w, 1.96 * math.sqrt(p * (1 - p) / n + w * w)     # no rounding between them at 0
-    return p, (middle - half) / (1 + 1.96 * 2 * w), (middle + half) / (1 + 1.96 * 2 * w)
+def evaluate_reward(step, model, held_out, out):
+    """Log accuracy, loss and margin on the held-out pairs of ids."""
+    if not held_out:
+        return
+    chosen = torch.tensor(classifier_scores(model, [chosen for chosen, _ in held_out]))
+    rejected = torch.tensor(classifier_scores(model, [rejected for _, rejected in held_out]))
+    margin = chosen - rejected
+    log_figures(out, step, {"accuracy": share_of(prefers_chosen(margin).tolist()),
+                            "loss": mean_of(bradley_terry_loss(chosen, rejected).tolist()),
+                            "margin": mean_of(margin.tolist())}, len(held_out))
+
+
+def reward_step(model, pairs, optimizer, scheduler, args):
+    """One optimizer step on pairs of ids, a few a forward; (its figures, whether it was finite)."""
+    started = time.perf_counter()
+    losses, margins = [], []
+    for start in range(0, len(pairs), args.micro_batch_size):
+        micro = pairs[start:start + args.micro_batch_size]
+        rows = [chosen for chosen, _ in micro] + [rejected for _, rejected in micro]
+        chosen, rejected = classifier_logits(model, rows).chunk(2)
+        loss = bradley_terry_loss(chosen, rejected)
+        (loss.sum() / len(pairs)).backward()
+        losses.append(loss.detach())
+        margins.append((chosen - rejected).detach())
+    sum_gradients(model)
+    loss, margins = torch.cat(losses).mean().item(), torch.cat(margins)
+    grad_norm, learning_rate, finite = optimizer_step(model, optimizer, scheduler, 1.0, loss)
+    return dict(loss=loss, accuracy=prefers_chosen(margins).mean().item(), margin=margins.mean().item(),
+                grad_norm=grad_norm, learning_rate=learning_rate,
+                seconds=time.perf_counter() - started), finite
+
+
+def load_trainee(args):
+    """(model, tokenizer, ids_of) to be trained, in eval mode throughout: no dropout."""
+    torch.manual_seed(seeded("score head", args.seed))
+    model, tokenizer, ids_of = load_classifier(args.model, args.trust_remote_code, args.max_length, args.date,
+                                               num_labels=1)
+    # Others that load the model need an id to pad with. Whichever it is, training sees the same one.
+    for token in (0, tokenizer.eos_token_id, tokenizer.pad_token_id, model.config.pad_token_id):
+        if token is not None:
+            pad = token
+    model.config.pad_token_id = pad
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, ids_of
+
+
+def train_reward(args):
+    """Train a reward model, and evaluate it on held-out pairs before and after; returns it. Raises InputError
+    on bad input, and if loss or gradient is not finite."""
+    train_pairs, held_out, report, _ = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
+    for pair in (train_pairs[0], *held_out[:1]):
+        if pair.chosen is None or pair.rejected is None:
+            raise InputError(f"{args.eval_data or args.data}: a reward model needs pairs of responses "
+                             "throughout")
+    out = Path(args.out or f"{run_directory(args.data)}-reward")
+    args.date = args.date or date_of(out, args.resume)
+    model, tokenizer, ids_of = load_trainee(args)
+    pairs, counts, lengths = encode_for_reward(train_pairs, ids_of)
+    held_out, _, _ = encode_for_reward(held_out, ids_of)
+    if not pairs:
+        raise InputError(f"{args.data}: no pair of {len(train_pairs)} can be told apart "
+                         f"({format_counts(counts)})")
+    generator = torch.Generator().manual_seed(seeded("reward model's order", args.seed))
+    order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(args.epochs)])
+    steps = math.ceil(len(order) / args.batch_size)
+    batches = order.tensor_split(steps)                                # they differ by one at most
+    optimizer, scheduler = make_optimizer(model.parameters(), steps, args.learning_rate)
+    args.data_sha256 = fingerprint([pairs, held_out])
+    lock, run = begin(out, args, dict(step=0, skipped=0), model, optimizer, scheduler)    # open to the end
+    print0(f"{args.data}: {len(pairs)} pairs to train on, {len(held_out)} to evaluate on; dropped: "
+           f"{format_counts(report['dropped'] + counts)}\n{length_table(lengths, 'tokens')}\n"
+           f"{steps} steps of {len(batches[0])} -> {out}")
+    stopped = stop_signals()
+    if run["step"] == 0:
+        evaluate_reward(0, model, held_out, out)
+    for step in tqdm(range(run["step"] + 1, steps + 1), "reward", steps, initial=run["step"], disable=None):
+        batch = [pairs[place] for place in batches[step - 1].tolist()]
+        figures, finite = reward_step(model, batch, optimizer, scheduler, args)
+        log_step(out, dict(step=step, **figures), steps)
+        if not finite:
+            raise InputError(f"step {step}: loss or gradient not finite; try a lower --learning-rate")
+        run["step"] = step
+        if step == steps:
+            evaluate_reward(step, model, held_out, out)
+        if stopped or args.save_every and (step % args.save_every == 0 or step == steps):
+            save_checkpoint(out, model, optimizer, run)
+        if stopped and step < steps:
+            print0(f"stopped after step {step}, which is saved; --resume continues")
+            raise SystemExit(max(stopped))
+
+    def write(aside):
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+
+    write_directory(out / "model", write)
+    print(f"saved {out}/model; sail.py --variant pr --reward {out}/model uses it")
+    return model
 
 
 # --- the command line ---------------------------------------------------------------------------------------
 
-def main():
-    """`python reward.py --reward R --responses FILE --out FILE`."""
-    parser = Parser("Score a file of responses, as generate.py writes it.")
-    add = parser.add_argument
-    add("--reward", default="toy", help="FILE.py:FUNCTION, a one-logit classifier, or toy (toy)")
-    add("--responses", default="responses.jsonl", help="lines with prompt and response (responses.jsonl)")
-    add("--out", default="scored.jsonl", help="the same lines with their reward (scored.jsonl)")
-    parser.shared("--date", "--trust-remote-code")
-    args = parser.parse_args()
+def score_file(args):
+    """Write the rows of --responses with a `reward` each to --out."""
     rows = read_rows(args.responses)
-    if not rows or not all(isinstance(row.get("prompt"), (str, list)) and isinstance(row.get("response"), str)
-                           for row in rows):
+    prompts, responses = [row.get("prompt") for row in rows], [row.get("response") for row in rows]
+    wrong = [prompt for prompt in prompts if not isinstance(prompt, (str, list))]
+    wrong += [response for response in responses if not isinstance(response, str)]
+    if wrong or not rows:
         raise InputError(f"{args.responses}: want lines with prompt and response, as generate.py writes them")
-    reward = load_reward(args.reward, "cuda" if torch.cuda.is_available() else "cpu", args.trust_remote_code,
-                         args.date)
-    scores = reward([row["prompt"] for row in rows], [row["response"] for row in rows])
-    write_rows(args.out, [{**row, "reward": value} for row, value in zip(rows, scores)])
-    print(f"{len(rows)} responses scored in {args.out}: mean {sum(scores) / len(scores):.3f}, "
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    scores = load_reward(args.reward, device, args.trust_remote_code, args.date)(prompts, responses)
+    out = args.out or "scored.jsonl"
+    write_rows(out, [{**row, "reward": value} for row, value in zip(rows, scores)])
+    print(f"{len(rows)} responses scored in {out}: mean {sum(scores) / len(scores):.3f}, "
           f"min {min(scores):.3f}, max {max(scores):.3f}")
+
+
+def parse_args(argv=None):
+    """The command line."""
+    parser = Parser("Score a file of responses, or train a reward model on pairs.")
+    add = parser.add_argument
+    add("--reward", help="FILE.py:FUNCTION, or a one-logit classifier, to score with")
+    add("--responses", default="responses.jsonl", help="lines with prompt and response (responses.jsonl)")
+    add("--out", help="the same lines with their reward (scored.jsonl); --train: directory of the model and "
+                      "its logs (runs/DATA-reward)")
+    add("--train", action="store_true", help="train a reward model instead:")
+    add("--model", help="what to train: a causal language model or a one-logit classifier")
+    add("--max-length", type=number(int, 1), help="tokens of a dialogue; cut from the left, also when served")
+    add("--epochs", type=number(int, 1), default=1, help="(1)")
+    add("--batch-size", type=number(int, 1), default=32, help="pairs per step (32)")
+    add("--learning-rate", type=number(float, 1e-12), default=1e-5, help="after a tenth of the steps (1e-5)")
+    parser.shared("--data", "--eval-data", "--prefer", "--limit", "--date", "--seed", "--trust-remote-code")
+    may_change = [
+        add("--micro-batch-size", type=number(int, 1), default=4, metavar="N", help="pairs per forward (4)"),
+        add("--save-every", type=number(int, 1), metavar="N", help="a checkpoint every N steps; two stay"),
+        add("--resume", action="store_true", help="continue from OUT's newest checkpoint, if any"),
+        add("--overwrite", action="store_true", help="replace an earlier run in OUT")]
+    parser.set_defaults(may_change=[flag.dest for flag in may_change] + ["may_change"])
+    args = parser.parse_args(argv)
+    if args.train and not (args.model and args.data):
+        parser.error("argument --train: needs --model and --data")
+    if not args.train and not args.reward:
+        parser.error("argument --reward: want FILE.py:FUNCTION or a classifier; or --train")
+    return args
+
+
+def main(argv=None):
+    """`python reward.py …`."""
+    args = parse_args(argv)
+    if args.train:
+        train_reward(args)
+    else:
+        score_file(args)
 
 
 if __name__ == "__main__":

@@ -35,41 +35,41 @@ What differs from the paper's text, on purpose:
 import math
 import time
 from collections import Counter
-from datetime import date
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import lru_cache, partial
-from operator import itemgetter
+from functools import lru_cache
 from pathlib import Path
-from types import SimpleNamespace
 
-from data import (
-    SIDES, InputError, Parser, collate, command_line, counted, length_table, number, read_json, seeded)
+from data import Pair, collate, encode, end_token_ids, length_table, train_and_held_out
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from distributed import (begin, fingerprint, joined, log, make_optimizer, rank, run_directory,
-                         save_checkpoint, save_model, say, share, stop_signals, sum_gradients, summed,
-                         together, update, weighted)
-from evaluate import count, evaluate_run, load_everything, record_of
-from generate import load_policy, micro_batches, pair_logps, roll_out, sequence_logps
-from reward import draw_toy_pairs, label_by_reward
-from toy import SFT_MODEL, TOY_DEFAULTS, TOY_PAIRS, TOY_SFT, pairs_of
+from evaluate import evaluate_policy
+from generate import load_models, load_policy, roll_out, sequence_logps
+from reward import Reward, drop_unscorable, label_by_reward, load_reward
+from runtime.command_line import InputError, Parser, command_line, format_counts, number, seeded
+from runtime.optimizer import make_optimizer, optimizer_step
+from runtime.processes import (
+    all_sum, fails_together, gathered, is_sharded, print0, process_group, rank, stop_signals, sum_gradients,
+    with_equal_counts, world_size)
+from runtime.run_directory import (
+    begin, date_of, fingerprint, log_figures, log_step, run_directory, save_checkpoint, save_model,
+    write_line)
+from toy import draw_toy_pairs, toy_settings, write_world
 
 # --- the losses ---------------------------------------------------------------------------------------------
+# B: the pairs of a call. *_logps: log π(y|x), summed over the tokens of y.
 
 
-def implicit_reward(policy_logps, reference_logps, lengths, beta, loss_type):
-    """r(x, y), (B,); u is a difference of two. simpo: β·log π / |y| (arXiv 2405.14734). orpo: the log-odds of
-    the mean log-probability per token (2403.07691). These two need `lengths`, in tokens, and no reference.
-    All others: DPO's β·(log π − log π_ref) (2305.18290, eq. 5)."""
-    if loss_type == "simpo":
-        return beta * policy_logps / lengths
-    if loss_type == "orpo":
-        mean = (policy_logps / lengths).clamp(max=-1e-6)               # certainty has infinite odds
-        return mean - torch.log(-torch.expm1(mean))
-    return beta * (policy_logps - reference_logps)
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
+             beta=0.1):
+    """DPO's loss (arXiv 2305.18290, eq. 7), (B,), of log-probabilities (B,)."""
+    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)             # r(x, y), eq. 5
+    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
+    return -F.logsigmoid(chosen_rewards - rejected_rewards)
 
 
 def utility(margin, beta, loss_type, target_margin=0.0):
@@ -87,14 +87,6 @@ def utility(margin, beta, loss_type, target_margin=0.0):
     raise ValueError(f"loss_type {loss_type!r}: want sigmoid, ipo, hinge, simpo or orpo")
 
 
-def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps, *,
-             beta=0.1, loss_type="sigmoid"):
-    """DPO's loss (arXiv 2305.18290, eq. 7), (B,), of log π(y|x) summed over y's tokens, (B,) each."""
-    margin = beta * ((policy_chosen_logps - reference_chosen_logps)
-                     - (policy_rejected_logps - reference_rejected_logps))
-    return -utility(margin, beta, loss_type)
-
-
 def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
               preference=None, on_policy=None, self_labelled=None, *,
               beta=0.1, response_coef=0.3, label_coef=0.2, loss_type="sigmoid", baseline=None,
@@ -102,7 +94,7 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
     """SAIL's loss for every variant and utility (arXiv 2406.15567): a pair is where its responses and its
     label come from.
 
-    *_logps        (B,)  log π(y|x) summed over y's tokens; the policy's with gradient, the others without
+    *_logps        (B,)  the policy's with gradient, the reference's without
     preference     (B,)  P(chosen ≻ rejected) according to the data or the reward; None: 1
     on_policy      (B,)  bool: both responses were sampled from the policy as it is now → T2; None: nowhere
     self_labelled  (B,)  bool: the label is the policy's own, P = σ(u), whatever `preference` says → T3;
@@ -115,12 +107,20 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
     With both coefficients 1 the gradient's expectation is ∇J exactly; 0 switches a term off. The defaults are
     the authors': at 1, T2 seeks pairs that are easy to tell apart more than good ones, T3 seeks certainty.
     Returns (losses, metrics): losses (B,), whose value is minus the pair's utility and whose gradient is
-    −(T1 + response_coef·T2 + label_coef·T3); metrics, detached means over the pairs. margin and accuracy
-    follow the label; label_reversed is the share of pairs, self-labelled, where T3 pushes against a label.
+    −(T1 + response_coef·T2 + label_coef·T3); metrics, those of `sail_metrics`.
     """
-    margin = (                                                        # u (B,)
-        implicit_reward(policy_chosen_logps, reference_chosen_logps, chosen_lengths, beta, loss_type)
-        - implicit_reward(policy_rejected_logps, reference_rejected_logps, rejected_lengths, beta, loss_type))
+    margin = beta * ((policy_chosen_logps - reference_chosen_logps)   # u (B,), as in DPO
+                     - (policy_rejected_logps - reference_rejected_logps))
+    if loss_type in ("simpo", "orpo"):                                # of means per token, no reference
+        chosen_mean = (policy_chosen_logps / chosen_lengths).clamp(max=-1e-6)      # certainty: infinite odds
+        rejected_mean = (policy_rejected_logps / rejected_lengths).clamp(max=-1e-6)
+        margin = chosen_mean - rejected_mean
+        if loss_type == "simpo":                                      # arXiv 2405.14734, eq. 4
+            margin = beta * margin
+        else:                                                         # the difference of log-odds, 2403.07691
+            margin = (margin - torch.log(-torch.expm1(chosen_mean))
+                      + torch.log(-torch.expm1(rejected_mean)))
+
     nowhere = torch.zeros_like(margin, dtype=torch.bool)
     on_policy = nowhere if on_policy is None else on_policy.bool()
     self_labelled = nowhere if self_labelled is None else self_labelled.bool()
@@ -147,113 +147,210 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
 
     corrections = response_coef * T2 + label_coef * T3
     losses = -(mean_f + (corrections - corrections.detach()))         # corrections: a gradient, but no value
+    metrics = sail_metrics(losses, margin, p, on_policy, self_labelled,
+                           1 + label_coef * torch.minimum(f_chosen, f_rejected))
+    metrics["chosen_logps"] = policy_chosen_logps.detach().mean()
+    metrics["rejected_logps"] = policy_rejected_logps.detach().mean()
+    return losses, metrics
 
-    u, ahead = margin.detach(), (margin.detach() > 0) + 0.5 * (margin.detach() == 0)
-    past = torch.minimum(f_chosen, f_rejected).detach() * label_coef < -1   # T3's weight 1 + label_coef·f < 0
-    metrics = {
-        "loss": losses, "margin": (2 * p - 1) * u, "accuracy": p * ahead + (1 - p) * (1 - ahead),
-        "chosen_logps": policy_chosen_logps, "rejected_logps": policy_rejected_logps,
-        "on_policy": on_policy, "self_labelled": self_labelled, "label_reversed": self_labelled & past}
-    return losses, {name: value.detach().to(margin.dtype).mean() for name, value in metrics.items()}
+
+@torch.no_grad()
+def sail_metrics(losses, margin, p, on_policy, self_labelled, label_weight):
+    """Means over the pairs, detached. margin and accuracy follow the label, whose probability is p; a margin
+    of 0 is half right. label_weight: that of ∇log P(label) in T1 and T3 together; label_reversed is the share
+    of pairs, self-labelled, where it is negative: there T3 pushes against a label."""
+    chosen_ahead = torch.where(margin == 0, 0.5, (margin > 0).to(p.dtype))
+    return {
+        "loss": losses.mean(),
+        "margin": (p * margin - (1 - p) * margin).mean(),
+        "accuracy": (p * chosen_ahead + (1 - p) * (1 - chosen_ahead)).mean(),
+        "on_policy": on_policy.to(p.dtype).mean(),
+        "self_labelled": self_labelled.to(p.dtype).mean(),
+        "label_reversed": (self_labelled & (label_weight < 0)).to(p.dtype).mean()}
+
+
+# --- the variants -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Variant:
+    """What happens to the share `mix` of the pairs; the others are DPO on the data."""
+    responses: str                # who writes them: "data", "policy", or "data, policy", which is SPIN's
+    label: str                    # who prefers one of them: "data", "policy" or "reward"
+    mix: float = 0.0              # these three are defaults, from the authors' examples
+    response_coef: float = 0.0    # of T2
+    label_coef: float = 0.0       # of T3
+
+
+VARIANTS = {
+    "sft": Variant(responses="data", label="data"),                    # likelihood of the chosen responses
+    "dpo": Variant(responses="data", label="data"),
+    "dp": Variant(responses="data", label="policy", mix=0.4, label_coef=0.2),
+    "pp": Variant(responses="policy", label="policy", mix=0.3, response_coef=0.2, label_coef=0.2),
+    "pr": Variant(responses="policy", label="reward", mix=0.3, response_coef=0.3),
+    "online-dpo": Variant(responses="policy", label="reward", mix=0.3),
+    "spin": Variant(responses="data, policy", label="data", mix=1.0)}
+SAMPLED = {"data": (), "policy": ("chosen", "rejected"), "data, policy": ("rejected",)}
 
 
 # --- one training step --------------------------------------------------------------------------------------
 
 
+@dataclass
+class Run:
+    """What a run holds from its first to its last step."""
+    policy: torch.nn.Module
+    reference: object             # a model that is held fixed; None for sft
+    tokenizer: object
+    reward: Reward | None
+    examples: list[Pair]          # to train on, encoded
+    held_out: list[Pair]          # to evaluate on
+    device: torch.device
+    optimizer: object = None
+    scheduler: object = None
+    progress: dict = field(default_factory=dict)      # what a checkpoint keeps: step, skipped, baseline, …
+
+
+def training_step(run, offline, own, args):
+    """One optimizer step on pairs of the data, `offline`, and on those that take the variant's way, `own`:
+    (sums of their metrics, whether it was finite, more figures)."""
+    variant, figures = VARIANTS[args.variant], {}
+    with timed(figures, "seconds"):
+        # 1. roll out: the policy's responses in the place of the data's
+        with timed(figures, "seconds_rollout"):
+            own = roll_out(run.policy, run.tokenizer, own, SAMPLED[variant.responses], args)
+        # 2. label them; where the policy labels, sail_loss does it
+        with timed(figures, "seconds_reward"):
+            if variant.label == "reward":
+                label_by_reward(own, run.reward, args.preference)
+        # 3. back-propagate the mean loss over all pairs
+        totals = accumulate_gradients(run, offline + own, args)
+        # 4. step, unless the loss or the gradient is not finite
+        figures["grad_norm"], figures["learning_rate"], finite = optimizer_step(
+            run.policy, run.optimizer, run.scheduler, args.max_grad_norm, totals["loss"])
+        # 5. move the baseline of T2 on, to a running mean of f
+        if args.baseline == "running" and totals["on_policy"] and math.isfinite(totals["on_policy_loss"]):
+            mean_utility = -totals["on_policy_loss"] / totals["on_policy"]
+            run.progress["baseline"] += 0.1 * (mean_utility - run.progress["baseline"])
+    return totals, finite, figures
+
+
+def accumulate_gradients(run, pairs, args):
+    """Back-propagate the mean loss, over the pairs of all processes (of SFT: over their tokens), by
+    micro-batches; returns the sums of what was counted and measured."""
+    run.policy.train(args.gradient_checkpointing)                      # works in train mode only; no dropout
+    totals, sums = all_sum(count(pairs, args), run.device), Counter()
+    over = totals["chosen_tokens" if args.variant == "sft" else "pairs"]
+    micros = micro_batches(pairs, run.policy, args.micro_batch_size)
+    for micro, weight in with_equal_counts(micros, run.policy):
+        if args.variant == "sft":
+            losses, metrics = sft_losses(run.policy, micro, args)
+        else:
+            losses, metrics = preference_losses(run.policy, run.reference, micro, args,
+                                                run.progress["baseline"])
+        (weight * losses.sum() / over).backward()
+        for name, value in metrics.items():
+            sums[name] += value.item() * len(micro) * (weight > 0)
+    sum_gradients(run.policy)
+    totals.update(all_sum(sums, run.device))
+    return totals
+
+
 def preference_losses(policy, reference, pairs, args, baseline=None):
-    """`sail_loss` of the pairs, plus the regularisers that are switched on: (losses (B,), metrics). nll: −log
-    π per token of the data's chosen response. revkl: KL(π_ref ‖ π) per token of the pair's responses."""
+    """`sail_loss` of the pairs, plus the regularisers that are switched on: (losses (B,), metrics)."""
+    # 1. log-probabilities, (2, B): row 0 the chosen responses, row 1 the rejected ones
     if args.revkl_coef:
-        ours, theirs, revkl = pair_logps(policy, pairs, args.dtype, reference)                     # (2, B)
+        ours, theirs, revkl = pair_logps(policy, pairs, args.dtype, reference)
     else:
         with torch.no_grad():
             theirs = pair_logps(reference, pairs, args.dtype)
-        ours, revkl = pair_logps(policy, pairs, args.dtype), torch.zeros_like(theirs)
+        ours = pair_logps(policy, pairs, args.dtype)
+        revkl = torch.zeros_like(ours)
 
-    def column(value_of, dtype=None):
-        return torch.tensor([value_of(pair) for pair in pairs], dtype=dtype, device=ours.device)
+    # 2. what the pairs say of themselves, as tensors (B,)
+    def tensor(values, dtype=None):
+        return torch.tensor(values, dtype=dtype, device=ours.device)
 
-    lengths = column(lambda pair: (len(pair["chosen_ids"]), len(pair["rejected_ids"]))).T           # (2, B)
-    on_policy = column(lambda pair: len(pair["sampled"]) == 2)
-    self_labelled = column(itemgetter("self_labelled"))
-    preference = column(itemgetter("preference"), ours.dtype)
+    on_policy = tensor([pair.on_policy for pair in pairs])
+    self_labelled = tensor([pair.self_labelled for pair in pairs])
+    preference = tensor([pair.preference for pair in pairs], ours.dtype)
+    preference = (1 - args.label_smoothing) * preference + args.label_smoothing * (1 - preference)
+    label_draws = None
+    if args.label == "sampled":
+        label_draws = tensor([pair.label_draw for pair in pairs])
+    chosen_lengths = tensor([len(pair.chosen_ids) for pair in pairs])
+    rejected_lengths = tensor([len(pair.rejected_ids) for pair in pairs])
+
+    # 3. the loss
     losses, metrics = sail_loss(
-        *ours, *theirs, preference + args.label_smoothing * (1 - 2 * preference), on_policy, self_labelled,
+        ours[0], ours[1], theirs[0], theirs[1], preference, on_policy, self_labelled,
         beta=args.beta, response_coef=args.response_coef, label_coef=args.label_coef,
         loss_type=args.loss_type, target_margin=args.target_margin, baseline=baseline,
-        label_draws=column(itemgetter("draw")) if args.label == "sampled" else None,
-        chosen_lengths=lengths[0], rejected_lengths=lengths[1])
+        label_draws=label_draws, chosen_lengths=chosen_lengths, rejected_lengths=rejected_lengths)
 
-    offline = column(lambda pair: "chosen" not in pair["sampled"] and not pair["self_labelled"])
-    nll, revkl = offline * -ours[0] / lengths[0], revkl.sum(0) / lengths.sum(0)
+    # 4. regularisers: −log π per token of the data's chosen responses; KL(π_ref ‖ π) per token of both
+    offline = ~(on_policy | self_labelled)                             # both from the data, as is the label
+    nll = torch.where(offline, -ours[0] / chosen_lengths, 0.0)
+    revkl = revkl.sum(0) / (chosen_lengths + rejected_lengths)
     with torch.no_grad():
-        kl = (ours - theirs).mean(0)                                   # of two samples, an estimate
-        metrics.update(kl=(kl * on_policy).mean(), on_policy_loss=(losses * on_policy).mean(),
-                       nll=nll.mean(), offline=offline.float().mean(), revkl=revkl.mean())
+        kl = (ours - theirs).mean(0)                                   # KL(π ‖ π_ref), if π wrote both
+        metrics["kl"] = (kl * on_policy).mean()
+        metrics["on_policy_loss"] = (losses * on_policy).mean()
+        metrics["nll"] = nll.mean()
+        metrics["offline"] = offline.float().mean()
+        metrics["revkl"] = revkl.mean()
     return losses + args.nll_coef * nll + args.revkl_coef * revkl, metrics
+
+
+def pair_logps(model, pairs, dtype="float32", reference=None):
+    """`sequence_logps` of the chosen and the rejected responses, in one forward: (2, B), or with `reference`
+    (3, 2, B), log π, log π_ref and RevKL."""
+    device = next(model.parameters()).device
+    prompts = [pair.prompt_ids for pair in pairs]
+    responses = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+    batch = collate(prompts + prompts, responses, device)                              # (2B, T) each
+    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        logps = sequence_logps(model, *batch, reference)                               # (2B,) or (3, 2B)
+    return logps.unflatten(-1, (2, len(pairs)))
 
 
 def sft_losses(policy, pairs, args):
     """The negative log-likelihood of the chosen responses, summed over tokens: (losses (B,), metrics)."""
     device = next(policy.parameters()).device
-    batch = collate([pair["prompt_ids"] for pair in pairs], [pair["chosen_ids"] for pair in pairs], device)
+    batch = collate([pair.prompt_ids for pair in pairs], [pair.chosen_ids for pair in pairs], device)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         logps = sequence_logps(policy, *batch)
     return -logps, {"loss": -logps.detach().mean(), "chosen_logps": logps.detach().mean()}
 
 
-def accumulate_gradients(model, losses_of, micros, scale):
-    """Back-propagate scale·Σ weight·losses of micro-batches [(pairs, weight)]; returns the metrics' sums."""
-    totals = Counter()
-    for pairs, weight in micros:
-        losses, metrics = losses_of(pairs)
-        (scale * weight * losses.sum()).backward()
-        for name, value in metrics.items():
-            totals[name] += value.item() * len(pairs) * (weight > 0)
-    sum_gradients(model)
-    return totals
+LOGITS = 3 * 2**24                        # of a forward, positions × vocabulary: 192 MB, several times
 
 
-def training_step(run, pairs, args):
-    """One optimizer step on pairs that say what is to be `sampled` and whether they are `self_labelled`:
-    (sums of their metrics, whether it was finite, more figures). run: what `train` has loaded and made."""
+def micro_batches(pairs, model, size=None):
+    """The pairs, in order, in lists of at most `size` pairs and about LOGITS logits; a pair that exceeds
+    LOGITS by itself stands alone."""
+    vocabulary = model.config.get_text_config().vocab_size
+    micros, logits = [[]], 0
+    for pair in pairs:
+        more = (len(pair.chosen_ids) + len(pair.rejected_ids)) * vocabulary
+        full = len(micros[-1]) == size or logits + more > LOGITS
+        if micros[-1] and full:
+            micros.append([])
+            logits = 0
+        micros[-1].append(pair)
+        logits += more
+    return micros
+
+
+@contextmanager
+def timed(figures, name):
+    """Put the seconds that the block takes into figures[name]."""
     started = time.perf_counter()
-    # 1. roll out: the policy's own responses in the place of the data's
-    run.policy.eval()
-    drawn = together(lambda: roll_out(run.policy, run.tokenizer, pairs, args))
-    rolled_out = time.perf_counter()
-    # 2. label them by the reward; where the policy labels, sail_loss does it
-    if args.variant == "pr":
-        together(lambda: label_by_reward(drawn, run.reward, args.preference))
-    labelled = time.perf_counter()
-    # 3. log-probabilities, loss, gradient of the mean over the pairs (of SFT's loss, over their tokens)
-    run.policy.train(args.gradient_checkpointing)                      # works in train mode only; no dropout
-    losses_of = partial(sft_losses, run.policy, args=args) if args.variant == "sft" else partial(
-        preference_losses, run.policy, run.reference, args=args, baseline=run.progress["baseline"])
-    totals = summed(count(drawn, args.variant), run.device)
-    over = totals["chosen_tokens" if args.variant == "sft" else "pairs"]
-    micros = weighted(micro_batches(drawn, run.policy, args.micro_batch_size), run.policy)
-    totals.update(summed(accumulate_gradients(run.policy, losses_of, micros, 1 / over), run.device))
-    # 4. step, unless the loss or the gradient is not finite; move the baseline on
-    grad_norm, learning_rate, finite = update(run.policy, run.optimizer, run.scheduler, args.max_grad_norm,
-                                              totals["loss"])
-    if args.baseline == "running" and totals["on_policy"] and math.isfinite(totals["on_policy_loss"]):
-        mean_utility = -totals["on_policy_loss"] / totals["on_policy"]
-        run.progress["baseline"] += 0.1 * (mean_utility - run.progress["baseline"])
-    return totals, finite, dict(grad_norm=grad_norm, learning_rate=learning_rate,
-                                seconds=time.perf_counter() - started, seconds_rollout=rolled_out - started,
-                                seconds_reward=labelled - rolled_out)
+    yield
+    figures[name] = time.perf_counter() - started
 
 
 # --- the run: which pairs, how many steps, what is logged ---------------------------------------------------
-
-VARIANTS = {  # which responses are sampled, whether the policy labels; the settings of the authors' examples
-    "sft": dict(sampled=(), self_labelled=False, mix=0.0, response_coef=0.0, label_coef=0.0),
-    "dpo": dict(sampled=(), self_labelled=False, mix=0.0, response_coef=0.0, label_coef=0.0),
-    "dp": dict(sampled=(), self_labelled=True, mix=0.4, response_coef=0.0, label_coef=0.2),
-    "pp": dict(sampled=SIDES, self_labelled=True, mix=0.3, response_coef=0.2, label_coef=0.2),
-    "pr": dict(sampled=SIDES, self_labelled=False, mix=0.3, response_coef=0.3, label_coef=0.0),
-    "spin": dict(sampled=SIDES[1:], self_labelled=False, mix=1.0, response_coef=0.0, label_coef=0.0)}
 
 
 def plan(n_pairs, args):
@@ -261,119 +358,243 @@ def plan(n_pairs, args):
     if args.steps:
         return args.steps * args.batch_size, args.steps
     mix, offline = Fraction(str(args.mix)), int(args.epochs * n_pairs)
-    total = int(offline if mix == 1 else offline / (1 - mix))
+    total = offline
+    if mix != 1:
+        total = int(offline / (1 - mix))
     return total, math.ceil(total / args.batch_size)
 
 
 @lru_cache(maxsize=4)
-def order_of(n_pairs, seed, route, epoch):
+def order_of(n_pairs, seed, own, epoch):
     """The order in which an epoch visits the pairs; the variant's own are shuffled apart."""
-    generator = torch.Generator().manual_seed(seeded("order", seed, route, epoch))
+    generator = torch.Generator().manual_seed(seeded("order", seed, int(own), epoch))
     return torch.randperm(n_pairs, generator=generator).tolist()
 
 
-def draw_pairs(examples, step, steps, total, args):
-    """The pairs of one step, of all processes, flagged with their route; steps differ by one pair at most."""
+def draw_pairs(examples, step, args, total, steps):
+    """(offline, own): the pairs of one step, of all processes, of which `own` take the variant's way. They
+    are evenly spread over the steps."""
     mix, variant = Fraction(str(args.mix)), VARIANTS[args.variant]
     generator = torch.Generator().manual_seed(seeded("label draws", args.seed, step))
-    pairs = []
+    offline, own = [], []
     for k in range(total * (step - 1) // steps, total * step // steps):
-        route = int((k + 1) * mix) - int(k * mix)                   # 1 for `mix` of the pairs, evenly spread
-        nth = int(k * mix) if route else k - int(k * mix)
-        index = order_of(len(examples), args.seed, route, nth // len(examples))[nth % len(examples)]
-        pairs.append({**examples[index], "preference": 1.0, "sampled": variant["sampled"] if route else (),
-                      "self_labelled": bool(route and variant["self_labelled"]),
-                      "draw": torch.rand((), generator=generator).item()})
-    return sorted(pairs, key=itemgetter("sampled"))                 # for shares with as many of each kind
+        before = int(k * mix)                                           # own pairs up to the k-th
+        is_own = int((k + 1) * mix) > before
+        nth = before if is_own else k - before
+        order = order_of(len(examples), args.seed, is_own, nth // len(examples))
+        pair = replace(examples[order[nth % len(examples)]],
+                       label_draw=torch.rand((), generator=generator).item())
+        if is_own:
+            pair.on_policy = variant.responses == "policy"
+            pair.self_labelled = variant.label == "policy"
+            own.append(pair)
+        else:
+            offline.append(pair)
+    return offline, own
+
+
+def share_of_process(offline, own):
+    """This process's share of a step's pairs, as many, or one more, as of any other."""
+    first = (rank() - len(offline)) % world_size()
+    return offline[rank()::world_size()], own[first::world_size()]
+
+
+def count(pairs, args):
+    """What a step works on, as sums: pairs, tokens, and the samples' number, length, reward, …"""
+    totals = Counter(pairs=len(pairs), tokens=0, chosen_tokens=0, samples=0, sampled_tokens=0, unfinished=0,
+                     ties=0, reward=0.0)
+    for pair in pairs:
+        totals["tokens"] += len(pair.prompt_ids) + len(pair.chosen_ids)
+        if args.variant != "sft":
+            totals["tokens"] += len(pair.prompt_ids) + len(pair.rejected_ids)
+        totals["chosen_tokens"] += len(pair.chosen_ids)
+        totals["samples"] += pair.samples
+        totals["sampled_tokens"] += pair.sampled_tokens
+        totals["unfinished"] += pair.unfinished
+        totals["reward"] += sum(pair.rewards)
+        totals["ties"] += bool(pair.rewards) and pair.rewards[0] == pair.rewards[1]
+    return totals
+
+
+def record_of(step, totals, args, **more):
+    """The step's line in metrics.jsonl: means over all pairs; None for what this step had none of."""
+    def mean(name, over="pairs"):
+        if name not in totals or not totals[over]:
+            return None
+        return totals[name] / totals[over]
+
+    record = {"step": step, "loss": mean("loss")}
+    if args.variant == "sft":
+        record["loss"] = mean("loss", "chosen_tokens")
+    for name in ("margin", "accuracy", "chosen_logps", "rejected_logps", "on_policy", "self_labelled"):
+        record[name] = mean(name)
+    record["kl"] = mean("kl", "on_policy")
+    record["reward"] = None
+    if VARIANTS[args.variant].label == "reward":
+        record["reward"] = mean("reward", "samples")
+    record["response_length"] = mean("sampled_tokens", "samples")
+    record["unfinished"] = mean("unfinished", "samples")
+    record["label_reversed"] = mean("label_reversed", "self_labelled")
+    record["nll"] = mean("nll", "offline")
+    record["revkl"] = mean("revkl") if args.revkl_coef else None
+    record["ties"] = totals["ties"]
+    record["tokens"] = round(totals["tokens"])
+    return {**record, **more}
+
+
+@fails_together
+def load_run(args, device):
+    """(Run without an optimizer, counts, counts of the held-out pairs, lengths): the counts are of what was
+    dropped, cut and altered on the way from the file to token ids, the lengths as in `encode`."""
+    train, held_out, report, held_out_report = train_and_held_out(args.data, args.eval_data, args.limit,
+                                                                  args.prefer)
+    for side in args.needs:
+        if getattr(train[0], side) is None:
+            raise InputError(f"{args.data}: {report['format']}, without the {' and '.join(args.needs)} "
+                             f"responses that --variant {args.variant} learns from (pp, pr and online-dpo do "
+                             "without at --mix 1)")
+    if report["unread"]:
+        print0(f"{args.data}: columns that nothing reads: {', '.join(report['unread'])}")
+    reward = None
+    if args.reward:
+        reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
+    train, unscorable = drop_unscorable(train, reward)
+    held_out, held_out_counts = drop_unscorable(held_out, reward)
+    policy, reference, tokenizer = load_models(args, device)
+    limits = (end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length,
+              policy.get_input_embeddings().weight.shape[0])
+    examples, counts, lengths = encode(train, tokenizer, *limits)
+    counts["dropped"] += sum(report["dropped"].values())
+    counts.update(report["dropped"] + report["altered"] + unscorable)
+    if held_out:
+        held_out, more, _ = encode(held_out, tokenizer, *limits, args.eval_limit)
+        held_out_counts.update(more)
+    if held_out_report:
+        held_out_counts.update(held_out_report["dropped"] + held_out_report["altered"])
+    run = Run(policy, reference, tokenizer, reward, examples, held_out, device)
+    return run, +counts, +held_out_counts, lengths
+
+
+def print_plan(run, counts, held_out_counts, lengths, total, steps, args):
+    """What is trained, on what, and how."""
+    trained = sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
+    size = sum(p.numel() for p in run.policy.parameters())
+    print0(f"{args.model} on {run.device}: {trained:,} of {size:,} parameters are trained")
+    print0(f"{args.data}: {len(run.examples)} pairs to train on; {format_counts(counts)}")
+    limits = dict(prompt=args.max_prompt_length, chosen=args.max_response_length,
+                  rejected=args.max_response_length)
+    print0(length_table(lengths, "tokens", limits))
+    print0(f"{args.eval_data or 'held out of these'}: {len(run.held_out)} pairs to evaluate on; "
+           f"{format_counts(held_out_counts)}")
+    own = int(total * Fraction(str(args.mix)))
+    print0(f"{args.variant}: {total - own} offline pairs + {own} on the variant's way = {total} pairs, "
+           f"{steps} steps of {math.ceil(total / steps)} -> {args.out}")
 
 
 def train(args, device):
     """The whole run: load, loop, save. InputError: bad input, a failing reward, ten steps not finite."""
-    run, out = SimpleNamespace(device=device), Path(args.out)
+    out = Path(args.out)
     args.date = args.date or date_of(out, args.resume)
-    (run.policy, run.reference, run.tokenizer, run.reward, run.examples, run.held_out,
-     run.counts, lengths) = load_everything(args, device)
+    run, counts, held_out_counts, lengths = load_run(args, device)
     total, steps = plan(len(run.examples), args)
-    share(range(total // max(steps, 1)))                               # complains where it is too little
-    args.data_sha256 = fingerprint([*run.examples, *run.held_out])
-    parameters = list(run.policy.parameters())
-    run.optimizer, run.scheduler = make_optimizer(parameters, steps, args.learning_rate, args.optimizer,
-                                                  args.schedule, args.warmup_steps)
-    f_zero = utility(torch.zeros(()), args.beta, args.loss_type, args.target_margin).item()
-    fresh = dict(step=0, skipped=0, in_a_row=0, total=total, steps=steps,
-                 baseline=f_zero if args.baseline == "running" else 0.0)
-    run.lock, run.progress = together(lambda: begin(out, args, fresh, run.policy, run.optimizer,
-                                                    run.scheduler))
-    limits = dict(prompt=args.max_prompt_length, chosen=args.max_response_length,
-                  rejected=args.max_response_length)
-    own, size = int(total * Fraction(str(args.mix))), sum(p.numel() for p in parameters)
-    say(f"{args.model} on {device}: {sum(p.numel() for p in parameters if p.requires_grad):,} of {size:,} "
-        f"parameters are trained\n{args.data}: {len(run.examples)} pairs to train on, {len(run.held_out)} to "
-        f"evaluate on; {counted(+run.counts)}\n{length_table(lengths, 'tokens', limits)}\n"
-        f"{args.variant}: {total - own} offline pairs + {own} on the "
-        f"variant's route = {total} pairs, {steps} steps of {math.ceil(total / steps)} -> {out}")
-    run.stopped = stop_signals()
+    a_step = total // max(steps, 1)
+    if a_step < world_size():
+        raise InputError(f"--batch-size: {a_step} pairs a step are too few for {world_size()} processes; "
+                         "raise it, or --epochs")
+    ids = [[pair.prompt_ids, pair.chosen_ids, pair.rejected_ids] for pair in run.examples + run.held_out]
+    args.data_sha256 = fingerprint(ids)
+    args.data_counts = dict(counts)
+    run.optimizer, run.scheduler = make_optimizer(run.policy.parameters(), steps, args.learning_rate,
+                                                  args.optimizer, args.schedule, args.warmup_steps)
+    start = dict(step=0, skipped=0, in_a_row=0, baseline=0.0)
+    if args.baseline == "running":                                     # from f(0) on
+        start["baseline"] = utility(torch.zeros(()), args.beta, args.loss_type, args.target_margin).item()
+    lock, run.progress = begin(out, args, start, run.policy, run.optimizer, run.scheduler)   # open to the end
+    print_plan(run, counts, held_out_counts, lengths, total, steps, args)
+    stopped = stop_signals()
     try:
-        loop(run, out, args)
+        loop(run, out, args, total, steps, stopped)
     except InputError as error:
         if not run.progress["step"]:
             raise
         save_checkpoint(out, run.policy, run.optimizer, run.progress)
         raise InputError(f"{error} (step {run.progress['step']} is saved; --resume continues)") from None
     if run.progress["step"] < steps:
-        say(f"stopped after step {run.progress['step']}, which is saved; --resume continues")
-        raise SystemExit(max(run.stopped, default=0))
-    save_model(run.policy, run.tokenizer, out, lambda: load_policy(args.model, "cpu", args.trust_remote_code))
-    code = f" --reward {args.reward}" * (".py:" in (args.reward or ""))
-    say(f"saved {out}/model; `python evaluate.py {out}{code}` samples from it and sets it beside other runs")
+        print0(f"stopped after step {run.progress['step']}, which is saved; --resume continues")
+        raise SystemExit(max(stopped, default=0))
+
+    def load_base():
+        model, _ = load_policy(args.model, "cpu", args.trust_remote_code)
+        return model
+
+    save_model(run.policy, run.tokenizer, out, load_base)
+    command = f"python evaluate.py {out}"
+    if ".py:" in (args.reward or ""):
+        command += f" --reward {args.reward}"
+    print0(f"saved {out}/model; `{command}` samples from it and sets it beside other runs")
 
 
-def date_of(out, resume):
-    """The date that a run's chat template is told: today, or that on which it began."""
-    if resume and (out / "args.json").is_file():
-        return read_json(out / "args.json").get("date")
-    return date.today().isoformat()
-
-
-def say_how_long(seconds, evaluation, steps, args, device):
-    """After the first step, how long the run will take, and, where that is long, what makes it shorter."""
-    evaluations = 1 + (steps // args.eval_every if args.eval_every else 0)
-    total = seconds * steps + evaluation * evaluations
-    say(f"the first step took {seconds:.1f} s, an evaluation {evaluation:.1f} s: about {total / 60:.0f} min "
-        f"for {counted({'step(s)': steps, 'evaluation(s)': evaluations})}")
-    if seconds > 60 or device.type == "cpu" and total > 1200:
-        say(f"for a shorter run: --batch-size ({args.batch_size}), --max-response-length "
-            f"({args.max_response_length}), --max-prompt-length ({args.max_prompt_length}), --steps, "
-            f"--eval-limit ({args.eval_limit}), --eval-every ({args.eval_every}), --lora")
-
-
-def loop(run, out, args):
+def loop(run, out, args, total, steps, stopped):
     """The steps that are left, with logs, evaluations and checkpoints; ends early on SIGTERM or SIGINT."""
-    progress, steps = run.progress, run.progress["steps"]
-    started, first = time.perf_counter(), progress["step"] + 1
+    progress, evaluation = run.progress, {}
+    first = progress["step"] + 1
     if progress["step"] == 0 and args.eval_every:
-        together(lambda: evaluate_run(run, out, 0, args))
-    evaluated = time.perf_counter() - started
-    for step in tqdm(range(progress["step"] + 1, steps + 1), args.variant, steps, initial=progress["step"],
+        with timed(evaluation, "seconds"):
+            evaluate_run(run, out, 0, args)
+    for step in tqdm(range(first, steps + 1), args.variant, steps, initial=progress["step"],
                      disable=None if rank() == 0 else True):
         torch.manual_seed(seeded("samples", args.seed, step, rank()))
-        pairs = share(draw_pairs(run.examples, step, steps, progress["total"], args))
-        totals, finite, figures = training_step(run, pairs, args)
-        progress.update(step=step, skipped=progress["skipped"] + (not finite),
-                        in_a_row=0 if finite else progress["in_a_row"] + 1)
-        figures.update(skipped=progress["skipped"], **run.counts)
-        log(out, record_of(step, totals, args, **figures), steps)
+        offline, own = share_of_process(*draw_pairs(run.examples, step, args, total, steps))
+        totals, finite, figures = training_step(run, offline, own, args)
+        progress["step"] = step
+        progress["skipped"] += not finite
+        progress["in_a_row"] = 0 if finite else progress["in_a_row"] + 1
+        log_step(out, record_of(step, totals, args, skipped=progress["skipped"], **figures), steps)
         if step == first:
-            say_how_long(figures["seconds"], evaluated, steps - first + 1, args, run.device)
+            print_how_long(figures["seconds"], evaluation.get("seconds"), steps - first + 1, args, run.device)
         if progress["in_a_row"] >= 10:
             raise InputError(f"steps {step - 9} to {step}: loss or gradient not finite; lower the rate")
         if step == steps or args.eval_every and step % args.eval_every == 0:
-            together(lambda: evaluate_run(run, out, step, args))
-        stopped = summed(Counter(stopped=len(run.stopped)), run.device)["stopped"]
-        if stopped or args.save_every and (step % args.save_every == 0 or step == steps):
+            evaluate_run(run, out, step, args)
+        stop = all_sum(Counter(stopped=len(stopped)), run.device)["stopped"]
+        if stop or args.save_every and (step % args.save_every == 0 or step == steps):
             save_checkpoint(out, run.policy, run.optimizer, progress)
-        if stopped:
+        if stop:
             return
+
+
+@fails_together
+def evaluate_run(run, out, step, args):
+    """Evaluate the policy of a run in training, and log it. Only a sharded one needs all processes."""
+    if not run.held_out or rank() != 0 and not is_sharded(run.policy):
+        return
+    run.policy.eval()
+    print0(f"evaluating at step {step}: a response of up to {args.max_response_length} tokens to each of "
+           f"{len(run.held_out)} held-out prompts …")
+    reward = run.reward
+    if rank() != 0:
+        reward = None
+    with gathered(run.policy):
+        figures, samples = evaluate_policy(run.policy, run.reference, run.tokenizer, run.held_out, reward,
+                                           args)
+    log_figures(out, step, figures, len(run.held_out))
+    for row in samples[:8]:
+        write_line(out, "samples", {"step": step, **row})
+
+
+def print_how_long(seconds, evaluation, steps, args, device):
+    """After the first step, how long the run will take, and, if that is long, what makes it shorter.
+    evaluation: the seconds that the first one took, None if there was none."""
+    took, total = f"the first step took {seconds:.1f} s", seconds * steps
+    if evaluation is not None:
+        evaluations = max(1, steps // args.eval_every)
+        took += f", an evaluation {evaluation:.1f} s"
+        total += evaluation * evaluations
+    print0(f"{took}: about {total / 60:.0f} min to go")
+    if seconds > 60 or device.type == "cpu" and total > 1200:
+        print0(f"for a shorter run: --batch-size ({args.batch_size}), --max-response-length "
+               f"({args.max_response_length}), --max-prompt-length ({args.max_prompt_length}), --steps, "
+               f"--eval-limit ({args.eval_limit}), --eval-every ({args.eval_every}), --lora")
 
 
 # --- the command line ---------------------------------------------------------------------------------------
@@ -388,8 +609,8 @@ def parse_args(argv=None):
     positive, weight, whole = number(float, 1e-12), number(float, 0), number(int, 1)
     add = parser.add_argument_group("method (mix and weights: the authors' examples)").add_argument
     add("--variant", choices=[*VARIANTS], default="pr", help="who responds, and who labels (pr)")
-    add("--mix", type=number(float, 0, 1), help="share of own pairs (dp 0.4, pp pr 0.3)")
-    add("--response-coef", type=weight, help="weight of T2 (pp 0.2, pr 0.3); pr at 0: online DPO")
+    add("--mix", type=number(float, 0, 1), help="share of own pairs (dp 0.4, pp pr online-dpo 0.3)")
+    add("--response-coef", type=weight, help="weight of T2 (pp 0.2, pr 0.3)")
     add("--label-coef", type=weight, help="weight of T3 (dp pp 0.2)")
     add("--label", choices=["expected", "sampled"], default="expected", help="average over it, or draw")
     add("--baseline", choices=["running", "none"], default="running", help="of T2: mean of past f, or 0")
@@ -401,10 +622,10 @@ def parse_args(argv=None):
     add("--nll-coef", type=weight, default=0.0, help="weight of −log π per chosen token (0)")
     add("--revkl-coef", type=weight, help="weight of KL(π_ref‖π) per token (0; toy pp 0.3)")
     add = parser.add_argument_group("models and data").add_argument
-    add("--model", default="toy", help="a directory or hub name, or toy, which is made (toy)")
+    add("--model", help="a directory or hub name (toy: made on first use)")
     add("--reference", help="what KL is measured to (--model as it starts)")
     add("--lora", type=whole, metavar="RANK", help="train a LoRA adapter of this rank (needs peft)")
-    add("--reward", help="FILE.py:FUNCTION, a one-logit classifier, or toy")
+    add("--reward", help="FILE.py:FUNCTION, or a one-logit classifier")
     parser.shared("--data", "--eval-data", "--prefer", "--limit", "--max-prompt-length",
                   "--max-response-length", "--date", "--seed", "--trust-remote-code", add=add)
     add = parser.add_argument_group("optimisation").add_argument
@@ -429,48 +650,81 @@ def parse_args(argv=None):
         add("--resume", action="store_true", help="continue from OUT's newest checkpoint, if any"),
         add("--overwrite", action="store_true", help="delete an earlier run in OUT before starting"),
         add("--tensorboard", action="store_true", help="also write OUT/tensorboard (needs tensorboard)")]
-    parser.set_defaults(may_change=[flag.dest for flag in may_change] + ["may_change", "steps", "epochs"])
+    parser.set_defaults(data="toy", may_change=[flag.dest for flag in may_change] + ["may_change"])
     return completed(parser.parse_args(argv), parser)
 
 
 def completed(args, parser):
     """The arguments, with the defaults that depend on data and variant; what cannot work is an error."""
-    toy, sft, variant = args.data in ("toy", "toy:grammar"), args.variant == "sft", VARIANTS[args.variant]
-    args.model = str(SFT_MODEL) if args.model == "toy" and not sft else args.model
-    defaults = {**DEFAULTS, **variant, "reference": None if sft else args.model,
-                "out": f"{run_directory(args.data)}/{args.variant}"}
-    defaults["learning_rate"] = 2e-5 if sft else 1e-5 if args.lora else 1e-6    # theirs, theirs, ours
-    if toy:
-        defaults.update(TOY_SFT if sft else TOY_DEFAULTS)
-        defaults["revkl_coef"] = 0.3 if args.variant == "pp" else 0.0       # PP alone has no ceiling
-    if args.data == "toy" and not sft:
-        args.data, args.eval_data = f"{args.model}/{TOY_PAIRS}", args.eval_data or "toy:test"
-    vars(args).update({name: defaults.get(name) for name, value in vars(args).items() if value is None})
-    args.mix *= variant["mix"] > 0                  # sft and dpo have no route of their own
-    sampled = variant["sampled"] if args.mix == 1 else ()
-    args.needs = ["chosen"] if sft else [side for side in SIDES if side not in sampled]
-    wrong = {"--target-margin: only simpo has one": args.target_margin and args.loss_type != "simpo",
-             "--overwrite: deletes what --resume continues; give one of them": args.overwrite and args.resume,
-             "--lora: the toy's SFT model has no base to adapt": args.lora and args.model == "toy",
-             "--reward: pr needs one to label its samples; toy, FILE.py:FUNCTION or a classifier":
-             args.variant == "pr" and args.mix > 0 and not args.reward}
-    for message in filter(wrong.get, wrong):
-        parser.error(f"argument {message}")
+    variant = VARIANTS[args.variant]
+    args.toy = args.data == "toy"
+    defaults = {**DEFAULTS, "mix": variant.mix, "response_coef": variant.response_coef,
+                "label_coef": variant.label_coef, "out": f"{run_directory(args.data)}/{args.variant}",
+                "learning_rate": 1e-6}
+    if args.lora:
+        defaults["learning_rate"] = 1e-5
+    if args.variant == "sft":
+        defaults["learning_rate"] = 2e-5
+    if args.toy:
+        defaults.update(toy_settings(args.variant, args.model, args.seed))
+        args.data = None
+    for name, value in vars(args).items():
+        if value is None:
+            setattr(args, name, defaults.get(name))
+    if args.model is None:
+        parser.error("argument --model: want a directory or hub name")
+    if args.variant != "sft":
+        args.reference = args.reference or args.model
+    if variant.mix == 0:                            # sft and dpo have no pairs of their own
+        args.mix = 0.0
+    args.needs = needed_sides(args)
+    refuse_flags(args, parser)
     return args
 
 
+def needed_sides(args):
+    """Which responses the data must have."""
+    if args.variant == "sft":
+        return ["chosen"]
+    if args.mix < 1:
+        return ["chosen", "rejected"]
+    sampled = SAMPLED[VARIANTS[args.variant].responses]
+    return [side for side in ("chosen", "rejected") if side not in sampled]
+
+
+def refuse_flags(args, parser):
+    """An error for flags that do not go together."""
+    if args.target_margin and args.loss_type != "simpo":
+        parser.error("argument --target-margin: only simpo has one")
+    if args.overwrite and args.resume:
+        parser.error("argument --overwrite: deletes what --resume continues; give one of them")
+    if VARIANTS[args.variant].label == "reward" and args.mix > 0 and not args.reward:
+        parser.error(f"argument --reward: {args.variant} needs one to label its samples; FILE.py:FUNCTION or "
+                     "a classifier")
+
+
+@fails_together
+def make_toy(args):
+    """What `--data toy` stands for, as files, unless they are there."""
+    if rank() != 0:
+        return
+    write_world(args.seed)
+    if Path(args.data).name == "toy-pairs.jsonl" and not Path(args.data).is_file():
+        print0(f"toy: drawing pairs from {args.model} into {args.data}, once")
+        draw_toy_pairs(args.model, args.data)
+
+
 def main(argv=None):
-    """`python sail.py …`, alone or under torchrun. Makes the toy's SFT model and pairs where missing."""
+    """`python sail.py …`, alone or under torchrun."""
     args = parse_args(argv)
-    with joined(args.shard) as device:
-        drawn = Path(args.data).name == TOY_PAIRS
-        together(lambda: drawn or pairs_of(args.data, 1))         # bad data is named before there is work
-        if args.model == str(SFT_MODEL) and not together(SFT_MODEL.is_dir):
-            say(f"toy: no SFT model in {SFT_MODEL} yet; training it, once")
-            train(parse_args(["--variant", "sft", "--resume"]), device)
-        if drawn and not together(Path(args.data).is_file):
-            say(f"toy: drawing pairs from {args.model} into {args.data}, once")
-            together(lambda: draw_toy_pairs(args.model, args.data) if rank() == 0 else None)
+    with process_group(args.shard) as device:
+        if args.toy and args.model == toy_settings("dpo")["model"] and not Path(args.model).is_dir():
+            print0(f"toy: no SFT model in {args.model} yet; training it, once")
+            sft = parse_args(["--variant", "sft", "--resume"])
+            make_toy(sft)
+            train(sft, device)
+        if args.toy:
+            make_toy(args)
         train(args, device)
 
 

@@ -1,19 +1,21 @@
 """The embedded toy world: reviews of a noun, a known reward for them, and a small model.
 
-It is what `--data toy`, `--reward toy` and `--model toy` stand for, so that everything here runs on a CPU,
-offline, in minutes. Its pipeline is the real one in small: demonstrations from a grammar, an SFT model of it,
-pairs of that model's responses, labelled by the true reward, then every method from the same start.
+It is what `sail.py --data toy` stands for, so that everything runs on a CPU, offline, in minutes. It is the
+real thing in small: demonstrations from a grammar, an SFT model of it, pairs of that model's responses,
+labelled by the true reward, then every method from the same start. `toy_settings` turns it into what any
+user has: files of pairs, a directory of a model, FILE.py:FUNCTION.
 """
-import json
 import math
+import os
 import random
-import zlib
-from collections import Counter
 from pathlib import Path
 
 import torch
 
-from data import InputError, load_pairs, seeded
+from data import response_text
+from generate import load_policy, sample
+from runtime.command_line import InputError, seeded
+from runtime.run_directory import write_directory, write_rows
 
 NOUNS = ("soup coffee pizza bread salad cake tea pasta hotel room pool beach movie song book show "
          "curry museum garden phone").split()
@@ -22,11 +24,11 @@ ADJECTIVES = dict(
     plain=-0.3, dull=-0.3, weak=-0.6, poor=-0.6, bad=-0.8, nasty=-0.8, awful=-1.0, horrible=-1.0)
 ADVERBS = dict(slightly=0.5, fairly=0.8, rather=1.0, very=1.5, truly=1.5, utterly=1.8)
 PROMPTS = ("review the {} :", "how was the {} ?", "tell me about the {} :", "what about the {} ?")
-SFT_MODEL = Path("runs/toy/sft/model")     # what `--model toy` is, but for --variant sft, which makes it
-TOY_PAIRS = "toy-pairs.jsonl"              # what `--data toy` is, in --model's directory: its own responses
-TOY_DEFAULTS = dict(max_prompt_length=8, max_response_length=24, reward="toy", beta=0.5, epochs=1.0,
-                    batch_size=96, learning_rate=4e-4, schedule="cosine", eval_every=25, eval_limit=256)
-TOY_SFT = dict(TOY_DEFAULTS, epochs=4.0, batch_size=48, learning_rate=2e-3)
+WORLD = Path("runs/toy/world")             # the grammar's pairs, and models before any training
+SFT_MODEL = Path("runs/toy/sft/model")     # what all but SFT starts from
+DEFAULTS = dict(max_prompt_length=8, max_response_length=24, beta=0.5, epochs=1.0, batch_size=96,
+                learning_rate=4e-4, schedule="cosine", eval_every=25, eval_limit=256)
+SFT_DEFAULTS = dict(DEFAULTS, epochs=4.0, batch_size=48, learning_rate=2e-3)
 
 
 def toy_response(rng, noun):
@@ -54,61 +56,67 @@ def toy_reward(prompts, responses):
                          "--reward")
     scores = []
     for prompt, response in zip(prompts, responses):
-        words, topic = response.split(), set(prompt.split()) & set(NOUNS)
-        opinions = [ADJECTIVES[word] * ADVERBS.get(before, 1.0) for before, word in zip([""] + words, words)
-                    if word in ADJECTIVES]
-        nouns, described = set(words) & set(NOUNS), [
-            word for word in words if word in ADJECTIVES or word in ADVERBS]
-        scores.append(sum(opinions[:2])
-                      + 0.5 * len(nouns & topic) - 0.5 * len(nouns - topic)
-                      - 0.5 * (len(described) - len(set(described)))
-                      + 0.5 * (words[-1:] == ["."] and words.count(".") == 1)
-                      - 0.3 * max(0, len(words) - 9))
+        words = response.split()
+        topic = set(prompt.split()) & set(NOUNS)
+        nouns = set(words) & set(NOUNS)
+        described = [word for word in words if word in ADJECTIVES or word in ADVERBS]
+        opinions = []
+        for before, word in zip([""] + words, words):
+            if word in ADJECTIVES:
+                opinions.append(ADJECTIVES[word] * ADVERBS.get(before, 1.0))
+        score = sum(opinions[:2])
+        score += 0.5 * len(nouns & topic) - 0.5 * len(nouns - topic)
+        score -= 0.5 * (len(described) - len(set(described)))
+        if words[-1:] == ["."] and words.count(".") == 1:
+            score += 0.5
+        scores.append(score - 0.3 * max(0, len(words) - 9))
     return scores
 
 
 def toy_prompts(held_out=False):
     """[(prompt, its noun)]: 60 prompts to train on, or the 20 held-out ones, one wording of each noun."""
-    return [(PROMPTS[wording].format(noun), noun) for place, noun in enumerate(NOUNS)
-            for wording in range(len(PROMPTS)) if ((place + wording) % 4 == 0) == held_out]
+    prompts = []
+    for place, noun in enumerate(NOUNS):
+        for wording, text in enumerate(PROMPTS):
+            if ((place + wording) % 4 == 0) == held_out:
+                prompts.append((text.format(noun), noun))
+    return prompts
 
 
 def toy_pair(rng, prompt, first, second):
-    """A pair, of which the chosen one is drawn from Bradley-Terry on the toy reward."""
+    """A row of a pair, of which the chosen one is drawn from Bradley-Terry on the toy reward."""
     better, worse = toy_reward([prompt] * 2, [first, second])
     if rng.random() > 1 / (1 + math.exp(worse - better)):
         first, second = second, first
     return {"prompt": prompt, "chosen": first, "rejected": second}
 
 
-def pairs_of(source, limit=None, prefer="better"):
-    """`data.load_pairs`, which also knows pairs of the grammar: 3,000 of `toy` or `toy:grammar`, whose chosen
-    ones the SFT model learns from, and 1,024 of `toy:test`, with held-out prompts."""
-    if source not in ("toy", "toy:grammar", "toy:test"):
-        return load_pairs(source, limit, prefer)
-    rng, count, pairs = random.Random(source == "toy:test"), 1024 if source == "toy:test" else 3000, []
-    while len(pairs) < min(count, limit or count):
-        prompt, noun = rng.choice(toy_prompts(held_out=source == "toy:test"))
+def grammar_pairs(held_out=False):
+    """Rows of pairs of the grammar: 3,000, whose chosen ones the SFT model learns from, or 1,024 with
+    held-out prompts."""
+    rng = random.Random(int(held_out))
+    count = 1024 if held_out else 3000
+    prompts, rows = toy_prompts(held_out), []
+    while len(rows) < count:
+        prompt, noun = rng.choice(prompts)
         first, second = toy_response(rng, noun), toy_response(rng, noun)
         if first != second:
-            pairs.append(toy_pair(rng, prompt, first, second))
-    return pairs, {"format": "the embedded toy world", "rows": len(pairs), "dropped": Counter(),
-                   "altered": Counter(), "unread": []}
+            rows.append(toy_pair(rng, prompt, first, second))
+    return rows
 
 
-def train_and_held_out(data, eval_data=None, limit=None, prefer="better"):
-    """(training pairs, held-out pairs, report of the training source), the same for every script. Held out
-    are the pairs of `eval_data` where it is given, the toy's held-out prompts for the toy, else those of one
-    prompt in twenty of `data`, told by the prompt's CRC-32, so that no prompt is on both sides."""
-    pairs, report = pairs_of(data, limit, prefer)
-    if eval_data or data in ("toy", "toy:grammar"):
-        return pairs, pairs_of(eval_data or "toy:test", None, prefer)[0], report
-    out = [zlib.crc32(json.dumps(pair["prompt"]).encode()) % 20 == 0 for pair in pairs]
-    train, held_out = ([pair for pair, held in zip(pairs, out) if held == side] for side in (False, True))
-    if not train:
-        raise InputError(f"{data}: all {len(pairs)} pairs are held out; give more, or name others with "
-                         "--eval-data")
-    return train, held_out, report
+def draw_toy_pairs(model, path):
+    """Sample 18,000 pairs from the toy's SFT model, label them by the true reward, write them to `path`."""
+    policy, tokenizer = load_policy(model)
+    rng = random.Random(0)
+    prompts = [prompt for prompt, _ in rng.choices(toy_prompts(), k=18000)]
+    torch.manual_seed(seeded("toy pairs"))
+    prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    responses, _ = sample(policy, tokenizer, prompt_ids, DEFAULTS["max_response_length"], 2, batch_size=512)
+    rows = []
+    for prompt, (first, second) in zip(prompts, responses):
+        rows.append(toy_pair(rng, prompt, response_text(tokenizer, first), response_text(tokenizer, second)))
+    write_rows(path, rows)
 
 
 def toy_tokenizer():
@@ -135,3 +143,35 @@ def toy_model(seed=0):
         vocab_size=len(tokenizer), hidden_size=64, intermediate_size=160, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=128, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).eval(), tokenizer
+
+# --- as any user has it -------------------------------------------------------------------------------------
+
+def toy_settings(variant, model=None, seed=0):
+    """What `--data toy` stands for, {name of a flag: its default}: pairs in files, a model's directory, a
+    reward in a file of Python. Pairs of the model's own responses lie in its directory."""
+    reward = f"{os.path.relpath(__file__)}:toy_reward"
+    eval_data = str(WORLD / "held-out.jsonl")
+    if variant == "sft":
+        model = model or str(WORLD / f"untrained-{seed}")
+        return dict(SFT_DEFAULTS, data=str(WORLD / "grammar.jsonl"), eval_data=eval_data, model=model,
+                    reward=reward)
+    model = model or str(SFT_MODEL)
+    settings = dict(DEFAULTS, data=f"{model}/toy-pairs.jsonl", eval_data=eval_data, model=model,
+                    reward=reward)
+    if variant == "pp":
+        settings["revkl_coef"] = 0.3                       # PP alone has no ceiling
+    return settings
+
+
+def write_world(seed=0):
+    """Write the grammar's pairs and the model before any training, unless they are there."""
+    if not (WORLD / "grammar.jsonl").is_file():
+        write_rows(WORLD / "grammar.jsonl", grammar_pairs())
+    if not (WORLD / "held-out.jsonl").is_file():
+        write_rows(WORLD / "held-out.jsonl", grammar_pairs(held_out=True))
+    if not (WORLD / f"untrained-{seed}").is_dir():
+        def write(aside):
+            for part in toy_model(seed):
+                part.save_pretrained(aside)
+
+        write_directory(WORLD / f"untrained-{seed}", write)

@@ -1,0 +1,95 @@
+"""The command line that all scripts share: flags, errors in one line, seeds."""
+import argparse
+import hashlib
+import math
+import os
+import sys
+from datetime import date
+from pathlib import Path
+
+
+class InputError(ValueError):
+    """Bad input from the user: its text says what is wrong, where, and what to do."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with short help and one-line errors; `shared` adds flags that several scripts have."""
+
+    def __init__(self, description, arguments=""):
+        super().__init__(description=description, usage=f"%(prog)s [flags]{arguments}",
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=35))
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+    def shared(self, *flags, add=None):
+        """Add these flags of SHARED, with `add`, a group's add_argument, if there is one."""
+        for flag in flags:
+            (add or self.add_argument)(flag, **SHARED[flag])
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: an int or float from `low` to `high`, and finite."""
+    def convert(text):
+        value = kind(text)
+        if not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not in {low:g} … {high:g}")
+        return value
+
+    convert.__name__ = kind.__name__           # argparse names it if `text` is no number at all
+    return convert
+
+
+def iso_date(text):
+    """An argparse type: a date, as YYYY-MM-DD."""
+    return date.fromisoformat(text).isoformat()
+
+
+COUNT = dict(metavar="N", type=number(int, 1))
+SHARED = {
+    "--data": dict(help="a .jsonl, .json, .csv or .parquet file, or a hub name"),
+    "--eval-data": dict(help="held-out pairs (one prompt in twenty of --data)"),
+    "--prefer": dict(choices=["better", "safer"], default="better", help="label of PKU-SafeRLHF (better)"),
+    "--limit": dict(COUNT, help="use the first N pairs only"),
+    "--max-prompt-length": dict(COUNT, help="tokens; longer prompts lose their oldest turns (512)"),
+    "--max-response-length": dict(COUNT, help="tokens; longer responses are cut on the right (512)"),
+    "--date": dict(type=iso_date, help="what a chat template that asks for the date is told (today)"),
+    "--seed": dict(type=number(int, 0), default=0, help="random seed (0)"),
+    "--trust-remote-code": dict(action="store_true", help="run code that comes with a hub model")}
+
+
+def command_line(main):
+    """Run a script's `main`; bad input, a file that fails, or an optional package that is not there, becomes
+    one line on stderr and exit status 2."""
+    try:
+        main()
+    except (InputError, OSError, ModuleNotFoundError) as error:
+        # InputError is raised by all processes alike, and one speaks; other errors may be one's own.
+        if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):
+            print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def one_line(error):
+    """What an InputError, an OSError or a missing package tells the user."""
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return f"needs a package: pip install {error.name}"
+    path = getattr(error, "filename2", None) or getattr(error, "filename", None)       # 2: renamed to
+    if path:
+        return f"{path}: {error.strerror}"
+    return str(error)
+
+
+def first_line(error):
+    """The first line of an exception's text."""
+    return str(error).strip().split("\n")[0].rstrip(".")
+
+
+def format_counts(counter):
+    """{'empty response': 4} -> '4 empty response'."""
+    return ", ".join(f"{times} {what}" for what, times in counter.items()) or "none"
+
+
+def seeded(purpose, *numbers):
+    """The seed of one stream of random numbers: a hash into the 32 bits that torch keeps on a CPU."""
+    return int.from_bytes(hashlib.sha256(repr((purpose, *numbers)).encode()).digest()[:4], "big")

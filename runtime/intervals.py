@@ -1,0 +1,113 @@
+"""Figures with their 95 % intervals, as (value, low, high): over prompts, over seeds, win rates."""
+import math
+
+import torch
+
+# The 97.5 % quantiles of Student's t with 1, 2, … 15 degrees of freedom.
+STUDENT = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
+
+
+def bootstrap(statistic, *columns, draws=1000):
+    """(value, low, high): statistic(*columns), and its 95 % interval when the n rows are drawn anew: the
+    percentiles of `draws` draws with replacement, always the same ones; nan for one row. columns: n numbers
+    each. statistic: takes them as float64 tensors (R, n), one row per draw, and returns (R,)."""
+    columns = [torch.as_tensor(column).double() for column in columns]
+    n = len(columns[0])
+    value = statistic(*(column[None] for column in columns)).item()
+    if n < 2:
+        return value, math.nan, math.nan
+    rows = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
+    drawn = statistic(*(column[rows] for column in columns))                                        # (R,)
+    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return value, low, high
+
+
+def mean_of(values):
+    """(mean, low, high) of n numbers, with its bootstrap interval."""
+    return bootstrap(lambda drawn: drawn.mean(-1), values)
+
+
+def share_of(values):
+    """(share, low, high) of n verdicts 0, ½ or 1, with Wilson's 95 % interval (J. Am. Stat. Assoc. 22, 209).
+    A bootstrap would not do: if all verdicts are 0, so is every resample, and the interval would be empty."""
+    n, z = len(values), 1.96
+    p = sum(values) / n
+    centre = p + z**2 / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    scale = 1 + z**2 / n
+    low = (centre - half) / scale
+    high = (centre + half) / scale
+    if p == 0:                                             # exactly: rounding leaves it a little beside
+        low = 0.0
+    return p, low, high
+
+
+def over_seeds(values):
+    """(mean, low, high) of one figure of several runs: the 95 % t-interval; nan with fewer than two."""
+    values = torch.tensor(values, dtype=torch.float64)
+    n = len(values)
+    mean = values.mean().item()
+    if n < 2:
+        return mean, math.nan, math.nan
+    t = 1.96 + 2.5 / (n - 1)
+    if n <= 16:
+        t = STUDENT[n - 2]
+    half = t * values.std().item() / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def prefers_chosen(margins):
+    """1 if the chosen response has the higher reward, ½ for a tie, else 0; any shape."""
+    return (margins > 0) + 0.5 * (margins == 0)
+
+
+def length_controlled(verdicts, lengths):
+    """The win rate that is left at equal lengths, (R, n) × 2 -> (R,), as in AlpacaEval 2 (arXiv 2404.04475).
+
+    verdicts: 1, ½ or 0. lengths: how much longer the response is than its opponent, within ±1. P(win) =
+    σ(quality + bias · length) is fitted by Newton's method; the rate is σ(quality), or the raw one if no
+    length differs. A trace of ridge keeps both finite, and weighs a thousand times more on quality: what the
+    two explain equally well, as when all wins are longer, counts as length."""
+    inputs = torch.stack([torch.ones_like(lengths), lengths], -1)                             # (R, n, 2)
+    ridge = torch.tensor([0.1, 1e-4], dtype=verdicts.dtype)
+    weights = verdicts.new_zeros(len(verdicts), 2)
+    for _ in range(100):
+        p = torch.sigmoid((inputs @ weights[..., None])[..., 0])                              # (R, n)
+        gradient = ((verdicts - p)[..., None] * inputs).sum(1) - ridge * weights              # (R, 2)
+        curvature = (inputs * (p * (1 - p))[..., None]).mT @ inputs + ridge.diag()            # (R, 2, 2)
+        step = torch.linalg.solve(curvature, gradient)
+        weights = weights + step / (step.norm(dim=-1, keepdim=True) / 5).clamp(min=1)
+        if step.abs().max() < 1e-9:
+            break
+    same_lengths = (lengths == 0).all(-1)
+    return torch.where(same_lengths, verdicts.mean(-1), torch.sigmoid(weights[:, 0]))
+
+
+def scaled_lengths(ours, theirs):
+    """tanh(difference / its root mean square) of the texts' lengths in characters: (n,), within ±1."""
+    difference = torch.tensor([float(len(one) - len(other)) for one, other in zip(ours, theirs)])
+    return torch.tanh(difference / difference.square().mean().sqrt().clamp(min=1e-9))
+
+
+def win_figures(wins, ours, theirs):
+    """The rate of wins (1, ½: tie, 0) of the texts `ours` against `theirs`, raw and length-controlled."""
+    lengths = scaled_lengths(ours, theirs)
+    return {"win_rate": share_of(wins), "lc_win_rate": bootstrap(length_controlled, wins, lengths)}
+
+
+def format_figure(value, low, high):
+    """A figure as text: ± half its interval, or by the interval's ends if these are unlike far from it; alone
+    if it has none."""
+    if math.isnan(low):
+        return f"{value:.3f}"
+    half = (high - low) / 2
+    if abs(low + half - value) > 0.1 * half:
+        return f"{value:.3f} [{low:.2f}, {high:.2f}]"
+    return f"{value:.3f} ± {half:.3f}"
+
+
+def few(n):
+    """A warning for figures of n prompts, "" if n will do."""
+    if n >= 20:
+        return ""
+    return f" | of {n} prompts only: the intervals are rough"

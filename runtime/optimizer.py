@@ -1,0 +1,40 @@
+"""The optimizer and its guarded step, for the policy and for a reward model."""
+import math
+
+import torch
+
+from runtime.processes import is_sharded
+
+
+def make_optimizer(parameters, steps, learning_rate, name="adamw", schedule="constant", warmup_steps=None):
+    """(optimizer, scheduler): linear warm-up, over a tenth of the steps for None, then constant or cosine."""
+    if name == "rmsprop":
+        optimizer = torch.optim.RMSprop(parameters, learning_rate)
+    else:
+        optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0, fused=True)
+    if warmup_steps is None:
+        warmup_steps = steps // 10
+
+    def factor(done):
+        warm_up = min(1, (done + 1) / max(1, warmup_steps))
+        if schedule == "cosine":
+            return warm_up * (1 + math.cos(math.pi * done / steps)) / 2
+        return warm_up
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+def optimizer_step(model, optimizer, scheduler, max_grad_norm, loss):
+    """One optimizer step, unless the loss or the gradient is not finite; (gradient norm before clipping,
+    learning rate, whether it was done)."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
+    if is_sharded(model):
+        grad_norm = grad_norm.full_tensor()
+    grad_norm = grad_norm.item()
+    learning_rate = scheduler.get_last_lr()[0]
+    finite = math.isfinite(grad_norm) and math.isfinite(loss)          # on all processes alike
+    if finite:
+        optimizer.step()
+        scheduler.step()
+    optimizer.zero_grad()
+    return grad_norm, learning_rate, finite

@@ -1,0 +1,214 @@
+"""Processes, which torchrun starts, each with its part of a step's pairs; shards of a model too big for one.
+
+Nothing here is needed by a run of one process: every function then does nothing, or returns what it got."""
+import os
+import signal
+import time
+from collections import Counter
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import wraps
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from runtime.command_line import InputError, first_line
+
+# --- this process and the others ----------------------------------------------------------------------------
+
+
+@contextmanager
+def process_group(shard=False):
+    """The device of this process. While inside, it is connected with torchrun's other processes; with `shard`
+    also if it is alone, as FSDP needs."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if shard or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        connect(device)
+    try:
+        yield device
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise OSError(f"rank {rank()} has lost another process ({first_line(error)[-60:]}); --resume goes on "
+                      "from the last checkpoint") from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def connect(device):
+    """Start torch.distributed; without torchrun, for this process alone."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(hours=2)                           # rank 0's evaluations may take long
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def rank():
+    """This process's number; 0 prints and writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def print0(line):
+    """Print a line, once for all processes."""
+    if rank() == 0:
+        tqdm.write(line)
+
+
+def progress(items, what, total=None):
+    """Hand on `items`, and show how far they are once that takes longer than a few seconds: a bar on a
+    terminal, elsewhere a line every half minute."""
+    if rank() != 0:
+        yield from items
+        return
+    if total is None:
+        total = len(items)
+    bar = tqdm(items, what, total, leave=False, delay=3, disable=None)
+    started = printed = time.perf_counter()
+    for done, item in enumerate(bar, 1):
+        yield item
+        now = time.perf_counter()
+        if bar.disable and now - printed > 30:
+            print0(f"{what}: {done} of {total} after {now - started:.0f} s")
+            printed = now
+
+
+def raise_together(problem=None):
+    """Raise InputError(problem) on all processes if any of them has one. Without any, all have met here."""
+    problems = [problem]
+    if dist.is_initialized():
+        problems = [None] * world_size()
+        dist.all_gather_object(problems, problem)
+        dist.barrier()                    # gloo's threads must be done with the objects before a process ends
+    for each in problems:
+        if each is not None:
+            raise InputError(each)
+
+
+def fails_together(function):
+    """A decorator: if one process's call raises InputError, every process's call does, and none waits."""
+    @wraps(function)
+    def wrapped(*args, **options):
+        problem, result = None, None
+        try:
+            result = function(*args, **options)
+        except InputError as error:
+            problem = str(error)
+        raise_together(problem)
+        return result
+
+    return wrapped
+
+
+def all_sum(totals, device):
+    """A Counter of floats, summed over the processes; all must hold the same keys."""
+    if not dist.is_initialized():
+        return totals
+    names = sorted(totals)
+    values = torch.tensor([float(totals[name]) for name in names], dtype=torch.float64, device=device)
+    dist.all_reduce(values)
+    return Counter(dict(zip(names, values.tolist())))
+
+
+def sum_gradients(model):
+    """Add up the processes' gradients (FSDP has done so for a sharded model). A parameter that the loss does
+    not reach has a gradient of zeros: the optimizer then has a state of it, to save and to continue from."""
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        if world_size() > 1 and not is_sharded(model):
+            dist.all_reduce(parameter.grad)
+
+
+def stop_signals():
+    """A list that gets the exit status at SIGTERM or SIGINT, to end after a step; a second SIGINT is hard."""
+    stopped = []
+
+    def note(number, _):
+        message = f"\n{signal.Signals(number).name}: stopping after this step"
+        if number == signal.SIGINT:
+            stopped.append(130)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            message += "; again: at once, without saving"
+        else:
+            stopped.append(0)
+        if rank() == 0:                                # not print: a signal may come in the middle of one
+            os.write(2, f"{message}\n".encode())
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    return stopped
+
+
+# --- shards -------------------------------------------------------------------------------------------------
+
+def is_sharded(model):
+    """Whether `shard` has split it: FSDP adds this method."""
+    return hasattr(model, "reshard")
+
+
+def shard(model, dtype="float32"):
+    """Split the model's parameters over the processes, decoder layer by decoder layer (FSDP2), in place. Each
+    process holds its part in float32; layers are gathered in `dtype` while they compute."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    policy = MixedPrecisionPolicy()
+    if dtype == "bfloat16":
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    for layer in decoder_layers(model):
+        fully_shard(layer, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+def decoder_layers(model):
+    """The list of modules that holds most of the model's parameters."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
+
+
+@contextmanager
+def gathered(model):
+    """While inside, each process has a whole copy of a sharded model, in its compute dtype, and calls it as
+    often as it likes: no call needs the other processes. For other models, nothing."""
+    parts = [module for module in model.modules() if is_sharded(module)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+    if parts:
+        with torch.no_grad():                                          # all together: it gathers all parts
+            model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not model, recurse=False)
+            part.reshard()
+
+
+def with_equal_counts(micro_batches, model):
+    """Micro-batches as [(pairs, weight)], the weight 1; of a sharded model, whose forwards every process must
+    take part in, as many on each process: the ones that are added weigh 0, the others the number of
+    processes, by which FSDP divides gradients."""
+    weighted = []
+    if not is_sharded(model):
+        for pairs in micro_batches:
+            weighted.append((pairs, 1))
+        return weighted
+    most = torch.tensor(len(micro_batches), device=next(model.parameters()).device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    for pairs in micro_batches:
+        weighted.append((pairs, world_size()))
+    while len(weighted) < most:
+        weighted.append((micro_batches[0], 0))
+    return weighted

@@ -1,0 +1,319 @@
+"""A run's directory: args.json, logs, checkpoints/STEP, model/.
+
+What stands there under its own name is whole: written aside, then renamed. Neither random states nor the
+position in the data are saved: they follow from seed, step and rank.
+"""
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import warnings
+from datetime import date
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+
+from runtime.command_line import InputError, first_line
+from runtime.intervals import few, format_figure
+from runtime.processes import fails_together, print0, raise_together, rank
+
+LOGS = ("metrics", "eval", "samples")
+PRINTED = "loss margin accuracy reward kl response_length grad_norm learning_rate seconds".split()
+
+# --- files --------------------------------------------------------------------------------------------------
+
+
+def read_json(path):
+    """The object in a JSON file of a run. Raises InputError if it is cut short."""
+    try:
+        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({error}); it was cut short, or edited") from None
+
+
+def write_text(path, text):
+    """Write a file aside, under a name of this process alone, and rename it: there is never half a file."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(f"{path}.{os.getpid()}.writing")
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate: as in JSON
+    aside.replace(path)
+
+
+def write_rows(path, rows):
+    """Write rows as JSON lines."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_directory(directory, write):
+    """write(path) beside the directory, then rename: what stands there is whole."""
+    aside = Path(f"{directory}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    write(aside)
+    shutil.rmtree(directory, ignore_errors=True)
+    aside.rename(directory)
+
+
+# --- begin and log ------------------------------------------------------------------------------------------
+
+def run_directory(source):
+    """runs/NAME for a data source: a file's stem, or a hub name's last part with - for :."""
+    return Path("runs", Path(source).stem.replace(":", "-"))
+
+
+def date_of(out, resume):
+    """The date that a run's chat template is told: today, or that on which it began."""
+    if resume and (out / "args.json").is_file():
+        return read_json(out / "args.json").get("date")
+    return date.today().isoformat()
+
+
+@fails_together
+def begin(out, args, progress, policy, optimizer, scheduler):
+    """Begin a run in `out`, or with --resume continue it from its newest checkpoint: (lock, progress). Others
+    are kept out for as long as the lock, a file, is open. Raises InputError if there is another run."""
+    lock = lock_directory(out)                                         # first: all take part in what follows
+    checkpoint = newest_checkpoint(out)
+    if checkpoint and args.resume:
+        progress = resume(checkpoint, args, policy, optimizer, scheduler)
+    elif rank() == 0:
+        refuse_earlier_run(out, args, checkpoint)
+        if args.resume:
+            print0(f"--resume: {out} has no checkpoint, so this starts from the beginning; earlier logs "
+                   "stay, as NAME.jsonl.old")
+        start_afresh(out, keep_logs=args.resume)
+    if rank() == 0:
+        write_text(out / "args.json", json.dumps(vars(args), indent=1) + "\n")
+        if getattr(args, "tensorboard", False):
+            event_writer(out)
+    return lock, progress
+
+
+@fails_together
+def lock_directory(out):
+    """Rank 0's open lock of a run's directory, which is made. Raises InputError if another run holds it."""
+    if rank() != 0:
+        return None
+    out.mkdir(parents=True, exist_ok=True)
+    lock = open(out / "lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{out} is in use by another run; wait, or give another --out") from None
+    return lock
+
+
+def refuse_earlier_run(out, args, checkpoint):
+    """Raises InputError if `out` holds a run that nobody asked to replace or to continue."""
+    if args.overwrite or not (checkpoint or (out / "model").exists()):
+        return
+    continues = "it has no checkpoint to --resume, "
+    if checkpoint:
+        continues = "--resume continues it, "
+    raise InputError(f"{out} holds an earlier run; --overwrite replaces it, {continues}"
+                     "another --out keeps it")
+
+
+def start_afresh(out, keep_logs):
+    """Take away what an earlier run left in `out`; its logs stay as NAME.jsonl.old if that is wanted."""
+    for name in ("model", "adapter", "checkpoints", "tensorboard"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in LOGS:
+        path = out / f"{name}.jsonl"
+        if keep_logs and path.exists() and path.stat().st_size:
+            path.replace(f"{path}.old")
+        path.write_text("")
+
+
+@lru_cache
+def event_writer(out):
+    """The writer of TensorBoard's event files of a run."""
+    from torch.utils.tensorboard import SummaryWriter
+    return SummaryWriter(out / "tensorboard")
+
+
+def write_line(out, name, row):
+    """Append a row to out/name.jsonl, and its numbers to the event files if there are any; what is not a
+    finite number is written as null."""
+    if rank() != 0:
+        return
+    written = {}
+    for key, value in row.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            value = None
+        written[key] = value
+    with open(out / f"{name}.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(written, ensure_ascii=False) + "\n")
+    if name != "samples" and (out / "tensorboard").is_dir():
+        for key, value in written.items():
+            if isinstance(value, (int, float)):
+                event_writer(out).add_scalar(f"{name}/{key}", value, written["step"])
+        event_writer(out).flush()
+
+
+def log_step(out, record, steps):
+    """Append a step's record to metrics.jsonl; print every tenth, the first and the last as a line."""
+    write_line(out, "metrics", record)
+    step = record["step"]
+    if step % 10 and step not in (1, steps):
+        return
+    fields = [f"{name} {record[name]:.4g}" for name in PRINTED if record.get(name) is not None]
+    print0(f"step {step}/{steps} | " + " | ".join(fields))
+
+
+def log_figures(out, step, figures, n):
+    """Append figures of n prompts, {name: (value, low, high)}, to eval.jsonl, and print them in a line."""
+    row, fields = {"step": step, "prompts": n}, []
+    for name, (value, low, high) in figures.items():
+        row[name] = value
+        row[f"{name}_interval"] = [low, high] if math.isfinite(low) else None
+        fields.append(f"{name} {format_figure(value, low, high)}")
+    write_line(out, "eval", row)
+    print0(f"eval {step} | {' | '.join(fields)}{few(n)}")
+
+
+# --- checkpoints and models ---------------------------------------------------------------------------------
+
+def fingerprint(ids):
+    """SHA-256 of the data as token ids, lists of any depth: it tells data, tokenizer, template and truncation
+    apart."""
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def checkpoints_of(out):
+    """The directories of a run's checkpoints, the newest last."""
+    paths = [path for path in (out / "checkpoints").glob("*") if path.name.isdigit()]
+    return sorted(paths, key=lambda path: int(path.name))
+
+
+def newest_checkpoint(out):
+    """The directory of the newest checkpoint, None without any."""
+    return (checkpoints_of(out) or [None])[-1]
+
+
+def state_of(policy, optimizer):
+    """What a checkpoint holds, by name: the trained parameters, tied ones once, and the optimizer's state of
+    each."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
+    options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
+    weights, optimizer_state = get_state_dict(policy, optimizer, options=options)
+    state = {}
+    for name, parameter in policy.named_parameters():                  # names each storage once
+        if parameter.requires_grad:
+            state[f"model.{name}"] = weights[name]
+    for name, value in optimizer_state.items():
+        if isinstance(value, torch.Tensor):
+            state[f"optimizer.{name}"] = value
+    return state
+
+
+def save_checkpoint(out, policy, optimizer, progress):
+    """Write checkpoints/STEP, all processes together; keep the last two. Raises InputError if it fails."""
+    import torch.distributed.checkpoint as dcp                         # here, since it takes a second
+    path = out / "checkpoints" / str(progress["step"])
+    aside = path.with_name(path.name + ".writing")
+    if path.exists():
+        return
+    if rank() == 0:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    raise_together()                                                   # the directory is there
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            dcp.save(state_of(policy, optimizer), no_dist=not dist.is_initialized(),
+                     storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True))
+    except dcp.CheckpointException as error:                           # on every process
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = first_line(next(iter(error.failures.values()))[0])
+        raise InputError(f"{path} cannot be written ({reason}); earlier checkpoints are untouched") from None
+    if rank() == 0:
+        logs = {name: (out / f"{name}.jsonl").stat().st_size for name in LOGS}
+        write_text(aside / "progress.json", json.dumps({**progress, "logs": logs}, indent=1) + "\n")
+        aside.rename(path)
+        for old in checkpoints_of(out)[:-2]:
+            shutil.rmtree(old)
+    raise_together()                                                   # it is whole
+
+
+def resume(path, args, policy, optimizer, scheduler):
+    """Continue from the checkpoint `path`: weights, optimizer, scheduler and logs as they were; returns the
+    progress. Raises InputError if the data, or arguments other than `may_change`, have changed."""
+    import torch.distributed.checkpoint as dcp
+    out, progress = path.parents[1], read_json(path / "progress.json")
+    logs = progress.pop("logs")
+    refuse_changes(read_json(out / "args.json"), args, path)
+    for name, size in logs.items():
+        if (out / f"{name}.jsonl").stat().st_size < size:
+            raise InputError(f"{out}/{name}.jsonl has lost lines since {path} was written; start afresh")
+    try:
+        with warnings.catch_warnings(action="ignore"):                 # into the tensors of policy, optimizer
+            dcp.load(state_of(policy, optimizer), no_dist=not dist.is_initialized(),
+                     storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    except (dcp.CheckpointException, RuntimeError) as error:
+        raise InputError(f"{path} cannot be read ({first_line(error)}); remove it, and --resume") from None
+    if rank() == 0:
+        for name, size in logs.items():
+            os.truncate(out / f"{name}.jsonl", size)
+    scheduler.last_epoch = progress["step"] - progress["skipped"] - 1
+    scheduler.step()
+    print0(f"continuing after step {progress['step']}, from {path}")
+    return progress
+
+
+def refuse_changes(before, args, path):
+    """Raises InputError if an argument of the run is another than it was, unless it may change."""
+    for name, value in vars(args).items():
+        if name in args.may_change or before.get(name) == value:
+            continue
+        what = f"--{name.replace('_', '-')} has"
+        if name == "data_sha256":
+            what = "the data have"
+        raise InputError(f"--resume: {what} changed since {path} was written, from {before.get(name)} to "
+                         f"{value}; go back to that, or start afresh with another --out")
+
+
+def save_model(policy, tokenizer, out, load_base):
+    """Write out/model, a whole model that any tool loads: of a policy with an adapter the base, from
+    `load_base`, with the adapter merged in; the adapter is in out/adapter. All processes take part."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()
+    state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    names = {name for name, _ in policy.named_parameters()}            # of tied ones, one
+    names |= {name for name, _ in policy.named_buffers()}
+    state = {name: value for name, value in state.items() if name in names}
+    if rank() == 0:
+        if hasattr(policy, "peft_config"):
+            save_adapter(policy, state, out)
+            policy, state = merged(load_base(), out / "adapter"), None
+
+        def write(aside):
+            policy.save_pretrained(aside, state_dict=state)
+            tokenizer.save_pretrained(aside)
+
+        write_directory(out / "model", write)
+    raise_together()                                                   # no process leaves before it is there
+
+
+def save_adapter(policy, state, out):
+    """Write out/adapter, as PeftModel reads it."""
+    from peft import get_peft_model_state_dict
+    adapter = {}
+    for name, value in get_peft_model_state_dict(policy, state).items():
+        adapter[f"base_model.model.{name}"] = value
+
+    def write(aside):
+        policy.peft_config["default"].save_pretrained(aside)
+        save_file(adapter, aside / "adapter_model.safetensors")
+
+    write_directory(out / "adapter", write)
+
+
+def merged(base, adapter):
+    """The base model with the adapter of this directory in its weights."""
+    from peft import PeftModel
+    return PeftModel.from_pretrained(base, adapter).merge_and_unload()
