@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from data import InputError, Parser, command_line, number, read_rows, seeded, write_rows, write_text
+from data import read_rows
+from runtime.command_line import command_line, InputError, number, Parser, seeded
+from runtime.run_directory import write_rows, write_text
 from generate import answer, load_policy
 
 BENCHMARKS = {  # name: the columns that identify its questions; the last one holds what is asked

@@ -22,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tqdm import tqdm
 
-from data import InputError, Parser, command_line, first_line, read_rows, render
-from distributed import shown
-from evaluate import win_figures
-from reward import share_of
+from data import read_rows, render
+from runtime.command_line import command_line, first_line, InputError, Parser
+from runtime.intervals import format_figure
+from runtime.intervals import win_figures
+from runtime.intervals import share_of
 
 class Verdict(NamedTuple):
     """win: 1.0 for ours, 0.0 for theirs, 0.5 for a tie. flipped: the two orders disagreed; unparsable: an

@@ -45,7 +45,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from data import collate
-from generate import load_policy, response_text, sample
+from data import response_text
+from generate import load_policy, sample
 from test_enumeration import BETA, PROMPT, World, flat_gradient
 from toy import TOY_DEFAULTS, toy_prompts, toy_reward
 

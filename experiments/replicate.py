@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data import load_pairs, render, write_rows
+from data import load_pairs, render
+from runtime.run_directory import write_rows
 from toy import TOY_DEFAULTS, TOY_PAIRS
 
 METHODS = {
@@ -236,7 +237,7 @@ def table(rows, columns, methods=("sft", *METHODS)):
     """Markdown: a line per method, mean ± half the 95 % t-interval over seeds, for a single run over prompts;
     columns: {head: (world, key, name)}; "reward-dpo" is the difference to DPO's reward, seed by seed. Without
     a name: the largest row[key] of the seeds."""
-    from evaluate import over_seeds
+    from runtime.intervals import over_seeds
 
     def cell(method, world, key, name):
         if not name:

@@ -34,7 +34,8 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from evaluate import COLOURS, over_seeds
+from evaluate import COLOURS
+from runtime.intervals import over_seeds
 from sail import utility
 
 RESPONSES, BETA = 40, 0.1

@@ -70,17 +70,49 @@ def checkpoint(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def working_directory(tmp_path_factory):
+    """What a run writes below the working directory, as the toy's files, goes away with the tests."""
+    os.chdir(tmp_path_factory.mktemp("here"))
+
+
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """An untrained toy model, saved, with pairs to train it on: a run starts in seconds. Its directory, a
     string."""
-    from data import write_rows
-    from toy import TOY_PAIRS, pairs_of, toy_model
+    from runtime.run_directory import write_rows
+    from toy import grammar_pairs, toy_model
     path = tmp_path_factory.mktemp("base")
-    write_rows(path / TOY_PAIRS, pairs_of("toy")[0])
+    write_rows(path / "toy-pairs.jsonl", grammar_pairs())
     model, tokenizer = toy_model(seed=5)
     model.config.tie_word_embeddings = True   # what trains, saves and resumes meets tied weights
     model.tie_weights()
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def held_out(tmp_path_factory):
+    """The toy's held-out pairs, as a file."""
+    from runtime.run_directory import write_rows
+    from toy import grammar_pairs
+    path = tmp_path_factory.mktemp("held-out") / "held-out.jsonl"
+    write_rows(path, grammar_pairs(held_out=True))
+    return str(path)
+
+
+TOY_REWARD = f"{ROOT}/toy.py:toy_reward"
+
+
+def pairs_of(rows):
+    """Rows {prompt, chosen, rejected} as data.py's pairs."""
+    from data import Pair
+    return [Pair(row["prompt"], row.get("chosen"), row.get("rejected")) for row in rows]
+
+
+def run_of(policy, reference, baseline=0.0, **more):
+    """What a step of sail.py works with, of models that are there."""
+    from sail import Run
+    return Run(policy, reference, None, None, [], [], torch.device("cpu"), progress={"baseline": baseline},
+               **more)

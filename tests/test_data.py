@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
-from conftest import TEMPLATE, byte_tokenizer
+from conftest import TEMPLATE, byte_tokenizer, pairs_of
 
 import data
-from data import InputError, collate, encode, load_pairs, render
-from toy import NOUNS, pairs_of, toy_reward, train_and_held_out
+from data import Pair, collate, encode, load_pairs, render, train_and_held_out
+from runtime.command_line import InputError
+from runtime.run_directory import write_rows
+from toy import NOUNS, grammar_pairs, toy_reward
 
 USER, ASSISTANT = {"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}
 GOOD, BAD = {"role": "assistant", "content": "good"}, {"role": "assistant", "content": "bad"}
@@ -50,7 +52,7 @@ def write(path, rows):
 ])
 def test_every_format_is_told_by_its_columns(tmp_path, row, prompt, chosen, rejected):
     pairs, report = load_pairs(write(tmp_path / "any.jsonl", [row]))
-    assert pairs == [{"prompt": prompt, "chosen": chosen, "rejected": rejected}] and report["rows"] == 1
+    assert pairs == [Pair(prompt, chosen, rejected)] and report["rows"] == 1
 
 
 @pytest.mark.parametrize("row, prompt, chosen", [
@@ -59,7 +61,7 @@ def test_every_format_is_told_by_its_columns(tmp_path, row, prompt, chosen, reje
     (dict(messages=TYPED), [USER], "good")])
 def test_rows_of_prompts_and_of_dialogues_are_pairs_that_lack_responses(tmp_path, row, prompt, chosen):
     pairs, report = load_pairs(write(tmp_path / "any.jsonl", [row]))
-    assert pairs == [{"prompt": prompt, "chosen": chosen, "rejected": None}]
+    assert pairs == [Pair(prompt, chosen, None)]
     assert report["format"] == ("dialogues" if chosen else "prompts")
 
 
@@ -105,7 +107,7 @@ def test_a_label_that_is_a_number_is_used_and_one_that_is_none_drops_its_row(tmp
     name, good = str(tmp_path / "x.jsonl"), dict(row, better_response_id=0, score_0=2,
                                                  completions=completions(1, 2))
     pairs, report = load_pairs(write(tmp_path / "x.jsonl", [row, good]))
-    assert [pair["chosen"] for pair in pairs[:-1]] == [chosen] * (chosen is not None), name
+    assert [pair.chosen for pair in pairs[:-1]] == [chosen] * (chosen is not None), name
     assert len(pairs) + sum(report["dropped"].values()) == 2
 
 
@@ -116,16 +118,16 @@ def test_huge_integers_are_read_or_counted(tmp_path):
 
 
 def test_an_end_token_that_is_written_out_in_a_response_is_counted():
-    pairs = [{"prompt": "Q", "chosen": "good<eos> never learned", "rejected": "bad"},
-             {"prompt": "Q<eos>", "chosen": "good", "rejected": "bad"}]
+    pairs = [Pair("Q", "good<eos> never learned", "bad"),
+             Pair("Q<eos>", "good", "bad")]
     examples, counts, _ = encode(pairs, byte_tokenizer(), {1}, 90, 90)
     assert counts["end_token_in_text"] == 1
-    assert byte_tokenizer().decode(examples[0]["chosen_ids"]) == "good<eos>"
+    assert byte_tokenizer().decode(examples[0].chosen_ids) == "good<eos>"
 
 
 def test_pku_can_prefer_the_safer_response(tmp_path):
     row = dict(prompt="Q", response_0="zero", response_1="one", better_response_id=1, safer_response_id=0)
-    assert load_pairs(write(tmp_path / "x.jsonl", [row]), prefer="safer")[0][0]["chosen"] == "zero"
+    assert load_pairs(write(tmp_path / "x.jsonl", [row]), prefer="safer")[0][0].chosen == "zero"
 
 
 def test_unusable_rows_are_dropped_and_counted_by_reason(tmp_path):
@@ -159,6 +161,7 @@ def test_files_of_every_kind_give_the_same_pairs(tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(rows))
     datasets.Dataset.from_list(rows).to_csv(str(tmp_path / "x.csv"))
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "x.parquet"))
+    rows = pairs_of(rows)
     assert jsonl == rows
     for kind in ("json", "csv", "parquet"):
         assert load_pairs(str(tmp_path / f"x.{kind}"))[0] == rows
@@ -167,13 +170,13 @@ def test_files_of_every_kind_give_the_same_pairs(tmp_path):
 def test_csv_text_stays_text_and_a_byte_order_mark_is_no_text(tmp_path):
     (tmp_path / "x.csv").write_text("prompt,chosen,rejected\n1+1,2,3\nany?,None,NA\n", encoding="utf-8-sig")
     pairs = [dict(prompt="1+1", chosen="2", rejected="3"), dict(prompt="any?", chosen="None", rejected="NA")]
-    assert load_pairs(str(tmp_path / "x.csv"))[0] == pairs
+    assert load_pairs(str(tmp_path / "x.csv"))[0] == pairs_of(pairs)
     (tmp_path / "x.jsonl").write_text(json.dumps(pairs[0]) + "\n", encoding="utf-8-sig")
-    assert load_pairs(str(tmp_path / "x.jsonl"))[0] == pairs[:1]
+    assert load_pairs(str(tmp_path / "x.jsonl"))[0] == pairs_of(pairs[:1])
 
 
 def test_half_a_surrogate_pair_is_dropped(tmp_path):
-    (tmp_path / "x.jsonl").write_text('{"prompt": "Q", "chosen": "\\ud83d", "rejected": "b"}\n' + json.dumps(
+    (tmp_path / "x.jsonl").write_text('Pair("Q", "\\ud83d", "b")\n' + json.dumps(
         dict(prompt="Q", chosen="good", rejected="bad")) + "\n")
     pairs, report = load_pairs(str(tmp_path / "x.jsonl"))
     assert len(pairs) == 1 and report["dropped"] == {data.NO_TEXT: 1}
@@ -181,10 +184,10 @@ def test_half_a_surrogate_pair_is_dropped(tmp_path):
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
 def test_a_failure_while_writing_rows_leaves_the_file_that_was_there(name, tmp_path, monkeypatch):
-    data.write_rows(tmp_path / "new" / name, [{"text": "é\u2028"}])
+    write_rows(tmp_path / "new" / name, [{"text": "é\u2028"}])
     monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
     with pytest.raises(OSError):
-        data.write_rows(tmp_path / "new" / name, [])
+        write_rows(tmp_path / "new" / name, [])
     assert data.read_rows(tmp_path / "new" / name) == [{"text": "é\u2028"}]
 
 
@@ -192,23 +195,22 @@ def test_the_limit_counts_kept_pairs(tmp_path):
     rows = [dict(prompt="Q", chosen="a", rejected="")] + [
         dict(prompt="Q", chosen="a", rejected=str(i)) for i in range(9)]
     pairs, report = load_pairs(write(tmp_path / "x.jsonl", rows), limit=3)
-    assert [pair["rejected"] for pair in pairs] == ["0", "1", "2"] and report["rows"] == 4
+    assert [pair.rejected for pair in pairs] == ["0", "1", "2"] and report["rows"] == 4
 
 
 def test_held_out_prompts_are_never_trained_on(tmp_path):
     rows = [dict(prompt=f"question {i // 3}", chosen="a", rejected=f"b{i}") for i in range(600)]
-    train, held_out, _ = train_and_held_out(write(tmp_path / "x.jsonl", rows))
+    train, held_out, *_ = train_and_held_out(write(tmp_path / "x.jsonl", rows))
     assert len(train) + len(held_out) == 600 and 5 < len(held_out) < 60
-    assert not {pair["prompt"] for pair in train} & {pair["prompt"] for pair in held_out}
-    train, held_out, _ = train_and_held_out("toy")
-    prompts, others = ({pair["prompt"] for pair in pairs} for pairs in (train, held_out))
+    assert not {pair.prompt for pair in train} & {pair.prompt for pair in held_out}
+    prompts, others = ({row["prompt"] for row in grammar_pairs(held_out)} for held_out in (False, True))
     assert len(prompts) == 60 and len(others) == 20 and not prompts & others
     assert all(any(noun in prompt for prompt in side) for side in (prompts, others) for noun in NOUNS)
 
 
 def test_the_toy_corpus_is_the_same_every_time_and_prefers_the_better_review():
-    pairs = pairs_of("toy")[0]
-    assert pairs == pairs_of("toy")[0] and len(pairs) == 3000
+    pairs = grammar_pairs()
+    assert pairs == grammar_pairs() and len(pairs) == 3000
     gaps = [toy_reward([p["prompt"]], [p["chosen"]])[0] - toy_reward([p["prompt"]], [p["rejected"]])[0]
             for p in pairs]
     agree = [gap > 0 for gap in gaps if gap]
@@ -232,12 +234,12 @@ def test_without_a_template_strings_stay_and_messages_become_the_plain_dialogue(
 
 def test_with_a_template_prompt_and_response_are_the_whole_render():
     tokenizer = byte_tokenizer(TEMPLATE)
-    example, _ = encode_one({"prompt": "Q", "chosen": "good", "rejected": "bad"}, tokenizer)
+    example, _ = encode_one(Pair("Q", "good", "bad"), tokenizer)
     whole = tokenizer.apply_chat_template([USER, GOOD], tokenize=True, return_dict=False)
-    assert example["prompt_ids"] + example["chosen_ids"] == whole
+    assert example.prompt_ids + example.chosen_ids == whole
     # one end token, the template's
-    assert example["chosen_ids"].count(1) == 1 and example["chosen_ids"][-1] == 1
-    assert 3 not in example["chosen_ids"] and example["prompt_ids"][-1] == 3     # the header is in the prompt
+    assert example.chosen_ids.count(1) == 1 and example.chosen_ids[-1] == 1
+    assert 3 not in example.chosen_ids and example.prompt_ids[-1] == 3     # the header is in the prompt
 
 
 def test_a_template_without_generation_prompt_still_keeps_its_header_out_of_the_response():
@@ -252,44 +254,44 @@ def test_a_template_whose_generation_prompt_is_no_prefix_is_refused():
     thinking = TEMPLATE.replace("<|assistant|>{% endif", "<|assistant|>think{% endif")
     tokenizer = byte_tokenizer(thinking)
     with pytest.raises(InputError, match="1 the chat template's generation prompt does not begin"):
-        encode([{"prompt": "Q", "chosen": "good", "rejected": "bad"}], tokenizer, {1}, 90, 90)
+        encode([Pair("Q", "good", "bad")], tokenizer, {1}, 90, 90)
 
 
 def test_a_row_that_the_template_refuses_is_dropped():
     tokenizer = byte_tokenizer("{{ raise_exception('no system turns') }}")
     with pytest.raises(InputError, match="no system turns"):
-        encode([{"prompt": "Q", "chosen": "good", "rejected": "bad"}], tokenizer, {1}, 9, 9)
+        encode([Pair("Q", "good", "bad")], tokenizer, {1}, 9, 9)
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_bos_is_there_once_where_the_tokenizer_has_one_and_never_before_the_response(bos):
-    example, _ = encode_one({"prompt": "Q", "chosen": "good", "rejected": "bad"}, byte_tokenizer(bos=bos))
-    assert (example["prompt_ids"] + example["chosen_ids"]).count(4) == int(bos)
-    assert (None not in example["prompt_ids"] and example["chosen_ids"][-1] == 1
-            and 4 not in example["chosen_ids"])
+    example, _ = encode_one(Pair("Q", "good", "bad"), byte_tokenizer(bos=bos))
+    assert (example.prompt_ids + example.chosen_ids).count(4) == int(bos)
+    assert (None not in example.prompt_ids and example.chosen_ids[-1] == 1
+            and 4 not in example.chosen_ids)
 
 
 def test_prompts_are_cut_from_the_left_and_responses_from_the_right_without_an_end_token():
     tokenizer = byte_tokenizer(bos=True)
-    pair = {"prompt": "0123456789", "chosen": "abcdefgh", "rejected": "xy"}
+    pair = Pair("0123456789", "abcdefgh", "xy")
     example, counts = encode_one(pair, tokenizer, 4, 5)
-    assert tokenizer.decode(example["prompt_ids"]) == "<bos>789"
-    assert (tokenizer.decode(example["chosen_ids"]) == "abcde"
-            and tokenizer.decode(example["rejected_ids"]) == "xy<eos>")
+    assert tokenizer.decode(example.prompt_ids) == "<bos>789"
+    assert (tokenizer.decode(example.chosen_ids) == "abcde"
+            and tokenizer.decode(example.rejected_ids) == "xy<eos>")
     assert counts["truncated_prompts"] == 1 and counts["truncated_responses"] == 1 and counts["dropped"] == 0
 
 
 def test_a_response_that_the_data_lack_has_no_ids():
-    example, counts = encode_one({"prompt": "Q", "chosen": None, "rejected": None}, byte_tokenizer(TEMPLATE))
-    assert example["chosen_ids"] == example["rejected_ids"] == [] and counts["dropped"] == 0
-    assert byte_tokenizer().decode(example["prompt_ids"]) == "<|user|>Q<eos><|assistant|>"
-    example, _ = encode_one({"prompt": "Q", "chosen": "good", "rejected": None}, byte_tokenizer())
-    assert byte_tokenizer().decode(example["chosen_ids"]) == "good<eos>" and example["rejected_ids"] == []
+    example, counts = encode_one(Pair("Q", None, None), byte_tokenizer(TEMPLATE))
+    assert example.chosen_ids == example.rejected_ids == [] and counts["dropped"] == 0
+    assert byte_tokenizer().decode(example.prompt_ids) == "<|user|>Q<eos><|assistant|>"
+    example, _ = encode_one(Pair("Q", "good", None), byte_tokenizer())
+    assert byte_tokenizer().decode(example.chosen_ids) == "good<eos>" and example.rejected_ids == []
 
 
 def test_pairs_that_truncation_makes_equal_are_dropped_and_counted():
-    pairs = [{"prompt": "Q", "chosen": "same start, good", "rejected": "same start, bad"},
-             {"prompt": "Q", "chosen": "good", "rejected": "bad"}]
+    pairs = [Pair("Q", "same start, good", "same start, bad"),
+             Pair("Q", "good", "bad")]
     examples, counts, _ = encode(pairs, byte_tokenizer(), {1}, 9, 9)
     assert len(examples) == 1 and counts["dropped"] == 1 and counts["same tokens in both responses"] == 1
 

@@ -6,13 +6,16 @@ one context at a time, and differentiated by autograd; on the other side stands 
 training step back-propagates: token ids through collate, masks, sequence_logps and sail_loss.
 """
 import itertools
-from functools import cache, partial
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import run_of, tiny_model
 
-from sail import SIDES, accumulate_gradients, parse_args, preference_losses
+import sail
+from data import Pair
+from sail import accumulate_gradients, parse_args, preference_losses
 
 END, PROMPT, BETA, MARGIN = 0, [1, 1], 0.7, 0.3
 ROUTES = {"dpo": (0, 0, 0), "dp": (0, 0, 1), "pp": (1, 1, 1), "pr": (1, 1, 0)}
@@ -81,10 +84,9 @@ class World:
 
     def pair(self, i, j, route, draw=0.0):
         """The pair of responses i and j as the training loop holds it."""
-        sampled, _, self_labelled = map(bool, ROUTES[route])
-        return {"prompt_ids": PROMPT, "chosen_ids": self.responses[i], "rejected_ids": self.responses[j],
-                "preference": self.preference[i, j].item(), "sampled": SIDES if sampled else (),
-                "self_labelled": self_labelled, "draw": draw}
+        on_policy, _, self_labelled = map(bool, ROUTES[route])
+        return Pair("", "", "", PROMPT, self.responses[i], self.responses[j], on_policy, self_labelled, draw,
+                    preference=self.preference[i, j].item())
 
     def back_propagated(self, weighted_pairs, loss_type, baseline, label="expected", micro_batch_size=10**9):
         """Σ weight · (what the training step back-propagates for the pair), in micro-batches."""
@@ -179,7 +181,7 @@ def test_the_regularisers_add_their_gradient(world):
     plain = parse_args(["--variant", "pp", "--beta", str(BETA), "--revkl-coef", "0"])
     pairs = [world.pair(i, j, route) for i, j, route in (
         (0, 9, "dpo"), (5, 3, "dp"), (7, 2, "pp"), (6, 1, "pr"), (4, 12, "dpo"))]
-    pairs[4]["sampled"] = ("rejected",)                        # spin's: its chosen response is the data's
+    pairs[4].samples = 1                                       # spin's: its chosen response is the data's
 
     def gradient(args):
         losses, metrics = preference_losses(world.policy, world.reference, pairs, args, -0.9)
@@ -192,8 +194,8 @@ def test_the_regularisers_add_their_gradient(world):
         return (theirs.exp() * (theirs - ours)).sum()
 
     nll = sum(-world.logps[i] / len(world.responses[i]) for i in (0, 4))        # the data's choices
-    revkl = sum((per_token_kl(pair["chosen_ids"]) + per_token_kl(pair["rejected_ids"]))
-                / (len(pair["chosen_ids"]) + len(pair["rejected_ids"])) for pair in pairs)
+    revkl = sum((per_token_kl(pair.chosen_ids) + per_token_kl(pair.rejected_ids))
+                / (len(pair.chosen_ids) + len(pair.rejected_ids)) for pair in pairs)
     regularised, metrics = gradient(args)
     expected = gradient(plain)[0] + flat_gradient(0.3 * nll + 2 * revkl, world.policy)
     assert relative_error(regularised, expected) < 1e-9
@@ -201,15 +203,15 @@ def test_the_regularisers_add_their_gradient(world):
     assert metrics["revkl"].item() == pytest.approx(revkl.item() / 5)
 
 
-def test_the_accumulated_gradient_is_that_of_the_weighted_losses(world):
+def test_the_accumulated_gradient_is_that_of_the_weighted_losses(world, monkeypatch):
     args = parse_args(["--variant", "pr", "--beta", str(BETA)])
     pairs = [world.pair(i, j, "pr") for i, j in ((0, 9), (5, 3), (7, 2), (4, 12))]
-    losses_of = partial(preference_losses, world.policy, world.reference, args=args, baseline=-0.9)
-    losses, _ = losses_of(pairs)
-    expected = flat_gradient((torch.tensor([2.0, 2.0, 2.0, 0.0]) * losses).sum() * 0.5, world.policy)
+    losses, _ = preference_losses(world.policy, world.reference, pairs, args, -0.9)
+    expected = flat_gradient((torch.tensor([2.0, 2.0, 2.0, 0.0]) * losses).sum() / 4, world.policy)
     world.policy.zero_grad()
     micros = [(pairs[:2], 2), (pairs[2:3], 2), (pairs[3:], 0)]     # the last one is there for its collectives
-    totals = accumulate_gradients(world.policy, losses_of, micros, 0.5)
+    monkeypatch.setattr(sail, "with_equal_counts", lambda *_: micros)
+    totals = accumulate_gradients(run_of(world.policy, world.reference, -0.9), pairs, args)
     gradient = torch.cat([p.grad.flatten() for p in world.policy.parameters()])
     world.policy.zero_grad()
     assert relative_error(gradient, expected) < 1e-9
@@ -217,8 +219,8 @@ def test_the_accumulated_gradient_is_that_of_the_weighted_losses(world):
 
 
 def test_label_smoothing_is_a_preference_of_one_minus_epsilon(world):
-    pairs = [{**world.pair(0, 9, "dpo"), "preference": 1.0}, {**world.pair(3, 4, "dpo"), "preference": 0.5}]
-    smoothed = [{**pairs[0], "preference": 0.9}, pairs[1]]                              # a tie stays a tie
+    pairs = [replace(world.pair(0, 9, "dpo"), preference=1.0), replace(world.pair(3, 4, "dpo"), preference=0.5)]
+    smoothed = [replace(pairs[0], preference=0.9), pairs[1]]                            # a tie stays a tie
     flag = parse_args(["--label-smoothing", "0.1"])
     one, _ = preference_losses(world.policy, world.reference, pairs, flag, 0.0)
     other, _ = preference_losses(world.policy, world.reference, smoothed, parse_args([]), 0.0)

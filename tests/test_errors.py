@@ -55,7 +55,7 @@ def test_bad_data_is_named(name, tmp_path, monkeypatch, capsys):
         Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert message in fails(data.main, ["data.py", path], monkeypatch, capsys)
     assert message in fails(sail.main,
-                            ["sail.py", "--variant", "dpo", "--data", path, "--out", str(tmp_path / "out")],
+                            ["sail.py", "--variant", "dpo", "--model", "m", "--data", path, "--out", str(tmp_path / "out")],
                             monkeypatch, capsys)
     assert not (tmp_path / "out").exists()
 
@@ -66,7 +66,8 @@ def test_bad_data_is_named(name, tmp_path, monkeypatch, capsys):
     (["--response-coef", "nan"], "--response-coef: nan is not in"),
     (["--target-margin", "1"], "--target-margin: only simpo has one"),
     (["--resume", "--overwrite"], "--overwrite: deletes what --resume continues; give one of them"),
-    (["--data", "x.jsonl"], "--reward: pr needs one"), (["--batch-size", "0"], "--batch-size: 0 is not in 1"),
+    (["--data", "x.jsonl", "--model", "m"], "--reward: pr needs one"),
+    (["--data", "x.jsonl"], "--model: want a directory or hub name"), (["--batch-size", "0"], "--batch-size: 0 is not in 1"),
     (["--learning-rate", "nan"], "--learning-rate: nan is not in"),
     (["--steps", "many"], "invalid int value: 'many'"),
     (["--no-such-flag"], "unrecognized arguments")])
@@ -166,7 +167,8 @@ def test_prompts_over_the_limit_a_tokenizer_without_pad_and_one_without_template
         "--reward", f"{tmp_path}/mine.py:score", "--max-prompt-length", "16", "--mix", "0.5",
         "--max-response-length", "8", "--batch-size", "4", "--out", str(tmp_path / "out")])
     last = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
-    assert last["truncated_prompts"] > 30 and last["dropped"] == 0 and last["on_policy"] == 0.5
+    counts = json.loads((tmp_path / "out/args.json").read_text())["data_counts"]
+    assert counts["truncated_prompts"] > 30 and "dropped" not in counts and last["on_policy"] == 0.5
     advice = capsys.readouterr().out.split("`")[1]        # its code runs only where it is named
     assert advice == f"python evaluate.py {tmp_path}/out --reward {tmp_path}/mine.py:score"
 
@@ -217,23 +219,22 @@ def test_rows_that_lack_what_is_learned_from_are_named(kind, variant, more, mess
 
 
 def test_an_adapter_has_a_learning_rate_of_its_own():
-    rate = {flags: sail.parse_args([*flags.split(), "--data", "x.jsonl"]).learning_rate for flags in
-            ("--variant dpo", "--variant dpo --lora 8 --model m", "--variant sft", "--variant dpo --lora 8 "
-             "--model m --learning-rate 0.5")}
+    rate = {flags: sail.parse_args([*flags.split(), "--data", "x.jsonl", "--model", "m"]).learning_rate for flags in
+            ("--variant dpo", "--variant dpo --lora 8", "--variant sft", "--variant dpo --lora 8 --learning-rate 0.5")}
     assert [*rate.values()] == [1e-6, 1e-5, 2e-5, 0.5]
 
 
 @pytest.mark.parametrize("main, argv, message", [
-    (generate.main, ["generate.py", "--model", "/no/such/model"], "; of a run, name its model/"),
-    (reward.main, ["reward.py", "--responses", "/no/such.jsonl"], "no such file")])
+    (generate.main, ["generate.py", "--model", "/no/such/model", "--data", __file__.replace("errors", "errors")], "; of a run, name its model/"),
+    (reward.main, ["reward.py", "--reward", "m.py:f", "--responses", "/no/such.jsonl"], "no such file")])
 def test_the_companions_complain_in_the_same_way(main, argv, message, monkeypatch, capsys):
     assert message in fails(main, argv, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("argv", [
     ["data.py", "DATA", "--model", "/no/such/model"],
-    ["evaluate.py", "/no/such/model", "--out", "results.json"],
-    ["generate.py", "--model", "MODEL", "--limit", "2", "--out", "/proc/no/file"]])
+    ["evaluate.py", "/no/such/model", "--data", "DATA", "--out", "results.json"],
+    ["generate.py", "--model", "MODEL", "--data", "DATA", "--limit", "2", "--out", "/proc/no/file"]])
 def test_every_script_gives_one_line_and_status_2(argv, tmp_path, checkpoint):
     names = {"MODEL": str(checkpoint), "DATA": write(tmp_path / "x.jsonl")}
     argv = [names.get(word, word) for word in argv]
@@ -245,17 +246,17 @@ def test_every_script_gives_one_line_and_status_2(argv, tmp_path, checkpoint):
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("distributed.world", lambda: 2)
+    monkeypatch.setattr(sail, "world_size", lambda: 2)
     for part in toy_model():
         part.save_pretrained(tmp_path / "base")
-    argv = ["sail.py", "--data", "toy:grammar", "--variant", "dpo", "--model", str(tmp_path / "base"),
+    argv = ["sail.py", "--data", write(tmp_path / "x.jsonl"), "--variant", "dpo", "--model", str(tmp_path / "base"),
             "--limit", "3", "--epochs", "1",
             "--batch-size", "2", "--out", str(tmp_path / "out")]
     assert "too few for 2 processes" in fails(sail.main, argv, monkeypatch, capsys)
 
 
 def test_the_real_command_line_gives_one_line_and_status_2(tmp_path):
-    finished = subprocess.run([sys.executable, Path(sail.__file__), "--variant", "dpo", "--data",
-                               "absent.jsonl"], capture_output=True, text=True, cwd=tmp_path, check=False)
+    finished = subprocess.run([sys.executable, Path(sail.__file__), "--variant", "dpo", "--model", "m",
+                               "--data", "absent.jsonl"], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert finished.returncode == 2 and finished.stdout == "" and not list(tmp_path.iterdir())
     assert finished.stderr == ("sail.py: error: absent.jsonl: no such file\n")

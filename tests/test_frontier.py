@@ -5,7 +5,7 @@ import torch
 from test_enumeration import World
 from test_reward_evaluate import run_evaluate
 
-from data import InputError
+from runtime.command_line import InputError
 from evaluate import frontier
 
 TEMPERATURES, SAMPLES = (0.4, 0.6, 1.0, 2.0), 800

@@ -1,5 +1,6 @@
 """Sampling matches scoring: the distribution, the ids, the end tokens."""
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -8,9 +9,12 @@ from conftest import TEMPLATE, byte_tokenizer, tiny_model
 from transformers import GenerationConfig
 
 import generate
-from data import InputError, collate, encode
-from generate import end_token_ids, load_policy, prepare, roll_out, sample
-from sail import SIDES, sequence_logps
+from data import collate, encode
+from runtime.command_line import InputError
+from data import end_token_ids
+from generate import load_policy, prepare, roll_out, sample
+from data import SIDES, Pair
+from sail import pair_logps, sequence_logps
 
 
 def three_token_model():
@@ -88,17 +92,18 @@ def test_trained_ids_are_generated_ids_also_where_text_does_not_round_trip(monke
         return drawn
 
     monkeypatch.setattr(generate, "draw", watch)
-    pairs = [{"prompt_ids": [12 - i] * (3 - i), "sampled": SIDES if i != 1 else (), "chosen_ids": [1],
-              "rejected_ids": [1], "chosen": "", "rejected": ""} for i in range(3)]
+    pairs = [Pair("", "", "", [12], [1], [1]), Pair("", "", "", [10], [1], [1])]
+    pairs[0].prompt_ids = [12] * 3
     torch.manual_seed(0)
-    pairs = roll_out(model, tokenizer, pairs, options(12))
+    rolled = roll_out(model, tokenizer, pairs, SIDES, options(12))
     assert prompts == [[10], [12, 12, 12]]                             # by length; each keeps its own samples
-    trained = [pairs[2]["chosen_ids"], pairs[2]["rejected_ids"],
-               pairs[0]["chosen_ids"], pairs[0]["rejected_ids"]]
+    trained = [rolled[1].chosen_ids, rolled[1].rejected_ids, rolled[0].chosen_ids, rolled[0].rejected_ids]
     assert trained == drawn and all(trained)
     # bytes that are not UTF-8
     assert any(tokenizer(tokenizer.decode(ids))["input_ids"] != ids for ids in trained)
-    assert pairs[1]["chosen_ids"] == [1]                                              # not flagged: untouched
+    assert [pair.chosen_ids for pair in pairs] == [[1], [1]]                           # those are copies
+    assert [pair.sampled_tokens for pair in rolled] == [len(trained[2] + trained[3]), len(trained[0] + trained[1])]
+    assert [pair.samples for pair in rolled] == [2, 2]
 
 
 @pytest.mark.parametrize("family, config", [
@@ -136,7 +141,7 @@ def test_prompts_are_read_once_and_finished_responses_leave_the_batch():
 
 def test_a_model_without_a_key_value_cache_is_refused():
     class Forgetful(type(tiny_model())):
-        def forward(self, past_key_values=None, **inputs):
+        def forward(self, cache=None, **inputs):
             return super().forward(**inputs)
 
     model = tiny_model()
@@ -154,22 +159,21 @@ def options(max_response_length, dtype="float32"):
 def test_a_rollout_computes_in_the_dtype_in_which_its_responses_are_scored(dtype):
     model, seen = prepare(tiny_model(), byte_tokenizer()), []
     model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.dtype))
-    pair = {"prompt_ids": [10, 11], "sampled": SIDES, "chosen_ids": [], "rejected_ids": []}
-    (rolled,) = roll_out(model, byte_tokenizer(), [pair], options(4, dtype))
+    pair = Pair("", "", "", [10, 11])
+    (rolled,) = roll_out(model, byte_tokenizer(), [pair], SIDES, options(4, dtype))
     drawing = {*seen}
     seen.clear()
-    generate.pair_logps(model, [rolled], dtype)
+    pair_logps(model, [rolled], dtype)
     assert drawing == {*seen} == {getattr(torch, dtype)}
 
 
 def test_a_half_sampled_pair_keeps_the_datas_chosen_response():
     model, tokenizer = tiny_model(), byte_tokenizer()
-    pair = {"prompt_ids": [10, 11], "sampled": ("rejected",), "chosen_ids": [7, 1], "rejected_ids": [1],
-            "chosen": "data", "rejected": ""}
+    pair = Pair("", "data", "", [10, 11], [7, 1], [1])
     torch.manual_seed(0)
-    (rolled,) = roll_out(model, tokenizer, [pair], options(6))
-    assert rolled["chosen_ids"] == [7, 1] and rolled["chosen"] == "data"
-    assert rolled["rejected_ids"] != [1] and rolled["unfinished"] in (0, 1)
+    (rolled,) = roll_out(model, tokenizer, [pair], ("rejected",), options(6))
+    assert rolled.chosen_ids == [7, 1] and rolled.chosen == "data" and rolled.samples == 1
+    assert rolled.rejected_ids != [1] and rolled.unfinished in (0, 1)
 
 
 def test_each_prompt_gets_its_own_samples_whatever_the_batching():
@@ -205,17 +209,17 @@ def test_the_token_that_closes_an_answer_in_the_template_ends_it():
     EOS."""
     tokenizer = byte_tokenizer(TEMPLATE.replace("<eos>", "<|user|>\\n"))
     end_ids = end_token_ids(tokenizer)
-    examples, *_ = encode([{"prompt": "Q", "chosen": "good", "rejected": "bad"}], tokenizer, end_ids, 50, 50)
-    assert end_ids == {1, 2} and tokenizer.decode(examples[0]["chosen_ids"]) == "good<|user|>"
+    examples, *_ = encode([Pair("Q", "good", "bad")], tokenizer, end_ids, 50, 50)
+    assert end_ids == {1, 2} and tokenizer.decode(examples[0].chosen_ids) == "good<|user|>"
 
 
 def test_a_model_smaller_than_its_tokenizer_is_refused_only_where_an_id_that_occurs_has_no_row():
     model, tokenizer = prepare(tiny_model(vocab_size=50), byte_tokenizer()), byte_tokenizer()
-    known = {"prompt": "!!", "chosen": "!", "rejected": "#"}
+    known = Pair("!!", "!", "#")
     assert encode([known], tokenizer, {1}, 9, 9, rows=50)[0]
     assert model.get_output_embeddings().weight.shape[0] == 50
     with pytest.raises(InputError, match="the data hold 'z', id .*the model has only 50 ids"):
-        encode([known, {**known, "chosen": "z"}], tokenizer, {1}, 9, 9, rows=50)
+        encode([known, replace(known, chosen="z")], tokenizer, {1}, 9, 9, rows=50)
     tokenizer.eos_token = "z"
     with pytest.raises(InputError, match="261 ids, the model only 50, and an end token is among"):
         prepare(model, tokenizer)

@@ -16,7 +16,7 @@ import pytest
 openai = pytest.importorskip("openai")
 
 import judge as judges
-from data import InputError
+from runtime.command_line import InputError
 from judge import Verdict, last_mark, load_judge, open_verdicts, question_of
 from test_errors import fails
 

@@ -6,21 +6,33 @@ import pytest
 
 import sail
 
-ORDER = ("data", "toy", "distributed", "generate", "reward", "evaluate", "sail")   # each uses those before it
-TEXTS = {name: (Path(sail.__file__).parent / f"{name}.py").read_text(encoding="utf-8") for name in ORDER}
+ROOT = Path(sail.__file__).parent
+RUNTIME = ("runtime.command_line", "runtime.intervals", "runtime.processes", "runtime.run_directory",
+           "runtime.optimizer", "runtime.packing")
+ORDER = (*RUNTIME, "data", "generate", "reward", "evaluate", "toy", "sail")       # each uses those before it
+TEXTS = {name: (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8") for name in ORDER}
 TREES = {name: ast.parse(text) for name, text in TEXTS.items()}
 
 
 def ours(nodes):
     """The modules of ours that these nodes import."""
-    names = {name for node in nodes for name in (
-        [alias.name for alias in node.names] if isinstance(node, ast.Import) else
-        [node.module] if isinstance(node, ast.ImportFrom) else [])}
+    names = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
     return names & set(ORDER)
 
 
 def functions(tree):
     return [node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def test_these_are_all_files():
+    found = {path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+             for pattern in ("*.py", "runtime/*.py") for path in ROOT.glob(pattern)}
+    assert found == {*ORDER, "runtime.__init__"}
 
 
 @pytest.mark.parametrize("name", ORDER)
@@ -31,6 +43,14 @@ def test_a_module_imports_only_those_above_it(name):
 @pytest.mark.parametrize("name", ORDER)
 def test_modules_of_ours_are_imported_at_the_top_level(name):
     assert ours(node for node in ast.walk(TREES[name]) if node not in TREES[name].body) == set()
+
+
+@pytest.mark.parametrize("name", [name for name in ORDER if name not in ("toy", "sail")])
+def test_the_toy_is_an_ordinary_user(name):
+    names = {node.id.lower() for node in ast.walk(TREES[name]) if isinstance(node, ast.Name)}
+    texts = {node.value.lower() for node in ast.walk(TREES[name])
+             if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert [word for word in {*names, *texts} if word == "toy" or "toy_" in word or "toy-" in word] == []
 
 
 def test_the_imports_of_this_test_are_found():

@@ -6,8 +6,11 @@ import torch
 from conftest import FAMILIES, byte_tokenizer, tiny_model
 
 import generate
-from data import InputError, collate
-from generate import allow_packing, micro_batches, prepare
+from data import collate
+from runtime.command_line import InputError
+from generate import prepare
+from runtime.packing import allow_packing
+from sail import micro_batches
 from sail import sequence_logps
 
 PACKED = [family for family in FAMILIES if family not in ("gemma2", "gemma3", "mistral")]  # with windows
@@ -95,7 +98,7 @@ def test_only_positions_that_predict_a_response_are_projected(packed):
 def test_micro_batches_keep_the_pairs_in_order_within_the_budget_of_logits(monkeypatch):
     monkeypatch.setattr(generate, "LOGITS", 20 * 261)
     lengths = [4, 6, 3, 7, 5, 30, 1, 1]                                # of chosen and rejected together
-    pairs = [{"chosen_ids": [1], "rejected_ids": [1] * (length - 1)} for length in lengths]
+    pairs = [Pair("", "", "", [], [1], [1] * (length - 1)) for length in lengths]
     micros = micro_batches(pairs, tiny_model())
     assert [[len(pair["rejected_ids"]) + 1 for pair in micro] for micro in micros] == [
         [4, 6, 3, 7], [5], [30], [1, 1]]
@@ -103,7 +106,7 @@ def test_micro_batches_keep_the_pairs_in_order_within_the_budget_of_logits(monke
 
 
 def test_a_micro_batch_has_at_most_the_given_number_of_pairs():
-    pairs = [{"chosen_ids": [1], "rejected_ids": [2]}] * 7
+    pairs = [Pair("", "", "", [], [1], [2])] * 7
     assert [len(micro) for micro in micro_batches(pairs, tiny_model(), 3)] == [3, 3, 1]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from generate import load_policy
-from toy import pairs_of
+from toy import grammar_pairs
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "experiments/README.md")
@@ -45,7 +45,7 @@ def test_the_trainer_for_trl_trains(base, tmp_path):
     exec(TRL, names)
     model, tokenizer = load_policy(base)
     trainer = names["SAILTrainer"](
-        model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(pairs_of("toy", 16)[0]),
+        model=model, processing_class=tokenizer, train_dataset=Dataset.from_list(grammar_pairs()[:16]),
         args=DPOConfig(output_dir=str(tmp_path), max_steps=2, learning_rate=1e-3, logging_steps=1, bf16=False,
                        use_cpu=True, report_to=[], gradient_checkpointing=False, save_strategy="no"))
     trainer.train()

@@ -4,7 +4,7 @@ import json
 import pytest
 from conftest import TEMPLATE, byte_tokenizer
 
-from data import NO_TEXT, Dialogue, encode, fitting_prompt, load_pairs, render
+from data import Dialogue, encode, fitting_prompt, load_pairs, NO_TEXT, render
 
 
 def turn(role, content, **more):
@@ -48,10 +48,10 @@ def test_the_header_is_found_whatever_the_answer_repeats_of_it(answer):
 
 def test_both_sides_of_a_pair_follow_the_same_prompt():
     tokenizer = byte_tokenizer(SAYS)
-    example, _ = encode_one({"prompt": "Q", "chosen": "A", "rejected": "S"}, tokenizer)
-    assert tokenizer.decode(example["prompt_ids"]) == "USER: Q ASSISTANT:"
-    assert tokenizer.decode(example["chosen_ids"]) == " A<eos>"
-    assert tokenizer.decode(example["rejected_ids"]) == " S<eos>"
+    example, _ = encode_one(Pair("Q", "A", "S"), tokenizer)
+    assert tokenizer.decode(example.prompt_ids) == "USER: Q ASSISTANT:"
+    assert tokenizer.decode(example.chosen_ids) == " A<eos>"
+    assert tokenizer.decode(example.rejected_ids) == " S<eos>"
 
 
 def sentencepiece(words):
@@ -67,18 +67,18 @@ def sentencepiece(words):
 
 def test_the_responses_ids_are_those_of_the_whole_text():
     tokenizer = sentencepiece(["▁say", "▁the", "▁word", "the"])
-    pair = {"prompt": "say", "chosen": " the word", "rejected": " word"}
+    pair = Pair("say", " the word", " word")
     example, counts = encode_one(pair, tokenizer)
     whole = tokenizer("say the word")["input_ids"]
-    assert example["prompt_ids"] + example["chosen_ids"] == whole + [1]
+    assert example.prompt_ids + example.chosen_ids == whole + [1]
     assert not counts["prompt_merges_with_response"]
 
 
 def test_a_token_that_would_reach_over_the_boundary_is_counted():
     tokenizer = sentencepiece(["▁say", "▁the", "▁saythe"])
-    example, counts = encode_one({"prompt": "say", "chosen": "the", "rejected": " say"}, tokenizer)
-    assert tokenizer.convert_ids_to_tokens(example["prompt_ids"]) == ["▁say"]
-    assert tokenizer.convert_ids_to_tokens(example["chosen_ids"]) == ["▁the", "<eos>"]
+    example, counts = encode_one(Pair("say", "the", " say"), tokenizer)
+    assert tokenizer.convert_ids_to_tokens(example.prompt_ids) == ["▁say"]
+    assert tokenizer.convert_ids_to_tokens(example.chosen_ids) == ["▁the", "<eos>"]
     assert counts["prompt_merges_with_response"] == 1
 
 
@@ -200,8 +200,8 @@ def test_a_prompt_that_ends_in_a_started_answer_is_continued():
     tokenizer = byte_tokenizer(TEMPLATE)
     pair = dict(prompt=[Q, turn("assistant", "Once upon")], chosen=" a time", rejected=" no time")
     example, _ = encode_one(pair, tokenizer)
-    assert tokenizer.decode(example["prompt_ids"]) == "<|user|>Q<eos><|assistant|>Once upon"
-    assert tokenizer.decode(example["chosen_ids"]) == " a time<eos>"
+    assert tokenizer.decode(example.prompt_ids) == "<|user|>Q<eos><|assistant|>Once upon"
+    assert tokenizer.decode(example.chosen_ids) == " a time<eos>"
     assert render(pair["prompt"], " a time") == ("\n\nHuman: Q\n\nAssistant: Once upon", " a time")
 
 
@@ -211,8 +211,8 @@ def test_a_prompt_that_ends_in_a_started_answer_is_continued():
 def test_white_space_around_a_response_gives_nothing_away_under_a_template(prompt):
     tokenizer = byte_tokenizer(TEMPLATE)
     example, _ = encode_one(dict(prompt=prompt, chosen="good", rejected="  bad \n"), tokenizer)
-    assert tokenizer.decode(example["chosen_ids"]) == "good<eos>"
-    assert tokenizer.decode(example["rejected_ids"]) == "bad<eos>"
+    assert tokenizer.decode(example.chosen_ids) == "good<eos>"
+    assert tokenizer.decode(example.rejected_ids) == "bad<eos>"
 
 
 def test_a_plain_dialogue_has_one_space_before_each_answer():
@@ -236,13 +236,13 @@ def test_too_long_a_dialogue_loses_its_oldest_turns_whole_and_keeps_the_system_t
     short = tokenizer.apply_chat_template([LONG[0], LONG[3]], tokenize=False, add_generation_prompt=True)
     assert kept(LONG, 60) == short
     example, counts = encode_one(dict(prompt=LONG, chosen="yes", rejected="no"), tokenizer, 60, 9)
-    assert counts["truncated_prompts"] == 1 and tokenizer.decode(example["prompt_ids"]) == short
+    assert counts["truncated_prompts"] == 1 and tokenizer.decode(example.prompt_ids) == short
 
 
 def test_a_dialogue_that_does_not_fit_without_its_older_turns_is_dropped():
     pairs = [dict(prompt=LONG, chosen="yes", rejected="no"), PLAIN, dict(PLAIN, prompt="d" * 50)]
     examples, counts, lengths = encode(pairs, byte_tokenizer(TEMPLATE), {1}, 20, 9)
-    assert [example["prompt"] for example in examples] == ["Q0"]
+    assert [example.prompt for example in examples] == ["Q0"]
     assert counts["prompt longer than --max-prompt-length"] == counts["dropped"] == 2
     assert max(lengths["prompt"]) > 60                                         # as they were before
 
@@ -287,4 +287,4 @@ def test_a_dialogue_knows_what_stands_around_its_answer():
     assert dialogue.head == "<|im_start|>system\nS<eos>\n<|im_start|>user\nQ<eos>\n<|im_start|>assistant\n"
     assert dialogue.filler == "" and dialogue.closing == "<eos>\n"
     example, _ = encode_one(dict(prompt=[Q], chosen="yes", rejected="no"), chatml)
-    assert chatml.decode(example["chosen_ids"]) == "yes<eos>"                # nothing is learned after it
+    assert chatml.decode(example.chosen_ids) == "yes<eos>"                # nothing is learned after it

@@ -9,10 +9,13 @@ from conftest import TEMPLATE, byte_tokenizer, tiny_model
 from test_errors import fails
 from test_scale import largest_difference, rows_of, weights
 
-import distributed
 import generate
 import sail
-from data import BadRow, InputError, encode, load_tokenizer, render, response_text
+from data import BadRow, Pair, encode, load_tokenizer, render, response_text
+from runtime.command_line import InputError
+from runtime import processes
+from runtime.processes import process_group
+from runtime.run_directory import state_of
 from generate import load_policy, positions_of, sample
 from reward import drop_unscorable, load_classifier, load_reward
 from sail import sequence_logps
@@ -33,17 +36,17 @@ def write(path, rows):
 def test_a_checkpoint_holds_each_trained_storage_once_and_nothing_frozen(shard, lora):
     if lora:
         pytest.importorskip("peft")
-    with distributed.joined(shard=shard):
+    with process_group(shard):
         model = tiny_model("tied")
         if lora:
             generate.add_adapter(model, lora)
         if shard:
-            distributed.shard(model)
+            processes.shard(model)
         optimizer = torch.optim.AdamW(model.parameters())
         model(torch.tensor([[5, 6, 7]])).logits.sum().backward()
-        distributed.sum_gradients(model)
+        processes.sum_gradients(model)
         optimizer.step()
-        state = distributed.state_of(model, optimizer)
+        state = state_of(model, optimizer)
         names = {name.removeprefix("model.") for name in state if name.startswith("model.model.")}
         assert names == {name for name, weight in model.named_parameters() if weight.requires_grad}
         assert not any("lm_head" in name for name in state)
@@ -84,7 +87,7 @@ def test_gradients_that_are_missing_become_zeros_and_frozen_weights_get_none():
     model = tiny_model()
     model.spare, model.frozen = torch.nn.Parameter(torch.ones(2)), torch.nn.Parameter(torch.ones(2), False)
     model(torch.tensor([[5, 6]])).logits.sum().backward()
-    distributed.sum_gradients(model)
+    processes.sum_gradients(model)
     assert model.spare.grad.tolist() == [0, 0] and model.frozen.grad is None
     assert model.lm_head.weight.grad.abs().sum() > 0
 
@@ -158,9 +161,9 @@ def test_a_reward_model_in_bfloat16_is_run_in_float32(classifier):
 
 def test_a_row_that_the_reward_models_template_refuses_is_dropped_before_training(classifier, base, tmp_path):
     reward = load_reward(classifier)
-    pairs = [{"prompt": prompt, "chosen": "good", "rejected": None} for prompt in ("yes", "no", "yes")]
+    pairs = [Pair(prompt, "good", None) for prompt in ("yes", "no", "yes")]
     kept, counts = drop_unscorable(pairs, reward)
-    assert [pair["prompt"] for pair in kept] == ["yes", "yes"]
+    assert [pair.prompt for pair in kept] == ["yes", "yes"]
     assert counts == {"for the reward model refused by the chat template: not that": 1}
     assert drop_unscorable(pairs, None) == (pairs, {})
     with pytest.raises(InputError, match="can score none of 1 pairs: 1 for the reward model refused"):
@@ -171,8 +174,8 @@ def test_a_row_that_the_reward_models_template_refuses_is_dropped_before_trainin
     sail.main(["--variant", "pr", "--model", base, "--data", write(tmp_path / "x.jsonl", rows), "--eval-data",
                write(tmp_path / "y.jsonl", rows[:3]), "--reward", classifier, "--out", str(out), *SHORT,
                "--max-prompt-length", "40"])
-    row = rows_of(out)[-1]
-    assert row["for the reward model refused by the chat template: not that"] == 10
+    counts = json.loads((out / "args.json").read_text())["data_counts"]
+    assert counts["for the reward model refused by the chat template: not that"] == 10
     assert rows_of(out, "eval")[-1]["prompts"] == 2
 
 
@@ -180,7 +183,7 @@ def test_dialogues_that_a_reward_model_cuts_are_counted(checkpoint, tmp_path):
     model, tokenizer, _ = load_classifier(str(checkpoint), num_labels=1, max_length=12)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path)
-    pairs = [{"prompt": "Q", "chosen": "a", "rejected": "b" * n} for n in (1, 30)]
+    pairs = [Pair("Q", "a", "b" * n) for n in (1, 30)]
     assert drop_unscorable(pairs, load_reward(str(tmp_path)))[1] == {"dialogues_cut_for_the_reward_model": 1}
 
 
@@ -259,4 +262,4 @@ def test_any_error_of_a_template_drops_the_row():
 
 def test_a_bad_template_is_told_by_the_count_of_its_rows():
     with pytest.raises(InputError, match="none of 2 pairs .* 2 dropped, 2 the chat template leaves"):
-        encode([{"prompt": "Q", "chosen": "a", "rejected": "b"}] * 2, byte_tokenizer("fixed"), {1}, 9, 9)
+        encode([Pair("Q", "a", "b")] * 2, byte_tokenizer("fixed"), {1}, 9, 9)

@@ -2,24 +2,29 @@
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import TOY_REWARD, byte_tokenizer, pairs_of
 from test_errors import fails
 
 import evaluate
 import generate
 import reward as reward_module
 import sail
-from data import InputError, command_line, encode, seeded
-from distributed import shown
-from evaluate import compare, evaluate_policy, length_controlled, over_seeds, scaled_lengths, win_figures
-from generate import pair_logps, sample
-from reward import label_by_reward, load_reward, mean_of, share_of
+from data import Pair, encode
+from runtime.command_line import command_line, InputError, seeded
+from runtime.intervals import format_figure
+from evaluate import compare, evaluate_policy
+from runtime.intervals import length_controlled, over_seeds, scaled_lengths, win_figures
+from generate import sample
+from sail import pair_logps
+from reward import label_by_reward, load_reward
+from runtime.intervals import mean_of, share_of
 from sail import dpo_loss, parse_args
-from toy import pairs_of, toy_model, toy_reward
+from toy import grammar_pairs, toy_model, toy_reward
 
 
 @pytest.mark.parametrize("response, expected", [
@@ -38,12 +43,11 @@ def test_the_toy_reward_equals_a_hand_computed_value(response, expected):
 
 def test_the_toy_reward_refuses_dialogues():
     with pytest.raises(InputError, match="toy's nouns"):
-        load_reward("toy")([[{"role": "user", "content": "Q"}]], ["A"])
+        load_reward(TOY_REWARD)([[{"role": "user", "content": "Q"}]], ["A"])
 
 
-def fresh_pair(first, second, sampled=("chosen", "rejected")):
-    return {"prompt": "x", "chosen": first, "rejected": second, "chosen_ids": [len(first)],
-            "rejected_ids": [len(second)], "preference": 1.0, "sampled": sampled}
+def fresh_pair(first, second):
+    return Pair("x", first, second, [], [len(first)], [len(second)])
 
 
 def by_length(prompts, responses):
@@ -51,20 +55,19 @@ def by_length(prompts, responses):
 
 
 def test_fresh_pairs_are_put_into_the_rewards_order_and_ties_are_a_half():
-    pairs = [fresh_pair("a", "bbb"), fresh_pair("ccc", "d"), fresh_pair("ee", "ff"),
-             fresh_pair("g", "hhh", ())]
+    pairs = [fresh_pair("a", "bbb"), fresh_pair("ccc", "d"), fresh_pair("ee", "ff")]
     label_by_reward(pairs, by_length)
-    assert [(pair["chosen"], pair["chosen_ids"], pair["rejected"], pair["rejected_ids"])
-            for pair in pairs] == [
-        ("bbb", [3], "a", [1]), ("ccc", [3], "d", [1]), ("ee", [2], "ff", [2]), ("g", [1], "hhh", [3])]
-    assert [pair["preference"] for pair in pairs] == [1.0, 1.0, 0.5, 1.0]
-    assert [pair["tie"] for pair in pairs[:3]] == [False, False, True] and pairs[0]["rewards"] == [3.0, 1.0]
+    assert [(pair.chosen, pair.chosen_ids, pair.rejected, pair.rejected_ids) for pair in pairs] == [
+        ("bbb", [3], "a", [1]), ("ccc", [3], "d", [1]), ("ee", [2], "ff", [2])]
+    assert [pair.preference for pair in pairs] == [1.0, 1.0, 0.5]
+    assert [pair.rewards for pair in pairs] == [(3.0, 1.0), (3.0, 1.0), (2.0, 2.0)]
+    assert sail.count(pairs, parse_args([]))["ties"] == 1
 
 
 def test_a_soft_preference_is_the_sigmoid_of_the_reward_difference():
     pairs = [fresh_pair("a", "bbb"), fresh_pair("ee", "ff")]
     label_by_reward(pairs, by_length, "soft")
-    assert [pair["preference"] for pair in pairs] == pytest.approx([1 / (1 + math.exp(-2)), 0.5])
+    assert [pair.preference for pair in pairs] == pytest.approx([1 / (1 + math.exp(-2)), 0.5])
 
 
 def test_a_function_of_a_file_is_a_reward(tmp_path):
@@ -139,7 +142,8 @@ def test_a_language_model_without_a_trained_head_is_no_reward(checkpoint):
 def test_the_reward_command_line_scores_a_responses_file(tmp_path, monkeypatch, capsys):
     source, out = tmp_path / "responses.jsonl", tmp_path / "scored.jsonl"
     source.write_text(json.dumps({"prompt": "how was the soup ?", "response": "the soup was good ."}) + "\n")
-    monkeypatch.setattr("sys.argv", ["reward.py", "--responses", str(source), "--out", str(out)])
+    monkeypatch.setattr("sys.argv", ["reward.py", "--reward", TOY_REWARD, "--responses", str(source), "--out",
+                                     str(out)])
     reward_module.main()
     assert (json.loads(out.read_text())["reward"] == pytest.approx(1.6)
             and "mean 1.600" in capsys.readouterr().out)
@@ -269,7 +273,7 @@ def evaluated():
     with torch.no_grad():                              # far enough apart for KL to stand out of its noise
         for parameter in reference.parameters():
             parameter *= 1.5
-    pairs = [{"prompt": f"how was the {noun} ?", "chosen": f"the {noun} was good .", "rejected": "the"}
+    pairs = [Pair(f"how was the {noun} ?", f"the {noun} was good .", "the")
              for noun in ("soup", "tea", "cake") * 20]
     examples, *_ = encode(pairs, tokenizer, {tokenizer.eos_token_id}, 16, 16)
     args = parse_args(["--variant", "dpo", "--beta", "0.2"])
@@ -310,19 +314,22 @@ def test_kl_is_positive_and_zero_against_itself(evaluated):
 
 def test_kl_and_loss_are_of_each_examples_own_rows_in_its_place(monkeypatch):
     (policy, tokenizer), (reference, _) = toy_model(seed=1), toy_model(seed=2)
-    examples, *_ = encode(pairs_of("toy:test")[0][:70], tokenizer, {tokenizer.eos_token_id}, 16, 48)
+    examples, *_ = encode(pairs_of(grammar_pairs(held_out=True))[:70], tokenizer, {tokenizer.eos_token_id}, 16, 48)
     args = parse_args(["--variant", "dpo", "--beta", "0.2", "--max-response-length", "48"])
     monkeypatch.setattr(evaluate, "mean_of", list)                     # each example's figure, not the mean
     figures, _ = evaluate_policy(policy, reference, tokenizer, examples, None, args)
     torch.manual_seed(seeded("held-out samples", 0))                   # the same samples again
-    samples, _ = sample(policy, tokenizer, [example["prompt_ids"] for example in examples], 48)
+    samples, _ = sample(policy, tokenizer, [example.prompt_ids for example in examples], 48)
     assert len({len(ids) for ids, in samples}) > 20 and figures["length"] == [len(ids) for ids, in samples]
     for nth, (example, (ids,)) in enumerate(zip(examples, samples)):
         with torch.no_grad():
-            rows = [example, {**example, "chosen_ids": ids, "rejected_ids": ids}]
+            rows = [example, replace(example, chosen_ids=ids, rejected_ids=ids)]
             ratio = torch.cat([pair_logps(policy, [row]) - pair_logps(reference, [row]) for row in rows], 1)
         assert figures["kl"][nth] == pytest.approx(ratio[0, 1].item(), abs=1e-4)
         assert figures["margin"][nth] == pytest.approx(0.2 * (ratio[0, 0] - ratio[1, 0]).item(), abs=1e-4)
+
+
+SMALL = ["--max-prompt-length", "8", "--max-response-length", "24"]
 
 
 def run_evaluate(monkeypatch, *argv):
@@ -340,26 +347,30 @@ def test_models_are_evaluated_into_a_table_and_a_file(tmp_path, monkeypatch, cap
     figures = {name for name in row if not name.endswith("_interval")} - {"step", "prompts"}
     assert {"kl", "reward", "lc_win_rate", "length", "loss"} <= figures
     assert all(row[f"{name}_interval"][0] <= row[name] <= row[f"{name}_interval"][1] for name in figures)
-    results = run_evaluate(monkeypatch, "runs/toy/sft", "runs/toy/dpo", "runs/toy/pr", "--eval-limit", "8")
+    results = run_evaluate(monkeypatch, "runs/toy/sft", "runs/toy/dpo", "runs/toy/pr", "--eval-limit", "8",
+                           "--reward", TOY_REWARD)
     table = capsys.readouterr().out
     assert list(results) == ["sft", "dpo", "pr"] and "win_rate" in table and f"reference {base}" in table
     assert all(figure["low"] - 1e-9 <= figure["value"] <= figure["high"] + 1e-9
                for figures in results.values() for figure in figures.values())
-    again = run_evaluate(monkeypatch, "figures.json", "runs/toy/dpo/model", "--eval-limit", "8")
+    again = run_evaluate(monkeypatch, "figures.json", "runs/toy/dpo/model", "--eval-limit", "8", "--eval-data",
+                         "runs/toy/world/held-out.jsonl", "--max-prompt-length", "8", "--max-response-length", "24")
     assert again["model"]["kl"]["value"] == 0          # a bare checkpoint: its own reference, so no KL
 
 
-def test_one_prompt_gives_figures_without_intervals_as_null(monkeypatch, tmp_path, base):
+def test_one_prompt_gives_figures_without_intervals_as_null(monkeypatch, tmp_path, base, held_out):
     monkeypatch.chdir(tmp_path)
-    figures, = run_evaluate(monkeypatch, base, "--eval-limit", "1", "--reward", "toy").values()
+    figures, = run_evaluate(monkeypatch, base, "--eval-limit", "1", *SMALL, "--reward", TOY_REWARD,
+                            "--eval-data", held_out).values()
     assert set(figures["reward"]) == {"value", "low", "high"} and figures["reward"]["low"] is None
 
 
 def test_prompts_alone_have_reward_kl_and_lengths_and_no_other_figure(monkeypatch, tmp_path, base):
     monkeypatch.chdir(tmp_path)
     Path("prompts.jsonl").write_text('{"prompt": "how was the soup ?"}\n{"prompt": "how was the tea ?"}\n')
-    figures, = run_evaluate(monkeypatch, base, "--eval-data", "prompts.jsonl", "--reward", "toy").values()
-    assert set(figures) == {"reward", "kl", "J", "length", "unfinished"}
+    figures, = run_evaluate(monkeypatch, base, "--eval-data", "prompts.jsonl", *SMALL, "--reward",
+                            TOY_REWARD).values()
+    assert set(figures) == {"reward", "kl", "objective", "length", "unfinished"}
 
 
 # --- runs, which may be somebody else's
@@ -368,7 +379,8 @@ def run_of(path, base, **settings):
     """A run of sail.py as evaluate.py finds it: a model, and its settings."""
     shutil.copytree(base, path / "model")
     (path / "args.json").write_text(json.dumps({
-        "data": "toy", "reward": "toy", "max_prompt_length": 8, "max_response_length": 24, **settings}))
+        "data": f"{base}/toy-pairs.jsonl", "reward": None, "max_prompt_length": 8, "max_response_length": 24,
+        **settings}))
     return str(path)
 
 
@@ -391,9 +403,9 @@ def test_a_runs_reward_that_is_code_runs_on_the_command_lines_word_alone(tmp_pat
     Path("theirs.py").write_text("open('ran', 'w')\n"
                                  "def f(prompts, responses):\n    return [7.0] * len(responses)\n")
     run = run_of(tmp_path / "run", base, reward="theirs.py:f")
-    assert ("run: its reward, theirs.py:f, is code; it runs where --reward names it"
+    assert ("run: its reward, theirs.py:f, is code; it runs only if --reward names it"
             in fails(evaluate.main, ["evaluate.py", run, "--eval-limit", "2"], monkeypatch, capsys))
-    run_evaluate(monkeypatch, run, "--eval-limit", "2", "--reward", "toy")
+    run_evaluate(monkeypatch, run, "--eval-limit", "2", "--reward", TOY_REWARD)
     assert not Path("ran").exists()
     figures = run_evaluate(monkeypatch, run, "--eval-limit", "2", "--reward", "theirs.py:f")
     assert figures["run"]["reward"]["value"] == 7 and Path("ran").exists()
@@ -478,22 +490,24 @@ def test_runs_without_a_reward_are_compared_in_what_they_have(tmp_path, capsys):
     assert "| dpo |  | 1.000 ± 0.100 |" in capsys.readouterr().out
 
 
-def test_a_model_with_another_vocabulary_than_the_reference_is_refused(monkeypatch, base, checkpoint):
+def test_a_model_with_another_vocabulary_than_the_reference_is_refused(monkeypatch, base, checkpoint, held_out):
     with pytest.raises(InputError, match="another vocabulary"):
-        run_evaluate(monkeypatch, base, checkpoint, "--eval-limit", "4")
+        run_evaluate(monkeypatch, base, checkpoint, "--eval-limit", "4", *SMALL, "--eval-data", held_out)
 
 
 # --- wins
 
-def test_a_model_against_its_own_samples_wins_half_raw_and_length_controlled(tmp_path, monkeypatch, base):
+def test_a_model_against_its_own_samples_wins_half_raw_and_length_controlled(tmp_path, monkeypatch, base,
+                                                                             held_out):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["generate.py", "--model", base, "--data", "toy:test", "--seed", "7",
+    monkeypatch.setattr("sys.argv", ["generate.py", "--model", base, "--data", held_out, "--seed", "7",
                                      "--max-prompt-length", "8", "--max-response-length", "24"])
     generate.main()
     rows = [json.loads(line) for line in Path("responses.jsonl").read_text().splitlines()]
     Path("pairs.jsonl").write_text("".join(json.dumps(
         {"prompt": row["prompt"], "chosen": row["response"], "rejected": "the"}) + "\n" for row in rows))
-    figures, = run_evaluate(monkeypatch, base, "--eval-data", "pairs.jsonl", "--reward", "toy").values()
+    figures, = run_evaluate(monkeypatch, base, "--eval-data", "pairs.jsonl", *SMALL, "--reward",
+                            TOY_REWARD).values()
     for name in ("win_rate", "lc_win_rate"):
         value, low, high = figures[name].values()
         assert low < 0.5 < high and high - low < 0.2 and value != 0.5          # other samples, so no draw
@@ -508,7 +522,7 @@ def test_wins_are_counted_against_the_chosen_responses_each_to_its_prompt(tmp_pa
     data = [response in prompt.split() for prompt, response in zip(prompts, responses)]
     return [0.5] * len(data) if all(data) else [float("tea" in prompt) for prompt in prompts]
 """)
-    figures, = run_evaluate(monkeypatch, base, "--eval-data", "pairs.jsonl", "--reward",
+    figures, = run_evaluate(monkeypatch, base, "--eval-data", "pairs.jsonl", *SMALL, "--reward",
                             "mine.py:score").values()
     assert figures["win_rate"]["value"] == 0.25                        # 1 for tea, 0 for others, against 0.5
 

@@ -11,10 +11,10 @@ from test_errors import fails
 from test_scale import rows_of
 
 import reward
-import reward_model
 import sail
-from reward import load_classifier, load_reward, prefers_chosen
-from reward_model import bradley_terry_loss
+from reward import load_classifier, load_reward
+from runtime.intervals import prefers_chosen
+from reward import bradley_terry_loss
 
 TRAINEE = dict(num_labels=1)                               # of a classifier that is to be trained
 
@@ -32,13 +32,13 @@ def pairs(tmp_path_factory):
 
 
 def trained(monkeypatch, model, pairs, out, *more):
-    """What `reward_model.py` makes: the model as it was in memory."""
-    models, train = [], reward_model.train
-    monkeypatch.setattr(reward_model, "train", lambda args: models.append(train(args)))
-    monkeypatch.setattr("sys.argv", ["reward_model.py", "--model", str(model), "--data", pairs, "--out",
+    """What `reward.py --train` makes: the model as it was in memory."""
+    models, train = [], reward.train_reward
+    monkeypatch.setattr(reward, "train_reward", lambda args: models.append(train(args)))
+    monkeypatch.setattr("sys.argv", ["reward.py", "--train", "--model", str(model), "--data", pairs, "--out",
                                      str(out), "--learning-rate", "3e-3", "--batch-size", "16", *more])
-    reward_model.main()
-    monkeypatch.setattr(reward_model, "train", train)
+    reward.main()
+    monkeypatch.setattr(reward, "train_reward", train)
     return models[0]
 
 
@@ -208,21 +208,15 @@ def test_pairs_whose_difference_is_cut_off_are_dropped_and_counted(monkeypatch, 
 def test_prompts_without_responses_are_refused(monkeypatch, checkpoint, pairs, tmp_path, capsys):
     prompts = write(tmp_path / "prompts.jsonl", [{"prompt": f"{i}?"} for i in range(40)])
     for data, held_out in ((prompts, pairs), (pairs, prompts)):
-        argv = ["reward_model.py", "--model", str(checkpoint), "--data", data, "--eval-data", held_out]
-        assert "a reward model needs pairs" in fails(reward_model.main, argv, monkeypatch, capsys)
+        argv = ["reward.py", "--train", "--model", str(checkpoint), "--data", data, "--eval-data", held_out]
+        assert "a reward model needs pairs" in fails(reward.main, argv, monkeypatch, capsys)
 
 
 def test_sail_pr_runs_with_what_was_trained_as_its_reward(monkeypatch, base, tmp_path):
-    trained(monkeypatch, base, "toy", tmp_path / "rm", "--limit", "64")
+    trained(monkeypatch, base, f"{base}/toy-pairs.jsonl", tmp_path / "rm", "--limit", "64")
     sail.main(["--variant", "pr", "--model", base, "--reward", str(tmp_path / "rm/model"), "--steps", "2",
                "--eval-limit", "4", "--out", str(tmp_path / "pr")])
     assert all(math.isfinite(step["reward"]) for step in lines(tmp_path / "pr/metrics.jsonl"))
-
-
-def test_the_toys_sft_model_is_a_start(monkeypatch, base, tmp_path):
-    monkeypatch.setattr(reward_model, "SFT_MODEL", base)
-    trained(monkeypatch, "toy", "toy", tmp_path, "--limit", "64")
-    assert len(lines(tmp_path / "metrics.jsonl")) == 4 and len(lines(tmp_path / "eval.jsonl")) == 2
 
 
 def remove_weight(path):
@@ -250,8 +244,8 @@ def test_a_start_that_cannot_be_trained_is_named(break_it, message, checkpoint, 
                                                  capsys):
     path = shutil.copytree(checkpoint, tmp_path / "model")
     break_it(path)
-    argv = ["reward_model.py", "--model", str(path), "--data", pairs, "--out", str(tmp_path / "out")]
-    assert message in fails(reward_model.main, argv, monkeypatch, capsys) and not (tmp_path / "out").exists()
+    argv = ["reward.py", "--train", "--model", str(path), "--data", pairs, "--out", str(tmp_path / "out")]
+    assert message in fails(reward.main, argv, monkeypatch, capsys) and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -260,12 +254,12 @@ def test_a_start_that_cannot_be_trained_is_named(break_it, message, checkpoint, 
     (["--learning-rate", "nan"], "--learning-rate: nan is not in"),
     (["--max-length", "many"], "invalid int value: 'many'")])
 def test_bad_flags_are_named(argv, message, monkeypatch, capsys):
-    assert message in fails(reward_model.main, ["reward_model.py", *argv], monkeypatch, capsys)
+    assert message in fails(reward.main, ["reward.py", "--train", "--model", "m", "--data", "d.jsonl", *argv], monkeypatch, capsys)
 
 
 def test_a_loss_that_is_not_finite_stops_with_one_line_and_saves_nothing(checkpoint, pairs, tmp_path,
                                                                          monkeypatch, capsys):
-    monkeypatch.setattr(reward_model, "bradley_terry_loss", lambda *sides: sides[0] * math.nan)
-    argv = ["reward_model.py", "--model", str(checkpoint), "--data", pairs, "--out", str(tmp_path)]
-    assert "step 1: loss or gradient not finite" in fails(reward_model.main, argv, monkeypatch, capsys)
+    monkeypatch.setattr(reward, "bradley_terry_loss", lambda *sides: sides[0] * math.nan)
+    argv = ["reward.py", "--train", "--model", str(checkpoint), "--data", pairs, "--out", str(tmp_path)]
+    assert "step 1: loss or gradient not finite" in fails(reward.main, argv, monkeypatch, capsys)
     assert not (tmp_path / "model").exists()

@@ -6,20 +6,20 @@ import os
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, run_of, tiny_model
 from memory import PeakBytes, estimate, sizes_of
 from test_errors import fails
 
-import distributed
 import generate
 import sail
-from generate import AdapterReference, add_adapter, load_policy, pair_logps
-from sail import parse_args
+from generate import AdapterReference, add_adapter, load_policy
+from data import Pair
+from runtime.processes import gathered, process_group, shard
+from sail import pair_logps, parse_args
 
 ROOT = Path(sail.__file__).parent
 COMMON = ["--steps", "10", "--batch-size", "7", "--micro-batch-size", "3", "--limit", "60",
@@ -58,7 +58,7 @@ def largest_difference(one, other):
 
 
 def scored(model):
-    pairs = [{"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9, 1], "rejected_ids": [10, 11, 12, 1]}]
+    pairs = [Pair("", "", "", [5, 6, 7], [8, 9, 1], [10, 11, 12, 1])]
     with torch.no_grad():
         return pair_logps(model, pairs)
 
@@ -135,9 +135,9 @@ def test_a_checkpoint_of_one_process_is_continued_by_two_sharded_ranks(on_two_ra
 
 
 def test_a_sharded_policy_is_whole_while_gathered_and_its_layers_never_longer(base):
-    with distributed.joined(shard=True):
+    with process_group(shard=True):
         model = load_policy(base)[0]
-        distributed.shard(model)
+        shard(model)
 
         def is_whole():
             """After a forward: whether a layer's weights are whole, and the output layer's."""
@@ -147,7 +147,7 @@ def test_a_sharded_policy_is_whole_while_gathered_and_its_layers_never_longer(ba
             return [not hasattr(weight, "full_tensor") for weight in weights]
 
         assert is_whole() == [False, True]
-        with distributed.gathered(model):
+        with gathered(model):
             assert is_whole() == [True, True]
         assert all(hasattr(parameter, "full_tensor") for parameter in model.parameters())
         assert is_whole() == [False, True]
@@ -158,7 +158,7 @@ def test_the_decoder_layers_are_found_in_any_architecture(family, monkeypatch):
     sharded = []
     monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, **_: sharded.append(module))
     model = tiny_model(family)
-    distributed.shard(model)
+    shard(model)
     assert [type(module).__name__ for module in sharded[:2]] == [type(sharded[0]).__name__] * 2
     assert "Layer" in type(sharded[0]).__name__ or "Block" in type(sharded[0]).__name__
     assert sharded[2:] == [model]
@@ -284,13 +284,12 @@ def test_the_estimate_fits_the_measured_bytes_of_rollout_and_update(checkpointin
     def ids(length):
         return torch.randint(5, 2000, (length,)).tolist()
 
-    pairs = [{"prompt_ids": ids(64), "chosen_ids": ids(64), "rejected_ids": ids(64), "preference": 1.0,
-              "draw": 0.5, "sampled": (), "self_labelled": False} for _ in range(4)]
-    losses_of = partial(sail.preference_losses, policy, reference, args=args, baseline=-0.6)
+    pairs = [Pair("", "", "", ids(64), ids(64), ids(64)) for _ in range(4)]
+    args.micro_batch_size = 1
 
     def update():
-        sail.accumulate_gradients(policy, losses_of, [([pair], 1) for pair in pairs], 0.25)
-        sail.update(policy, optimizer, scheduler, 1.0, 0.0)
+        sail.accumulate_gradients(run_of(policy, reference, -0.6), pairs, args)
+        sail.optimizer_step(policy, optimizer, scheduler, 1.0, 0.0)
 
     policy.train()
     update()

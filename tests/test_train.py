@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import run_of, tiny_model
 from ranks import batch_gradient, pairs_of
 
 import sail
-from data import seeded
+from runtime.command_line import seeded
 from generate import load_policy
+from data import Pair
 from sail import draw_pairs, parse_args, plan
 from toy import toy_model
 
@@ -32,15 +33,23 @@ def run(base, out, *more):
 
 # --- budget and batches
 
+def numbered(n):
+    """n pairs whose prompt is their number."""
+    return [Pair(place, "", "") for place in range(n)]
+
+
 @pytest.mark.parametrize("mix", [0.0, 0.1, 0.3, 1 / 3, 0.7, 0.99])
 @pytest.mark.parametrize("n, epochs", [(7, 1), (100, 3), (33, 2.5)])
 def test_every_offline_pair_is_seen_epochs_times_whatever_the_mix(n, epochs, mix):
     args = parse_args(["--variant", "dp", "--mix", str(mix), "--epochs", str(epochs), "--batch-size", "10"])
     total, steps = plan(n, args)
-    examples = [{"id": place} for place in range(n)]
-    batches = [draw_pairs(examples, step, steps, total, args) for step in range(1, steps + 1)]
-    offline = [pair["id"] for batch in batches for pair in batch if not pair["self_labelled"]]
-    own = [pair["id"] for batch in batches for pair in batch if pair["self_labelled"]]
+    batches, offline, own = [], [], []
+    for step in range(1, steps + 1):
+        data, ours = draw_pairs(numbered(n), step, args, total, steps)
+        assert {pair.self_labelled for pair in data} <= {False} and {pair.self_labelled for pair in ours} <= {True}
+        offline += [pair.prompt for pair in data]
+        own += [pair.prompt for pair in ours]
+        batches.append(data + ours)
     assert len(offline) == int(epochs * n) and len(offline) + len(own) == total
     assert (sorted(offline[:n]) == list(range(n)) and sorted(own[:n]) == list(range(n))[:len(own)]
             or len(own) < n)
@@ -52,24 +61,23 @@ def test_mix_one_is_epochs_of_the_prompts_on_the_variants_route():
     args = parse_args(["--variant", "pr", "--mix", "1", "--epochs", "2", "--batch-size", "10"])
     total, steps = plan(25, args)
     assert (total, steps) == (50, 5)
-    pairs = [pair for step in range(1, 6)
-             for pair in draw_pairs([{"id": i} for i in range(25)], step, 5, 50, args)]
-    assert (all(len(pair["sampled"]) == 2 for pair in pairs)
-            and sorted(pair["id"] for pair in pairs[:25]) == list(range(25)))
+    drawn = [draw_pairs(numbered(25), step, args, 50, 5) for step in range(1, 6)]
+    pairs = [pair for offline, own in drawn for pair in own]
+    assert all(pair.on_policy for pair in pairs) and not any(offline for offline, _ in drawn)
+    assert sorted(pair.prompt for pair in pairs[:25]) == list(range(25))
 
 
 def test_the_epochs_are_shuffled_differently_and_by_the_seed():
     def ids(seed):
         args = parse_args(["--variant", "dpo", "--epochs", "2", "--batch-size", "50", "--seed", str(seed)])
-        return [pair["id"] for step in (1, 2)
-                for pair in draw_pairs([{"id": i} for i in range(50)], step, 2, 100, args)]
+        return [pair.prompt for step in (1, 2) for pair in draw_pairs(numbered(50), step, args, 100, 2)[0]]
 
     assert ids(0) == ids(0) != ids(1) and ids(0)[:50] != ids(0)[50:] and ids(0) != sorted(ids(0))
 
 
 # --- random numbers
 
-PURPOSES = [purpose for name in sorted(ROOT.glob("*.py"))
+PURPOSES = [purpose for name in sorted([*ROOT.glob("*.py"), *ROOT.glob("runtime/*.py")])
             for purpose in re.findall(r'(?<!def )seeded\("([^"]+)"', name.read_text())]
 
 
@@ -89,8 +97,8 @@ def test_any_two_of_purpose_seed_step_and_rank_give_different_streams():
 def test_the_order_and_the_label_draws_are_of_the_seed_also_of_those_that_32_bits_confuse():
     def drawn(seed):
         args = parse_args(["--variant", "dp", "--seed", str(seed)])
-        pairs = draw_pairs([{"id": i} for i in range(50)], 1, 1, 50, args)
-        return tuple(pair["id"] for pair in pairs), tuple(pair["draw"] for pair in pairs)
+        offline, own = draw_pairs(numbered(50), 1, args, 50, 1)
+        return tuple(pair.prompt for pair in offline + own), tuple(pair.label_draw for pair in offline + own)
 
     orders, draws = zip(*map(drawn, [0, 4, 2048, 2**32, 2**40]))
     assert len({*orders}) == len({*draws}) == 5
@@ -102,7 +110,7 @@ def test_the_rollouts_of_three_seeds_differ_and_those_of_one_do_not(base, tmp_pa
 
     def roll_out(*inputs):
         pairs = original(*inputs)
-        drawn.append(str([(pair["chosen_ids"], pair["rejected_ids"]) for pair in pairs]))
+        drawn.append(str([(pair.chosen_ids, pair.rejected_ids) for pair in pairs]))
         return pairs
 
     monkeypatch.setattr(sail, "roll_out", roll_out)
@@ -152,7 +160,7 @@ def test_a_run_repeats_bit_for_bit_and_leaves_its_files(base, tmp_path, variant)
     assert [row["step"] for row in rows] == [1, 2, 3]
     wanted = ("step loss margin accuracy chosen_logps rejected_logps kl reward response_length unfinished "
               """on_policy
-                self_labelled grad_norm learning_rate tokens dropped truncated_prompts truncated_responses""")
+                self_labelled grad_norm learning_rate tokens""")
     assert set(wanted.split()) <= set(rows[0])
     if variant != "sft":
         assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)       # policy = reference at the start
@@ -232,8 +240,8 @@ def test_non_finite_gradients_are_skipped_counted_and_stop_the_run_after_ten(bas
 def test_the_baseline_follows_the_utility_of_past_fresh_pairs(base, tmp_path, monkeypatch):
     seen = []
 
-    def watched(*args, baseline, **options):
-        losses, metrics = original(*args, baseline=baseline, **options)
+    def watched(policy, reference, pairs, args, baseline):
+        losses, metrics = original(policy, reference, pairs, args, baseline)
         seen.append((baseline, -(metrics["on_policy_loss"] / metrics["on_policy"]).item()))
         return losses, metrics
 
@@ -248,10 +256,10 @@ def test_the_baseline_follows_the_utility_of_past_fresh_pairs(base, tmp_path, mo
 
 def test_the_logged_kl_is_the_mean_log_ratio_of_the_fresh_responses():
     args = parse_args(["--variant", "pr"])
-    pairs = pairs_of(6, "pr")
+    offline, fresh = pairs_of(6, "pr")
+    pairs = offline + fresh
     policy, reference = tiny_model(seed=1), tiny_model(seed=2)
     _, metrics = sail.preference_losses(policy, reference, pairs, args, baseline=0.0)
-    fresh = [pair for pair in pairs if len(pair["sampled"]) == 2]
     ours, theirs = sail.pair_logps(policy, fresh), sail.pair_logps(reference, fresh)
     assert metrics["kl"].item() == pytest.approx((ours - theirs).mean().item() * len(fresh) / 6, rel=1e-5)
 
@@ -260,12 +268,13 @@ def test_nll_is_that_of_the_datas_chosen_responses_and_not_of_pairs_on_the_varia
     """As neither a self-labelled pair nor a sampled response is one that the data prefers."""
     for variant in ("dp", "pr"):
         args = parse_args(["--variant", variant, "--nll-coef", "0.5"])
-        pairs, models = pairs_of(6, variant), (tiny_model(seed=1), tiny_model(seed=2))
+        offline, own = pairs_of(6, variant)
+        pairs, models = offline + own, (tiny_model(seed=1), tiny_model(seed=2))
         losses, metrics = sail.preference_losses(*models, pairs, args, baseline=0.0)
         args.nll_coef = 0.0
         plain, _ = sail.preference_losses(*models, pairs, args, baseline=0.0)
         chosen = sail.pair_logps(models[0], pairs)[0]
-        nll = [0 if pair["sampled"] or pair["self_labelled"] else -logps.item() / len(pair["chosen_ids"])
+        nll = [0 if pair.on_policy or pair.self_labelled else -logps.item() / len(pair.chosen_ids)
                for pair, logps in zip(pairs, chosen)]
         assert nll.count(0) == 3
         assert (losses - plain).tolist() == pytest.approx([0.5 * value for value in nll], abs=1e-4)
@@ -303,11 +312,11 @@ def test_the_gradient_is_that_of_the_mean_loss(base, tmp_path):
     more = ["--variant", "dp", "--reference", base, "--steps", "1", "--batch-size", "10", "--limit", "60"]
     row = run(base, tmp_path, *more)[0]
     args = parse_args(["--model", base, *more])
-    policy, reference, _, _, examples, *_ = sail.load_everything(args, "cpu")
-    losses, _ = sail.preference_losses(policy, reference, draw_pairs(examples, 1, 1, 10, args), args,
-                                       baseline=0.0)
+    loaded, *_ = sail.load_run(args, torch.device("cpu"))
+    offline, own = draw_pairs(loaded.examples, 1, args, 10, 1)
+    losses, _ = sail.preference_losses(loaded.policy, loaded.reference, offline + own, args, 0.0)
     losses.mean().backward()
-    norm = torch.stack([p.grad.norm() for p in policy.parameters()]).norm().item()
+    norm = torch.stack([p.grad.norm() for p in loaded.policy.parameters()]).norm().item()
     assert (row["grad_norm"] == pytest.approx(norm, rel=1e-4)
             and row["loss"] == pytest.approx(losses.mean().item()))
 
