@@ -66,10 +66,11 @@ from toy import draw_toy_pairs, toy_settings, write_world
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
              beta=0.1):
-    """DPO's loss (arXiv 2305.18290, eq. 7), (B,), of log-probabilities (B,)."""
-    chosen_rewards = beta * (policy_chosen_logps - reference_chosen_logps)             # r(x, y), eq. 5
-    rejected_rewards = beta * (policy_rejected_logps - reference_rejected_logps)
-    return -F.logsigmoid(chosen_rewards - rejected_rewards)
+    """DPO's loss (arXiv 2305.18290, eq. 7), (B,), of log-probabilities (B,). β times a log-ratio is the
+    implicit reward of a response, up to a constant of the prompt."""
+    chosen_log_ratios = policy_chosen_logps - reference_chosen_logps
+    rejected_log_ratios = policy_rejected_logps - reference_rejected_logps
+    return -F.logsigmoid(beta * (chosen_log_ratios - rejected_log_ratios))
 
 
 def utility(margin, beta, loss_type, target_margin=0.0):
@@ -106,20 +107,17 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
 
     With both coefficients 1 the gradient's expectation is ∇J exactly; 0 switches a term off. The defaults are
     the authors': at 1, T2 seeks pairs that are easy to tell apart more than good ones, T3 seeks certainty.
-    Returns (losses, metrics): losses (B,), whose value is minus the pair's utility and whose gradient is
-    −(T1 + response_coef·T2 + label_coef·T3); metrics, those of `sail_metrics`.
-    """
+    Returns (losses, metrics): losses (B,), of the value −f and the gradient −(T1 + response_coef·T2 +
+    label_coef·T3); those of `sail_metrics`."""
     margin = beta * ((policy_chosen_logps - reference_chosen_logps)   # u (B,), as in DPO
                      - (policy_rejected_logps - reference_rejected_logps))
     if loss_type in ("simpo", "orpo"):                                # of means per token, no reference
         chosen_mean = (policy_chosen_logps / chosen_lengths).clamp(max=-1e-6)      # certainty: infinite odds
         rejected_mean = (policy_rejected_logps / rejected_lengths).clamp(max=-1e-6)
-        margin = chosen_mean - rejected_mean
-        if loss_type == "simpo":                                      # arXiv 2405.14734, eq. 4
-            margin = beta * margin
-        else:                                                         # the difference of log-odds, 2403.07691
-            margin = (margin - torch.log(-torch.expm1(chosen_mean))
-                      + torch.log(-torch.expm1(rejected_mean)))
+        margin = beta * (chosen_mean - rejected_mean)                 # SimPO (arXiv 2405.14734, eq. 4)
+        if loss_type == "orpo":                                       # a difference of log-odds (2403.07691)
+            margin = (chosen_mean - torch.log(-torch.expm1(chosen_mean))
+                      - (rejected_mean - torch.log(-torch.expm1(rejected_mean))))
 
     nowhere = torch.zeros_like(margin, dtype=torch.bool)
     on_policy = nowhere if on_policy is None else on_policy.bool()
@@ -147,21 +145,21 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
 
     corrections = response_coef * T2 + label_coef * T3
     losses = -(mean_f + (corrections - corrections.detach()))         # corrections: a gradient, but no value
-    metrics = sail_metrics(losses, margin, p, on_policy, self_labelled,
-                           1 + label_coef * torch.minimum(f_chosen, f_rejected))
-    metrics["chosen_logps"] = policy_chosen_logps.detach().mean()
-    metrics["rejected_logps"] = policy_rejected_logps.detach().mean()
-    return losses, metrics
+    label_weight = 1 + label_coef * torch.minimum(f_chosen, f_rejected)
+    return losses, sail_metrics(losses, policy_chosen_logps, policy_rejected_logps, margin, p, on_policy,
+                                self_labelled, label_weight)
 
 
 @torch.no_grad()
-def sail_metrics(losses, margin, p, on_policy, self_labelled, label_weight):
+def sail_metrics(losses, chosen_logps, rejected_logps, margin, p, on_policy, self_labelled, label_weight):
     """Means over the pairs, detached. margin and accuracy follow the label, whose probability is p; a margin
     of 0 is half right. label_weight: that of ∇log P(label) in T1 and T3 together; label_reversed is the share
     of pairs, self-labelled, where it is negative: there T3 pushes against a label."""
     chosen_ahead = torch.where(margin == 0, 0.5, (margin > 0).to(p.dtype))
     return {
         "loss": losses.mean(),
+        "chosen_logps": chosen_logps.mean(),
+        "rejected_logps": rejected_logps.mean(),
         "margin": (p * margin - (1 - p) * margin).mean(),
         "accuracy": (p * chosen_ahead + (1 - p) * (1 - chosen_ahead)).mean(),
         "on_policy": on_policy.to(p.dtype).mean(),

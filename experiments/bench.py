@@ -4,7 +4,6 @@
     python experiments/bench.py --peer-python TRL/bin/python --rounds 3   # in turn with TRL under that Python
     python experiments/bench.py --overheads     # dp, pp and pr against dpo on the same pairs, in turn
     python experiments/bench.py --growth --plot experiments/growth.png      # time and memory against the work
-    python experiments/bench.py --ranks         # two gloo ranks against one process
     python experiments/bench.py --models qwen2-0.5b --dtype bfloat16 --prompt 512 --response 512 \\
         --variants dpo pr --allocators as-is --peer-python TRL/bin/python                   # one GPU
 
@@ -27,7 +26,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,15 +145,14 @@ def ours(row, folder):
     del model
     route = int(row["variant"] != "dpo")
     pairs = pairs_of(row)
-    drawn = sail.order_of(len(pairs), 0, route, 0)                     # so that it draws them in file order
+    drawn = sail.order_of(len(pairs), 0, bool(route), 0)        # so that it draws in file order
     (folder / "pairs.jsonl").write_text("".join(
         json.dumps(pair) + "\n" for _, pair in sorted(zip(drawn, pairs), key=lambda each: each[0])))
     (folder / "one.jsonl").write_text(json.dumps(pairs[0]) + "\n")
     padding, logits = [], generate.response_logits
 
     def watch(model, input_ids, attention_mask, response_mask):
-        packed = getattr(model, "module", model).config._attn_implementation == "packed"
-        padding.append(0.0 if packed else 1 - attention_mask.float().mean().item())
+        padding.append(0.0 if generate.is_packed(model) else 1 - attention_mask.float().mean().item())
         return logits(model, input_ids, attention_mask, response_mask)
 
     generate.response_logits = watch
@@ -168,8 +165,6 @@ def ours(row, folder):
         "--dtype", row["dtype"],
         "--max-response-length", str(row["new_tokens"] if row["variant"] in ("pp", "pr")
                                      else row["response"] or 192), "--out", str(folder / "run")])
-    if int(os.environ.get("RANK", 0)):
-        sys.exit()                                                     # rank 0 has the metrics
     metrics = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     return dict(seconds=[line["seconds"] for line in metrics], tokens=[line["tokens"] for line in metrics],
                 generation=[line["seconds_rollout"] for line in metrics],
@@ -260,14 +255,10 @@ def measure(row):
 
 # --- the rows and their tables ------------------------------------------------------------------------------
 
-def run(row, python=sys.executable, allocator="as-is", ranks=1):
+def run(row, python=sys.executable, allocator="as-is"):
     """Measure a row in a child; returns it with its figures."""
     environment = {**os.environ, **(KEEP_MEMORY if allocator == "kept" else {})}
-    launch = [python]
-    if ranks > 1:
-        environment["OMP_NUM_THREADS"] = "1"
-        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    child = subprocess.run([*launch, __file__, "--row", json.dumps({**row, "allocator": allocator})],
+    child = subprocess.run([python, __file__, "--row", json.dumps({**row, "allocator": allocator})],
                            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if child.returncode:
         sys.exit(f"bench.py: error: {row['side']} {row['name']} {row['variant']}:\n{child.stderr[-2000:]}")
@@ -351,24 +342,23 @@ def overheads(args):
         model, tokenizer = model_and_tokenizer(row)
         policy, rows = prepare(model, tokenizer), pairs_of(row)
         reference = copy.deepcopy(policy).requires_grad_(False)
-        settings = {variant: sail.parse_args(["--variant", variant, "--mix", "0.5", "--reward", "toy",
-                                             "--revkl-coef", "0"])
+        settings = {variant: sail.parse_args(["--variant", variant, "--mix", "0.5", "--revkl-coef", "0"])
                     for variant in VARIANTS}
         optimizer, scheduler = sail.make_optimizer(policy.parameters(), 100, settings["dpo"].learning_rate)
+        run_ = sail.Run(policy, reference, tokenizer, None, [], [], policy.device)
+        run_.progress["baseline"] = -0.7
         seconds = {variant: [] for variant in VARIANTS}
         for step in range(args.steps):
-            pairs = [{f"{side}_ids": tokenizer(text)["input_ids"] + [EOS] * (side != "prompt")
-                      for side, text in pair.items()} for pair in rows[step * args.batch:][:args.batch]]
             for variant in random.Random(step).sample(VARIANTS, len(VARIANTS)):
-                route = sail.VARIANTS[variant]
-                flagged = [{**pair, "preference": 1.0, "sampled": route["sampled"],
-                            "self_labelled": route["self_labelled"]} for pair in pairs]
+                own = sail.VARIANTS[variant]
+                pairs = []
+                for pair in rows[step * args.batch:][:args.batch]:
+                    ids = [tokenizer(pair[side])["input_ids"] for side in ("prompt", "chosen", "rejected")]
+                    pairs.append(sail.Pair("", "", "", ids[0], ids[1] + [EOS], ids[2] + [EOS],
+                                           own.responses == "policy", own.label == "policy"))
                 started = time.perf_counter()
-                losses_of = partial(sail.preference_losses, policy, reference, args=settings[variant],
-                                    baseline=-0.7)
-                micros = sail.weighted(sail.micro_batches(flagged, policy), policy)
-                sail.accumulate_gradients(policy, losses_of, micros, 1 / args.batch)
-                sail.update(policy, optimizer, scheduler, 1.0, 0.0)
+                sail.accumulate_gradients(run_, pairs, settings[variant])
+                sail.optimizer_step(policy, optimizer, scheduler, 1.0, 0.0)
                 seconds[variant].append(time.perf_counter() - started)
         ratios = [[one / dpo for one, dpo in list(zip(seconds[variant], seconds["dpo"]))[2:]]
                   for variant in VARIANTS[1:]]
@@ -433,17 +423,6 @@ def draw_growth(curves, path):
     figure.savefig(path, dpi=110)
 
 
-def ranks(args):
-    """dpo in one process with two threads, and in two gloo ranks with one thread each, in turn."""
-    for name in args.models:
-        pairs = [(run(row_of(args, name, "dpo")), run(row_of(args, name, "dpo"), ranks=2))
-                 for _ in range(args.rounds)]
-        one, two = (median([median(row["seconds"]) for row in rows]) for rows in zip(*pairs))
-        ratios = [median(alone["seconds"]) / median(shared["seconds"]) for alone, shared in pairs]
-        print(f"{name}: one process {one:.2f} s, two ranks {two:.2f} s a step; one/two "
-              + " ".join(f"{ratio:.2f}" for ratio in ratios), flush=True)
-
-
 def main():
     parser = argparse.ArgumentParser(description="Time the training step.")
     parser.add_argument("--models", nargs="+", choices=[*MODELS], default=["S", "V"])
@@ -462,13 +441,12 @@ def main():
     parser.add_argument("--plot", help="the picture of --growth")
     parser.add_argument("--overheads", action="store_true")
     parser.add_argument("--growth", action="store_true")
-    parser.add_argument("--ranks", action="store_true")
     parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
         measure(args.row)
     else:
-        (overheads if args.overheads else growth if args.growth else ranks if args.ranks else table)(args)
+        (overheads if args.overheads else growth if args.growth else table)(args)
 
 
 if __name__ == "__main__":

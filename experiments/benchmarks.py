@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from data import read_rows
-from runtime.command_line import command_line, InputError, number, Parser, seeded
+from runtime.command_line import command_line, format_counts, InputError, number, Parser, seeded
 from runtime.run_directory import write_rows, write_text
 from generate import answer, load_policy
 
@@ -79,9 +79,12 @@ def answer_benchmark(model, tokenizer, benchmark, rows, turns, args):
         prompts = dialogues if benchmark == "MT-Bench" else texts      # one turn: as in training data
         for temperature in sorted(set(temperatures)):
             places = [place for place, own in enumerate(temperatures) if own == temperature]
-            answers = answer(model, tokenizer, [prompts[place] for place in places], temperature, args)
-            for place, (text, *_) in zip(places, answers):
-                dialogues[place].append({"role": "assistant", "content": text})
+            asked = [prompts[place] for place in places]
+            answers, dropped = answer(model, tokenizer, asked, temperature, args)
+            if dropped:
+                raise InputError(f"questions that cannot be asked: {format_counts(dropped)}")
+            for place, row in zip(places, answers):
+                dialogues[place].append({"role": "assistant", "content": row["response"]})
     return [answer_row(benchmark, row, [turn["content"] for turn in dialogue[1::2]], name)
             for row, dialogue in zip(rows, dialogues)]
 
@@ -89,7 +92,7 @@ def answer_benchmark(model, tokenizer, benchmark, rows, turns, args):
 def main():
     """`python experiments/benchmarks.py --model M --questions Q --out FILE`."""
     parser = Parser("Answer a benchmark's questions.")
-    parser.add_argument("--model", default="toy", help="a Hugging Face directory or name, or toy (default)")
+    parser.add_argument("--model", required=True, help="a Hugging Face directory or name")
     parser.add_argument("--questions", required=True, help="a file of AlpacaEval, MT-Bench or Arena-Hard")
     parser.add_argument("--out", required=True, help="the benchmark's answer file")
     parser.add_argument("--temperature", type=number(float, 0), help="0: the likeliest token each time "

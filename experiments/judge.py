@@ -174,7 +174,7 @@ def main():
     figures = {**win_figures(wins, ours, theirs), "flipped": share_of(flipped),
                "unparsable": share_of(unparsable)}
     for name, figure in figures.items():
-        print(f"{name:>12} {shown(*figure)}")
+        print(f"{name:>12} {format_figure(*figure)}")
 
 
 if __name__ == "__main__":

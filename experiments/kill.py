@@ -22,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 STEPS, PHASES = 12, {"rollout": "roll_out", "backward": "accumulate_gradients", "saving": "save_checkpoint"}
-ARGUMENTS = ["--data", "toy:grammar", "--variant", "pr", "--mix", "0.5", "--steps", str(STEPS),
+ARGUMENTS = ["--variant", "pr", "--mix", "0.5", "--steps", str(STEPS),
              "--batch-size", "8", "--limit", "60", "--eval-limit", "4", "--eval-every", "5",
              "--max-response-length", "12", "--save-every", "2"]
 
@@ -93,9 +93,11 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/kill"))
     args = parser.parse_args()
-    from toy import toy_model
+    from runtime.run_directory import write_rows
+    from toy import grammar_pairs, toy_model
     for part in toy_model(seed=5):
         part.save_pretrained(args.out / "base")
+    write_rows(args.out / "base/toy-pairs.jsonl", grammar_pairs())
     unbroken, equal, started = {}, 0, time.time()
     for ranks in (1, 2):
         shutil.rmtree(args.out / f"unbroken-{ranks}", ignore_errors=True)

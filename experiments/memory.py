@@ -1,27 +1,14 @@
-"""What a run needs in memory: an estimate from the model's shapes, and measurements.
+"""What a run needs in memory: an estimate from the model's shapes.
 
     python experiments/memory.py                  the estimate per device for 0.5B, 8B and 70B
-    python experiments/memory.py --measure        memory of dpo, dp, pp, pr: full, LoRA, sharded, on this CPU
-    python experiments/memory.py --flat           memory after step 200 against step 20, every variant
 
-`estimate` counts bytes. tests/test_scale.py holds its terms against measured ones on small models.
+`estimate` counts bytes. tests/test_scale.py holds its terms against `PeakBytes`, measured on small models.
 """
-import argparse
-import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
 import weakref
-from pathlib import Path
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 
 LLAMA_8B = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                 num_attention_heads=32, num_key_value_heads=8)
@@ -58,7 +45,7 @@ def estimate(config, processes=1, shard=False, lora=0, bytes_=2, samples=16, tok
 
     bytes_: of the compute dtype. samples of `tokens` tokens each are drawn at a time. A step has several
     micro-batches of `packed` tokens, `scored` of them in responses, and gradient checkpointing is on. The
-    defaults are one pair of 512 + 512 tokens, which alone makes all the logits that generate.micro_batches
+    defaults are one pair of 512 + 512 tokens, which alone makes all the logits that sail.micro_batches
     allows a forward, where the vocabulary has 65,536 words or more.
     """
     total, outside, layer, adapter = sizes_of(config)
@@ -72,7 +59,6 @@ def estimate(config, processes=1, shard=False, lora=0, bytes_=2, samples=16, tok
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     keys = config.num_key_value_heads * head * samples * tokens                            # of one layer
     drawn, logits = samples * config.vocab_size, scored * config.vocab_size
-    buckets = 0 if shard or processes == 1 else 4 * trained   # DDP's own copy of the gradients
     computed = packed * (32 * config.hidden_size + 7 * bytes_ * config.intermediate_size) + copied * layer
     return {
         "weights": 4 * (total + adapter) / part,
@@ -82,7 +68,7 @@ def estimate(config, processes=1, shard=False, lora=0, bytes_=2, samples=16, tok
         + config.num_hidden_layers * keys * (wide + bytes_)
         + max(max(cast, copied * embedding) + wide * keys + 12 * drawn,  # a layer's keys grow by copying; or
               cast + 24 * drawn),        # logits, softmax, its sums in float64, and those of the token before
-        "update": 4 * trained / part + buckets + gathered
+        "update": 4 * trained / part + gathered
         + packed * config.num_hidden_layers * config.hidden_size * wide    # each layer's input is kept; then
         + max(computed,                                                # what one layer computes, or
               max(cast, copied * embedding) + 8 * logits,              # logits and log-softmax, or
@@ -144,113 +130,5 @@ class PeakBytes(TorchDispatchMode):
         self.live -= size
 
 
-def resident(what="VmRSS"):
-    """This process's memory now, or at its peak ("VmHWM"), in bytes."""
-    return 1024 * int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
-
-
-def in_a_process(arguments, ranks=1):
-    """sail.py with these arguments in a process of its own; its memory: before loading, per step, at its
-    peak. What is freed goes back to the kernel at once, so that it does not count."""
-    start = ([] if ranks == 1 else
-             ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)])
-    with tempfile.TemporaryDirectory() as folder:
-        finished = subprocess.run(
-            [sys.executable, *start, __file__, "--one", folder, *arguments, "--out", folder + "/run"],
-            text=True, capture_output=True,
-            env={"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", **os.environ})
-        if finished.returncode:
-            raise SystemExit(finished.stderr)
-        return json.loads(Path(folder, "memory.json").read_text())
-
-
-def one(folder):
-    """The child of in_a_process."""
-    import sail
-    steps, step, load = [], sail.training_step, sail.load_everything
-    before = []
-
-    def loading(*args):
-        before.append(resident())
-        return load(*args)
-
-    def watched(*args):
-        result = step(*args)
-        steps.append(resident())
-        return result
-
-    sail.load_everything, sail.training_step = loading, watched
-    sail.main()
-    if os.environ.get("RANK", "0") == "0":
-        figures = dict(before=before[0], steps=steps, peak=resident("VmHWM"))
-        Path(folder, "memory.json").write_text(json.dumps(figures))
-
-
-def checkpoint(folder, name):
-    """A random model of bench.py's, saved."""
-    from bench import MODELS, model_and_tokenizer
-    for part in model_and_tokenizer(dict(name=name, model=MODELS[name])):
-        part.save_pretrained(folder)
-
-
-def measure(name, steps):
-    """Print the table of peak memory."""
-    from bench import pairs_of
-    print(f"model {name}, {steps} steps of 8 pairs, prompts 64, responses up to 64, micro-batches of 2, MiB "
-          "above the memory before loading:\npeak, loading and saving included / after the last step; of two"
-          " ranks, sharded, the first\n"
-          "| | full | --lora 8 | --shard, two ranks | --shard --lora 8 |\n|---|---|---|---|---|")
-    with tempfile.TemporaryDirectory() as folder:
-        checkpoint(folder + "/model", name)
-        row = dict(prompt=64, response=64, steps=steps, batch=8, model=dict(vocab_size=8192))
-        Path(folder, "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs_of(row)))
-        common = ["--model", folder + "/model", "--data", folder + "/pairs.jsonl",
-                  "--reward", f"{ROOT}/experiments/bench.py:reward", "--steps", str(steps),
-                  "--batch-size", "8", "--micro-batch-size", "2", "--eval-every", "0", "--eval-limit", "1",
-                  "--max-prompt-length", "64", "--max-response-length", "64"]
-        for variant in ("dpo", "dp", "pp", "pr"):
-            cells = []
-            for ranks, more in ((1, []), (1, ["--lora", "8"]), (2, ["--shard"]),
-                                (2, ["--shard", "--lora", "8"])):
-                figures = in_a_process([*common, "--variant", variant, *more], ranks)
-                cells.append(" / ".join(f"{(figure - figures['before']) / 2**20:.0f}"
-                                        for figure in (figures["peak"], figures["steps"][-1])))
-            print(f"| {variant} | " + " | ".join(cells) + " |", flush=True)
-
-
-def flat(steps):
-    """Print memory after step 200 against step 20."""
-    from toy import toy_model
-    with tempfile.TemporaryDirectory() as folder:
-        for part in toy_model(seed=5):
-            part.save_pretrained(folder)
-        print(f"| variant | after step 20, MiB | after step {steps} | |\n|---|---|---|---|")
-        for variant in ("sft", "dpo", "dp", "pp", "pr", "spin"):
-            found = in_a_process(["--model", folder, "--data", "toy:grammar", "--variant", variant,
-                                  "--steps", str(steps), "--batch-size", "8", "--eval-every", "0",
-                                  "--eval-limit", "4"])["steps"]
-            print(f"| {variant} | {found[19] / 2**20:.1f} | {found[-1] / 2**20:.1f} | "
-                  f"{found[-1] / found[19] - 1:+.2%} |", flush=True)
-
-
-def main():
-    if sys.argv[1:2] == ["--one"]:
-        folder = sys.argv[2]
-        del sys.argv[1:3]
-        return one(folder)
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--measure", action="store_true")
-    parser.add_argument("--flat", action="store_true")
-    parser.add_argument("--model", default="M", help="of bench.py's, to measure (M)")
-    parser.add_argument("--steps", type=int, help="(measure: 3, flat: 200)")
-    args = parser.parse_args()
-    if args.measure:
-        measure(args.model, args.steps or 3)
-    if args.flat:
-        flat(args.steps or 200)
-    if not args.measure and not args.flat:
-        print_estimate()
-
-
 if __name__ == "__main__":
-    main()
+    print_estimate()

@@ -7,11 +7,11 @@ Runs that are finished are kept, so that it can be stopped and goes on. Tables g
 one line per run, to experiments/replication.jsonl, the picture of the toy's runs to experiments/results.png.
 
 Toy world: each seed has its own SFT model, and pairs that this model sampled; both are what the seed's other
-runs start from. Three data sets: all 18,000 pairs; a quarter of them, and all with 20 % of the labels
-flipped, for four methods. J is reward − 0.5·KL on 1,024 held-out prompts; J*, the best that any policy can
-have, comes from the seed's own SFT model. Own pairs come on top of the data's, so that the variants take more
-optimizer steps than dpo. "dp-control" is dp without its term T3, at as many steps; "dpo-longer" has those of
-online DPO and PR.
+runs start from. Four data sets: all 18,000 pairs; a quarter of them, and all with 20 % of the labels flipped,
+for four methods; and no offline pair at all, for T2 × 0, × 0.3 and × 1. The objective is reward − 0.5·KL on
+1,024 held-out prompts; the best that any policy can have comes from the seed's own SFT model. Own pairs come
+on top of the data's, so that the variants take more optimizer steps than dpo. "dp-control" is dp without its
+term T3, at as many steps; "dpo-longer" has those of online DPO and PR.
 
 Dialogues: a small Llama that has read nothing else is trained on the chosen responses; half of the pairs make
 a reward model; on the other half every method starts from the SFT model, with that reward model's labels
@@ -34,16 +34,16 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data import load_pairs, render
+from data import load_pairs, read_rows, render
 from runtime.run_directory import write_rows
-from toy import TOY_DEFAULTS, TOY_PAIRS
+from toy import draw_toy_pairs, toy_settings
 
 METHODS = {
     "dpo": "--variant dpo",
     "dpo-longer": "--variant dpo --steps 268",                         # as many as online DPO and PR have
     "dp": "--variant dp",
     "dp-control": "--variant dp --label-coef 0",
-    "online-dpo": "--variant pr --response-coef 0",
+    "online-dpo": "--variant online-dpo",
     "pr": "--variant pr",
     "pr-1": "--variant pr --response-coef 1",
     "pp": "--variant pp --revkl-coef 0.3",
@@ -55,11 +55,13 @@ FEW = ("dpo", "dp", "online-dpo", "pr")                                # on fewe
 # Of the picture, in which nobody could tell more apart.
 PICTURE = ("sft", "dpo", "dp", "pp", "online-dpo", "pr", "pr-1")
 # What `--data toy` implies, spelled out for the pairs that come from a file.
-TOY = "--eval-data toy:test " + " ".join(f"--{name.replace('_', '-')} {value}"
-                                         for name, value in TOY_DEFAULTS.items())
+TOY = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in toy_settings("dpo").items()
+               if name not in ("data", "model"))
+BETA = toy_settings("dpo")["beta"]
 EVALUATION = "--eval-every 30 --eval-limit 1024"
 WORLDS = {"toy": ("--data toy", METHODS), "toy-quarter": ("--data toy --limit 4500", FEW),
-          "toy-flipped": (f"--data {{flipped}} {TOY}", FEW)}
+          "toy-flipped": (f"--data {{flipped}} {TOY}", FEW),
+          "toy-online": ("--data toy --mix 1", ("online-dpo", "pr", "pr-1"))}       # no offline pair at all
 HH_METHODS = {**{name: METHODS[name] for name in ("dpo", "dp", "pp", "online-dpo", "pr")},
               "pr-hard": "--variant pr --preference hard"}             # for a reward model that is unsure
 HH = "--max-prompt-length 128 --max-response-length 64 --micro-batch-size 16 --eval-limit 256"
@@ -96,16 +98,15 @@ def flipped_pairs(pairs, share=0.2):
 
 def toy(runs, seeds, at_a_time, worlds=WORLDS, only=METHODS):
     """SFT models, their pairs, and all runs on worlds of the toy: {name: (flags of the data, methods)}."""
-    from reward import draw_toy_pairs
     models = {seed: runs / f"toy/sft-s{seed}/model" for seed in range(FIRST_SEED, FIRST_SEED + seeds)}
     train_all([(model.parent, f"--variant sft --seed {seed} --eval-limit 1024")
                for seed, model in models.items()], at_a_time, "toy sft")
     jobs = []
     for seed, model in tqdm(models.items(), "toy pairs"):              # before two runs at a time need them
-        if not (model / TOY_PAIRS).is_file():
-            draw_toy_pairs(str(model), model / TOY_PAIRS)
+        if not (model / "toy-pairs.jsonl").is_file():
+            draw_toy_pairs(str(model), model / "toy-pairs.jsonl")
         flipped = runs / f"toy-flipped/pairs-s{seed}.jsonl"
-        write_rows(flipped, flipped_pairs(load_pairs(model / TOY_PAIRS)[0]))
+        write_rows(flipped, flipped_pairs(read_rows(model / "toy-pairs.jsonl")))
         for world, (data, methods) in worlds.items():
             jobs += [(runs / f"{world}/{method}-s{seed}",
                       f"{data.format(flipped=flipped)} --model {model} --seed {seed} {EVALUATION} "
@@ -120,13 +121,14 @@ def split_dialogues(source, folder):
     the texts of that rest."""
     parts = {"held-out": [], "first": [], "second": []}
     for pair in load_pairs(source)[0]:
-        crc = zlib.crc32(json.dumps(pair["prompt"]).encode())
+        crc = zlib.crc32(json.dumps(pair.prompt).encode())
         parts["held-out" if crc % 8 == 0 else "first" if crc // 8 % 2 else "second"].append(pair)
     parts["both"] = parts["first"] + parts["second"]
     for name, pairs in parts.items():
-        write_rows(folder / f"{name}.jsonl", pairs)
-    return ["".join(render(pair["prompt"], pair[side]))
-            for pair in parts["both"] for side in ("chosen", "rejected")]
+        write_rows(folder / f"{name}.jsonl", [dict(prompt=pair.prompt, chosen=pair.chosen,
+                                                   rejected=pair.rejected) for pair in pairs])
+    return ["".join(render(pair.prompt, response)) for pair in parts["both"]
+            for response in (pair.chosen, pair.rejected)]
 
 
 def small_model(texts, folder):
@@ -157,7 +159,7 @@ def dialogues(source, runs, seeds, at_a_time):
                            f"--eval-data {held_out} --epochs 10 --learning-rate 2e-3 --schedule cosine"))
     for half in ("first", "second"):
         if not (folder / f"reward/{half}/model").is_dir():
-            run("experiments/reward_model.py", "--model", folder / "sft/model", "--data",
+            run("reward.py", "--train", "--model", folder / "sft/model", "--data",
                 folder / f"{half}.jsonl", "--eval-data", held_out, "--learning-rate", 1e-4, "--max-length",
                 192, "--overwrite", "--out", folder / f"reward/{half}")
     jobs = [(folder / f"{method}-s{seed}",
@@ -196,7 +198,8 @@ def rows_of(runs):
                "curve": [[each["step"], each.get("kl"), each.get("reward")] for each in evals],
                "peak_kl": max((each["kl"] for each in evals if each.get("kl") is not None), default=0.0)}
         if row["world"].startswith("toy"):
-            row["figures"]["J"] = j_of(row["figures"], json.loads((out / "args.json").read_text())["beta"])
+            beta = json.loads((out / "args.json").read_text())["beta"]
+            row["figures"]["objective"] = objective_of(row["figures"], beta)
         for name, file in (("figures", "first.json"), ("second", "second.json")):
             if (out.parent / file).is_file():
                 found = json.loads((out.parent / file).read_text())[out.name]
@@ -205,29 +208,29 @@ def rows_of(runs):
     return rows
 
 
-def j_of(figures, beta):
-    """[J, low, high] of a toy run, J = reward − 0.5·KL: as it was measured, where the run's β is the toy's
-    (simpo's is another), else without an interval. An SFT model is its own reference."""
-    if "J" in figures and beta == TOY_DEFAULTS["beta"]:
-        return figures["J"]
+def objective_of(figures, beta):
+    """[objective, low, high] of a toy run, reward − 0.5·KL: as it was measured, if the run's β is the
+    toy's (simpo's is another), else without an interval. An SFT model is its own reference."""
+    if "objective" in figures and beta == BETA:
+        return figures["objective"]
     kl = figures["kl"][0] if "kl" in figures else 0.0
-    return [figures["reward"][0] - TOY_DEFAULTS["beta"] * kl, None, None]
+    return [figures["reward"][0] - BETA * kl, None, None]
 
 
 def below_the_best(rows, runs, samples=2000):
-    """Give each toy run figures["gap"], J* − J, and row["above"]: by how much the low end of its reward lies
-    above the highest reward at its KL. Both by the frontier of its own seed's SFT model; a KL that the
+    """Give each toy run figures["gap"], to the best possible, and row["above"]: by how much the low end of its
+    reward lies above the highest reward at its KL. Both by the frontier of its own seed's SFT model; a KL that the
     samples do not reach has no "above"."""
     from evaluate import best_possible
     for seed in sorted({row["seed"] for row in rows if row["world"] == "toy"}):
         ours = [row for row in rows if row["world"].startswith("toy") and row["seed"] == seed]
         models = [runs / row["world"] / f"{row['method']}-s{seed}" for row in ours if row["method"] != "sft"]
-        best, curve = best_possible(argparse.Namespace(models=models, frontier=samples, eval_limit=256,
-                                                        seed=seed))
+        best, curve = best_possible(argparse.Namespace(
+            models=models, frontier=samples, eval_limit=256, seed=seed, reward=toy_settings("dpo")["reward"]))
         kls, heights = zip(*sorted((point["kl"], point["reward"]) for point in curve))
         for row in ours:
             figures = row["figures"]
-            figures["gap"] = [best["best"] - figures["J"][0], None, None]
+            figures["gap"] = [best["best"] - figures["objective"][0], None, None]
             if figures.get("kl", [0.0])[0] <= kls[-1]:
                 height = float(np.interp(figures.get("kl", [0.0])[0], kls, heights))
                 row["above"] = round(figures["reward"][1] - height, 3)
@@ -251,7 +254,7 @@ def table(rows, columns, methods=("sft", *METHODS)):
             return ""
         value, low, high = figures[method, seeds[0]] if len(seeds) == 1 else over_seeds(
             [figures[method, seed][0] - (figures[base, seed][0] if base else 0) for seed in seeds])
-        half = "" if low is None else f" ± {(high - low) / 2:.2f}"     # a single run's J may have no interval
+        half = "" if low is None else f" ± {(high - low) / 2:.2f}"     # a single run's may have no interval
         return f"{value:{'+' if base else ''}.2f}{half}"
 
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
@@ -267,15 +270,16 @@ def report(runs):
     below_the_best(rows, runs)
     write_rows(ROOT / "experiments/replication.jsonl", rows)
     shown = [path for method in PICTURE for path in sorted((runs / "toy").glob(f"{method}-s*"))]
-    subprocess.run([sys.executable, ROOT / "evaluate.py", "--compare", *shown, "--frontier", "2000", "--out",
+    subprocess.run([sys.executable, ROOT / "evaluate.py", "--compare", *shown, "--frontier", "2000",
+                    "--reward", toy_settings("dpo")["reward"], "--out",
                     runs / "toy.json"], check=True)
     shutil.copy(runs / "toy.png", ROOT / "experiments/results.png")
 
     def of(world, *names):
-        heads = {"kl": "KL", "gap": "J* − J", "J-dpo": "J minus DPO's", "J-dpo-longer": "minus longer DPO's",
-                 "J-online-dpo": "minus online DPO's",
-                 "reward-dpo": "minus DPO's", "win_rate": "win rate", "lc_win_rate": "length-controlled",
-                 "length": "tokens"}
+        heads = {"kl": "KL", "objective": "reward − β·KL", "gap": "below the best",
+                 "objective-dpo": "minus DPO's", "objective-dpo-longer": "minus longer DPO's",
+                 "objective-online-dpo": "minus online DPO's", "reward-dpo": "minus DPO's",
+                 "win_rate": "win rate", "lc_win_rate": "length-controlled", "length": "tokens"}
         return {heads.get(name, name): (world, "figures", name) for name in names}
 
     def ends(world):
@@ -285,14 +289,18 @@ def report(runs):
     print(f"\n{sum(excess <= 0 for excess in above)} of {len(above)} toy runs lie below the best possible or "
           f"within their interval of it; the largest excess is {max(above):.3f}")
     print("\nToy world; highest KL: of all seeds and evaluations:\n\n" + table(rows, {
-        **of("toy", "reward", "kl", "J", "gap", "J-dpo", "J-dpo-longer", "J-online-dpo"), **ends("toy")}))
+        **of("toy", "reward", "kl", "objective", "gap", "objective-dpo", "objective-dpo-longer",
+             "objective-online-dpo"), **ends("toy")}))
     print("\nDP beside its control, and the difference:\n\n" + table(rows, {
-        head: ("toy", "figures", name + minus) for name in ("reward", "kl", "margin", "accuracy", "J")
+        head: ("toy", "figures", name + minus) for name in ("reward", "kl", "margin", "accuracy", "objective")
         for head, minus in ((name, ""), (f"{name}, difference", "-dp-control"))}, ("dp-control", "dp")))
     for world, title in (("toy-quarter", "A quarter of the pairs"),
                          ("toy-flipped", "20 % of the labels flipped")):
         print(f"\n{title}:\n\n" + table(rows, {
-            **of(world, "reward", "kl", "J", "J-dpo", "J-online-dpo"), **ends(world)}))
+            **of(world, "reward", "kl", "objective", "objective-dpo", "objective-online-dpo"),
+            **ends(world)}))
+    print("\nFully online, T2 × 0, × 0.3 and × 1:\n\n" + table(rows, {
+        **of("toy-online", "reward", "kl", "objective", "objective-online-dpo"), **ends("toy-online")}))
     if any(row["world"] == "dialogues" for row in rows):
         print("\nDialogues, by the first reward model, which PR saw, and by the second:\n\n" + table(rows, {
             **of("dialogues", "reward", "reward-dpo", "win_rate", "lc_win_rate"),

@@ -2,7 +2,6 @@
 
     python experiments/terms_exact.py                        # two minutes on one core; tables, JSON
     python experiments/terms_exact.py --plot terms.png       # … and draws regret against KL
-    python experiments/terms_exact.py --optimizer natural    # the same gradients, followed another way
 
 A world is one context with 40 responses; reference logits and rewards are standard normal. A policy is a
 softmax over 40 logits that starts as the reference. Labels are Bradley-Terry, P(i ≻ j) = σ(r_i − r_j), in the
@@ -14,15 +13,14 @@ distribution is π_ref × π_ref. Every expectation is a sum over all 40 × 40 p
 The regret at a KL is the best expected reward at that KL, which π_ref·exp(r/τ)/Z has, minus the policy's when
 its KL(π‖π_ref) first reaches it. The methods share their worlds, so differences are taken world by world.
 
-Where the methods end, at β 0.5: the second table has J* − J, J = E[reward] − β·KL(π‖π_ref), where the
-gradient has died out, and the KL there. Its columns are data sets: all pairs with their true preferences, the
+Where the methods end, at β 0.5: the second table has how far E[reward] − β·KL(π‖π_ref) lies below the best,
+where the gradient has died out, and the KL there. Its columns are data sets: all pairs with their true preferences, the
 same with 20 % of the labels flipped, and 3,000 pairs drawn from the reference with labels drawn, right or
 flipped. The reward model's labels are always true. No gradient of the data moves a response that is in none.
 
-How to read the first: the regret is that of the path, which the optimizer shapes as much as the terms do.
-Adam moves all logits at one pace, the gradient moves them in proportion to their probability, and the natural
-gradient does not depend on how the policy is parametrised. PP with mix 1 sees no reward: at the reference its
-gradient is zero, and Adam blows rounding up into a direction, which is as arbitrary as it sounds.
+How to read the first: the regret is that of the path, which the optimizer, Adam, shapes as much as the terms
+do. PP with mix 1 sees no reward: at the reference its gradient is zero, and Adam blows rounding up into a
+direction, which is as arbitrary as it sounds.
 """
 import argparse
 import json
@@ -40,8 +38,7 @@ from sail import utility
 
 RESPONSES, BETA = 40, 0.1
 END_BETA, PAIRS, FLIPPED = 0.5, 3000, 0.2                           # where the methods end
-OPTIMIZERS = {"adam": (torch.optim.Adam, 0.02), "sgd": (torch.optim.SGD, 30.0),
-              "natural": (torch.optim.SGD, 1.0)}
+LEARNING_RATE = 0.02                                                # of Adam, on the way
 KLS, CURVE = [0.2, 0.5, 1.0, 2.0], [0.05 * 40 ** (i / 30) for i in range(31)]     # of table, picture
 ROUTES = {"dpo": (False, False), "dp": (False, True), "pp": (True, True), "pr": (True, False)}
 METHODS = {                                                         # route, mix, c2, c3, γ
@@ -120,13 +117,12 @@ def surrogate(logps, reference, preference, route, c2, c3, beta=BETA, pairs=None
     return T1 + c2 * T2 + c3 * T3
 
 
-def climb(reference, reward, method, optimizer_name, steps):
+def climb(reference, reward, method, steps):
     """Train all worlds by one method, from the reference: (KL(π‖π_ref), expected reward), each (steps, S)."""
     route, mix, c2, c3, gamma = method
     preference = torch.sigmoid(pairwise(reward))
     logits = reference.clone().requires_grad_()
-    kind, learning_rate = OPTIMIZERS[optimizer_name]
-    optimizer = kind([logits], learning_rate, maximize=True)        # elementwise: worlds stay apart
+    optimizer = torch.optim.Adam([logits], LEARNING_RATE, maximize=True)      # elementwise: worlds apart
     kls, rewards, furthest = [], [], torch.zeros(len(reward))
     for _ in range(steps):
         logps = logits.log_softmax(-1)
@@ -142,8 +138,6 @@ def climb(reference, reward, method, optimizer_name, steps):
             objective = objective + (1 - mix) * surrogate(logps, reference, preference, "dpo", 0, 0)
         optimizer.zero_grad()
         objective.backward()
-        if optimizer_name == "natural":         # F⁻¹∇ up to a constant, F = diag(π) − ππᵀ; the data pull hard
-            logits.grad = (logits.grad / logps.detach().exp()).clamp(-1, 1)         # on what π has given up
         optimizer.step()
     return torch.stack(kls), torch.stack(rewards)
 
@@ -207,11 +201,11 @@ def end_of(reference, preference, data, method, steps=1000):
 
 
 def measure_ends(seeds):
-    """{method: {data set: summaries of J* − J, of that minus DPO's, of KL; `moving`, how many worlds have a
-    gradient that has not died out}}."""
+    """{method: {data set: summaries of what is lost to the best, of that minus DPO's, of KL; `moving`, how many
+    worlds have a gradient that has not died out}}."""
     reference, reward = worlds(seeds)
     preference, lost = torch.sigmoid(pairwise(reward)), {}
-    best = END_BETA * (reference + reward / END_BETA).logsumexp(-1)                 # J*, (S,)
+    best = END_BETA * (reference + reward / END_BETA).logsumexp(-1)                 # the best, (S,)
     results = {name: {} for name in ENDS}
     for data_name, (size, flipped) in tqdm(DATA.items(), "ends"):
         data = data_of(reference, preference, size, flipped)
@@ -226,7 +220,8 @@ def measure_ends(seeds):
 
 
 def table_of_ends(results):
-    """J* − J of every method and data set in markdown, the difference to DPO in brackets, then the KL."""
+    """What is lost to the best, of every method and data set in markdown, the difference to DPO in brackets,
+    then the KL."""
     def cell(figures, name):
         def of(key, sign=""):
             half = "" if figures[key]["half"] is None else f" ± {figures[key]['half']:.3f}"
@@ -235,7 +230,8 @@ def table_of_ends(results):
         return of("lost") + f" ({of('minus DPO', '+')})" * (name != "DPO") + (
             f"; KL {figures['kl']['mean']:.2f}{moving}")
 
-    lines = ["| J* − J (minus DPO's); KL | " + " | ".join(DATA) + " |", "|---" * (len(DATA) + 1) + "|"]
+    lines = ["| below the best (minus DPO's); KL | " + " | ".join(DATA) + " |"]
+    lines += ["|---" * (len(DATA) + 1) + "|"]
     lines += [f"| {name} | " + " | ".join(cell(found[data], name) for data in DATA) + " |"
               for name, found in results.items()]
     return "\n".join(lines)
@@ -248,13 +244,13 @@ def summary(values):
     return {"mean": mean, "half": None if math.isnan(low) else (high - low) / 2, "worlds": len(values)}
 
 
-def measure(seeds, steps, optimizer):
+def measure(seeds, steps):
     """All methods: settings, regret by world and in summary, paired differences, and the curves to draw."""
     reference, reward = worlds(seeds)
     best = {at: best_reward(reference, reward, at) for at in KLS + CURVE}
     regret = {}                                                     # method -> KL -> (S,)
     for name, method in tqdm(METHODS.items(), "methods"):
-        kls, rewards = climb(reference, reward, method, optimizer, steps)
+        kls, rewards = climb(reference, reward, method, steps)
         regret[name] = {at: best[at] - reward_at(kls, rewards, at) for at in best}
     methods = {}
     for name, method in METHODS.items():
@@ -264,11 +260,9 @@ def measure(seeds, steps, optimizer):
             "regret": {at: summary(regret[name][at]) for at in KLS},
             "minus online DPO": {at: summary(regret[name][at] - regret[online][at]) for at in KLS},
             "minus offline DPO": {at: summary(regret[name][at] - regret["offline DPO"][at]) for at in KLS},
-            "by world": {at: [x if math.isfinite(x) else None for x in regret[name][at].tolist()]
-                         for at in KLS},
             "curve": [{"kl": at, **summary(regret[name][at])} for at in CURVE]}
-    results = {"seeds": seeds, "steps": steps, "responses": RESPONSES, "beta": BETA, "optimizer": optimizer,
-               "learning_rate": OPTIMIZERS[optimizer][1], "methods": methods}
+    results = {"seeds": seeds, "steps": steps, "responses": RESPONSES, "beta": BETA,
+               "learning_rate": LEARNING_RATE, "methods": methods}
     return json.loads(json.dumps(results))                          # as read back from a file: keys are text
 
 
@@ -322,13 +316,12 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=16, help="worlds (default: 16)")
     parser.add_argument("--steps", type=int, default=3000, help="at most (default: 3000)")
-    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")
     parser.add_argument("--out", default="runs/terms-exact.json", help="the figures as JSON")
     parser.add_argument("--plot", metavar="PNG", help="draw regret against KL")
     args = parser.parse_args()
     torch.set_num_threads(1)                                        # small tensors: more threads only wait
-    results = {**measure(args.seeds, args.steps, args.optimizer), "ends": measure_ends(args.seeds)}
-    print(f"{args.seeds} worlds, {args.optimizer}; mean ± half-width of the 95 % interval over worlds; "
+    results = {**measure(args.seeds, args.steps), "ends": measure_ends(args.seeds)}
+    print(f"{args.seeds} worlds; mean ± half-width of the 95 % interval over worlds; "
           "(n): only n worlds get there\n")
     print(table(results))
     print(f"\nWhere the methods end, at β {END_BETA}:\n")

@@ -8,7 +8,7 @@ from conftest import TEMPLATE, byte_tokenizer
 from test_errors import fails
 
 import generate
-from data import encode, end_token_ids
+from data import encode, end_token_ids, Pair
 from runtime.command_line import InputError
 
 CATEGORIES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,
@@ -92,13 +92,13 @@ def test_the_second_turn_is_asked_after_the_models_own_answer_to_the_first(templ
 def test_a_single_question_has_the_prompt_ids_that_training_has(template, limit, calls):
     tokenizer = byte_tokenizer(template, bos=True)
     answers([["a long question"]], tokenizer, "AlpacaEval", limit)
-    pair = {"prompt": "a long question", "chosen": "good", "rejected": "bad"}
+    pair = Pair("a long question", "good", "bad")
     (example,), *_ = encode([pair], tokenizer, end_token_ids(tokenizer), limit, 50)
-    assert [ids for _, ids, _ in calls] == [example["prompt_ids"]] and len(example["prompt_ids"]) <= limit
+    assert [ids for _, ids, _ in calls] == [example.prompt_ids] and len(example.prompt_ids) <= limit
 
 
 def test_a_question_that_does_not_fit_is_named(calls):
-    with pytest.raises(InputError, match="prompt 1: prompt longer than --max-prompt-length"):
+    with pytest.raises(InputError, match="none of 1 prompts can be asked: 1 prompt longer than --max-prompt-length"):
         answers([["a long question"]], byte_tokenizer(TEMPLATE), "AlpacaEval", 6)
 
 
@@ -144,7 +144,7 @@ BAD = {  # a question file and what must be said about it
 def test_bad_questions_are_named_in_one_line(name, tmp_path, monkeypatch, capsys):
     rows, message = BAD[name]
     out = tmp_path / "out.jsonl"
-    argv = ["benchmarks.py", "--questions", write(tmp_path / name, rows), "--out", str(out)]
+    argv = ["benchmarks.py", "--model", "m", "--questions", write(tmp_path / name, rows), "--out", str(out)]
     assert message in fails(benchmarks.main, argv, monkeypatch, capsys) and not out.exists()
 
 
@@ -155,5 +155,5 @@ def test_bad_questions_are_named_in_one_line(name, tmp_path, monkeypatch, capsys
 def test_a_question_that_cannot_be_asked_is_named(template, message, calls):
     tokenizer = byte_tokenizer("{% if messages[0].content == 'Q' %}" + template + "{% else %}ok"
                                "{% if messages[1:] %}{{ messages[-1].content }}{% endif %}{% endif %}")
-    with pytest.raises(InputError, match=f"prompt 2: {message}"):
+    with pytest.raises(InputError, match=f"questions that cannot be asked: 1 {message}"):
         answers([["P"], ["Q"]], tokenizer)

@@ -176,7 +176,7 @@ def test_csv_text_stays_text_and_a_byte_order_mark_is_no_text(tmp_path):
 
 
 def test_half_a_surrogate_pair_is_dropped(tmp_path):
-    (tmp_path / "x.jsonl").write_text('Pair("Q", "\\ud83d", "b")\n' + json.dumps(
+    (tmp_path / "x.jsonl").write_text('{"prompt": "Q", "chosen": "\\ud83d", "rejected": "b"}\n' + json.dumps(
         dict(prompt="Q", chosen="good", rejected="bad")) + "\n")
     pairs, report = load_pairs(str(tmp_path / "x.jsonl"))
     assert len(pairs) == 1 and report["dropped"] == {data.NO_TEXT: 1}

@@ -225,9 +225,10 @@ def test_an_adapter_has_a_learning_rate_of_its_own():
 
 
 @pytest.mark.parametrize("main, argv, message", [
-    (generate.main, ["generate.py", "--model", "/no/such/model", "--data", __file__.replace("errors", "errors")], "; of a run, name its model/"),
+    (generate.main, ["generate.py", "--model", "/no/such/model", "--data", "DATA"], "; of a run, name its model/"),
     (reward.main, ["reward.py", "--reward", "m.py:f", "--responses", "/no/such.jsonl"], "no such file")])
-def test_the_companions_complain_in_the_same_way(main, argv, message, monkeypatch, capsys):
+def test_the_companions_complain_in_the_same_way(main, argv, message, tmp_path, monkeypatch, capsys):
+    argv = [write(tmp_path / "x.jsonl") if word == "DATA" else word for word in argv]
     assert message in fails(main, argv, monkeypatch, capsys)
 
 
@@ -251,7 +252,8 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path, monkeypatch, c
         part.save_pretrained(tmp_path / "base")
     argv = ["sail.py", "--data", write(tmp_path / "x.jsonl"), "--variant", "dpo", "--model", str(tmp_path / "base"),
             "--limit", "3", "--epochs", "1",
-            "--batch-size", "2", "--out", str(tmp_path / "out")]
+            "--batch-size", "1", "--max-prompt-length", "8", "--max-response-length", "8", "--out",
+            str(tmp_path / "out")]
     assert "too few for 2 processes" in fails(sail.main, argv, monkeypatch, capsys)
 
 

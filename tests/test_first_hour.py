@@ -94,9 +94,9 @@ def test_the_answers_of_two_runs_are_shown_side_by_side(two_runs, monkeypatch, c
         assert block.index(ours["response"]) < block.index(theirs["response"])
 
 
-def test_an_adapter_directory_is_named_as_one(tmp_path, monkeypatch, capsys):
+def test_an_adapter_directory_is_named_as_one(held_out, tmp_path, monkeypatch, capsys):
     (tmp_path / "adapter_config.json").write_text("{}")
-    argv = ["--model", str(tmp_path), "--data", "toy:test"]
+    argv = ["--model", str(tmp_path), "--data", held_out]
     for main, argv in ((sail.main, ["sail.py", "--variant", "dpo", *argv]),
                        (generate.main, ["generate.py", *argv])):
         monkeypatch.setattr("sys.argv", argv)
@@ -108,10 +108,10 @@ def test_an_adapter_directory_is_named_as_one(tmp_path, monkeypatch, capsys):
 def test_a_long_run_says_which_flags_make_it_shorter(seconds, device, told, capsys):
     args = SimpleNamespace(eval_every=10, batch_size=31, max_response_length=512, max_prompt_length=512,
                            eval_limit=128)
-    sail.say_how_long(seconds, 30.0, 40, args, torch.device(device))
+    sail.print_how_long(seconds, 30.0, 40, args, torch.device(device))
     said = capsys.readouterr().out
-    minutes = (40 * seconds + 5 * 30) / 60
-    assert f"about {minutes:.0f} min for 40 step(s), 5 evaluation(s)" in said
+    minutes = (40 * seconds + 4 * 30) / 60
+    assert f"about {minutes:.0f} min to go" in said
     assert ("--batch-size (31), --max-response-length (512)" in said) == told
 
 

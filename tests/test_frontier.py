@@ -1,7 +1,10 @@
 """The best that any policy can do, against the exact curve of a policy that can be enumerated."""
+import re
+
 import pytest
 import sail
 import torch
+from conftest import TOY_REWARD
 from test_enumeration import World
 from test_reward_evaluate import run_evaluate
 
@@ -61,17 +64,17 @@ def test_temperatures_that_leave_fewer_than_thirty_samples_are_left_out():
     assert [row["temperature"] for row in frontier(rewards, [0.1, 10.0])] == [10.0]
 
 
-def test_compare_sets_runs_beside_the_best_possible(base, tmp_path, monkeypatch, capsys):
+def test_compare_sets_runs_beside_the_best_possible(base, held_out, tmp_path, monkeypatch, capsys):
     sail.main(["--model", base, "--variant", "dpo", "--data", "toy", "--limit", "48", "--steps", "1",
                "--eval-limit", "32", "--beta", "4", "--out", str(tmp_path / "dpo")])
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
-    figures = run_evaluate(monkeypatch, "dpo", "--compare", "--frontier", "200")["dpo"]
+    code = ["--compare", "--reward", TOY_REWARD, "--eval-data", held_out]
+    figures = run_evaluate(monkeypatch, "dpo", *code, "--frontier", "200")["dpo"]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("|  | reward | KL | J | J* − J |") and len(lines[0].split("|")) <= 10
-    words = lines[-1].split()                                           # "the best at β 4: J* VALUE ± …"
-    best = float(words[words.index("J*") + 1])
-    assert figures["gap"]["value"] == pytest.approx(best - figures["J"]["value"], abs=6e-4)
+    assert lines[0].startswith("| | reward | KL | reward − β·KL | below the best |") and len(lines[0].split("|")) <= 10
+    best = float(re.match(r"the best reward − β·KL at β 4 is (\S+) ± ", lines[-1])[1])
+    assert figures["gap"]["value"] == pytest.approx(best - figures["objective"]["value"], abs=6e-4)
     assert (tmp_path / "figures.png").is_file()
     with pytest.raises(InputError, match="--frontier 100: too few samples at β 0.1; give more"):
-        run_evaluate(monkeypatch, "dpo", "--compare", "--frontier", "100", "--beta", "0.1")
+        run_evaluate(monkeypatch, "dpo", *code, "--frontier", "100", "--beta", "0.1")

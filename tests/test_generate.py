@@ -225,10 +225,10 @@ def test_a_model_smaller_than_its_tokenizer_is_refused_only_where_an_id_that_occ
         prepare(model, tokenizer)
 
 
-def test_the_command_line_writes_one_row_per_prompt(checkpoint, tmp_path, monkeypatch, capsys):
+def test_the_command_line_writes_one_row_per_prompt(checkpoint, held_out, tmp_path, monkeypatch, capsys):
     out = tmp_path / "responses.jsonl"
     monkeypatch.setattr("sys.argv", [
-        "generate.py", "--model", str(checkpoint), "--data", "toy:test", "--limit", "5",
+        "generate.py", "--model", str(checkpoint), "--data", held_out, "--limit", "5",
         "--max-prompt-length", "64", "--max-response-length", "6", "--out", str(out)])
     generate.main()
     rows = [json.loads(line) for line in out.read_text().split("\n") if line]

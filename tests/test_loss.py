@@ -159,7 +159,9 @@ def test_without_flags_it_is_dpo_exactly(loss_type):
     torch.manual_seed(0)
     ours = [torch.randn(5, requires_grad=True) for _ in range(2)]
     theirs = [torch.randn(5) for _ in range(2)]
-    plain = dpo_loss(*ours, *theirs, beta=0.3, loss_type=loss_type)
+    plain = -utility(0.3 * ((ours[0] - theirs[0]) - (ours[1] - theirs[1])), 0.3, loss_type)
+    if loss_type == "sigmoid":
+        plain = dpo_loss(*ours, *theirs, beta=0.3)
     sail_losses, _ = sail_loss(*ours, *theirs, beta=0.3, loss_type=loss_type)
     assert torch.equal(plain, sail_losses)
     for one, other in zip(torch.autograd.grad(plain.sum(), ours),
@@ -231,7 +233,7 @@ def test_without_coefficients_they_are_those_that_the_flags_recommend():
         losses, _ = sail_loss(*columns, None, flagged, flagged, beta=BETA, **coefficients)
         return torch.autograd.grad(losses.sum(), columns[0])[0]
 
-    pr, dp = sail.VARIANTS["pr"]["response_coef"], sail.VARIANTS["dp"]["label_coef"]
+    pr, dp = sail.VARIANTS["pr"].response_coef, sail.VARIANTS["dp"].label_coef
     assert (pr, dp) == (0.3, 0.2) and not torch.equal(gradients(), gradients(response_coef=1.0))
     assert torch.equal(gradients(), gradients(response_coef=pr, label_coef=dp))
 
@@ -269,7 +271,7 @@ def test_the_metrics_equal_a_hand_computed_example():
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "simpo", "orpo"])
 def test_the_loss_can_be_pasted(loss_type):
     """Its source and what it calls run where nothing but torch is imported, with the same numbers."""
-    functions = map(inspect.getsource, (sail.implicit_reward, sail.utility, sail.sail_loss))
+    functions = map(inspect.getsource, (sail.utility, sail.sail_loss, sail.sail_metrics))
     namespace = {}
     exec("\n\n".join(["import torch", "import torch.nn.functional as F", *functions]), namespace)
     logits, reference, *_ = softmax_policy()

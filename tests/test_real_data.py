@@ -2,9 +2,9 @@
 import json
 
 import pytest
-from conftest import TEMPLATE, byte_tokenizer
+from conftest import TEMPLATE, byte_tokenizer, pairs_of
 
-from data import Dialogue, encode, fitting_prompt, load_pairs, NO_TEXT, render
+from data import Dialogue, Pair, encode, fitting_prompt, load_pairs, NO_TEXT, render
 
 
 def turn(role, content, **more):
@@ -29,7 +29,12 @@ def dropped_of(tmp_path, row):
     return dict(report["dropped"])
 
 
+def pair_of(row):
+    return pairs_of([row])[0]
+
+
 def encode_one(pair, tokenizer, *limits):
+    pair = pair if isinstance(pair, Pair) else pair_of(pair)
     examples, counts, _ = encode([pair], tokenizer, {1}, *(limits or (100, 100)))
     return examples[0], counts
 
@@ -89,19 +94,19 @@ def test_a_token_that_would_reach_over_the_boundary_is_counted():
 def test_turns_before_the_answer_follow_the_prompt_or_repeat_it(prompt, first, before, tmp_path):
     for repeated in ([], [Q], first):
         row = dict(prompt=prompt, chosen=repeated + before + [GOOD], rejected=repeated + before + [BAD])
-        assert load(tmp_path, row)[0] == [dict(prompt=first + before, chosen="good", rejected="bad")]
+        assert load(tmp_path, row)[0] == pairs_of([dict(prompt=first + before, chosen="good", rejected="bad")])
 
 
 def test_strings_that_begin_with_their_prompt_lose_it_if_most_rows_have_that_form(tmp_path):
     rows = [dict(prompt=f"question {i}", chosen=f"question {i} yes", rejected=f"question {i} no")
             for i in range(9)]
     pairs, report = load(tmp_path, *rows, PLAIN)
-    assert pairs[:9] == [dict(prompt=f"question {i}", chosen=" yes", rejected=" no") for i in range(9)]
-    assert pairs[9] == PLAIN
+    assert pairs[:9] == [Pair(f"question {i}", " yes", " no") for i in range(9)]
+    assert pairs[9] == pair_of(PLAIN)
     assert report["altered"] == {"prompts repeated in their responses, taken out": 9}
     echo = dict(prompt="Hello", chosen="Hello you", rejected="Hello there")          # an answer, in its file
     pairs, report = load(tmp_path, echo, PLAIN, PLAIN)
-    assert pairs[0] == echo and not report["altered"]
+    assert pairs[0] == pair_of(echo) and not report["altered"]
 
 
 # --- columns and keys
@@ -118,7 +123,7 @@ def test_strings_that_begin_with_their_prompt_lose_it_if_most_rows_have_that_for
     (dict(instruction="Do", input="this", chosen="yes", rejected="no"), "Do\nthis"),
     (dict(question="Why?", chosen="yes", rejected="no", system="S"), [SYSTEM, turn("user", "Why?")])])
 def test_system_history_and_input_are_part_of_the_prompt(row, prompt, tmp_path):
-    assert load(tmp_path, row)[0] == [dict(prompt=prompt, chosen="yes", rejected="no")]
+    assert load(tmp_path, row)[0] == pairs_of([dict(prompt=prompt, chosen="yes", rejected="no")])
 
 
 @pytest.mark.parametrize("spelling, role", [
@@ -128,7 +133,7 @@ def test_the_usual_spellings_of_roles_are_understood(spelling, role, tmp_path):
     end = [Q] if role != "user" else []
     before = [turn(spelling, "one"), *end]
     pairs, _ = load(tmp_path, dict(chosen=before + [GOOD], rejected=before + [BAD]))
-    assert pairs[0]["prompt"] == [turn(role, "one"), *end]
+    assert pairs[0].prompt == [turn(role, "one"), *end]
 
 
 @pytest.mark.parametrize("row, reason", [
@@ -157,14 +162,14 @@ def test_messages_in_strings_are_read_as_messages(quote, tmp_path):
                 dict(chosen=quote([SYSTEM, Q, GOOD]), rejected=quote([SYSTEM, Q, BAD])),
                 dict(prompt=quote([SYSTEM, Q]), chosen=quote(GOOD), rejected=quote(BAD)),
                 dict(conversations=quote([SYSTEM, Q]), chosen=quote(GOOD), rejected=quote(BAD))):
-        assert load(tmp_path, row)[0] == [dict(prompt=[SYSTEM, Q], chosen="good", rejected="bad")]
+        assert load(tmp_path, row)[0] == pairs_of([dict(prompt=[SYSTEM, Q], chosen="good", rejected="bad")])
     scored = quote([dict(response="bad", overall_score=1), dict(response="good", overall_score=2)])
-    assert load(tmp_path, dict(instruction="Q", completions=scored))[0][0]["chosen"] == "good"
+    assert load(tmp_path, dict(instruction="Q", completions=scored))[0][0].chosen == "good"
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}', "[1, 2]", '[{"name": "x"}]', "{'role"])
 def test_answers_that_are_json_stay_text(text, tmp_path):
-    assert load(tmp_path, dict(PLAIN, chosen=text))[0][0]["chosen"] == text
+    assert load(tmp_path, dict(PLAIN, chosen=text))[0][0].chosen == text
 
 
 # --- templates
@@ -175,7 +180,7 @@ THINKS = TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'].spl
 def test_an_answer_that_the_template_rewrites_drops_its_pair_by_that_reason():
     pairs = [dict(prompt="Q", chosen="<think>yes</think>A", rejected="<think>no</think>A"),
              dict(prompt="Q", chosen="A", rejected="<think>no</think>B"), PLAIN]
-    examples, counts, _ = encode(pairs, byte_tokenizer(THINKS), {1}, 90, 90)
+    examples, counts, _ = encode(pairs_of(pairs), byte_tokenizer(THINKS), {1}, 90, 90)
     assert len(examples) == 1
     assert counts["the chat template rewrites the answer"] == counts["dropped"] == 2
 
@@ -192,7 +197,7 @@ def test_one_row_that_the_template_refuses_leaves_the_others():
     strict = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
               + TEMPLATE)
     pairs = [PLAIN, dict(PLAIN, prompt=[SYSTEM, Q]), PLAIN]
-    examples, counts, _ = encode(pairs, byte_tokenizer(strict), {1}, 90, 90)
+    examples, counts, _ = encode(pairs_of(pairs), byte_tokenizer(strict), {1}, 90, 90)
     assert len(examples) == 2 and counts["refused by the chat template: no system turns"] == 1
 
 
@@ -241,7 +246,7 @@ def test_too_long_a_dialogue_loses_its_oldest_turns_whole_and_keeps_the_system_t
 
 def test_a_dialogue_that_does_not_fit_without_its_older_turns_is_dropped():
     pairs = [dict(prompt=LONG, chosen="yes", rejected="no"), PLAIN, dict(PLAIN, prompt="d" * 50)]
-    examples, counts, lengths = encode(pairs, byte_tokenizer(TEMPLATE), {1}, 20, 9)
+    examples, counts, lengths = encode(pairs_of(pairs), byte_tokenizer(TEMPLATE), {1}, 20, 9)
     assert [example.prompt for example in examples] == ["Q0"]
     assert counts["prompt longer than --max-prompt-length"] == counts["dropped"] == 2
     assert max(lengths["prompt"]) > 60                                         # as they were before
@@ -249,7 +254,7 @@ def test_a_dialogue_that_does_not_fit_without_its_older_turns_is_dropped():
 
 def test_lengths_are_those_before_cutting():
     pair = dict(prompt="12345678", chosen="123456789", rejected="1")
-    _, counts, lengths = encode([pair], byte_tokenizer(), {1}, 4, 5)
+    _, counts, lengths = encode([pair_of(pair)], byte_tokenizer(), {1}, 4, 5)
     assert lengths == {"prompt": [8], "chosen": [10], "rejected": [2]}
     assert counts["truncated_prompts"] == counts["truncated_responses"] == 1
 
@@ -264,18 +269,18 @@ def test_a_file_that_was_replaced_under_its_name_and_time_is_read_anew(tmp_path)
     for answer in ("one", "two"):
         datasets.Dataset.from_list([dict(PLAIN, chosen=answer)]).to_parquet(str(path))
         os.utime(path, (0, 0))
-        assert load_pairs(str(path))[0][0]["chosen"] == answer
+        assert load_pairs(str(path))[0][0].chosen == answer
     for answer in ("one", "two"):
         datasets.Dataset.from_list([dict(PLAIN, chosen=answer)]).to_parquet(str(tmp_path / "dir/x.parquet"))
         os.utime(tmp_path / "dir/x.parquet", (0, 0))
-        assert load_pairs(str(tmp_path / "dir"))[0][0]["chosen"] == answer
+        assert load_pairs(str(tmp_path / "dir"))[0][0].chosen == answer
 
 
 def test_columns_of_pictures_are_not_opened(tmp_path):
     import datasets
     rows = datasets.Dataset.from_list([dict(PLAIN, portrait={"path": None, "bytes": b"no picture"})])
     rows.cast_column("portrait", datasets.Image()).to_parquet(str(tmp_path / "x.parquet"))
-    assert load_pairs(str(tmp_path / "x.parquet"))[0] == [PLAIN]
+    assert load_pairs(str(tmp_path / "x.parquet"))[0] == [pair_of(PLAIN)]
 
 
 # --- the template of the real model has the shape of this one

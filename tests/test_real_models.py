@@ -13,7 +13,7 @@ import generate
 import sail
 from data import BadRow, Pair, encode, load_tokenizer, render, response_text
 from runtime.command_line import InputError
-from runtime import processes
+from runtime import processes, run_directory
 from runtime.processes import process_group
 from runtime.run_directory import state_of
 from generate import load_policy, positions_of, sample
@@ -213,7 +213,7 @@ def test_a_run_keeps_its_date_and_is_continued_on_another_day(tmp_path, checkpoi
             return cls(2020, 1, 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sail, "date", Yesterday)
+        patch.setattr(run_directory, "date", Yesterday)
         sail.main([*argv, "--out", str(tmp_path / "run")])
     assert json.loads((tmp_path / "run/args.json").read_text())["date"] == "2020-01-01"
     before = rows_of(tmp_path / "run")

@@ -4,7 +4,7 @@ import json
 import pytest
 import replicate
 
-from toy import pairs_of
+from toy import grammar_pairs, toy_settings
 
 
 def finished_run(path, *evals, beta=0.5, **more):
@@ -18,19 +18,19 @@ def finished_run(path, *evals, beta=0.5, **more):
     (path / "args.json").write_text(json.dumps({"beta": beta}))
 
 
-def test_a_row_has_a_runs_figures_its_highest_kl_and_its_j(tmp_path):
+def test_a_row_has_a_runs_figures_its_highest_kl_and_its_objective(tmp_path):
     finished_run(tmp_path / "toy" / "dpo-s3", (0, 0.0, 9.0), (1, 5.0, 1.0), (2, 1.0, 2.0))
     assert replicate.rows_of(tmp_path) == [{
         "world": "toy", "method": "dpo", "seed": 3, "steps": 2, "seconds": 3.0, "peak_kl": 5.0,
-        "figures": {"kl": [1.0, 0.0, 2.0], "reward": [2.0, 1.5, 2.5], "J": [1.5, None, None]},
+        "figures": {"kl": [1.0, 0.0, 2.0], "reward": [2.0, 1.5, 2.5], "objective": [1.5, None, None]},
         "curve": [[0, 0.0, 9.0], [1, 5.0, 1.0], [2, 1.0, 2.0]]}]
 
 
-def test_j_is_the_runs_own_only_where_its_beta_is_the_toys(tmp_path):
-    measured = {"J": 1.25, "J_interval": [1.0, 1.5]}
+def test_the_objective_is_the_runs_own_only_where_its_beta_is_the_toys(tmp_path):
+    measured = {"objective": 1.25, "objective_interval": [1.0, 1.5]}
     finished_run(tmp_path / "toy" / "dpo-s0", (2, 1.0, 2.0), **measured)
     finished_run(tmp_path / "toy" / "simpo-s0", (2, 1.0, 2.0), beta=2.0, **measured)
-    figures = [row["figures"]["J"] for row in replicate.rows_of(tmp_path)]
+    figures = [row["figures"]["objective"] for row in replicate.rows_of(tmp_path)]
     assert figures == [[1.25, 1.0, 1.5], [1.5, None, None]]
 
 
@@ -40,7 +40,7 @@ def test_the_table_has_means_over_seeds_and_differences_seed_by_seed(tmp_path):
         finished_run(tmp_path / "toy" / f"pr-s{seed}", (1, 4.0 + seed, 0.0), (2, 2.0, pr))
     table = replicate.table(replicate.rows_of(tmp_path), {
         "reward": ("toy", "figures", "reward"), "minus DPO": ("toy", "figures", "reward-dpo"),
-        "J": ("toy", "figures", "J"), "highest KL": ("toy", "peak_kl", None),
+        "objective": ("toy", "figures", "objective"), "highest KL": ("toy", "peak_kl", None),
         "steps": ("toy", "steps", None)})
     assert table.split("\n")[2:] == [
         "| dpo | 2.00 ± 12.71 |  | 1.50 ± 12.71 | 1.00 | 2 |",
@@ -60,7 +60,7 @@ def test_dialogues_have_the_figures_that_evaluate_py_wrote(tmp_path):
 
 
 def test_a_fifth_of_the_labels_is_flipped_and_nothing_else():
-    pairs = pairs_of("toy")[0]
+    pairs = grammar_pairs()
     flipped = replicate.flipped_pairs(pairs)
     swapped = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
     assert all(row in (pair, other) for row, pair, other in zip(flipped, pairs, swapped))
@@ -70,9 +70,10 @@ def test_a_fifth_of_the_labels_is_flipped_and_nothing_else():
 
 def test_the_toys_settings_that_are_spelled_out_are_those_of_the_toy():
     from sail import parse_args
+    data = toy_settings("dpo", "M")["data"]
     own, spelled = (vars(parse_args(f"{data} --variant dpo --model M --eval-every 15".split())) for data in (
-        "--data toy", f"--data M/toy-pairs.jsonl {replicate.TOY}"))
-    assert {**spelled, "out": own["out"]} == own
+        "--data toy", f"--data {data} {replicate.TOY}"))
+    assert {**spelled, "out": own["out"], "toy": True, "reward": own["reward"]} == own
 
 
 def test_the_picture_shows_at_most_seven_methods():

@@ -14,6 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from conftest import TOY_REWARD
 from test_errors import fails
 from test_scale import largest_difference, rows_of, weights
 
@@ -204,7 +205,7 @@ def test_a_disk_that_is_full_while_logging_ends_the_run_with_one_line(base, tmp_
     def full(*_):
         raise OSError(28, "No space left on device", "metrics.jsonl")
 
-    monkeypatch.setattr(sail, "log", full)
+    monkeypatch.setattr(sail, "log_step", full)
     assert "metrics.jsonl: No space left on device" in fails_here(base, tmp_path, monkeypatch, capsys)
 
 
@@ -269,7 +270,7 @@ def test_data_that_changed_under_a_resume_are_named(base, tmp_path, monkeypatch,
     rows = [{"prompt": f"review the soup {i}", "chosen": "good .", "rejected": f"bad soup {'very ' * i}"}
             for i in range(60)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = ["--data", str(file), "--reward", "toy", "--max-prompt-length", "8"]
+    more = ["--data", str(file), "--reward", TOY_REWARD, "--max-prompt-length", "8"]
     run(base, tmp_path / "run", *more)
     assert len(json.loads((tmp_path / "run/args.json").read_text())["data_sha256"]) == 64
     file.write_text("".join(json.dumps(row) + "\n" for row in rows[:40] + rows[41:]))

@@ -161,7 +161,7 @@ def test_half_a_surrogate_pair_in_a_response_survives_the_scoring(tmp_path, monk
 
 @pytest.mark.parametrize("argv, message", [
     (["--reward", "mine.py"], "reward mine.py: which of its functions? want mine.py:FUNCTION"),
-    (["--reward", "mine.py:f"], "no such file mine.py"), (["--out", "folder"], "folder: Is a directory")])
+    (["--reward", "mine.py:f"], "no such file mine.py"), (["--reward", TOY_REWARD, "--out", "folder"], "folder: Is a directory")])
 def test_what_cannot_be_scored_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
@@ -204,7 +204,7 @@ def test_intervals_of_shares_hold_the_truth_95_times_in_100_even_of_few():
     ((2.0, 1.5, 2.5), "2.000 ± 0.500"), ((2.0, 1.52, 2.5), "2.000 ± 0.490"),         # as good as symmetric
     ((0.5, math.nan, math.nan), "0.500")])
 def test_an_interval_is_shown_by_its_ends_unless_they_are_equally_far(figure, text):
-    assert shown(*figure) == text
+    assert format_figure(*figure) == text
 
 
 def opponents(lengths):

@@ -172,10 +172,10 @@ def adapted(base, tmp_path_factory):
     pytest.importorskip("peft")
     out, loaded = tmp_path_factory.mktemp("lora") / "run", []
     with pytest.MonkeyPatch.context() as patch:
-        load = sail.load_everything
-        patch.setattr(sail, "load_everything", lambda *inputs: loaded.append(load(*inputs)) or loaded[0])
+        load = sail.load_run
+        patch.setattr(sail, "load_run", lambda *inputs: loaded.append(load(*inputs)) or loaded[0])
         run(base, out, "--variant", "pr", "--lora", "4", "--mix", "0.5", "--learning-rate", "1e-3")
-    return out, *loaded[0][:2]
+    return out, loaded[0][0].policy, loaded[0][0].reference
 
 
 def test_the_reference_of_an_adapter_is_its_base_bit_for_bit_also_after_training(base, adapted):
@@ -230,7 +230,7 @@ def test_without_peft_one_line_says_what_to_install(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     args = parse_args(["--variant", "dpo", "--model", base, "--lora", "4", "--limit", "60"])
     with pytest.raises(ModuleNotFoundError):
-        sail.load_everything(args, "cpu")
+        sail.load_run(args, torch.device("cpu"))
 
 
 def test_an_adapter_is_refused_as_a_model(adapted, tmp_path):
@@ -241,7 +241,6 @@ def test_an_adapter_is_refused_as_a_model(adapted, tmp_path):
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--variant", "sft", "--lora", "4"], "--lora: the toy's SFT model has no base"),
     (["--lora", "0"], "--lora: 0 is not in 1")])
 def test_flags_of_an_adapter_that_make_no_sense_are_named(argv, message, monkeypatch, capsys):
     assert message in fails(sail.main, ["sail.py", *argv], monkeypatch, capsys)

@@ -280,21 +280,21 @@ def test_without_torch_each_script_says_in_one_line_what_to_type(tmp_path):
 def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_model_is(base, tmp_path, capsys):
     sail.main(["--model", base, *SHORT, "--steps", "1", "--out", str(tmp_path / "run")])
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"held-out pairs: \d truncated_responses", lines.pop(0))
     size = sum(parameter.numel() for parameter in load_policy(base)[0].parameters())
     assert lines[0] == f"{base} on cpu: {size:,} of {size:,} parameters are trained"
-    assert lines[1].startswith(f"{base}/toy-pairs.jsonl: 39 pairs to train on, 4 to evaluate on; ")
-    assert re.fullmatch(r"   prompt: tokens median 5, 90 % 6, most 6; 0 of 40 longer than 8", lines[2])
+    assert lines[1].startswith(f"{base}/toy-pairs.jsonl: 39 pairs to train on; 1 dropped, ")
+    assert lines[2] == "   prompt: tokens median 5, 90 % 6, most 6; 0 of 40 longer than 8"
     assert lines[3].startswith("   chosen: tokens median ")
     assert lines[4].startswith(" rejected: tokens median ")
-    assert lines[5] == ("pr: 2 offline pairs + 2 on the variant's route = 4 pairs, 1 steps of 4 -> "
+    assert re.fullmatch(r"runs/toy/world/held-out.jsonl: 4 pairs to evaluate on; \d truncated_responses",
+                        lines[5])
+    assert lines[6] == ("pr: 2 offline pairs + 2 on the variant's way = 4 pairs, 1 steps of 4 -> "
                         f"{tmp_path}/run")
-    assert lines[6].startswith("step 1/1 | loss ")
-    said = r"the first step took [\d.]+ s, an evaluation 0.0 s: about 0 min for 1 step.s., 1 evaluation.s."
-    assert re.fullmatch(said, lines[7])
-    assert lines[8] == "evaluating at step 1: a response of up to 6 tokens to each of 4 held-out prompts …"
-    assert lines[-1] == (f"saved {tmp_path}/run/model; `python evaluate.py {tmp_path}/run` samples from it "
-                         "and sets it beside other runs")
+    assert lines[7].startswith("step 1/1 | loss ")
+    assert re.fullmatch(r"the first step took [\d.]+ s: about 0 min to go", lines[8])
+    assert lines[9] == "evaluating at step 1: a response of up to 6 tokens to each of 4 held-out prompts …"
+    assert lines[-1].startswith(f"saved {tmp_path}/run/model; `python evaluate.py {tmp_path}/run --reward ")
+
 
 
 def test_tensorboard_gets_the_metrics_and_the_held_out_figures(base, tmp_path):
