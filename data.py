@@ -779,12 +779,17 @@ def collate(prompts, responses, device="cpu"):
     the right. Masks come from lengths, so the padding id (0) means nothing and may equal any real token."""
     input_ids, attention_mask, response_mask = [], [], []
     for prompt, response in zip(prompts, responses):
-        input_ids.append(torch.tensor(prompt + response))
-        attention_mask.append(torch.ones(len(prompt) + len(response), dtype=torch.long))
-        response_mask.append(torch.tensor([0] * len(prompt) + [1] * len(response)))
-    return (pad_sequence(input_ids, batch_first=True).to(device),
-            pad_sequence(attention_mask, batch_first=True).to(device),
-            pad_sequence(response_mask, batch_first=True).to(device))
+        ids = torch.tensor(prompt + response)
+        in_response = torch.zeros_like(ids)
+        in_response[len(prompt):] = 1
+        input_ids.append(ids)
+        attention_mask.append(torch.ones_like(ids))
+        response_mask.append(in_response)
+    padded = []
+    for rows in (input_ids, attention_mask, response_mask):
+        rows = pad_sequence(rows, batch_first=True)                                # (B, T)
+        padded.append(rows.to(device))
+    return tuple(padded)
 
 
 # --- the command line ---------------------------------------------------------------------------------------
@@ -796,8 +801,10 @@ def length_table(lengths, unit, limits=None):
         if not numbers:
             continue
         ordered = sorted(numbers)
-        middle, most = ordered[len(ordered) // 2], ordered[len(ordered) * 9 // 10]
-        line = f"{side:>9}: {unit} median {middle}, 90 % {most}, most {ordered[-1]}"
+        n = len(ordered)
+        median = ordered[n // 2]
+        most = ordered[n * 9 // 10]
+        line = f"{side:>9}: {unit} median {median}, 90 % {most}, most {ordered[-1]}"
         if limits:
             over = sum(number > limits[side] for number in numbers)
             line += f"; {over} of {len(numbers)} longer than {limits[side]}"
@@ -819,10 +826,14 @@ def print_as_tokens(pairs, tokenizer, limits):
     """What `encode` makes of the pairs; two of them as the model sees them."""
     encoded, counts, lengths = encode(pairs, tokenizer, end_token_ids(tokenizer), *limits)
     print(f"{len(encoded)} encoded; {format_counts(+counts)}")
-    print(length_table(lengths, "tokens", dict(prompt=limits[0], chosen=limits[1], rejected=limits[1])))
+    prompt_limit, response_limit = limits
+    limit_of = dict(prompt=prompt_limit, chosen=response_limit, rejected=response_limit)
+    print(length_table(lengths, "tokens", limit_of))
     for nth, pair in enumerate(encoded[:2], 1):
-        print_pair(nth, tokenizer.decode(pair.prompt_ids), tokenizer.decode(pair.chosen_ids),
-                   tokenizer.decode(pair.rejected_ids))
+        prompt = tokenizer.decode(pair.prompt_ids)
+        chosen = tokenizer.decode(pair.chosen_ids)
+        rejected = tokenizer.decode(pair.rejected_ids)
+        print_pair(nth, prompt, chosen, rejected)
 
 
 def print_as_text(pairs):

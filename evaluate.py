@@ -38,11 +38,14 @@ def response_logps(model, examples, responses, dtype):
     device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
     longest = max(map(len, responses))
-    batch_size = max(1, min(32, 2**26 // (longest * vocabulary)))          # logits of at most 256 MB
+    batch_size = 2**26 // (longest * vocabulary)                       # logits of at most 256 MB
+    batch_size = max(1, min(32, batch_size))
+    prompts = [example.prompt_ids for example in examples]
+    starts = range(0, len(examples), batch_size)
     logps = []
-    for start in progress(range(0, len(examples), batch_size), "scoring, batches"):
-        prompts = [example.prompt_ids for example in examples[start:start + batch_size]]
-        batch = collate(prompts, responses[start:start + batch_size], device)
+    for start in progress(starts, "scoring, batches"):
+        rows = slice(start, start + batch_size)
+        batch = collate(prompts[rows], responses[rows], device)
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
             logps.append(sequence_logps(model, *batch))
     return torch.cat(logps).cpu()
@@ -67,9 +70,7 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
         responses, finished = sample(policy, tokenizer, [example.prompt_ids for example in examples],
                                      args.max_response_length)
     responses = [ids for ids, in responses]                 # one of each prompt
-    texts = []
-    for example, ids in zip(examples, responses):
-        texts.append(response_text(tokenizer, ids, example.prompt_ids))
+    texts = texts_of(examples, responses, tokenizer)
     columns = pair_columns(policy, reference, examples, args)              # name: a number per example
     if reference is not None:
         columns["kl"] = log_ratios(policy, reference, examples, responses, args.dtype).tolist()
@@ -83,13 +84,15 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
     columns["unfinished"] = [float(not done) for done, in finished]
     figures = {}
     for name, values in columns.items():
-        interval_of = share_of if name in ("accuracy", "unfinished") else mean_of
-        figures[name] = interval_of(values)
+        if name in ("accuracy", "unfinished"):
+            figures[name] = share_of(values)
+        else:
+            figures[name] = mean_of(values)
     samples = []
-    for place, (prompt, text) in enumerate(zip(prompts, texts)):
+    for prompt, text in zip(prompts, texts):
         samples.append({"prompt": prompt, "response": text})
-        if reward is not None:
-            samples[-1]["reward"] = columns["reward"][place]
+    for sample_, score in zip(samples, columns.get("reward", [])):
+        sample_["reward"] = score
     if reward is not None and examples[0].chosen is not None:
         figures.update(wins_over_chosen(examples, texts, columns["reward"], reward, tokenizer))
     return figures, samples
@@ -116,11 +119,20 @@ def pair_columns(policy, reference, examples, args):
 
 def wins_over_chosen(examples, texts, rewards, reward, tokenizer):
     """The win rates of the texts over the data's chosen responses, by the reward."""
-    opponents = []
-    for example in examples:
-        opponents.append(response_text(tokenizer, example.chosen_ids, example.prompt_ids))
-    lead = torch.tensor(rewards) - torch.tensor(reward([example.prompt for example in examples], opponents))
-    return win_figures(prefers_chosen(lead).tolist(), texts, opponents)
+    opponents = texts_of(examples, [example.chosen_ids for example in examples], tokenizer)
+    prompts = [example.prompt for example in examples]
+    ours = torch.tensor(rewards)
+    theirs = torch.tensor(reward(prompts, opponents))
+    wins = prefers_chosen(ours - theirs).tolist()
+    return win_figures(wins, texts, opponents)
+
+
+def texts_of(examples, responses, tokenizer):
+    """The texts of responses (ids), each to its example's prompt."""
+    texts = []
+    for example, ids in zip(examples, responses):
+        texts.append(response_text(tokenizer, ids, example.prompt_ids))
+    return texts
 
 
 # --- tables, files ------------------------------------------------------------------------------------------
@@ -131,10 +143,8 @@ COLUMNS = {"reward": "reward", "kl": "KL", "objective": "reward − β·KL", "ga
 
 def print_table(results, runs=None):
     """The results, {model: {name: figure}}, as a markdown table; runs: how many of each model there are."""
-    names = []
-    for name in COLUMNS:
-        if any(name in figures for figures in results.values()):
-            names.append(name)
+    measured = set().union(*results.values())
+    names = [name for name in COLUMNS if name in measured]
     heads = [COLUMNS[name] for name in names]
     if runs:
         heads.insert(0, "runs")
@@ -144,7 +154,10 @@ def print_table(results, runs=None):
         if runs:
             cells.append(str(runs[model]))
         for name in names:
-            cells.append(format_figure(*figures[name]) if name in figures else "")
+            cell = ""
+            if name in figures:
+                cell = format_figure(*figures[name])
+            cells.append(cell)
         print(f"| {' | '.join(cells)} |")
 
 
@@ -154,8 +167,11 @@ def write_figures(results, path):
     for model, figures in results.items():
         written[model] = {}
         for name, figure in figures.items():
-            value, low, high = (end if math.isfinite(end) else None for end in figure)
-            written[model][name] = {"value": value, "low": low, "high": high}
+            ends = dict(zip(("value", "low", "high"), figure))
+            for end in ends:
+                if not math.isfinite(ends[end]):
+                    ends[end] = None
+            written[model][name] = ends
     write_text(path, json.dumps(written, indent=1) + "\n")
 
 
@@ -164,7 +180,7 @@ def print_samples(samples, number):
     """
     for rows in list(zip(*samples.values()))[:number]:
         prompt = rows[0]["prompt"]
-        if not isinstance(prompt, str):
+        if isinstance(prompt, list):
             prompt = prompt[-1]["content"]
         print(f"\n>>> {prompt}")
         for name, row in zip(samples, rows):
@@ -280,18 +296,21 @@ def read_runs(paths):
 def last_samples(path):
     """The rows of a run's samples.jsonl of its last evaluation."""
     rows = read_rows(path / "samples.jsonl")
-    return [row for row in rows if row["step"] == rows[-1]["step"]]
+    last = rows[-1]["step"]
+    return [row for row in rows if row["step"] == last]
 
 
 def figure_of(name, rows):
     """(value, low, high) of one figure: of one evaluation, with its interval over prompts, or of several
     seeds', with that over seeds; None if it was not measured."""
-    if any(row.get(name) is None for row in rows):
+    values = [row.get(name) for row in rows]
+    if None in values:
         return None
-    if len(rows) > 1:
-        return over_seeds([row[name] for row in rows])
-    low, high = rows[0].get(f"{name}_interval") or (math.nan, math.nan)
-    return rows[0][name], low, high
+    if len(values) > 1:
+        return over_seeds(values)
+    interval = rows[0].get(f"{name}_interval")
+    low, high = interval or (math.nan, math.nan)
+    return values[0], low, high
 
 
 def frontier(rewards, temperatures):
@@ -307,15 +326,20 @@ def frontier(rewards, temperatures):
     prompts, n = rewards.shape
     rows = []
     for t in temperatures:
-        weights = (rewards / t).softmax(-1)                                                         # (P, n)
-        effective = 1 / weights.square().sum(-1)                                                    # (P,)
-        if effective.min() < 30:
+        scaled = rewards / t
+        weights = scaled.softmax(-1)                                                       # (P, n)
+        effective = 1 / weights.square().sum(-1)                                           # (P,)
+        poorest = effective.min().item()
+        if poorest < 30:
             continue
-        reward = (weights * rewards).sum(-1).mean().item()
-        best = t * ((rewards / t).logsumexp(-1) - math.log(n)).mean().item()
-        error = 1.96 * t * (1 / effective - 1 / n).sum().sqrt().item() / prompts
-        rows.append({"temperature": t, "kl": (reward - best) / t, "reward": reward, "best": best,
-                     "error": error, "effective": effective.min().item()})
+        reward = (weights * rewards).sum(-1)
+        log_mean = scaled.logsumexp(-1) - math.log(n)          # of exp(r/t)
+        variance = 1 / effective - 1 / n
+        row = {"temperature": t, "reward": reward.mean().item(), "best": t * log_mean.mean().item()}
+        row["kl"] = (row["reward"] - row["best"]) / t
+        row["error"] = 1.96 * t * variance.sum().sqrt().item() / prompts
+        row["effective"] = poorest
+        rows.append(row)
     return rows
 
 
@@ -337,15 +361,19 @@ def best_possible(options):
     held_out, _ = held_out_pairs(args, reward)
     held_out, _, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, reference), *lengths,
                             limit=args.eval_limit)
-    examples = list({str(example.prompt): example for example in held_out}.values())   # each prompt once
+    by_prompt = {str(example.prompt): example for example in held_out}                 # each prompt once
+    examples = list(by_prompt.values())
+    prompt_ids = [example.prompt_ids for example in examples]
     torch.manual_seed(seeded("frontier", args.seed))
-    drawn, _ = sample(reference, tokenizer, [example.prompt_ids for example in examples],
-                      args.max_response_length, options.frontier, batch_size=1)
+    drawn, _ = sample(reference, tokenizer, prompt_ids, args.max_response_length, options.frontier,
+                      batch_size=1)
     scores = []
     for example, responses in zip(examples, drawn):
-        texts = [response_text(tokenizer, ids, example.prompt_ids) for ids in responses]
-        scores.append(reward([example.prompt] * len(texts), texts))
-    rows = frontier(scores, [args.beta * 1.15 ** power for power in range(-12, 40)])
+        same = [example] * len(responses)
+        texts = texts_of(same, responses, tokenizer)
+        scores.append(reward([each.prompt for each in same], texts))
+    temperatures = [args.beta * 1.15 ** power for power in range(-12, 40)]
+    rows = frontier(scores, temperatures)
     for row in rows:
         if row["temperature"] == args.beta:
             return row, rows
@@ -356,11 +384,16 @@ def groups_of(found):
     """{name: rows of eval.jsonl, a list for each run}: runs whose names differ in -sN alone are seeds."""
     variants = defaultdict(list)
     for path, rows in found.items():
-        variants[Path(re.sub(r"-s\d+$", "", str(path)))].append(rows)
-    parts = 1
-    if len({path.name for path in variants}) < len(variants):
-        parts = 2                                          # runs of one name: with their directory
-    return {"/".join(path.parts[-parts:]): runs for path, runs in variants.items()}
+        variant = re.sub(r"-s\d+$", "", str(path))
+        variants[Path(variant)].append(rows)
+    names = {path.name for path in variants}
+    groups = {}
+    for path, runs in variants.items():
+        name = path.name
+        if len(names) < len(variants):                     # runs of one name: with their directory
+            name = f"{path.parent.name}/{name}"
+        groups[name] = runs
+    return groups
 
 
 def compare(paths, out=None, show=0, best=None, curve=()):
@@ -372,14 +405,18 @@ def compare(paths, out=None, show=0, best=None, curve=()):
     for name, runs in groups.items():
         results[name] = {}
         seeds[name] = len(runs)
+        last = [rows[-1] for rows in runs]
         for column in COLUMNS:
-            figure = figure_of(column, [rows[-1] for rows in runs])
+            figure = figure_of(column, last)
             if figure:
                 results[name][column] = figure
         if best and "objective" in results[name]:
             value, low, high = results[name]["objective"]
-            results[name]["gap"] = best["best"] - value, best["best"] - high, best["best"] - low
-    print_table(results, seeds if len(found) > len(groups) else None)
+            top = best["best"]
+            results[name]["gap"] = top - value, top - high, top - low
+    if len(found) == len(groups):
+        seeds = None
+    print_table(results, seeds)
     if show:
         print_samples({str(path): last_samples(path) for path in found}, show)
     write_figures(results, out)
@@ -405,9 +442,11 @@ def track_of(runs):
                 points[row["step"]].append((row["kl"], row["reward"]))
     kls, rewards = [], []
     for step in sorted(points):
-        if len(points[step]) == len(runs):
-            kls.append(mean(kl for kl, _ in points[step]))
-            rewards.append(mean(reward for _, reward in points[step]))
+        if len(points[step]) < len(runs):
+            continue
+        step_kls, step_rewards = zip(*points[step])
+        kls.append(mean(step_kls))
+        rewards.append(mean(step_rewards))
     return kls, rewards
 
 
@@ -422,15 +461,19 @@ def plot(groups, results, curve, path):
             continue
         colour = COLOURS.get(name, spare)
         reward, low, high = results[name]["reward"]
-        kl, kl_low, kl_high = results[name].get("kl", (0.0, 0.0, 0.0))                   # SFT has none
-        axes.errorbar(kl, reward, [[reward - low], [high - reward]], [[kl - kl_low], [kl_high - kl]],
-                      color=colour, marker="o", capsize=3)
-        axes.plot(*track_of(runs), ".-", color=colour)
+        kl, left, right = results[name].get("kl", (0.0, 0.0, 0.0))                       # SFT has none
+        height = [[reward - low], [high - reward]]
+        width = [[kl - left], [right - kl]]
+        axes.errorbar(kl, reward, height, width, color=colour, marker="o", capsize=3)
+        kls, rewards = track_of(runs)
+        axes.plot(kls, rewards, ".-", color=colour)
         labels.append((reward, kl, name, colour))
-    axes.set(xlabel="KL(π‖π_ref), nats per response", ylabel="held-out reward")
+    axes.set_xlabel("KL(π‖π_ref), nats per response")
+    axes.set_ylabel("held-out reward")
     if curve:
-        inside = sorted((row["kl"], row["reward"]) for row in curve if row["kl"] < axes.get_xlim()[1])
-        kls, rewards = zip(*inside)
+        _, right = axes.get_xlim()
+        inside = [(row["kl"], row["reward"]) for row in curve if row["kl"] < right]
+        kls, rewards = zip(*sorted(inside))
         axes.plot(kls, rewards, color="black", linestyle="--", linewidth=1, scalex=False)
         labels.append((rewards[-1], kls[-1], "best possible", "black"))
     write_labels(axes, labels)
@@ -442,12 +485,13 @@ def plot(groups, results, curve, path):
 def write_labels(axes, labels):
     """The lines' names on the right of a picture, a line's height apart."""
     bottom, top = axes.get_ylim()
+    _, right = axes.get_xlim()
+    line = 0.05 * (top - bottom)
     place = -math.inf
     for reward, kl, name, colour in sorted(labels):
-        place = max(reward, place + 0.05 * (top - bottom))
-        arrow = {"arrowstyle": "-", "color": colour, "linestyle": ":", "relpos": (0, 0.5)}
-        axes.annotate(name, (kl, reward), (axes.get_xlim()[1], place), color=colour, va="center",
-                      arrowprops=arrow)
+        place = max(reward, place + line)
+        arrow = dict(arrowstyle="-", color=colour, linestyle=":", relpos=(0, 0.5))
+        axes.annotate(name, (kl, reward), (right, place), color=colour, va="center", arrowprops=arrow)
 
 
 def main():

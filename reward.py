@@ -357,15 +357,22 @@ def train_reward(args):
 def score_file(args):
     """Write the rows of --responses with a `reward` each to --out."""
     rows = read_rows(args.responses)
-    prompts, responses = [row.get("prompt") for row in rows], [row.get("response") for row in rows]
-    wrong = [prompt for prompt in prompts if not isinstance(prompt, (str, list))]
-    wrong += [response for response in responses if not isinstance(response, str)]
-    if wrong or not rows:
+    prompts, responses = [], []
+    for row in rows:
+        prompts.append(row.get("prompt"))
+        responses.append(row.get("response"))
+        if not isinstance(prompts[-1], (str, list)) or not isinstance(responses[-1], str):
+            rows = []
+            break
+    if not rows:
         raise InputError(f"{args.responses}: want lines with prompt and response, as generate.py writes them")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    scores = load_reward(args.reward, device, args.trust_remote_code, args.date)(prompts, responses)
+    reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
+    scores = reward(prompts, responses)
+    for row, score in zip(rows, scores):
+        row["reward"] = score
     out = args.out or "scored.jsonl"
-    write_rows(out, [{**row, "reward": value} for row, value in zip(rows, scores)])
+    write_rows(out, rows)
     print(f"{len(rows)} responses scored in {out}: mean {sum(scores) / len(scores):.3f}, "
           f"min {min(scores):.3f}, max {max(scores):.3f}")
 

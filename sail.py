@@ -155,16 +155,22 @@ def sail_metrics(losses, chosen_logps, rejected_logps, margin, p, on_policy, sel
     """Means over the pairs, detached. margin and accuracy follow the label, whose probability is p; a margin
     of 0 is half right. label_weight: that of ∇log P(label) in T1 and T3 together; label_reversed is the share
     of pairs, self-labelled, where it is negative: there T3 pushes against a label."""
+    q = 1 - p                                                         # P(rejected ≻ chosen)
     chosen_ahead = torch.where(margin == 0, 0.5, (margin > 0).to(p.dtype))
-    return {
-        "loss": losses.mean(),
-        "chosen_logps": chosen_logps.mean(),
-        "rejected_logps": rejected_logps.mean(),
-        "margin": (p * margin - (1 - p) * margin).mean(),
-        "accuracy": (p * chosen_ahead + (1 - p) * (1 - chosen_ahead)).mean(),
-        "on_policy": on_policy.to(p.dtype).mean(),
-        "self_labelled": self_labelled.to(p.dtype).mean(),
-        "label_reversed": (self_labelled & (label_weight < 0)).to(p.dtype).mean()}
+    label_reversed = self_labelled & (label_weight < 0)
+    columns = {
+        "loss": losses,
+        "chosen_logps": chosen_logps,
+        "rejected_logps": rejected_logps,
+        "margin": p * margin - q * margin,
+        "accuracy": p * chosen_ahead + q * (1 - chosen_ahead),
+        "on_policy": on_policy,
+        "self_labelled": self_labelled,
+        "label_reversed": label_reversed}
+    metrics = {}
+    for name, column in columns.items():
+        metrics[name] = column.to(p.dtype).mean()
+    return metrics
 
 
 # --- the variants -------------------------------------------------------------------------------------------
@@ -305,8 +311,9 @@ def pair_logps(model, pairs, dtype="float32", reference=None):
     (3, 2, B), log π, log π_ref and RevKL."""
     device = next(model.parameters()).device
     prompts = [pair.prompt_ids for pair in pairs]
-    responses = [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
-    batch = collate(prompts + prompts, responses, device)                              # (2B, T) each
+    chosen = [pair.chosen_ids for pair in pairs]
+    rejected = [pair.rejected_ids for pair in pairs]
+    batch = collate(prompts + prompts, chosen + rejected, device)                      # (2B, T) each
     with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
         logps = sequence_logps(model, *batch, reference)                               # (2B,) or (3, 2B)
     return logps.unflatten(-1, (2, len(pairs)))
@@ -315,10 +322,13 @@ def pair_logps(model, pairs, dtype="float32", reference=None):
 def sft_losses(policy, pairs, args):
     """The negative log-likelihood of the chosen responses, summed over tokens: (losses (B,), metrics)."""
     device = next(policy.parameters()).device
-    batch = collate([pair.prompt_ids for pair in pairs], [pair.chosen_ids for pair in pairs], device)
+    prompts = [pair.prompt_ids for pair in pairs]
+    responses = [pair.chosen_ids for pair in pairs]
+    batch = collate(prompts, responses, device)
     with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
         logps = sequence_logps(policy, *batch)
-    return -logps, {"loss": -logps.detach().mean(), "chosen_logps": logps.detach().mean()}
+    mean = logps.detach().mean()
+    return -logps, {"loss": -mean, "chosen_logps": mean}
 
 
 LOGITS = 3 * 2**24                        # of a forward, positions × vocabulary: 192 MB, several times
@@ -365,8 +375,10 @@ def plan(n_pairs, args):
 @lru_cache(maxsize=4)
 def order_of(n_pairs, seed, own, epoch):
     """The order in which an epoch visits the pairs; the variant's own are shuffled apart."""
-    generator = torch.Generator().manual_seed(seeded("order", seed, int(own), epoch))
-    return torch.randperm(n_pairs, generator=generator).tolist()
+    generator = torch.Generator()
+    generator.manual_seed(seeded("order", seed, int(own), epoch))
+    order = torch.randperm(n_pairs, generator=generator)
+    return order.tolist()
 
 
 def draw_pairs(examples, step, args, total, steps):
@@ -393,8 +405,9 @@ def draw_pairs(examples, step, args, total, steps):
 
 def share_of_process(offline, own):
     """This process's share of a step's pairs, as many, or one more, as of any other."""
-    first = (rank() - len(offline)) % world_size()
-    return offline[rank()::world_size()], own[first::world_size()]
+    n = world_size()
+    first = (rank() - len(offline)) % n
+    return offline[rank()::n], own[first::n]
 
 
 def count(pairs, args):
@@ -475,8 +488,11 @@ def load_run(args, device):
 
 def print_plan(run, counts, held_out_counts, lengths, total, steps, args):
     """What is trained, on what, and how."""
-    trained = sum(p.numel() for p in run.policy.parameters() if p.requires_grad)
-    size = sum(p.numel() for p in run.policy.parameters())
+    trained = size = 0
+    for parameter in run.policy.parameters():
+        size += parameter.numel()
+        if parameter.requires_grad:
+            trained += parameter.numel()
     print0(f"{args.model} on {run.device}: {trained:,} of {size:,} parameters are trained")
     print0(f"{args.data}: {len(run.examples)} pairs to train on; {format_counts(counts)}")
     limits = dict(prompt=args.max_prompt_length, chosen=args.max_response_length,
@@ -484,7 +500,8 @@ def print_plan(run, counts, held_out_counts, lengths, total, steps, args):
     print0(length_table(lengths, "tokens", limits))
     print0(f"{args.eval_data or 'held out of these'}: {len(run.held_out)} pairs to evaluate on; "
            f"{format_counts(held_out_counts)}")
-    own = int(total * Fraction(str(args.mix)))
+    mix = Fraction(str(args.mix))
+    own = int(total * mix)
     print0(f"{args.variant}: {total - own} offline pairs + {own} on the variant's way = {total} pairs, "
            f"{steps} steps of {math.ceil(total / steps)} -> {args.out}")
 
@@ -499,14 +516,17 @@ def train(args, device):
     if a_step < world_size():
         raise InputError(f"--batch-size: {a_step} pairs a step are too few for {world_size()} processes; "
                          "raise it, or --epochs")
-    ids = [[pair.prompt_ids, pair.chosen_ids, pair.rejected_ids] for pair in run.examples + run.held_out]
+    ids = []
+    for pair in run.examples + run.held_out:
+        ids.append([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids])
     args.data_sha256 = fingerprint(ids)
     args.data_counts = dict(counts)
     run.optimizer, run.scheduler = make_optimizer(run.policy.parameters(), steps, args.learning_rate,
                                                   args.optimizer, args.schedule, args.warmup_steps)
     start = dict(step=0, skipped=0, in_a_row=0, baseline=0.0)
     if args.baseline == "running":                                     # from f(0) on
-        start["baseline"] = utility(torch.zeros(()), args.beta, args.loss_type, args.target_margin).item()
+        f_zero = utility(torch.zeros(()), args.beta, args.loss_type, args.target_margin)
+        start["baseline"] = f_zero.item()
     lock, run.progress = begin(out, args, start, run.policy, run.optimizer, run.scheduler)   # open to the end
     print_plan(run, counts, held_out_counts, lengths, total, steps, args)
     stopped = stop_signals()
@@ -554,7 +574,8 @@ def loop(run, out, args, total, steps, stopped):
             raise InputError(f"steps {step - 9} to {step}: loss or gradient not finite; lower the rate")
         if step == steps or args.eval_every and step % args.eval_every == 0:
             evaluate_run(run, out, step, args)
-        stop = all_sum(Counter(stopped=len(stopped)), run.device)["stopped"]
+        signals = all_sum(Counter(stopped=len(stopped)), run.device)
+        stop = signals["stopped"] > 0
         if stop or args.save_every and (step % args.save_every == 0 or step == steps):
             save_checkpoint(out, run.policy, run.optimizer, progress)
         if stop:

@@ -109,13 +109,15 @@ def draw_toy_pairs(model, path):
     """Sample 18,000 pairs from the toy's SFT model, label them by the true reward, write them to `path`."""
     policy, tokenizer = load_policy(model)
     rng = random.Random(0)
-    prompts = [prompt for prompt, _ in rng.choices(toy_prompts(), k=18000)]
+    asked = rng.choices(toy_prompts(), k=18000)
+    prompts = [prompt for prompt, _ in asked]
     torch.manual_seed(seeded("toy pairs"))
     prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     responses, _ = sample(policy, tokenizer, prompt_ids, DEFAULTS["max_response_length"], 2, batch_size=512)
     rows = []
-    for prompt, (first, second) in zip(prompts, responses):
-        rows.append(toy_pair(rng, prompt, response_text(tokenizer, first), response_text(tokenizer, second)))
+    for prompt, ids in zip(prompts, responses):
+        first, second = (response_text(tokenizer, each) for each in ids)
+        rows.append(toy_pair(rng, prompt, first, second))
     write_rows(path, rows)
 
 

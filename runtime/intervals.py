@@ -11,14 +11,20 @@ def bootstrap(statistic, *columns, draws=1000):
     """(value, low, high): statistic(*columns), and its 95 % interval when the n rows are drawn anew: the
     percentiles of `draws` draws with replacement, always the same ones; nan for one row. columns: n numbers
     each. statistic: takes them as float64 tensors (R, n), one row per draw, and returns (R,)."""
-    columns = [torch.as_tensor(column).double() for column in columns]
-    n = len(columns[0])
-    value = statistic(*(column[None] for column in columns)).item()
+    data = []
+    for column in columns:
+        data.append(torch.as_tensor(column).double())
+    data = torch.stack(data)                                                               # (columns, n)
+    n = data.shape[1]
+    value = statistic(*data[:, None]).item()
     if n < 2:
         return value, math.nan, math.nan
-    rows = torch.randint(n, (draws, n), generator=torch.Generator().manual_seed(0))
-    drawn = statistic(*(column[rows] for column in columns))                                        # (R,)
-    low, high = drawn.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    generator = torch.Generator()
+    generator.manual_seed(0)
+    rows = torch.randint(n, (draws, n), generator=generator)
+    drawn = statistic(*data[:, rows])                                                      # (R,)
+    ends = torch.tensor([0.025, 0.975]).double()
+    low, high = drawn.quantile(ends).tolist()
     return value, low, high
 
 
@@ -30,13 +36,15 @@ def mean_of(values):
 def share_of(values):
     """(share, low, high) of n verdicts 0, ½ or 1, with Wilson's 95 % interval (J. Am. Stat. Assoc. 22, 209).
     A bootstrap would not do: if all verdicts are 0, so is every resample, and the interval would be empty."""
-    n, z = len(values), 1.96
+    z = 1.96
+    n = len(values)
     p = sum(values) / n
-    centre = p + z**2 / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    scale = 1 + z**2 / n
-    low = (centre - half) / scale
-    high = (centre + half) / scale
+    w = z**2 / n
+    centre = p + w / 2
+    variance = p * (1 - p) / n
+    half = math.sqrt(z**2 * variance + w**2 / 4)
+    low = (centre - half) / (1 + w)
+    high = (centre + half) / (1 + w)
     if p == 0:                                             # exactly: rounding leaves it a little beside
         low = 0.0
     return p, low, high
@@ -49,10 +57,12 @@ def over_seeds(values):
     mean = values.mean().item()
     if n < 2:
         return mean, math.nan, math.nan
-    t = 1.96 + 2.5 / (n - 1)
     if n <= 16:
         t = STUDENT[n - 2]
-    half = t * values.std().item() / math.sqrt(n)
+    else:
+        t = 1.96 + 2.5 / (n - 1)
+    deviation = values.std().item()
+    half = t * deviation / math.sqrt(n)
     return mean, mean - half, mean + half
 
 
@@ -68,25 +78,35 @@ def length_controlled(verdicts, lengths):
     σ(quality + bias · length) is fitted by Newton's method; the rate is σ(quality), or the raw one if no
     length differs. A trace of ridge keeps both finite, and weighs a thousand times more on quality: what the
     two explain equally well, as when all wins are longer, counts as length."""
-    inputs = torch.stack([torch.ones_like(lengths), lengths], -1)                             # (R, n, 2)
-    ridge = torch.tensor([0.1, 1e-4], dtype=verdicts.dtype)
-    weights = verdicts.new_zeros(len(verdicts), 2)
+    ones = torch.ones_like(lengths)
+    inputs = torch.stack([ones, lengths], -1)                             # (R, n, 2)
+    ridge = torch.tensor([0.1, 1e-4]).to(verdicts)
+    weights = verdicts.new_zeros(len(verdicts), 2, 1)                     # quality, bias
     for _ in range(100):
-        p = torch.sigmoid((inputs @ weights[..., None])[..., 0])                              # (R, n)
-        gradient = ((verdicts - p)[..., None] * inputs).sum(1) - ridge * weights              # (R, 2)
-        curvature = (inputs * (p * (1 - p))[..., None]).mT @ inputs + ridge.diag()            # (R, 2, 2)
+        p = torch.sigmoid(inputs @ weights)                               # (R, n, 1)
+        errors = verdicts[..., None] - p
+        gradient = inputs.mT @ errors - ridge[:, None] * weights          # (R, 2, 1)
+        slopes = p * (1 - p)
+        curvature = inputs.mT @ (slopes * inputs) + ridge.diag()          # (R, 2, 2)
         step = torch.linalg.solve(curvature, gradient)
-        weights = weights + step / (step.norm(dim=-1, keepdim=True) / 5).clamp(min=1)
-        if step.abs().max() < 1e-9:
+        size = step.norm(dim=1, keepdim=True)
+        too_long = (size / 5).clamp(min=1)                                # beyond 5
+        weights = weights + step / too_long
+        if size.max() < 1e-9:
             break
+    rate = torch.sigmoid(weights[:, 0, 0])
     same_lengths = (lengths == 0).all(-1)
-    return torch.where(same_lengths, verdicts.mean(-1), torch.sigmoid(weights[:, 0]))
+    return torch.where(same_lengths, verdicts.mean(-1), rate)
 
 
 def scaled_lengths(ours, theirs):
     """tanh(difference / its root mean square) of the texts' lengths in characters: (n,), within ±1."""
-    difference = torch.tensor([float(len(one) - len(other)) for one, other in zip(ours, theirs)])
-    return torch.tanh(difference / difference.square().mean().sqrt().clamp(min=1e-9))
+    differences = []
+    for our_text, their_text in zip(ours, theirs):
+        differences.append(len(our_text) - len(their_text))
+    difference = torch.tensor(differences).float()
+    root_mean_square = difference.square().mean().sqrt()
+    return torch.tanh(difference / root_mean_square.clamp(min=1e-9))
 
 
 def win_figures(wins, ours, theirs):
@@ -101,7 +121,8 @@ def format_figure(value, low, high):
     if math.isnan(low):
         return f"{value:.3f}"
     half = (high - low) / 2
-    if abs(low + half - value) > 0.1 * half:
+    centre = low + half
+    if abs(centre - value) > 0.1 * half:
         return f"{value:.3f} [{low:.2f}, {high:.2f}]"
     return f"{value:.3f} ± {half:.3f}"
 

@@ -16,8 +16,10 @@ def is_packed(model):
 def packed_logits(model, input_ids, attention_mask, response_mask):
     """The logits (N, V) that predict the response's tokens of rows as `data.collate` makes them."""
     inputs, places = pack(input_ids, attention_mask, response_mask)
-    wanted = places[:, :-1][response_mask[:, 1:].bool()]
-    return model(**inputs, use_cache=False, logits_to_keep=wanted).logits[0]
+    scored = response_mask[:, 1:].bool()
+    wanted = places[:, :-1][scored]
+    output = model(**inputs, use_cache=False, logits_to_keep=wanted)
+    return output.logits[0]
 
 
 def pack(input_ids, attention_mask, response_mask):
@@ -25,18 +27,26 @@ def pack(input_ids, attention_mask, response_mask):
 
     inputs: input_ids and position_ids (1, N), and `packing`, from which attention lays the rows out again.
     places: (B, T), where in the one row a token stands (padding: anywhere)."""
-    real = attention_mask.bool()                                                              # (B, T)
-    positions = (attention_mask.cumsum(-1) - 1).clamp(min=0)
-    prompt = real & (response_mask.cumsum(-1) == 0)
+    real = attention_mask.bool()                                       # (B, T)
+    positions = attention_mask.cumsum(-1) - 1
+    positions = positions.clamp(min=0)
+    before_response = response_mask.cumsum(-1) == 0
+    prompt = real & before_response
     first = first_with_prompt(input_ids, prompt)
-    repeated = prompt & (first != torch.arange(len(first), device=real.device))[:, None]
-    own = real & ~repeated                                             # the tokens that a row brings itself
-    place_of_own = own.flatten().cumsum(0).view_as(positions) - 1
-    starts = own.sum(1).cumsum(0) - own.sum(1)                         # where each row's own tokens begin
-    places = torch.where(own, place_of_own, starts[first, None] + positions)
-    inputs = dict(input_ids=input_ids[own][None], position_ids=positions[own][None],
-                  attention_mask=real.new_ones(1, 1, 1, 1),            # 4-D: transformers then makes none
-                  packing=grids_of(places, real, int(own.sum())))
+    rows = torch.arange(len(first), device=real.device)
+    is_repeated = (first != rows)[:, None]                             # (B, 1)
+    own = real & ~(prompt & is_repeated)                               # the tokens that a row brings itself
+    place_of_own = own.flatten().cumsum(0) - 1
+    place_of_own = place_of_own.view_as(positions)
+    lengths = own.sum(1)
+    starts = lengths.cumsum(0) - lengths                               # where each row's own tokens begin
+    place_of_repeated = starts[first, None] + positions
+    places = torch.where(own, place_of_own, place_of_repeated)
+    inputs = dict(
+        input_ids=input_ids[own][None],
+        position_ids=positions[own][None],
+        attention_mask=real.new_ones(1, 1, 1, 1),                      # 4-D: transformers then makes none
+        packing=grids_of(places, real, int(lengths.sum())))
     return inputs, places
 
 
@@ -53,18 +63,25 @@ def first_with_prompt(input_ids, prompt):
 def grids_of(places, real, n):
     """How attention lays out one row of n tokens again as rows, like lengths together in grids: (the token of
     each place in the grids, the grids' shapes, for each token a place in the grids)."""
-    rows = [place[is_token] for place, is_token in zip(places, real)]
+    rows = []
+    for place, is_token in zip(places, real):
+        rows.append(place[is_token])
     rows.sort(key=len, reverse=True)
     grids = []
     for row in rows:
         if not grids or len(row) < 0.8 * len(grids[-1][0]):
             grids.append([])
         grids[-1].append(row)
-    padded = [pad_sequence(grid, batch_first=True, padding_value=n) for grid in grids]     # n: no token
-    tokens = torch.cat([grid.flatten() for grid in padded])
+    tokens, shapes = [], []
+    for grid in grids:
+        padded = pad_sequence(grid, batch_first=True, padding_value=n)             # n: no token
+        tokens.append(padded.flatten())
+        shapes.append(padded.shape)
+    tokens = torch.cat(tokens)
+    places_in_grids = torch.arange(len(tokens), device=tokens.device)
     back = tokens.new_full((n + 1,), len(tokens))
-    back = back.scatter_reduce(0, tokens, torch.arange(len(tokens), device=tokens.device), "amin")[:n]
-    return tokens.clamp(max=n - 1), [grid.shape for grid in padded], back
+    back = back.scatter_reduce(0, tokens, places_in_grids, "amin")
+    return tokens.clamp(max=n - 1), shapes, back[:n]
 
 
 def packed_attention(module, query, key, value, attention_mask, packing=None, **options):
@@ -77,19 +94,27 @@ def packed_attention(module, query, key, value, attention_mask, packing=None, **
     options["is_causal"] = True                          # no row looks at its padding, on the right
     outputs, start = [], 0
     for rows, length in shapes:
-        grid = tokens[start:start + rows * length].view(rows, length)
-        start += rows * length
-        laid_out = [each[0][:, grid].transpose(0, 1) for each in (query, key, value)]  # (rows, heads, …, D)
-        output, _ = sdpa_attention_forward(module, *laid_out, None, **options)         # (rows, …, heads, D)
-        outputs.append(output.flatten(0, 1))
-    return torch.cat(outputs).index_select(0, back)[None], None
+        end = start + rows * length
+        grid = tokens[start:end].view(rows, length)
+        start = end
+        laid_out = []
+        for each in (query, key, value):
+            laid_out.append(each[0][:, grid].transpose(0, 1))          # (rows, heads, length, D)
+        output, _ = sdpa_attention_forward(module, *laid_out, None, **options)
+        outputs.append(output.flatten(0, 1))                           # (rows · length, heads, D)
+    outputs = torch.cat(outputs)
+    return outputs.index_select(0, back)[None], None
 
 
 def can_be_packed(config):
     """Whether a model's attention is SDPA over the whole of a row, in each layer."""
-    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    kinds = {*(getattr(config, "layer_types", None) or ["full_attention"])}
-    return config._attn_implementation == "sdpa" and not windowed and kinds == {"full_attention"}
+    window = getattr(config, "sliding_window", None)
+    if window and getattr(config, "use_sliding_window", True):
+        return False
+    for kind in getattr(config, "layer_types", None) or []:
+        if kind != "full_attention":
+            return False
+    return config._attn_implementation == "sdpa"
 
 
 @torch.no_grad()
@@ -102,15 +127,18 @@ def allow_packing(model):
         return model
     AttentionInterface.register("packed", packed_attention)
     AttentionMaskInterface.register("packed", sdpa_mask)
-    input_ids = torch.tensor([[0, 1, 1, 1, 0], [0, 1, 0, 1, 0]], device=model.device)
-    attention_mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]], device=model.device)
-    response_mask = torch.tensor([[0, 0, 1, 1, 1], [0, 0, 1, 1, 0]], device=model.device)
+    rows = torch.tensor([
+        [[0, 1, 1, 1, 0], [0, 1, 0, 1, 0]],                # input_ids
+        [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]],                # attention_mask
+        [[0, 0, 1, 1, 1], [0, 0, 1, 1, 0]]])               # response_mask
+    input_ids, attention_mask, response_mask = rows.to(model.device)
     plain = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
     inputs, places = pack(input_ids, attention_mask, response_mask)
     model.set_attn_implementation("packed")
     try:
         packed = model(**inputs, use_cache=False).logits[0, places]
-        same = (packed - plain)[attention_mask.bool()].abs().max() <= 1e-4 * plain.abs().max()
+        difference = (packed - plain)[attention_mask.bool()]
+        same = difference.abs().max() <= 1e-4 * plain.abs().max()
     except (TypeError, RuntimeError):                    # it takes no `packing`, or needs rows of one shape
         same = False
     if not same:
