@@ -48,5 +48,5 @@ for variant in sft dpo dp pp pr; do
         run "${train[@]}" --variant $variant "$@" $only --out "runs/$name/$variant"
     fi
 done
-best=(); if [ "$name" = toy ]; then best=(--frontier 2000); fi                # the best that any policy can do
+best=(); if [ "$name" = toy ]; then best=(--frontier 2000 --reward "$here/toy.py:toy_reward"); fi      # the best possible
 run "$PYTHON" "$here/evaluate.py" --compare "runs/$name/"{sft,dpo,dp,pp,pr} --out "runs/$name/results.json" ${best[@]+"${best[@]}"}
