@@ -183,6 +183,7 @@ def joined_prompt(prompt, before):
 # --- formats: told apart by their columns; a function of a row gives (prompt, chosen, rejected) -------------
 
 def from_sharegpt(row):
+    """A dialogue so far, and two last turns."""
     prompt = as_messages(row["conversations"])
     _, chosen = split_dialogue(as_messages(row["chosen"]))
     _, rejected = split_dialogue(as_messages(row["rejected"]))
@@ -204,10 +205,12 @@ def from_prompt(row):
 
 
 def from_question(row):
+    """As `from_prompt`, the prompt in `question`."""
     return from_prompt({**row, "prompt": row["question"]})
 
 
 def from_instruction(row):
+    """As `from_prompt`, the prompt in `instruction` and `input`, as in Alpaca."""
     prompt = row["instruction"]
     if row.get("input"):
         prompt += "\n" + row["input"]
@@ -224,24 +227,29 @@ def from_dialogues(chosen, rejected):
 
 
 def from_two_dialogues(row):
+    """Two whole dialogues, as messages or as hh-rlhf strings."""
     return from_dialogues(row["chosen"], row["rejected"])
 
 
 def from_two_message_lists(row):
+    """Two whole dialogues as messages, in columns of that name."""
     return from_dialogues(as_messages(row["chosen_messages"]), as_messages(row["rejected_messages"]))
 
 
 def from_pku(row, prefer="better"):
+    """PKU-SafeRLHF (arXiv 2406.15513), whose labels are the number of a response."""
     preferred = float(row[f"{prefer}_response_id"])
     return best_and_worst(row["prompt"], [(preferred == 0, row["response_0"]),
                                           (preferred == 1, row["response_1"])])
 
 
 def from_pku_safer(row):
+    """The same with the label of the safer response."""
     return from_pku(row, "safer")
 
 
 def from_ultrafeedback(row):
+    """UltraFeedback (arXiv 2310.01377): the best and the worst of four by their overall score."""
     scored = []
     for completion in unquoted(row["completions"]):
         scored.append((completion["overall_score"], completion["response"]))
@@ -260,15 +268,18 @@ def from_summaries(row):
 
 
 def from_webgpt(row):
+    """webgpt_comparisons (arXiv 2112.09332): two answers and their scores."""
     prompt = unquoted(row["question"])["full_text"]
     return best_and_worst(prompt, [(row["score_0"], row["answer_0"]), (row["score_1"], row["answer_1"])])
 
 
 def from_dialogue(row):
+    """A dialogue, whose last turn is the response; there is no rejected one."""
     return split_dialogue(as_messages(row["messages"]))
 
 
 def from_prompt_alone(row):
+    """A prompt without responses."""
     return text_or_messages(row["prompt"]),
 
 

@@ -218,9 +218,9 @@ def objective_of(figures, beta):
 
 
 def below_the_best(rows, runs, samples=2000):
-    """Give each toy run figures["gap"], to the best possible, and row["above"]: by how much the low end of its
-    reward lies above the highest reward at its KL. Both by the frontier of its own seed's SFT model; a KL that the
-    samples do not reach has no "above"."""
+    """Give each toy run figures["gap"], to the best possible, and row["above"]: by how much the low end of
+    its reward lies above the highest reward at its KL. Both by the frontier of its own seed's SFT model; a KL
+    that the samples do not reach has no "above"."""
     from evaluate import best_possible
     for seed in sorted({row["seed"] for row in rows if row["world"] == "toy"}):
         ours = [row for row in rows if row["world"].startswith("toy") and row["seed"] == seed]

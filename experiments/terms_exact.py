@@ -14,9 +14,10 @@ The regret at a KL is the best expected reward at that KL, which π_ref·exp(r/�
 its KL(π‖π_ref) first reaches it. The methods share their worlds, so differences are taken world by world.
 
 Where the methods end, at β 0.5: the second table has how far E[reward] − β·KL(π‖π_ref) lies below the best,
-where the gradient has died out, and the KL there. Its columns are data sets: all pairs with their true preferences, the
-same with 20 % of the labels flipped, and 3,000 pairs drawn from the reference with labels drawn, right or
-flipped. The reward model's labels are always true. No gradient of the data moves a response that is in none.
+where the gradient has died out, and the KL there. Its columns are data sets: all pairs with their true
+preferences, the same with 20 % of the labels flipped, and 3,000 pairs drawn from the reference with labels
+drawn, right or flipped. The reward model's labels are always true. No gradient of the data moves a response
+that is in none.
 
 How to read the first: the regret is that of the path, which the optimizer, Adam, shapes as much as the terms
 do. PP with mix 1 sees no reward: at the reference its gradient is zero, and Adam blows rounding up into a
@@ -201,8 +202,8 @@ def end_of(reference, preference, data, method, steps=1000):
 
 
 def measure_ends(seeds):
-    """{method: {data set: summaries of what is lost to the best, of that minus DPO's, of KL; `moving`, how many
-    worlds have a gradient that has not died out}}."""
+    """{method: {data set: summaries of what is lost to the best, of that minus DPO's, of KL; `moving`, how
+    many worlds have a gradient that has not died out}}."""
     reference, reward = worlds(seeds)
     preference, lost = torch.sigmoid(pairwise(reward)), {}
     best = END_BETA * (reference + reward / END_BETA).logsumexp(-1)                 # the best, (S,)

@@ -91,7 +91,8 @@ def run_all(file, device):
         sail.roll_out = recorded
         sail.train(args, device)
         states = [value for state in optimizers[0].state.values() for value in state.values()]
-        Path(args.out, f"bytes-{rank()}.json").write_text(json.dumps({**sizes, "optimizer": own_bytes(states)}))
+        sizes["optimizer"] = own_bytes(states)
+        Path(args.out, f"bytes-{rank()}.json").write_text(json.dumps(sizes))
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ def test_a_single_question_has_the_prompt_ids_that_training_has(template, limit,
 
 
 def test_a_question_that_does_not_fit_is_named(calls):
-    with pytest.raises(InputError, match="none of 1 prompts can be asked: 1 prompt longer than --max-prompt-length"):
+    message = "none of 1 prompts can be asked: 1 prompt longer than --max-prompt-length"
+    with pytest.raises(InputError, match=message):
         answers([["a long question"]], byte_tokenizer(TEMPLATE), "AlpacaEval", 6)
 
 

@@ -219,7 +219,8 @@ def test_the_accumulated_gradient_is_that_of_the_weighted_losses(world, monkeypa
 
 
 def test_label_smoothing_is_a_preference_of_one_minus_epsilon(world):
-    pairs = [replace(world.pair(0, 9, "dpo"), preference=1.0), replace(world.pair(3, 4, "dpo"), preference=0.5)]
+    pairs = [replace(world.pair(0, 9, "dpo"), preference=1.0),
+             replace(world.pair(3, 4, "dpo"), preference=0.5)]
     smoothed = [replace(pairs[0], preference=0.9), pairs[1]]                            # a tie stays a tie
     flag = parse_args(["--label-smoothing", "0.1"])
     one, _ = preference_losses(world.policy, world.reference, pairs, flag, 0.0)

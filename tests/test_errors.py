@@ -55,7 +55,8 @@ def test_bad_data_is_named(name, tmp_path, monkeypatch, capsys):
         Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert message in fails(data.main, ["data.py", path], monkeypatch, capsys)
     assert message in fails(sail.main,
-                            ["sail.py", "--variant", "dpo", "--model", "m", "--data", path, "--out", str(tmp_path / "out")],
+                            ["sail.py", "--variant", "dpo", "--model", "m", "--data", path, "--out",
+                             str(tmp_path / "out")],
                             monkeypatch, capsys)
     assert not (tmp_path / "out").exists()
 
@@ -67,7 +68,8 @@ def test_bad_data_is_named(name, tmp_path, monkeypatch, capsys):
     (["--target-margin", "1"], "--target-margin: only simpo has one"),
     (["--resume", "--overwrite"], "--overwrite: deletes what --resume continues; give one of them"),
     (["--data", "x.jsonl", "--model", "m"], "--reward: pr needs one"),
-    (["--data", "x.jsonl"], "--model: want a directory or hub name"), (["--batch-size", "0"], "--batch-size: 0 is not in 1"),
+    (["--data", "x.jsonl"], "--model: want a directory or hub name"),
+    (["--batch-size", "0"], "--batch-size: 0 is not in 1"),
     (["--learning-rate", "nan"], "--learning-rate: nan is not in"),
     (["--steps", "many"], "invalid int value: 'many'"),
     (["--no-such-flag"], "unrecognized arguments")])
@@ -219,13 +221,16 @@ def test_rows_that_lack_what_is_learned_from_are_named(kind, variant, more, mess
 
 
 def test_an_adapter_has_a_learning_rate_of_its_own():
-    rate = {flags: sail.parse_args([*flags.split(), "--data", "x.jsonl", "--model", "m"]).learning_rate for flags in
-            ("--variant dpo", "--variant dpo --lora 8", "--variant sft", "--variant dpo --lora 8 --learning-rate 0.5")}
+    own = ["--data", "x.jsonl", "--model", "m"]
+    rate = {flags: sail.parse_args([*flags.split(), *own]).learning_rate for flags in
+            ("--variant dpo", "--variant dpo --lora 8", "--variant sft",
+             "--variant dpo --lora 8 --learning-rate 0.5")}
     assert [*rate.values()] == [1e-6, 1e-5, 2e-5, 0.5]
 
 
 @pytest.mark.parametrize("main, argv, message", [
-    (generate.main, ["generate.py", "--model", "/no/such/model", "--data", "DATA"], "; of a run, name its model/"),
+    (generate.main, ["generate.py", "--model", "/no/such/model", "--data", "DATA"],
+     "; of a run, name its model/"),
     (reward.main, ["reward.py", "--reward", "m.py:f", "--responses", "/no/such.jsonl"], "no such file")])
 def test_the_companions_complain_in_the_same_way(main, argv, message, tmp_path, monkeypatch, capsys):
     argv = [write(tmp_path / "x.jsonl") if word == "DATA" else word for word in argv]
@@ -250,7 +255,8 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path, monkeypatch, c
     monkeypatch.setattr(sail, "world_size", lambda: 2)
     for part in toy_model():
         part.save_pretrained(tmp_path / "base")
-    argv = ["sail.py", "--data", write(tmp_path / "x.jsonl"), "--variant", "dpo", "--model", str(tmp_path / "base"),
+    argv = ["sail.py", "--data", write(tmp_path / "x.jsonl"), "--variant", "dpo", "--model",
+            str(tmp_path / "base"),
             "--limit", "3", "--epochs", "1",
             "--batch-size", "1", "--max-prompt-length", "8", "--max-response-length", "8", "--out",
             str(tmp_path / "out")]
@@ -259,6 +265,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path, monkeypatch, c
 
 def test_the_real_command_line_gives_one_line_and_status_2(tmp_path):
     finished = subprocess.run([sys.executable, Path(sail.__file__), "--variant", "dpo", "--model", "m",
-                               "--data", "absent.jsonl"], capture_output=True, text=True, cwd=tmp_path, check=False)
+                               "--data", "absent.jsonl"], capture_output=True, text=True, cwd=tmp_path,
+                              check=False)
     assert finished.returncode == 2 and finished.stdout == "" and not list(tmp_path.iterdir())
     assert finished.stderr == ("sail.py: error: absent.jsonl: no such file\n")

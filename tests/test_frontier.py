@@ -72,7 +72,8 @@ def test_compare_sets_runs_beside_the_best_possible(base, held_out, tmp_path, mo
     code = ["--compare", "--reward", TOY_REWARD, "--eval-data", held_out]
     figures = run_evaluate(monkeypatch, "dpo", *code, "--frontier", "200")["dpo"]
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("| | reward | KL | reward − β·KL | below the best |") and len(lines[0].split("|")) <= 10
+    assert lines[0].startswith("| | reward | KL | reward − β·KL | below the best |")
+    assert len(lines[0].split("|")) <= 10
     best = float(re.match(r"the best reward − β·KL at β 4 is (\S+) ± ", lines[-1])[1])
     assert figures["gap"]["value"] == pytest.approx(best - figures["objective"]["value"], abs=6e-4)
     assert (tmp_path / "figures.png").is_file()

@@ -102,7 +102,8 @@ def test_trained_ids_are_generated_ids_also_where_text_does_not_round_trip(monke
     # bytes that are not UTF-8
     assert any(tokenizer(tokenizer.decode(ids))["input_ids"] != ids for ids in trained)
     assert [pair.chosen_ids for pair in pairs] == [[1], [1]]                           # those are copies
-    assert [pair.sampled_tokens for pair in rolled] == [len(trained[2] + trained[3]), len(trained[0] + trained[1])]
+    lengths = [len(trained[2] + trained[3]), len(trained[0] + trained[1])]
+    assert [pair.sampled_tokens for pair in rolled] == lengths
     assert [pair.samples for pair in rolled] == [2, 2]
 
 

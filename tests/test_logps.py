@@ -5,7 +5,6 @@ import pytest
 import torch
 from conftest import FAMILIES, byte_tokenizer, tiny_model
 
-import generate
 import sail
 from data import collate
 from runtime.command_line import InputError

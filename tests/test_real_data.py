@@ -94,7 +94,7 @@ def test_a_token_that_would_reach_over_the_boundary_is_counted():
 def test_turns_before_the_answer_follow_the_prompt_or_repeat_it(prompt, first, before, tmp_path):
     for repeated in ([], [Q], first):
         row = dict(prompt=prompt, chosen=repeated + before + [GOOD], rejected=repeated + before + [BAD])
-        assert load(tmp_path, row)[0] == pairs_of([dict(prompt=first + before, chosen="good", rejected="bad")])
+        assert load(tmp_path, row)[0] == [Pair(first + before, "good", "bad")]
 
 
 def test_strings_that_begin_with_their_prompt_lose_it_if_most_rows_have_that_form(tmp_path):

@@ -161,7 +161,8 @@ def test_half_a_surrogate_pair_in_a_response_survives_the_scoring(tmp_path, monk
 
 @pytest.mark.parametrize("argv, message", [
     (["--reward", "mine.py"], "reward mine.py: which of its functions? want mine.py:FUNCTION"),
-    (["--reward", "mine.py:f"], "no such file mine.py"), (["--reward", TOY_REWARD, "--out", "folder"], "folder: Is a directory")])
+    (["--reward", "mine.py:f"], "no such file mine.py"),
+    (["--reward", TOY_REWARD, "--out", "folder"], "folder: Is a directory")])
 def test_what_cannot_be_scored_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
@@ -314,7 +315,8 @@ def test_kl_is_positive_and_zero_against_itself(evaluated):
 
 def test_kl_and_loss_are_of_each_examples_own_rows_in_its_place(monkeypatch):
     (policy, tokenizer), (reference, _) = toy_model(seed=1), toy_model(seed=2)
-    examples, *_ = encode(pairs_of(grammar_pairs(held_out=True))[:70], tokenizer, {tokenizer.eos_token_id}, 16, 48)
+    pairs = pairs_of(grammar_pairs(held_out=True))[:70]
+    examples, *_ = encode(pairs, tokenizer, {tokenizer.eos_token_id}, 16, 48)
     args = parse_args(["--variant", "dpo", "--beta", "0.2", "--max-response-length", "48"])
     monkeypatch.setattr(evaluate, "mean_of", list)                     # each example's figure, not the mean
     figures, _ = evaluate_policy(policy, reference, tokenizer, examples, None, args)
@@ -353,8 +355,8 @@ def test_models_are_evaluated_into_a_table_and_a_file(tmp_path, monkeypatch, cap
     assert list(results) == ["sft", "dpo", "pr"] and "win_rate" in table and f"reference {base}" in table
     assert all(figure["low"] - 1e-9 <= figure["value"] <= figure["high"] + 1e-9
                for figures in results.values() for figure in figures.values())
-    again = run_evaluate(monkeypatch, "figures.json", "runs/toy/dpo/model", "--eval-limit", "8", "--eval-data",
-                         "runs/toy/world/held-out.jsonl", "--max-prompt-length", "8", "--max-response-length", "24")
+    again = run_evaluate(monkeypatch, "figures.json", "runs/toy/dpo/model", "--eval-limit", "8", *SMALL,
+                         "--eval-data", "runs/toy/world/held-out.jsonl")
     assert again["model"]["kl"]["value"] == 0          # a bare checkpoint: its own reference, so no KL
 
 
@@ -490,7 +492,8 @@ def test_runs_without_a_reward_are_compared_in_what_they_have(tmp_path, capsys):
     assert "| dpo |  | 1.000 ± 0.100 |" in capsys.readouterr().out
 
 
-def test_a_model_with_another_vocabulary_than_the_reference_is_refused(monkeypatch, base, checkpoint, held_out):
+def test_a_model_with_another_vocabulary_than_the_reference_is_refused(monkeypatch, base, checkpoint,
+                                                                       held_out):
     with pytest.raises(InputError, match="another vocabulary"):
         run_evaluate(monkeypatch, base, checkpoint, "--eval-limit", "4", *SMALL, "--eval-data", held_out)
 

@@ -1,7 +1,10 @@
 """A reward model of one's own: its loss, its figures, and that what was trained is what is served."""
+import gc
 import json
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -254,7 +257,8 @@ def test_a_start_that_cannot_be_trained_is_named(break_it, message, checkpoint, 
     (["--learning-rate", "nan"], "--learning-rate: nan is not in"),
     (["--max-length", "many"], "invalid int value: 'many'")])
 def test_bad_flags_are_named(argv, message, monkeypatch, capsys):
-    assert message in fails(reward.main, ["reward.py", "--train", "--model", "m", "--data", "d.jsonl", *argv], monkeypatch, capsys)
+    argv = ["reward.py", "--train", "--model", "m", "--data", "d.jsonl", *argv]
+    assert message in fails(reward.main, argv, monkeypatch, capsys)
 
 
 def test_a_loss_that_is_not_finite_stops_with_one_line_and_saves_nothing(checkpoint, pairs, tmp_path,
@@ -263,3 +267,42 @@ def test_a_loss_that_is_not_finite_stops_with_one_line_and_saves_nothing(checkpo
     argv = ["reward.py", "--train", "--model", str(checkpoint), "--data", pairs, "--out", str(tmp_path)]
     assert "step 1: loss or gradient not finite" in fails(reward.main, argv, monkeypatch, capsys)
     assert not (tmp_path / "model").exists()
+
+
+def test_a_stopped_training_goes_on_as_if_unbroken(checkpoint, pairs, tmp_path, monkeypatch, capsys):
+    """SIGTERM in the second step: it is finished and saved, and --resume gives the same weights and logs."""
+    common = ["--limit", "80", "--micro-batch-size", "3"]
+    trained(monkeypatch, checkpoint, pairs, tmp_path / "whole", *common)
+    step, calls = reward.reward_step, []
+
+    def signalled(*inputs):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*inputs)
+
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(reward, "reward_step", signalled)
+            with pytest.raises(SystemExit) as stop:
+                trained(patch, checkpoint, pairs, tmp_path / "stopped", *common)
+        assert stop.value.code == 0 and not (tmp_path / "stopped/model").exists()
+        assert "stopped after step 2, which is saved; --resume continues" in capsys.readouterr().out
+        gc.collect()                                       # the traceback holds the lock
+        trained(monkeypatch, checkpoint, pairs, tmp_path / "stopped", *common, "--resume")
+    finally:
+        signal.signal(signal.SIGTERM, before[0])
+        signal.signal(signal.SIGINT, before[1])
+    whole, stopped = (tmp_path / name / "model/model.safetensors" for name in ("whole", "stopped"))
+    assert whole.read_bytes() == stopped.read_bytes()
+    assert rows_of(tmp_path / "whole") == rows_of(tmp_path / "stopped")
+    assert (tmp_path / "whole/eval.jsonl").read_text() == (tmp_path / "stopped/eval.jsonl").read_text()
+
+
+def test_the_gradient_does_not_depend_on_the_micro_batches(checkpoint, pairs, tmp_path, monkeypatch):
+    for name, size in (("one", "1"), ("all", "16")):
+        trained(monkeypatch, checkpoint, pairs, tmp_path / name, "--limit", "40", "--micro-batch-size", size)
+    one, other = (rows_of(tmp_path / name)[0] for name in ("one", "all"))
+    assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)

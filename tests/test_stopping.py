@@ -14,7 +14,6 @@ import pytest
 import torch
 from test_errors import fails
 
-import data
 import evaluate
 import sail
 from generate import load_policy
@@ -253,7 +252,8 @@ def test_half_a_line_past_the_checkpoint_is_cut_off(run, finished):
 
 
 def test_the_fingerprint_sees_prompts_chosen_and_rejected_ids():
-    prints = {fingerprint([ids]) for ids in ([[1], [2], [3]], [[9], [2], [3]], [[1], [9], [3]], [[1], [2], [9]])}
+    pairs = [[1], [2], [3]], [[9], [2], [3]], [[1], [9], [3]], [[1], [2], [9]]
+    prints = {fingerprint([ids]) for ids in pairs}
     assert len(prints) == 4
 
 
