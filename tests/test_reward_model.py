@@ -287,7 +287,9 @@ def test_a_stopped_training_goes_on_as_if_unbroken(checkpoint, pairs, tmp_path, 
             patch.setattr(reward, "reward_step", signalled)
             with pytest.raises(SystemExit) as stop:
                 trained(patch, checkpoint, pairs, tmp_path / "stopped", *common)
-        assert stop.value.code == 0 and not (tmp_path / "stopped/model").exists()
+        assert stop.value.code == 0
+        del stop
+        assert not (tmp_path / "stopped/model").exists()
         assert "stopped after step 2, which is saved; --resume continues" in capsys.readouterr().out
         gc.collect()                                       # the traceback holds the lock
         trained(monkeypatch, checkpoint, pairs, tmp_path / "stopped", *common, "--resume")
