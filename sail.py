@@ -38,7 +38,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 from data import Pair, collate, encode, end_token_ids, length_table, train_and_held_out
@@ -53,7 +53,7 @@ from reward import Reward, drop_unscorable, label_by_reward, load_reward
 from runtime.command_line import InputError, Parser, command_line, format_counts, number, seeded
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.processes import (
-    all_sum, fails_together, gathered, is_sharded, print0, process_group, rank, stop_signals, sum_gradients,
+    all_sum, fails_together, gathered, in_turns, is_sharded, print0, process_group, rank, stop_signals, sum_gradients,
     with_equal_counts, world_size)
 from runtime.run_directory import (
     begin, date_of, fingerprint, log_figures, log_step, run_directory, save_checkpoint, save_model,
@@ -471,7 +471,10 @@ def load_run(args, device):
         reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
     train, unscorable = drop_unscorable(train, reward)
     held_out, held_out_counts = drop_unscorable(held_out, reward)
-    policy, reference, tokenizer = load_models(args, device)
+    if args.shard:                                                     # whole on the CPU, before it is split
+        policy, reference, tokenizer = in_turns(partial(load_models, args, device))
+    else:
+        policy, reference, tokenizer = load_models(args, device)
     limits = (end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length,
               policy.get_input_embeddings().weight.shape[0])
     examples, counts, lengths = encode(train, tokenizer, *limits)

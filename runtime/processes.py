@@ -111,6 +111,20 @@ def fails_together(function):
     return wrapped
 
 
+def in_turns(load):
+    """load(), by one process of a node after the other, for what takes much of the node's memory meanwhile."""
+    result = None
+    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+        problem = None
+        if turn == int(os.environ.get("LOCAL_RANK", 0)):
+            try:
+                result = load()
+            except InputError as error:
+                problem = str(error)
+        raise_together(problem)
+    return result
+
+
 def all_sum(totals, device):
     """A Counter of floats, summed over the processes; all must hold the same keys."""
     if not dist.is_initialized():
