@@ -53,8 +53,8 @@ from reward import Reward, drop_unscorable, label_by_reward, load_reward
 from runtime.command_line import InputError, Parser, command_line, format_counts, number, seeded
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.processes import (
-    all_sum, fails_together, gathered, in_turns, is_sharded, print0, process_group, rank, stop_signals, sum_gradients,
-    with_equal_counts, world_size)
+    all_sum, fails_together, gathered, in_turns, is_sharded, print0, process_group, rank, stop_signals,
+    sum_gradients, with_equal_counts, world_size)
 from runtime.run_directory import (
     begin, date_of, fingerprint, log_figures, log_step, run_directory, save_checkpoint, save_model,
     write_line)

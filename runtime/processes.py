@@ -112,7 +112,7 @@ def fails_together(function):
 
 
 def in_turns(load):
-    """load(), by one process of a node after the other, for what takes much of the node's memory meanwhile."""
+    """load(), by one process of a node after the other: each needs much of the node's memory for it."""
     result = None
     for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
         problem = None
