@@ -18,14 +18,14 @@ def test_the_least_flops_equal_a_hand_computed_example():
 
 @pytest.mark.parametrize("variant", ["dpo", "pr"])
 def test_a_row_runs_the_loop_and_reports_its_figures(variant, tmp_path):
-    row = {"side": "sail", "name": "tiny", "model": bench.MODELS["tiny"], "variant": variant, "steps": 3,
+    row = {"side": "sail", "name": "tiny", "model": bench.MODELS["tiny"], "variant": variant, "steps": 10,
            "batch": 2, "micro": None, "prompt": 8, "response": 6, "new_tokens": 6, "dtype": "float32"}
     child = subprocess.run([sys.executable, bench.__file__, "--row", json.dumps(row)],
                            capture_output=True, text=True, check=False)
     assert child.returncode == 0, child.stderr
     figures = json.loads(child.stdout.splitlines()[-1])
-    assert len(figures["seconds"]) == 1 and figures["padding"] == 0 and figures["rate"] > 1e8
-    if variant == "pr":                                                # a busy machine makes any share of it
-        assert 0.001 < figures["generation"][0] < figures["seconds"][0]
+    assert len(figures["seconds"]) == 8 and figures["padding"] == 0 and figures["rate"] > 1e8
+    fastest = min(figures["generation"]) / min(figures["seconds"])     # what a busy machine adds is no part of it
+    assert (fastest > 0.3) == (variant == "pr")
     if variant == "dpo":
-        assert figures["tokens"] == [2 * 2 * (8 + 6)]
+        assert figures["tokens"] == [2 * 2 * (8 + 6)] * 8
