@@ -192,7 +192,8 @@ def drop_unscorable(pairs, reward):
         except BadRow as reason:
             counts[f"for the reward model {reason}"] += 1
             continue
-        counts["dialogues_cut_for_the_reward_model"] += chosen_cut or rejected_cut
+        if chosen_cut or rejected_cut:
+            counts["dialogues_cut_for_the_reward_model"] += 1
         kept.append(pair)
     if not kept:
         raise InputError(f"the reward model can score none of {len(pairs)} pairs: {format_counts(+counts)}")

@@ -253,8 +253,11 @@ def accumulate_gradients(run, pairs, args):
             losses, metrics = preference_losses(run.policy, run.reference, micro, args,
                                                 run.progress["baseline"])
         (weight * losses.sum() / over).backward()
+        counted = len(micro)
+        if weight == 0:                                                # it is there for its collectives only
+            counted = 0
         for name, value in metrics.items():
-            sums[name] += value.item() * len(micro) * (weight > 0)
+            sums[name] += value.item() * counted
     sum_gradients(run.policy)
     totals.update(all_sum(sums, run.device))
     return totals
@@ -423,7 +426,8 @@ def count(pairs, args):
         totals["sampled_tokens"] += pair.sampled_tokens
         totals["unfinished"] += pair.unfinished
         totals["reward"] += sum(pair.rewards)
-        totals["ties"] += bool(pair.rewards) and pair.rewards[0] == pair.rewards[1]
+        if pair.rewards and pair.rewards[0] == pair.rewards[1]:
+            totals["ties"] += 1
     return totals
 
 
@@ -568,8 +572,11 @@ def loop(run, out, args, total, steps, stopped):
         offline, own = share_of_process(*draw_pairs(run.examples, step, args, total, steps))
         totals, finite, figures = training_step(run, offline, own, args)
         progress["step"] = step
-        progress["skipped"] += not finite
-        progress["in_a_row"] = 0 if finite else progress["in_a_row"] + 1
+        if finite:
+            progress["in_a_row"] = 0
+        else:
+            progress["in_a_row"] += 1
+            progress["skipped"] += 1
         log_step(out, record_of(step, totals, args, skipped=progress["skipped"], **figures), steps)
         if step == first:
             print_how_long(figures["seconds"], evaluation.get("seconds"), steps - first + 1, args, run.device)

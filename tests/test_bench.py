@@ -25,7 +25,7 @@ def test_a_row_runs_the_loop_and_reports_its_figures(variant, tmp_path):
     assert child.returncode == 0, child.stderr
     figures = json.loads(child.stdout.splitlines()[-1])
     assert len(figures["seconds"]) == 8 and figures["padding"] == 0 and figures["rate"] > 1e8
-    fastest = min(figures["generation"]) / min(figures["seconds"])     # what a busy machine adds is no part of it
-    assert (fastest > 0.3) == (variant == "pr")
+    share = min(figures["generation"]) / min(figures["seconds"])       # without what a busy machine adds
+    assert (share > 0.3) == (variant == "pr")
     if variant == "dpo":
         assert figures["tokens"] == [2 * 2 * (8 + 6)] * 8

@@ -245,8 +245,8 @@ def exact_revkl(policy, reference, prompts, responses):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_revkl_and_both_log_probs_come_from_one_forward_of_each_model(family, monkeypatch):
-    softmax = torch.nn.functional.softmax               # gemma2's attention asks for float32, whatever the model
-    monkeypatch.setattr(torch.nn.functional, "softmax", lambda x, dim=-1, dtype=None: softmax(x, dim))
+    softmax = torch.nn.functional.softmax               # gemma2's attention would have float32
+    monkeypatch.setattr("torch.nn.functional.softmax", lambda x, dim=-1, dtype=None: softmax(x, dim))
     policy, reference = (tiny_model(family, seed=seed).double() for seed in (1, 2))
     calls = []
     for model in (policy, reference):
