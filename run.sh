@@ -10,7 +10,7 @@ run() { echo "+ $*"; "$@"; }
 case " $* " in *" --help "* | *" -h "*) sed -n '2,6s/^# //p' "$here/run.sh"; exit ;; esac      # sail.py has its own
 
 # Let glibc keep freed memory for the next step rather than return it to the kernel and pay for every page
-# anew: experiments/bench.py times steps on a CPU without this ("as-is") and with it ("kept").
+# anew.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=268435456
 
 # The packages: those of $PYTHON where it has them all, else .venv beside this file, made on first use.

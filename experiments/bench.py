@@ -1,23 +1,20 @@
-"""How fast: dpo, dp, pp and pr on random models and pairs, beside TRL's trainers and the matmul rate.
+"""How fast: dpo, dp, pp and pr on random models and pairs, beside TRL's trainers.
 
     python experiments/bench.py                 # models S and V, each row in a process of its own
     python experiments/bench.py --peer-python TRL/bin/python --rounds 3   # in turn with TRL under that Python
     python experiments/bench.py --overheads     # dp, pp and pr against dpo on the same pairs, in turn
-    python experiments/bench.py --growth --plot experiments/growth.png      # time and memory against the work
     python experiments/bench.py --models qwen2-0.5b --dtype bfloat16 --prompt 512 --response 512 \\
-        --variants dpo pr --allocators as-is --peer-python TRL/bin/python                   # one GPU
+        --variants dpo pr --peer-python TRL/bin/python                   # one GPU
 
 The work of a step, the same for both sides: eight pairs in file order, prompts of 64 tokens, responses of 32
 to 192 with their end token; float32, SDPA attention, β 0.1, a frozen reference that is run every step,
 gradient norm clipped to 1, AdamW. pr and TRL's OnlineDPOTrainer sample two responses of up to 64 tokens to
 eight prompts at temperature 1 and score them with a function of their words. Seconds are from the drawing of
-the pairs to the step (TRL: from the end of a step to the next); the first two steps are left out. The least
-FLOPs count a prompt once, attention without what the causal mask hides, the output layer at response tokens,
-and four forwards' worth: reference, policy, and twice for backward. --out collects the rows as JSON lines.
+the pairs to the step (TRL: from the end of a step to the next); the first two steps are left out. --out
+collects the rows as JSON lines.
 """
 import argparse
 import json
-import math
 import os
 import random
 import resource
@@ -30,11 +27,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = ["dpo", "dp", "pp", "pr"]
+PEERS = {"dpo": "TRL DPO", "pr": "TRL OnlineDPO"}
 MODELS = {  # Llama shapes but for qwen2-*
     "S": dict(vocab_size=8192, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
               num_attention_heads=8, num_key_value_heads=8),
-    "M": dict(vocab_size=8192, hidden_size=768, intermediate_size=2048, num_hidden_layers=8,
-              num_attention_heads=12, num_key_value_heads=12),
     "V": dict(vocab_size=128256, hidden_size=256, intermediate_size=704, num_hidden_layers=2,
               num_attention_heads=8, num_key_value_heads=8),
     "tiny": dict(vocab_size=1024, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
@@ -42,6 +38,7 @@ MODELS = {  # Llama shapes but for qwen2-*
     "qwen2-0.5b": dict(vocab_size=151936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24,
                        num_attention_heads=14, num_key_value_heads=2, tie_word_embeddings=True),
 }
+# As in run.sh: glibc keeps what is freed.
 KEEP_MEMORY = dict(MALLOC_MMAP_MAX_="0", MALLOC_TRIM_THRESHOLD_=str(2**35), MALLOC_TOP_PAD_=str(2**28))
 PAD, BOS, EOS, UNK = range(4)
 
@@ -86,58 +83,12 @@ def reward(prompts, completions, completion_ids=None, **_):
     return [len(set(text.split())) / 64 for text in completions]
 
 
-def least_flops(row, pairs):
-    """Of one step on pairs of (prompt, chosen, rejected) lengths."""
-    size = row["model"]
-    hidden, heads = size["hidden_size"], size["num_attention_heads"]
-    width = size.get("head_dim", hidden // heads) * heads
-    kv = width * size["num_key_value_heads"] // heads
-    layer = hidden * (2 * width + 2 * kv) + 3 * hidden * size["intermediate_size"]           # weights
-    total = 0
-    for prompt, *responses in pairs:
-        seen = prompt**2 / 2 + sum(length * (prompt + length / 2) for length in responses)   # keys by queries
-        total += size["num_hidden_layers"] * (2 * layer * (prompt + sum(responses)) + 4 * width * seen)
-        total += 2 * hidden * size["vocab_size"] * sum(responses)
-    return 4 * total
-
-
-def matmul_rate(dtype):
-    """FLOP/s of a large product on this machine, the best of ten."""
-    import torch
-    device, n = ("cuda", 8192) if torch.cuda.is_available() else ("cpu", 2048)
-    one = torch.randn(n, n, device=device, dtype=getattr(torch, dtype))
-    seconds = []
-    for _ in range(13):
-        started = time.perf_counter()
-        product = one @ one
-        product[0, 0].item()                                           # waits for the device
-        seconds.append(time.perf_counter() - started)
-    return 2 * n**3 / min(seconds[3:])
-
-
-def decoding_bound(row):
-    """Seconds that sampling takes at least: the weights read once per token, at the speed of a large copy."""
-    import torch
-    size, device = row["model"], "cuda" if torch.cuda.is_available() else "cpu"
-    source = torch.ones(2**27, device=device)
-    target, seconds = torch.empty_like(source), []
-    for _ in range(6):
-        started = time.perf_counter()
-        target.copy_(source)
-        target[0].item()                                               # waits for the device
-        seconds.append(time.perf_counter() - started)
-    flops_per_token = least_flops(row, [(0, 1)]) / 4                   # two for every weight
-    weights = flops_per_token / 2 - size["num_hidden_layers"] * size["hidden_size"]      # but attention's
-    return row["new_tokens"] * 4 * weights * min(seconds[1:]) / (2 * source.numel() * 4)
-
-
 # --- one row, in a process of its own -----------------------------------------------------------------------
 
 def ours(row, folder):
     """Run sail.py's own loop; the row's figures from its metrics.jsonl."""
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    import generate
     import sail
     model, tokenizer = model_and_tokenizer(row)
     for part in (model, tokenizer):
@@ -149,26 +100,18 @@ def ours(row, folder):
     (folder / "pairs.jsonl").write_text("".join(
         json.dumps(pair) + "\n" for _, pair in sorted(zip(drawn, pairs), key=lambda each: each[0])))
     (folder / "one.jsonl").write_text(json.dumps(pairs[0]) + "\n")
-    padding, logits = [], generate.response_logits
-
-    def watch(model, input_ids, attention_mask, response_mask):
-        padding.append(0.0 if generate.is_packed(model) else 1 - attention_mask.float().mean().item())
-        return logits(model, input_ids, attention_mask, response_mask)
-
-    generate.response_logits = watch
-    micro = ["--micro-batch-size", str(row["micro"])] if row["micro"] else []
     sail.main([
         "--variant", row["variant"], "--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"),
         "--eval-data", str(folder / "one.jsonl"), "--eval-limit", "1", "--eval-every", "0",
         "--reward", f"{__file__}:reward", "--steps", str(row["steps"]), "--batch-size", str(row["batch"]),
-        *micro, "--learning-rate", "1e-6", "--mix", str(route), "--max-prompt-length", str(row["prompt"]),
+        "--learning-rate", "1e-6", "--mix", str(route), "--max-prompt-length", str(row["prompt"]),
         "--dtype", row["dtype"],
         "--max-response-length", str(row["new_tokens"] if row["variant"] in ("pp", "pr")
                                      else row["response"] or 192), "--out", str(folder / "run")])
     metrics = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     return dict(seconds=[line["seconds"] for line in metrics], tokens=[line["tokens"] for line in metrics],
                 generation=[line["seconds_rollout"] for line in metrics],
-                scoring=[line["seconds_reward"] for line in metrics], padding=statistics.mean(padding))
+                scoring=[line["seconds_reward"] for line in metrics])
 
 
 def trl(row, folder):
@@ -182,7 +125,7 @@ def trl(row, folder):
     model.generation_config.pad_token_id = PAD
     reference = copy.deepcopy(model).eval().requires_grad_(False)
     pairs = pairs_of(row)
-    ends, seen = [], dict(tokens=[], positions=[], generation=[])
+    ends, seen = [], dict(tokens=[], generation=[])
     settings = dict(
         output_dir=str(folder), per_device_train_batch_size=row["batch"], max_steps=row["steps"],
         gradient_checkpointing=False, bf16=row["dtype"] == "bfloat16", use_cpu=not torch.cuda.is_available(),
@@ -204,7 +147,6 @@ def trl(row, folder):
         class Trainer(DPOTrainer):
             def training_step(self, model, inputs, *more, **options):
                 seen["tokens"].append(int(inputs["attention_mask"].sum()))
-                seen["positions"].append(inputs["attention_mask"].numel())
                 return super().training_step(model, inputs, *more, **options)
 
         trainer = Trainer(model=model, ref_model=reference, args=DPOConfig(
@@ -216,10 +158,10 @@ def trl(row, folder):
         class Trainer(OnlineDPOTrainer):
             def _generate(self, *more, **options):
                 started = time.perf_counter()
-                prompts, prompt_mask, completions, mask, _ = output = super()._generate(*more, **options)
+                output = super()._generate(*more, **options)
+                _, prompt_mask, _, mask, _ = output
                 seen["generation"].append(time.perf_counter() - started)
                 seen["tokens"].append(int(prompt_mask.sum() + mask.sum()))
-                seen["positions"].append(prompts.numel() + completions.numel())
                 return output
 
         trainer = Trainer(model=model, ref_model=reference, reward_funcs=reward, args=OnlineDPOConfig(
@@ -228,8 +170,7 @@ def trl(row, folder):
             processing_class=tokenizer, callbacks=[Clock()])
     trainer.train()
     return dict(seconds=[end - start for start, end in zip(ends, ends[1:])], tokens=seen["tokens"],
-                generation=seen["generation"] or [0.0] * row["steps"], scoring=[0.0] * row["steps"],
-                padding=1 - sum(seen["tokens"]) / sum(seen["positions"]))
+                generation=seen["generation"] or [0.0] * row["steps"], scoring=[0.0] * row["steps"])
 
 
 def measure(row):
@@ -241,25 +182,15 @@ def measure(row):
     memory = (torch.cuda.max_memory_allocated() if gpu
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     figures = {name: value[2:] if isinstance(value, list) else value for name, value in figures.items()}
-    if row["side"] == "sail":                                          # after the run: it counts no memory
-        row.update(rate=matmul_rate(row["dtype"]), bound=decoding_bound(row))
-    if row["variant"] in ("pp", "pr"):
-        lengths = [[(row["prompt"], row["new_tokens"], row["new_tokens"])] * row["batch"]]
-    else:
-        lengths = [(row["prompt"], len(pair["chosen"].split()) + 1, len(pair["rejected"].split()) + 1)
-                   for pair in pairs_of(row)]
-        lengths = [lengths[start:start + row["batch"]] for start in range(0, len(lengths), row["batch"])][2:]
-    flops = statistics.mean(least_flops(row, step) for step in lengths)
-    print(json.dumps({**row, **figures, "gigabytes": memory / 1e9, "flops": flops}))
+    print(json.dumps({**row, **figures, "gigabytes": memory / 1e9}))
 
 
 # --- the rows and their tables ------------------------------------------------------------------------------
 
-def run(row, python=sys.executable, allocator="as-is"):
+def run(row, python=sys.executable):
     """Measure a row in a child; returns it with its figures."""
-    environment = {**os.environ, **(KEEP_MEMORY if allocator == "kept" else {})}
-    child = subprocess.run([python, __file__, "--row", json.dumps({**row, "allocator": allocator})],
-                           env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.run([python, __file__, "--row", json.dumps(row)], env=os.environ | KEEP_MEMORY,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     if child.returncode:
         sys.exit(f"bench.py: error: {row['side']} {row['name']} {row['variant']}:\n{child.stderr[-2000:]}")
     return json.loads(child.stdout.strip().splitlines()[-1])
@@ -272,18 +203,12 @@ def median(values):
 def line_of(name, rounds, peers):
     """A line of the table: one configuration's rounds, beside the peer's."""
     seconds = [second for row in rounds for second in row["seconds"]]
-    first = rounds[0]
     generation, scoring = (median([each for row in rounds for each in row[part]])
                            for part in ("generation", "scoring"))
-    # sampling is held against the memory's rate, reading the weights once per token
-    share = (median([row["flops"] / statistics.mean(row["seconds"]) / row["rate"] for row in rounds])
-             if "rate" in first and first["variant"] in ("dpo", "dp") else None)
-    if "bound" in first and first["variant"] in ("pp", "pr"):
-        share = first["bound"] / generation
-    cells = [name, first["allocator"], f"{median(seconds):.2f} ({min(seconds):.2f}–{max(seconds):.2f})",
+    cells = [name, f"{median(seconds):.2f} ({min(seconds):.2f}–{max(seconds):.2f})",
              f"{generation:.2f} + {scoring:.2f} + {median(seconds) - generation - scoring:.2f}",
-             f"{sum(sum(row['tokens']) for row in rounds) / sum(seconds):,.0f}", f"{first['padding']:.0%}",
-             f"{median([row['gigabytes'] for row in rounds]):.2f}", f"{share:.0%}" if share else ""]
+             f"{sum(sum(row['tokens']) for row in rounds) / sum(seconds):,.0f}",
+             f"{median([row['gigabytes'] for row in rounds]):.2f}"]
     if peers:
         ratios = [median(peer["seconds"]) / median(row["seconds"]) for row, peer in zip(rounds, peers)]
         memory = [row["gigabytes"] / peer["gigabytes"] for row, peer in zip(rounds, peers)]
@@ -294,31 +219,27 @@ def line_of(name, rounds, peers):
 
 
 def table(args):
-    """Every model, variant and allocator setting, in turn with the peer; prints a table, keeps the rows."""
-    print("| | allocator | s/step, median (min–max) | generation + scoring + update | tokens/s | padding | "
-          "GB | of the matmul rate; pp, pr: generation, of the memory's rate | times TRL's speed | "
-          "of TRL's memory |\n|" + "---|" * 10, flush=True)
+    """Every model and variant, in turn with the peer; prints a table, keeps the rows."""
+    print("| | s/step, median (min–max) | generation + scoring + update | tokens/s | GB | "
+          "times TRL's speed | of TRL's memory |\n|" + "---|" * 7, flush=True)
     for name in args.models:
-        for allocator in args.allocators:
-            for variant in args.variants:
-                row = row_of(args, name, variant)
-                rounds, peers = [], []
-                peer = args.peer_python and variant in ("dpo", "pr")
-                for _ in range(args.rounds):
-                    rounds.append(run(row, allocator=allocator))
-                    keep(args.out, rounds[-1])
-                    if peer:
-                        peers.append(run({**row, "side": "trl"}, args.peer_python, allocator))
-                        keep(args.out, peers[-1])
-                print(line_of(f"{name} {variant}", rounds, peers), flush=True)
-                if peers:
-                    peer_name = {"dpo": "TRL DPO", "pr": "TRL OnlineDPO"}[variant]
-                    print(line_of(f"{name} {peer_name}", peers, []), flush=True)
+        for variant in args.variants:
+            row = row_of(args, name, variant)
+            rounds, peers = [], []
+            for _ in range(args.rounds):
+                rounds.append(run(row))
+                keep(args.out, rounds[-1])
+                if args.peer_python and variant in PEERS:
+                    peers.append(run({**row, "side": "trl"}, args.peer_python))
+                    keep(args.out, peers[-1])
+            print(line_of(f"{name} {variant}", rounds, peers), flush=True)
+            if peers:
+                print(line_of(f"{name} {PEERS[variant]}", peers, []), flush=True)
 
 
 def row_of(args, name, variant, **more):
     return {"side": "sail", "name": name, "model": MODELS[name], "variant": variant, "steps": args.steps,
-            "batch": args.batch, "micro": None, "prompt": args.prompt, "response": args.response,
+            "batch": args.batch, "prompt": args.prompt, "response": args.response,
             "new_tokens": args.response or 64, "dtype": args.dtype, **more}
 
 
@@ -366,69 +287,10 @@ def overheads(args):
                                           for each in ratios) + " |", flush=True)
 
 
-def growth(args):
-    """dpo's seconds and memory against pairs, response length, vocabulary and width: slopes, a picture."""
-    small = MODELS["S"]
-    sweeps = {
-        "pairs per step": [(n, dict(batch=n, micro=8)) for n in (4, 8, 16, 32)],
-        "response length": [(n, dict(response=n)) for n in (64, 128, 256, 512)],
-        "vocabulary": [(n, dict(model={**small, "vocab_size": n})) for n in (8192, 16384, 32768, 65536)],
-        "width": [(n, dict(model={**small, "hidden_size": n, "intermediate_size": n * 11 // 4}))
-                  for n in (256, 384, 512, 768)]}
-    curves = {}
-    for what, points in sweeps.items():
-        rows = [run(row_of(args, "S", "dpo", **{"response": 128, **more}), allocator="kept")
-                for _, more in points]
-        for row in rows:
-            keep(args.out, row)
-        x = [value for value, _ in points]
-        curves[what] = x, {"time": [median(row["seconds"]) for row in rows],
-                           "memory": [row["gigabytes"] for row in rows],
-                           "work": [row["flops"] for row in rows]}
-        print(f"{what} {x}: slopes "
-              + ", ".join(f"{name} {slope(x, y):.2f}" for name, y in curves[what][1].items())
-              + "; seconds " + " ".join(f"{value:.2f}" for value in curves[what][1]["time"])
-              + "; GB " + " ".join(f"{value:.2f}" for value in curves[what][1]["memory"]), flush=True)
-    if args.plot:
-        draw_growth(curves, args.plot)
-
-
-def slope(x, y):
-    """Of log y over log x, by least squares."""
-    return statistics.linear_regression(*([math.log(value) for value in each] for each in (x, y))).slope
-
-
-def draw_growth(curves, path):
-    """A panel per sweep: time, memory and least FLOPs relative to its first point, with their slopes."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.6), sharey=True)
-    styles = {"time": ("o-", "#0072B2"), "memory": ("s-", "#D55E00"), "work": ("--", "black")}
-    for axis, (what, (x, lines)) in zip(axes, curves.items()):
-        ends, floor = sorted((y[-1] / y[0], name) for name, y in lines.items()), 0.0
-        for end, name in ends:
-            style, color = styles[name]
-            axis.loglog(x, [value / lines[name][0] for value in lines[name]], style, color=color, base=2)
-            floor = max(end, 1.3 * floor)                              # labels apart
-            axis.text(x[-1] * 1.1, floor, f"{name} {slope(x, lines[name]):.2f}", color=color, va="center")
-        axis.set_xlim(x[0] * 0.9, x[-1] * (x[-1] / x[0]) ** 0.55)
-        axis.set_xticks(x, [f"{n // 1024}k" if n >= 4096 else str(n) for n in x])
-        axis.set_yticks([1, 2, 4, 8], ["1×", "2×", "4×", "8×"])
-        axis.minorticks_off()
-        axis.set_xlabel(what)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("relative to the first point")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-
-
 def main():
     parser = argparse.ArgumentParser(description="Time the training step.")
     parser.add_argument("--models", nargs="+", choices=[*MODELS], default=["S", "V"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
-    parser.add_argument("--allocators", nargs="+", choices=["as-is", "kept"], default=["as-is", "kept"],
-                        help="kept: glibc is told to keep memory, as run.sh does")
     parser.add_argument("--peer-python", help="a Python that has TRL")
     parser.add_argument("--rounds", type=int, default=1, help="of each row, in turn with the peer's")
     parser.add_argument("--steps", type=int, default=12)
@@ -438,15 +300,15 @@ def main():
                         help="tokens, of every response (data's: 32 to 192; sampled: 64)")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--out", default="runs/bench.jsonl", help="JSON lines, appended to")
-    parser.add_argument("--plot", help="the picture of --growth")
     parser.add_argument("--overheads", action="store_true")
-    parser.add_argument("--growth", action="store_true")
     parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
         measure(args.row)
+    elif args.overheads:
+        overheads(args)
     else:
-        (overheads if args.overheads else growth if args.growth else table)(args)
+        table(args)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,9 @@
 
     python experiments/memory.py                  the estimate per device for 0.5B, 8B and 70B
 
-`estimate` counts bytes. tests/test_scale.py holds its terms against `PeakBytes`, measured on small models.
+`estimate` counts bytes. tests/test_scale.py holds its terms against bytes measured on small models.
 """
-import weakref
-
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 LLAMA_8B = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                 num_attention_heads=32, num_key_value_heads=8)
@@ -98,36 +94,6 @@ def print_estimate():
         parts = estimate(AutoConfig.for_model(shape.pop("model_type"), **shape), processes, **options)
         print(f"| {name} | {processes} | {flags} | " + " | ".join(
             f"{value / 2**30:.1f}" for value in (*parts.values(), whole(parts))) + " |")
-
-
-# --- measured
-
-class PeakBytes(TorchDispatchMode):
-    """Inside, `peak` becomes the most bytes that tensors made inside hold at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage, made = tensor.untyped_storage(), function.namespace == "aten" and not any(
-                    isinstance(each, torch.Tensor)
-                    and each.untyped_storage()._cdata == tensor.untyped_storage()._cdata
-                    for each in tree_leaves((args, kwargs)))
-                if made and storage._cdata not in self.known:
-                    self.known.add(storage._cdata)
-                    self.live += storage.nbytes()
-                    weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def freed(self, storage, size):
-        self.known.discard(storage)
-        self.live -= size
 
 
 if __name__ == "__main__":
