@@ -18,25 +18,35 @@ from data import (
     BadRow, collate, end_token_ids, fitting_prompt, load_pairs, load_tokenizer, response_text)
 
 import torch
+import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from runtime.command_line import (
     InputError, Parser, command_line, first_line, format_counts, number, seeded)
-from runtime.packing import allow_packing, is_packed, packed_logits
-from runtime.processes import fails_together, gathered, progress, shard
+from runtime.packing import allow_packing, is_packed, packed_logits, register_packing
+from runtime.processes import fails_together, gathered, progress, rank, shard
 from runtime.run_directory import write_rows
 
 # --- load and adapt -----------------------------------------------------------------------------------------
 
 
-def load_policy(name, device="cpu", trust_remote_code=False, lengths=(0, 0), date=None):
+def load_policy(name, device="cpu", trust_remote_code=False, lengths=(0, 0), date=None, whole=True):
     """(model, tokenizer): a causal language model in float32 without dropout, of a directory (without the
     network) or hub name. Ids that the tokenizer cannot produce get no probability, in sampling and scoring
-    alike. date: as in `load_tokenizer`. Raises InputError if there is nothing to load, or if the model has
-    too few positions for `lengths`, of the prompt and of the response."""
-    from transformers import AutoModelForCausalLM
+    alike. date: as in `load_tokenizer`. Not whole: modules without weights, on the meta device. Raises
+    InputError if there is nothing to load, or if the model has too few positions for `lengths`, of the
+    prompt and of the response."""
+    from transformers import AutoConfig, AutoModelForCausalLM
     tokenizer = load_tokenizer(name, trust_remote_code, date=date)
-    model = load_weights(AutoModelForCausalLM, name, trust_remote_code, dtype=torch.float32).float()
+    if whole:
+        model = load_weights(AutoModelForCausalLM, name, trust_remote_code, dtype=torch.float32)
+    else:
+        device = "meta"
+        options = dict(trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir(), **options)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(config, **options)
+    model = model.float().eval()
     prepare(model, tokenizer, name)
     positions = positions_of(model)
     if sum(lengths) > positions:
@@ -92,8 +102,9 @@ def prepare(model, tokenizer, name="model"):
         raise InputError(f"{name}: the tokenizer has {known} ids, the model only {rows}, and an end token is "
                          "among the others; wrong tokenizer?")
     try:
-        allow_packing(model)                             # before ids are masked: it compares logits
-        try_out(model)
+        if model.device.type != "meta":
+            allow_packing(model)                         # before ids are masked: it compares logits
+            try_out(model)
     except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
         raise InputError(f"{name}: {type(model).__name__} lacks logits_to_keep, position_ids, or the usual "
                          f"cache, which scoring and sampling need ({first_line(error)})") from None
@@ -127,32 +138,53 @@ def try_out(model):
 def load_models(args, device):
     """(policy, reference, tokenizer) as the flags of sail.py want them: adapted, sharded, on the device. The
     reference is None for sft, and the policy without its adapter if it has one."""
-    place = device
+    models, tokenizer = load_parts(args, device)
     if args.shard:
-        place = "cpu"                                                  # FSDP moves what it keeps
-    options = args.trust_remote_code, (args.max_prompt_length, args.max_response_length), args.date
-    policy, tokenizer = load_policy(args.model, place, *options)
-    reference, frozen = None, []
-    if args.reference == args.model and args.lora:
-        reference = AdapterReference(policy)
-    elif args.reference == args.model:
-        reference = copy.deepcopy(policy)
-        frozen = [reference]
+        for model in models:
+            take_settings(model)
+            shard(model, device, args.dtype)
+    policy, reference = models[0], None
+    if len(models) == 2:
+        reference = models[1]
     elif args.reference:
-        reference, other = load_policy(args.reference, place, *options)
-        frozen = [reference]
-        if other.get_vocab() != tokenizer.get_vocab():
-            raise InputError(f"--reference {args.reference} has another vocabulary than --model {args.model}")
-    for model in frozen:
-        model.requires_grad_(False)
-    if args.lora:
-        add_adapter(policy, args.lora, args.seed)
-    if args.shard:
-        for model in [policy, *frozen]:
-            shard(model, args.dtype)
+        reference = AdapterReference(policy)
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable({"use_reentrant": False})
     return policy, reference, tokenizer
+
+
+@fails_together
+def load_parts(args, device):
+    """([policy], tokenizer), or ([policy, reference], tokenizer) if the reference is a model of its own. For
+    shards, rank 0 has them whole on the CPU, the others without weights."""
+    options = dict(trust_remote_code=args.trust_remote_code, date=args.date,
+                   lengths=(args.max_prompt_length, args.max_response_length))
+    if args.shard:
+        device = "cpu"
+        options["whole"] = rank() == 0
+    policy, tokenizer = load_policy(args.model, device, **options)
+    models = [policy]
+    if args.reference == args.model and not args.lora:
+        models.append(copy.deepcopy(policy).requires_grad_(False))
+    elif args.reference and args.reference != args.model:
+        reference, other = load_policy(args.reference, device, **options)
+        models.append(reference.requires_grad_(False))
+        if other.get_vocab() != tokenizer.get_vocab():
+            raise InputError(f"--reference {args.reference} has another vocabulary than --model {args.model}")
+    if args.lora:
+        add_adapter(policy, args.lora, args.seed)
+    return models, tokenizer
+
+
+def take_settings(model):
+    """Give a model without weights what rank 0 has found out with its own: how attention computes, and what
+    ends a response."""
+    settings = [(model.config.get_text_config()._attn_implementation, model.generation_config)]
+    dist.broadcast_object_list(settings)
+    attention, model.generation_config = settings[0]
+    if attention == "packed":
+        register_packing()
+        model.set_attn_implementation("packed")
 
 
 def add_adapter(policy, rank, seed=0):

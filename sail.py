@@ -38,7 +38,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 
 from data import Pair, collate, encode, end_token_ids, length_table, train_and_held_out
@@ -53,7 +53,7 @@ from reward import Reward, drop_unscorable, label_by_reward, load_reward
 from runtime.command_line import InputError, Parser, command_line, format_counts, number, seeded
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.processes import (
-    all_sum, fails_together, gathered, in_turns, is_sharded, print0, process_group, rank, stop_signals,
+    all_sum, fails_together, gathered, is_sharded, print0, process_group, rank, stop_signals,
     sum_gradients, with_equal_counts, world_size)
 from runtime.run_directory import (
     begin, date_of, fingerprint, log_figures, log_step, run_directory, save_checkpoint, save_model,
@@ -458,9 +458,9 @@ def record_of(step, totals, args, **more):
 
 
 @fails_together
-def load_run(args, device):
-    """(Run without an optimizer, counts, counts of the held-out pairs, lengths): the counts are of what was
-    dropped, cut and altered on the way from the file to token ids, the lengths as in `encode`."""
+def load_data(args, device):
+    """(training pairs, held-out pairs, reward, Counter of what was dropped and altered among the training
+    pairs, that of the held-out pairs)."""
     train, held_out, report, held_out_report = train_and_held_out(args.data, args.eval_data, args.limit,
                                                                   args.prefer)
     for side in args.needs:
@@ -473,22 +473,27 @@ def load_run(args, device):
     reward = None
     if args.reward:
         reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
-    train, unscorable = drop_unscorable(train, reward)
+    train, counts = drop_unscorable(train, reward)
     held_out, held_out_counts = drop_unscorable(held_out, reward)
-    if args.shard:                                                     # whole on the CPU, before it is split
-        policy, reference, tokenizer = in_turns(partial(load_models, args, device))
-    else:
-        policy, reference, tokenizer = load_models(args, device)
+    counts["dropped"] += sum(report["dropped"].values())
+    counts.update(report["dropped"] + report["altered"])
+    if held_out_report:
+        held_out_counts.update(held_out_report["dropped"] + held_out_report["altered"])
+    return train, held_out, reward, counts, held_out_counts
+
+
+def load_run(args, device):
+    """(Run without an optimizer, counts, counts of the held-out pairs, lengths): the counts are of what was
+    dropped, cut and altered on the way from the file to token ids, the lengths as in `encode`."""
+    train, held_out, reward, counts, held_out_counts = load_data(args, device)
+    policy, reference, tokenizer = load_models(args, device)
     limits = (end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length,
               policy.get_input_embeddings().weight.shape[0])
-    examples, counts, lengths = encode(train, tokenizer, *limits)
-    counts["dropped"] += sum(report["dropped"].values())
-    counts.update(report["dropped"] + report["altered"] + unscorable)
+    examples, more, lengths = encode(train, tokenizer, *limits)
+    counts = more + counts
     if held_out:
         held_out, more, _ = encode(held_out, tokenizer, *limits, args.eval_limit)
         held_out_counts.update(more)
-    if held_out_report:
-        held_out_counts.update(held_out_report["dropped"] + held_out_report["altered"])
     run = Run(policy, reference, tokenizer, reward, examples, held_out, device)
     return run, +counts, +held_out_counts, lengths
 

@@ -117,16 +117,21 @@ def can_be_packed(config):
     return config._attn_implementation == "sdpa"
 
 
+def register_packing():
+    """Make the attention known to transformers."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+    AttentionInterface.register("packed", packed_attention)
+    AttentionMaskInterface.register("packed", sdpa_mask)
+
+
 @torch.no_grad()
 def allow_packing(model):
     """Switch the model over if it then gives its own logits on a packed row; returns it. This is tried on two
     short rows, as recurrent layers, for one, mix what a row holds."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
     if not can_be_packed(model.config.get_text_config()):
         return model
-    AttentionInterface.register("packed", packed_attention)
-    AttentionMaskInterface.register("packed", sdpa_mask)
+    register_packing()
     rows = torch.tensor([
         [[0, 1, 1, 1, 0], [0, 1, 0, 1, 0]],                # input_ids
         [[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]],                # attention_mask

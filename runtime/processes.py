@@ -111,20 +111,6 @@ def fails_together(function):
     return wrapped
 
 
-def in_turns(load):
-    """load(), by one process of a node after the other: each needs much of the node's memory for it."""
-    result = None
-    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
-        problem = None
-        if turn == int(os.environ.get("LOCAL_RANK", 0)):
-            try:
-                result = load()
-            except InputError as error:
-                problem = str(error)
-        raise_together(problem)
-    return result
-
-
 def all_sum(totals, device):
     """A Counter of floats, summed over the processes; all must hold the same keys."""
     if not dist.is_initialized():
@@ -174,9 +160,24 @@ def is_sharded(model):
     return hasattr(model, "reshard")
 
 
-def shard(model, dtype="float32"):
-    """Split the model's parameters over the processes, decoder layer by decoder layer (FSDP2), in place. Each
-    process holds its part in float32; layers are gathered in `dtype` while they compute."""
+def shard(model, device="cpu", dtype="float32"):
+    """Split a model over the processes (FSDP2), in place: rank 0 has its weights, the others get their parts
+    of them. Each process holds its part in float32."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+    weights = {}
+    if rank() == 0:
+        weights = model.state_dict()
+    split_layers(model, dtype)
+    if rank() != 0:
+        model.to_empty(device=device)
+    set_model_state_dict(model, weights, options=StateDictOptions(
+        full_state_dict=True, broadcast_from_rank0=True))
+    for buffer in model.buffers():                       # also those that a state_dict leaves out
+        dist.broadcast(buffer, 0)
+
+
+def split_layers(model, dtype):
+    """Let FSDP2 gather decoder layer by decoder layer, in `dtype`, while it computes."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     policy = MixedPrecisionPolicy()
     if dtype == "bfloat16":

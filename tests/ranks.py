@@ -81,7 +81,8 @@ def run_all(file, device):
         args = parse_args(arguments)
 
         def recorded(policy, *inputs):
-            sizes.update(weights=own_bytes(policy.parameters()))
+            sizes.update(weights=own_bytes(policy.parameters()), packed=generate.is_packed(policy),
+                         ends=policy.generation_config.eos_token_id)
             pairs = roll_out(policy, *inputs)
             fresh = [pair.chosen_ids for pair in pairs if pair.on_policy]
             with open(Path(args.out, f"drawn-{rank()}.jsonl"), "a") as drawn:

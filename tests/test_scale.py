@@ -16,12 +16,13 @@ from memory import estimate, sizes_of
 from test_errors import fails
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import GenerationConfig
 
 import generate
 import sail
 from generate import AdapterReference, add_adapter, load_policy
 from data import Pair
-from runtime.processes import gathered, process_group, shard
+from runtime.processes import gathered, process_group, shard, split_layers
 from sail import pair_logps, parse_args
 
 ROOT = Path(sail.__file__).parent
@@ -72,10 +73,12 @@ def scored(model):
 def on_two_ranks(base, tmp_path_factory):
     """The directory with the results of RUNS; `continued` is what one process left after its second step."""
     path = tmp_path_factory.mktemp("ranks")
-    run(base, path / "continued", *SFT)
+    base = shutil.copytree(base, path / "base")
+    GenerationConfig(eos_token_id=[1, 3]).save_pretrained(base)        # config.json has 1 alone
+    run(str(base), path / "continued", *SFT)
     shutil.rmtree(path / "continued/checkpoints/4")
     shutil.copy(path / "continued/metrics.jsonl", path / "continued/before.jsonl")
-    arguments = [["--model", base, *COMMON, "--out", str(path / name), *more] for name, more in RUNS.items()]
+    arguments = [["--model", str(base), *COMMON, "--out", str(path / name), *more] for name, more in RUNS.items()]
     (path / "runs.json").write_text(json.dumps(arguments))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                     ROOT / "tests/ranks.py", "runs", path / "runs.json"], check=True, timeout=300,
@@ -90,6 +93,13 @@ def in_one_process(base, tmp_path_factory):
     for name, more in DP.items():
         run(base, path / name, *more)
     return path
+
+
+def test_a_rank_without_weights_does_as_the_first_has_found_out(on_two_ranks):
+    """Whether rows can be packed, and what ends a response, of which config.json says less."""
+    ranks = [json.loads((on_two_ranks / f"pr/bytes-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [rank["packed"] for rank in ranks] == [True, True]
+    assert [rank["ends"] for rank in ranks] == [[1, 3], [1, 3]]
 
 
 @pytest.mark.parametrize("name", ["full", "full shard", "lora", "lora shard"])
@@ -121,10 +131,10 @@ def test_a_sharded_policy_computes_in_bfloat16_and_keeps_float32(on_two_ranks):
     assert {weight.dtype for weight in weights(out / "model").values()} == {torch.float32}
 
 
-def test_a_sharded_checkpoint_is_continued_by_one_process(base, on_two_ranks):
+def test_a_sharded_checkpoint_is_continued_by_one_process(on_two_ranks):
     sharded = on_two_ranks / "sft"
     before = weights(sharded / "model")
-    rows = run(base, sharded, *SFT, "--resume")
+    rows = run(str(on_two_ranks / "base"), sharded, *SFT, "--resume")
     assert [row["step"] for row in rows] == [1, 2, 3, 4]
     assert largest_difference(weights(sharded / "model"), before) == 0
 
@@ -161,7 +171,7 @@ def test_the_decoder_layers_are_found_in_any_architecture(family, monkeypatch):
     sharded = []
     monkeypatch.setattr("torch.distributed.fsdp.fully_shard", lambda module, **_: sharded.append(module))
     model = tiny_model(family)
-    shard(model)
+    split_layers(model, "float32")
     assert [type(module).__name__ for module in sharded[:2]] == [type(sharded[0]).__name__] * 2
     assert "Layer" in type(sharded[0]).__name__ or "Block" in type(sharded[0]).__name__
     assert sharded[2:] == [model]
