@@ -28,7 +28,8 @@ try:
 except ImportError as missing:
     sys.exit(f"{Path(sys.argv[0]).name}: error: {missing}: pip install -r requirements.txt, or run ./run.sh")
 
-from runtime.command_line import InputError, Parser, command_line, first_line, format_counts
+from runtime.command_line import InputError, Parser, command_line, first_line, format_counts, time_limit
+from runtime.run_directory import DATA_FILES
 
 SIDES = ("chosen", "rejected")
 
@@ -351,7 +352,7 @@ def read_rows(source):
     """The raw rows of `source`, a list of dicts or a datasets.Dataset. Raises InputError if it cannot be
     read."""
     path = Path(source)
-    if path.suffix in (".jsonl", ".json", ".csv", ".parquet") and not path.is_file():
+    if path.suffix in DATA_FILES and not path.is_file():
         raise InputError(f"{source}: no such file")
     if path.suffix in (".jsonl", ".json", ".csv"):
         return read_text(path)
@@ -379,10 +380,13 @@ def read_parquet(path):
     known = {*OPTIONAL_COLUMNS, *" ".join(columns for _, columns, _ in FORMATS).split()}
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        return file.read([name for name in file.schema_arrow.names if name in known] or None).to_pylist()
+        names = file.schema_arrow.names
+        unread = dict.fromkeys(name for name in names if name not in known)            # to be named, not read
+        rows = file.read([name for name in names if name in known]).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{path}: cannot be read as a data set ({first_line(error)}); want a .jsonl, .json, "
                          ".csv, .parquet file or OWNER/NAME[/CONFIG][:SPLIT]") from None
+    return [unread | row for row in rows]
 
 
 def read_text(path):
@@ -430,10 +434,8 @@ def load_pairs(source, limit=None, prefer="better"):
     if convert is from_pku and prefer == "safer":
         convert = from_pku_safer
     readable = {*needed, *OPTIONAL_COLUMNS}
-    if not isinstance(rows, list):
-        rows = rows.select_columns(sorted(columns & readable))         # others may be pictures, to be decoded
     pairs, dropped = [], Counter()
-    for row in rows:
+    for row in undecoded(rows, columns & readable):
         if len(pairs) == limit:
             break
         try:
@@ -447,6 +449,16 @@ def load_pairs(source, limit=None, prefer="better"):
     return pairs, {"format": name, "rows": len(pairs) + sum(dropped.values()), "dropped": dropped,
                    "altered": take_out_repeated_prompts(pairs),
                    "unread": sorted(columns - readable - {TOO_MANY_CELLS})}
+
+
+def undecoded(rows, columns):
+    """The rows of a list, or, of these columns, of a datasets.Dataset: as they are stored, since to decode a
+    picture can be to open a path or an address."""
+    if isinstance(rows, list):
+        yield from rows
+        return
+    for table in rows.select_columns(sorted(columns)).with_format("arrow").iter(1000):
+        yield from table.to_pylist()
 
 
 def pair_of(row, convert):
@@ -547,7 +559,7 @@ def load_tokenizer(name, trust_remote_code=False, ends=True, date=None):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code,
                                                   local_files_only=Path(name).is_dir())
-    except (OSError, ValueError) as error:
+    except Exception as error:                           # foreign files: they can raise anything
         raise InputError(f"{name}: no tokenizer ({first_line(error)}); of a run, name its model/") from None
     if ends and tokenizer.eos_token_id is None:
         raise InputError(f"{name}: its tokenizer has no end-of-sequence token; tokenizer_config.json sets it")
@@ -583,12 +595,13 @@ def without_clock(template, day):
 
 def apply_template(tokenizer, messages, **options):
     """The text that a tokenizer's chat template makes of messages. Raises BadRow where it refuses them."""
-    from jinja2 import TemplateError
     template = without_clock(tokenizer.get_chat_template(), getattr(tokenizer, "template_date", None))
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **options)
-    except (TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
-            ValueError) as error:                        # a template is foreign code
+        with time_limit(20, f"{tokenizer.name_or_path}: its chat template does not end"):
+            return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **options)
+    except InputError:
+        raise
+    except Exception as error:                           # a template is foreign code: it can raise anything
         raise BadRow(f"refused by the chat template: {first_line(error)[:80]}") from None
 
 

@@ -8,6 +8,7 @@ On held-out pairs: DPO loss, margin and accuracy against the reference. On respo
 at temperature 1 as in training: reward, length, unfinished, KL(π‖π_ref), `objective`, which is reward − β·KL,
 and the win rate against the data's chosen responses, a tie counting ½, raw and length-controlled.
 """
+import io
 import json
 import math
 import re
@@ -27,7 +28,7 @@ from reward import drop_unscorable, load_reward
 from runtime.command_line import InputError, Parser, command_line, format_counts, number, seeded
 from runtime.intervals import few, format_figure, mean_of, over_seeds, prefers_chosen, share_of, win_figures
 from runtime.processes import progress
-from runtime.run_directory import read_json, write_text
+from runtime.run_directory import is_run_directory, read_json, write_bytes, write_text
 
 # --- figures, each as (value, low, high) --------------------------------------------------------------------
 
@@ -202,11 +203,11 @@ def find_run(path, options):
     the command line's options come first. What runs code comes from there alone: a run may be somebody
     else's."""
     settings, model = dict(DEFAULTS), str(path)
-    if Path(path, "args.json").is_file() and Path(path, "model").is_dir():
+    if is_run_directory(Path(path)):
         model = str(Path(path, "model"))
-        for name, value in read_json(Path(path, "args.json")).items():
-            if name in DEFAULTS and name != "trust_remote_code":
-                settings[name] = value
+        if not Path(model).is_dir():
+            raise InputError(f"{path} has no model yet; it is in training, or waits for --resume")
+        settings.update(settings_of(Path(path, "args.json")))
     for name, value in vars(options).items():
         if value is not None:
             settings[name] = value
@@ -214,6 +215,25 @@ def find_run(path, options):
         raise InputError(f"{path}: its reward, {settings['reward']}, is code; it runs only if --reward names "
                          "it")
     return model, Namespace(**settings)
+
+
+def settings_of(file):
+    """What a run's args.json says of DEFAULTS. It may have been edited, so the parser that takes such flags
+    checks it. Raises InputError for what that refuses."""
+    def refuse(message):
+        raise InputError(f"{file}: {message}")
+
+    saved, flags = read_json(file), []
+    for name in DEFAULTS:
+        if saved.get(name) is not None and name != "trust_remote_code":
+            flags.append(f"--{name.replace('_', '-')}={saved[name]}")
+    parser = make_parser()
+    parser.error = refuse
+    given = {}
+    for name, value in vars(parser.parse_args(flags)).items():
+        if name in DEFAULTS and value is not None:
+            given[name] = value
+    return given
 
 
 def held_out_pairs(args, reward):
@@ -284,13 +304,31 @@ def read_runs(paths):
     runs = {}
     for path in map(Path, paths):
         if not (path / "model").is_dir() or not (path / "eval.jsonl").is_file():
+            if is_run_directory(path):
+                print(f"{path} is left out: it has no model, or no held-out figures, yet")
             continue
         rows = read_rows(path / "eval.jsonl")
+        for number_of_row, row in enumerate(rows, 1):
+            refuse_edited(f"{path}/eval.jsonl:{number_of_row}", row)
         if rows:
             runs[path] = rows
     if not runs:
         raise InputError("--compare: no finished run with held-out figures among the arguments")
     return runs
+
+
+def refuse_edited(place, row):
+    """Raises InputError for a row of eval.jsonl that no run has written: its figures are numbers or null,
+    their intervals two numbers or null."""
+    for name, value in row.items():
+        values = [value]
+        if name.endswith("_interval") and isinstance(value, list) and len(value) == 2:
+            values = value
+        for each in values:
+            if not (each is None or type(each) in (int, float)):
+                raise InputError(f"{place}: {name} is {str(value)[:40]!r}; a run has not written this")
+    if type(row.get("step")) is not int:
+        raise InputError(f"{place}: has no step")
 
 
 def last_samples(path):
@@ -479,7 +517,9 @@ def plot(groups, results, curve, path):
     write_labels(axes, labels)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=130, format="png")
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
+    write_bytes(path, picture.getvalue())
 
 
 def write_labels(axes, labels):
@@ -491,11 +531,12 @@ def write_labels(axes, labels):
     for reward, kl, name, colour in sorted(labels):
         place = max(reward, place + line)
         arrow = dict(arrowstyle="-", color=colour, linestyle=":", relpos=(0, 0.5))
-        axes.annotate(name, (kl, reward), (right, place), color=colour, va="center", arrowprops=arrow)
+        axes.annotate(name, (kl, reward), (right, place), color=colour, va="center", arrowprops=arrow,
+                      parse_math=False)
 
 
-def main():
-    """`python evaluate.py RUN …`."""
+def make_parser():
+    """The command line's."""
     parser = Parser("Evaluate runs of sail.py, with their own settings, or any checkpoints.", " RUN …")
     add = parser.add_argument
     add("models", nargs="*", metavar="RUN", help="a run's or a checkpoint's directory, or a hub name")
@@ -512,7 +553,12 @@ def main():
     add("--reference", help="for KL, loss and margin (the first run's that has one, else the first model)")
     add("--beta", type=number(float, 1e-9), help="as in sail.py")
     add("--dtype", choices=["float32", "bfloat16"], help="as in sail.py")
-    args = parser.parse_args()
+    return parser
+
+
+def main():
+    """`python evaluate.py RUN …`."""
+    args = make_parser().parse_args()
     args.models = [path for path in args.models if not Path(path).is_file()]     # as runs/mine/results.json
     if args.compare:
         best = best_possible(args) if args.frontier else ()

@@ -9,8 +9,10 @@ scores these ids under the same softmax.
 Shapes: B rows, T tokens of prompt and response with padding, P of the prompt, V vocabulary, N scored tokens.
 """
 import copy
+import json
 import math
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,8 +45,8 @@ def load_policy(name, device="cpu", trust_remote_code=False, lengths=(0, 0), dat
     else:
         device = "meta"
         options = dict(trust_remote_code=trust_remote_code)
-        config = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir(), **options)
-        with torch.device(device):
+        with foreign_files(name, "CausalLM"), torch.device(device):
+            config = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir(), **options)
             model = AutoModelForCausalLM.from_config(config, **options)
     model = model.float().eval()
     prepare(model, tokenizer, name)
@@ -58,22 +60,49 @@ def load_policy(name, device="cpu", trust_remote_code=False, lengths=(0, 0), dat
 def load_weights(auto_class, name, trust_remote_code=False, may_lack=frozenset(), **options):
     """auto_class.from_pretrained(name), offline for a directory. Raises InputError if there is no such model,
     or if weights are missing, but for those that it `may_lack`: transformers would make them up."""
-    from safetensors import SafetensorError
     from transformers.utils import logging
     logging.set_verbosity_error()                   # its report of missing weights is told below, in one line
     logging.disable_progress_bar()
     kind = auto_class.__name__.removeprefix("AutoModelFor")
-    try:
+    refuse_endless(name)
+    with foreign_files(name, kind):
         model, loading = auto_class.from_pretrained(
             name, trust_remote_code=trust_remote_code, local_files_only=Path(name).is_dir(),
             output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{name}: no model for {kind} to load ({first_line(error)})") from None
     lacking = loading["missing_keys"] - may_lack
     if lacking:
         raise InputError(f"{name}: as a model for {kind} it lacks weights, {', '.join(sorted(lacking)[:3])}; "
                          "want a trained one")
     return model
+
+
+@contextmanager
+def foreign_files(name, kind):
+    """Around what loads a model: its files are somebody else's, from which anything can be raised."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{name}: no model for {kind} to load ({reason})") from None
+
+
+def refuse_endless(name):
+    """Raises InputError if the config.json of a directory asks for more layers than its weights have tensors:
+    to make them up could take hours."""
+    from safetensors import SafetensorError, safe_open
+    tensors = 0
+    try:
+        config = json.loads(Path(name, "config.json").read_text(encoding="utf-8"))
+        for file in Path(name).glob("*.safetensors"):
+            with safe_open(file, "pt") as opened:
+                tensors += len(opened.keys())
+        layers = [part.get("num_hidden_layers") for part in (config, config.get("text_config") or {})]
+    except (OSError, ValueError, AttributeError, SafetensorError):
+        return                                                         # whoever loads it says what is wrong
+    for number_of_layers in layers:
+        if tensors and isinstance(number_of_layers, int) and number_of_layers > tensors:
+            raise InputError(f"{name}: config.json has num_hidden_layers {number_of_layers}, and the weights "
+                             f"are {tensors} tensors in all")
 
 
 def positions_of(model):

@@ -9,6 +9,8 @@ model, whose score head is drawn, or such a classifier; it is trained by Bradley
 """
 import importlib.util
 import math
+import os
+import signal
 import sys
 import time
 import traceback
@@ -49,7 +51,11 @@ class Reward:
 
     def __call__(self, prompts, responses):
         with users_code(f"reward {self.name}: failed, as shown above"):
-            scores = [float(value) for value in self.score(prompts, responses)]
+            scores = self.score(prompts, responses)
+            if isinstance(scores, (dict, set, str, bytes)):
+                raise InputError(f"reward {self.name}: returned a {type(scores).__name__}; want a list of "
+                                 "floats, one for each response")
+            scores = [float(value) for value in scores]
         if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
             raise InputError(f"reward {self.name}: returned {len(scores)} scores for {len(responses)} "
                              f"responses, {str(scores)[:60]}…; want a finite one each")
@@ -78,16 +84,26 @@ def load_reward(name, device="cpu", trust_remote_code=False, date=None):
 
 @contextmanager
 def users_code(problem):
-    """Around code that the user wrote, from which anything can come: its traceback, then one line."""
+    """Around code that the user wrote, from which anything can come: its traceback, then one line. It finds
+    the working directory and torch's gradient mode as they are, and leaves them so."""
+    directory, gradients = os.getcwd(), torch.is_grad_enabled()
     try:
         yield
     except InputError:
         raise
     except BadRow as reason:
         raise InputError(f"{problem.partition(':')[0]}: a dialogue is {reason}") from None
+    except KeyboardInterrupt:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            raise                                          # Ctrl-C; in training, that is no exception
+        traceback.print_exc()
+        raise InputError(problem) from None
     except (Exception, SystemExit):
         traceback.print_exc()
         raise InputError(problem) from None
+    finally:
+        os.chdir(directory)
+        torch.set_grad_enabled(gradients)
 
 
 def load_function(name):

@@ -29,24 +29,23 @@ if [ "${1:-}" = test ]; then
     exit
 fi
 
-name=toy previous=                          # runs/NAME, from --data as sail.py names it
+source=toy previous=                        # of --data; sail.py names the run's directory after it
 for argument in "$@"; do
-    case $previous$argument in
-        --data?*) name=${argument#--data=}
-                  if [ -e "$name" ]; then name=$(basename "${name%.*}"); else name=${name//[\/:]/-}; fi ;;
-    esac
+    case $previous$argument in --data?*) source=${argument#--data}; source=${source#=} ;; esac
     previous=; if [ "$argument" = --data ]; then previous=--data; fi
 done
+runs=$(PYTHONPATH=$here "$PYTHON" -c 'import sys; from runtime.run_directory import run_directory as name; print(name(sys.argv[1]))' "$source")
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=3600  # torchrun's patience at SIGTERM, in seconds: a step ends, and is saved
 train=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "${NPROC:-1}" "$here/sail.py")     # torchrun
 for variant in sft dpo dp pp pr; do
-    if [ $variant = dpo ]; then set -- "$@" --model "runs/$name/sft/model"; fi         # the last --model counts
+    if [ $variant = dpo ]; then set -- "$@" --model "$runs/sft/model"; fi         # the last --model counts
     case " $* " in *" --overwrite "* | *" --resume "*) again=yes ;; *) again= ;; esac
-    if [ -d "runs/$name/$variant/model" ] && [ -z "$again" ]; then
-        echo "# runs/$name/$variant is there already; --overwrite trains it anew"
+    if [ -d "$runs/$variant/model" ] && [ -z "$again" ]; then
+        echo "# $runs/$variant is there already; --overwrite trains it anew"
     else
         only=; if [ $variant = sft ]; then only=${SFT_FLAGS:-}; fi
-        run "${train[@]}" --variant $variant "$@" $only --out "runs/$name/$variant"
+        run "${train[@]}" --variant $variant "$@" $only --out "$runs/$variant"
     fi
 done
-best=(); if [ "$name" = toy ]; then best=(--frontier 2000 --reward "$here/toy.py:toy_reward"); fi      # the best possible
-run "$PYTHON" "$here/evaluate.py" --compare "runs/$name/"{sft,dpo,dp,pp,pr} --out "runs/$name/results.json" ${best[@]+"${best[@]}"}
+best=(); if [ "$source" = toy ]; then best=(--frontier 2000 --reward "$here/toy.py:toy_reward"); fi      # the best possible
+run "$PYTHON" "$here/evaluate.py" --compare "$runs/"{sft,dpo,dp,pp,pr} --out "$runs/results.json" ${best[@]+"${best[@]}"}

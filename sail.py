@@ -50,14 +50,15 @@ from tqdm import tqdm
 from evaluate import evaluate_policy
 from generate import load_models, load_policy, roll_out, sequence_logps
 from reward import Reward, drop_unscorable, label_by_reward, load_reward
-from runtime.command_line import InputError, Parser, command_line, format_counts, number, seeded
+from runtime.command_line import (
+    InputError, Parser, command_line, format_counts, number, one_line, seeded)
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.processes import (
     all_sum, fails_together, gathered, is_sharded, print0, process_group, rank, stop_signals,
     sum_gradients, with_equal_counts, world_size)
 from runtime.run_directory import (
-    begin, date_of, fingerprint, log_figures, log_step, run_directory, save_checkpoint, save_model,
-    write_line)
+    begin, date_of, fingerprint, fingerprint_files, log_figures, log_step, run_directory, save_checkpoint,
+    save_model, write_line)
 from toy import draw_toy_pairs, toy_settings, write_world
 
 # --- the losses ---------------------------------------------------------------------------------------------
@@ -532,6 +533,9 @@ def train(args, device):
     for pair in run.examples + run.held_out:
         ids.append([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids])
     args.data_sha256 = fingerprint(ids)
+    args.model_sha256 = fingerprint_files(args.model)
+    args.reference_sha256 = fingerprint_files(args.reference)
+    args.reward_sha256 = fingerprint_files(args.reward)
     args.data_counts = dict(counts)
     run.optimizer, run.scheduler = make_optimizer(run.policy.parameters(), steps, args.learning_rate,
                                                   args.optimizer, args.schedule, args.warmup_steps)
@@ -542,22 +546,25 @@ def train(args, device):
     lock, run.progress = begin(out, args, start, run.policy, run.optimizer, run.scheduler)   # open to the end
     print_plan(run, counts, held_out_counts, lengths, total, steps, args)
     stopped = stop_signals()
-    try:
-        loop(run, out, args, total, steps, stopped)
-    except InputError as error:
-        if not run.progress["step"]:
-            raise
-        save_checkpoint(out, run.policy, run.optimizer, run.progress)
-        raise InputError(f"{error} (step {run.progress['step']} is saved; --resume continues)") from None
-    if run.progress["step"] < steps:
-        print0(f"stopped after step {run.progress['step']}, which is saved; --resume continues")
-        raise SystemExit(max(stopped, default=0))
 
     def load_base():
         model, _ = load_policy(args.model, "cpu", args.trust_remote_code)
         return model
 
-    save_model(run.policy, run.tokenizer, out, load_base)
+    try:
+        loop(run, out, args, total, steps, stopped)
+        if run.progress["step"] == steps:
+            save_model(run.policy, run.tokenizer, out, load_base)
+    except (InputError, OSError) as error:
+        alone = isinstance(error, OSError) and world_size() > 1        # others know nothing of it
+        if not run.progress["step"] or alone:
+            raise
+        save_checkpoint(out, run.policy, run.optimizer, run.progress)
+        raise InputError(f"{one_line(error)} (step {run.progress['step']} is saved; --resume continues)"
+                         ) from None
+    if run.progress["step"] < steps:
+        print0(f"stopped after step {run.progress['step']}, which is saved; --resume continues")
+        raise SystemExit(max(stopped, default=0))
     command = f"python evaluate.py {out}"
     if ".py:" in (args.reward or ""):
         command += f" --reward {args.reward}"
@@ -616,6 +623,7 @@ def evaluate_run(run, out, step, args):
         write_line(out, "samples", {"step": step, **row})
 
 
+@fails_together
 def print_how_long(seconds, evaluation, steps, args, device):
     """After the first step, how long the run will take, and, if that is long, what makes it shorter.
     evaluation: the seconds that the first one took, None if there was none."""

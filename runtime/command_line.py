@@ -3,7 +3,10 @@ import argparse
 import hashlib
 import math
 import os
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 
@@ -67,7 +70,18 @@ def command_line(main):
         # InputError is raised by all processes alike, and one speaks; other errors may be one's own.
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):
             print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
+        if not is_open(sys.stdout):
+            sys.stdout = None                    # or Python would complain once more at its end
         sys.exit(2)
+
+
+def is_open(stream):
+    """Whether what was written to a stream arrives."""
+    try:
+        stream.flush()
+    except OSError:
+        return False
+    return True
 
 
 def one_line(error):
@@ -77,7 +91,28 @@ def one_line(error):
     path = getattr(error, "filename2", None) or getattr(error, "filename", None)       # 2: renamed to
     if path:
         return f"{path}: {error.strerror}"
+    if isinstance(error, BrokenPipeError):
+        return "standard output is closed"
     return str(error)
+
+
+@contextmanager
+def time_limit(seconds, problem):
+    """Around foreign code that may never end: InputError(problem) if it takes longer. Only a main thread, as
+    every script's is, has signals to stop it with; elsewhere, no limit."""
+    def stop(*_):
+        raise InputError(f"{problem}; stopped after {seconds} s")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def first_line(error):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from runtime.command_line import InputError, first_line
+from runtime.command_line import InputError, first_line, one_line
 
 # --- this process and the others ----------------------------------------------------------------------------
 
@@ -97,14 +97,15 @@ def raise_together(problem=None):
 
 
 def fails_together(function):
-    """A decorator: if one process's call raises InputError, every process's call does, and none waits."""
+    """A decorator: if one process's call raises InputError, or an OSError such as of a full disk, every
+    process's call raises InputError, and none waits."""
     @wraps(function)
     def wrapped(*args, **options):
         problem, result = None, None
         try:
             result = function(*args, **options)
-        except InputError as error:
-            problem = str(error)
+        except (InputError, OSError) as error:
+            problem = one_line(error)
         raise_together(problem)
         return result
 

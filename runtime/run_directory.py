@@ -1,13 +1,15 @@
 """A run's directory: args.json, logs, checkpoints/STEP, model/.
 
-What stands there under its own name is whole: written aside, then renamed. Neither random states nor the
-position in the data are saved: they follow from seed, step and rank.
+What stands there under its own name is whole: written aside, then renamed. Nothing is written through a
+symbolic link, and nothing is replaced that is no run's. Neither random states nor the position in the data
+are saved: they follow from seed, step and rank.
 """
 import fcntl
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import warnings
 from datetime import date
@@ -16,13 +18,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from runtime.command_line import InputError, first_line
 from runtime.intervals import few, format_figure
-from runtime.processes import fails_together, print0, raise_together, rank
+from runtime.processes import fails_together, print0, rank
 
+MODEL_FILES = (".safetensors", ".bin", ".py", ".json", ".jinja", ".model", ".txt")
+DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")
 LOGS = ("metrics", "eval", "samples")
+NAMES = ("model", "adapter", "checkpoints", "tensorboard", "args.json", *[f"{name}.jsonl" for name in LOGS])
 PRINTED = "loss margin accuracy reward kl response_length grad_norm learning_rate seconds".split()
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -36,12 +42,19 @@ def read_json(path):
         raise InputError(f"{path}: damaged ({error}); it was cut short, or edited") from None
 
 
-def write_text(path, text):
-    """Write a file aside, under a name of this process alone, and rename it: there is never half a file."""
+def write_bytes(path, content):
+    """Write a file aside, under a name of this process alone, and rename it: there is never half a file, and
+    a symbolic link is replaced, not followed."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     aside = Path(f"{path}.{os.getpid()}.writing")
-    aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # a lone surrogate: as in JSON
+    aside.unlink(missing_ok=True)
+    aside.write_bytes(content)
     aside.replace(path)
+
+
+def write_text(path, text):
+    """`write_bytes` of a text."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))  # a lone surrogate: as in JSON
 
 
 def write_rows(path, rows):
@@ -50,19 +63,39 @@ def write_rows(path, rows):
 
 
 def write_directory(directory, write):
-    """write(path) beside the directory, then rename: what stands there is whole."""
+    """write(path) beside the directory, then rename: what stands there is whole. InputError if it fails."""
     aside = Path(f"{directory}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    write(aside)
-    shutil.rmtree(directory, ignore_errors=True)
+    remove(aside)
+    try:
+        write(aside)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise InputError(f"{directory} cannot be written ({first_line(error)})") from None
+    remove(directory)
     aside.rename(directory)
+
+
+def remove(directory):
+    """Remove a directory, if there is one; of a symbolic link, the link."""
+    if directory.is_symlink():
+        directory.unlink()
+    elif directory.exists():
+        shutil.rmtree(directory)
 
 
 # --- begin and log ------------------------------------------------------------------------------------------
 
 def run_directory(source):
-    """runs/NAME for a data source: a file's stem, or a hub name's last part with - for :."""
-    return Path("runs", Path(source).stem.replace(":", "-"))
+    """runs/NAME for a data source: a file's name without its ending, a directory's name, or a hub name with -
+    for / and :."""
+    path = Path(source)
+    if path.exists() or path.suffix in DATA_FILES:
+        name = path.resolve().name
+        if path.suffix in DATA_FILES:
+            name = path.stem
+    else:
+        name = re.sub("[/:]", "-", str(source))
+    return Path("runs", name or "data")
 
 
 def date_of(out, resume):
@@ -78,33 +111,69 @@ def begin(out, args, progress, policy, optimizer, scheduler):
     are kept out for as long as the lock, a file, is open. Raises InputError if there is another run."""
     lock = lock_directory(out)                                         # first: all take part in what follows
     checkpoint = newest_checkpoint(out)
-    if checkpoint and args.resume:
+    continued = checkpoint and args.resume
+    if continued:
         progress = resume(checkpoint, args, policy, optimizer, scheduler)
     elif rank() == 0:
         refuse_earlier_run(out, args, checkpoint)
-        if args.resume:
-            print0(f"--resume: {out} has no checkpoint, so this starts from the beginning; earlier logs "
-                   "stay, as NAME.jsonl.old")
-        start_afresh(out, keep_logs=args.resume)
     if rank() == 0:
-        write_text(out / "args.json", json.dumps(vars(args), indent=1) + "\n")
+        write_settings(out, args)                                      # from now on it is a run's
+        if not continued:
+            start_afresh(out, args)
         if getattr(args, "tensorboard", False):
             event_writer(out)
     return lock, progress
 
 
+def write_settings(out, args):
+    """Write args.json."""
+    write_text(out / "args.json", json.dumps(vars(args), indent=1) + "\n")
+
+
 @fails_together
 def lock_directory(out):
-    """Rank 0's open lock of a run's directory, which is made. Raises InputError if another run holds it."""
+    """Rank 0's open lock of a run's directory, which is made. Raises InputError if another run holds it, or
+    if there is something that is no run's."""
     if rank() != 0:
         return None
+    refuse_foreign(out)
     out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / "lock", "w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{out} is in use by another run; wait, or give another --out") from None
+    lock = open_lock(out)
+    if lock is None:
+        raise InputError(f"{out} is in use by another run; wait, or give another --out")
     return lock
+
+
+def open_lock(out):
+    """The open lock of a run's directory, None if another process holds it."""
+    file = os.open(out / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(file)
+        return None
+    return os.fdopen(file, "r+")
+
+
+def refuse_foreign(out):
+    """Raises InputError if, under a name that a run writes, `out` has a symbolic link, or something of which
+    no args.json says that it is a run's."""
+    is_run = is_run_directory(out)
+    for name in (*NAMES, "lock"):
+        path = out / name
+        if path.is_symlink():
+            raise InputError(f"{path} is a symbolic link, and a run writes into its own directory alone; "
+                             "remove it, or give another --out")
+        if name in NAMES and path.exists() and not is_run:
+            raise InputError(f"{path} is there, and is no run's; move it away, or give another --out")
+
+
+def is_run_directory(out):
+    """Whether args.json is that of a run."""
+    try:
+        return "may_change" in read_json(out / "args.json")
+    except (InputError, OSError):
+        return False
 
 
 def refuse_earlier_run(out, args, checkpoint):
@@ -118,14 +187,17 @@ def refuse_earlier_run(out, args, checkpoint):
                      "another --out keeps it")
 
 
-def start_afresh(out, keep_logs):
-    """Take away what an earlier run left in `out`; its logs stay as NAME.jsonl.old if that is wanted."""
+def start_afresh(out, args):
+    """Take away what an earlier run left in `out`; without --overwrite its logs stay, as NAME.jsonl.old."""
     for name in ("model", "adapter", "checkpoints", "tensorboard"):
-        shutil.rmtree(out / name, ignore_errors=True)
+        remove(out / name)
+    if args.resume:
+        print0(f"--resume: {out} has no checkpoint, so this starts from the beginning")
     for name in LOGS:
         path = out / f"{name}.jsonl"
-        if keep_logs and path.exists() and path.stat().st_size:
+        if path.exists() and path.stat().st_size and not args.overwrite:
             path.replace(f"{path}.old")
+            print0(f"{path} of an earlier try stays as {path.name}.old")
         path.write_text("")
 
 
@@ -155,6 +227,7 @@ def write_line(out, name, row):
         event_writer(out).flush()
 
 
+@fails_together
 def log_step(out, record, steps):
     """Append a step's record to metrics.jsonl; print every tenth, the first and the last as a line."""
     write_line(out, "metrics", record)
@@ -182,6 +255,30 @@ def fingerprint(ids):
     """SHA-256 of the data as token ids, lists of any depth: it tells data, tokenizer, template and truncation
     apart."""
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
+
+
+def fingerprint_files(name):
+    """SHA-256 of the files that a model or a reward comes from, by its directory, hub name or
+    FILE.py:FUNCTION; None for None. Of a large file it reads its size and 64 samples."""
+    if name is None:
+        return None
+    if ".py:" in name:
+        files = [Path(name.rpartition(":")[0])]
+    else:
+        directory = Path(name)
+        if not directory.is_dir():
+            from transformers.utils import cached_file
+            directory = Path(cached_file(name, "config.json")).parent
+        files = [file for file in sorted(directory.iterdir()) if file.suffix in MODEL_FILES]
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        digest.update(f"{file.name} {size}\n".encode())
+        with open(file, "rb") as opened:
+            for place in range(0, size, max(size // 64, 2**16)):
+                opened.seek(place)
+                digest.update(opened.read(2**16))
+    return digest.hexdigest()
 
 
 def checkpoints_of(out):
@@ -218,10 +315,7 @@ def save_checkpoint(out, policy, optimizer, progress):
     aside = path.with_name(path.name + ".writing")
     if path.exists():
         return
-    if rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    raise_together()                                                   # the directory is there
+    make_empty(aside)
     try:
         with warnings.catch_warnings(action="ignore"):
             dcp.save(state_of(policy, optimizer), no_dist=not dist.is_initialized(),
@@ -230,20 +324,34 @@ def save_checkpoint(out, policy, optimizer, progress):
         shutil.rmtree(aside, ignore_errors=True)
         reason = first_line(next(iter(error.failures.values()))[0])
         raise InputError(f"{path} cannot be written ({reason}); earlier checkpoints are untouched") from None
+    finish_checkpoint(out, aside, path, progress)
+
+
+@fails_together
+def make_empty(directory):
+    """Rank 0 makes an empty directory."""
     if rank() == 0:
-        logs = {name: (out / f"{name}.jsonl").stat().st_size for name in LOGS}
-        write_text(aside / "progress.json", json.dumps({**progress, "logs": logs}, indent=1) + "\n")
-        aside.rename(path)
-        for old in checkpoints_of(out)[:-2]:
-            shutil.rmtree(old)
-    raise_together()                                                   # it is whole
+        remove(directory)
+        directory.mkdir(parents=True)
+
+
+@fails_together
+def finish_checkpoint(out, aside, path, progress):
+    """Rank 0 gives the checkpoint its progress and its name, and removes all but two."""
+    if rank() != 0:
+        return
+    logs = {name: (out / f"{name}.jsonl").stat().st_size for name in LOGS}
+    write_text(aside / "progress.json", json.dumps({**progress, "logs": logs}, indent=1) + "\n")
+    aside.rename(path)
+    for old in checkpoints_of(out)[:-2]:
+        remove(old)
 
 
 def resume(path, args, policy, optimizer, scheduler):
     """Continue from the checkpoint `path`: weights, optimizer, scheduler and logs as they were; returns the
     progress. Raises InputError if the data, or arguments other than `may_change`, have changed."""
     import torch.distributed.checkpoint as dcp
-    out, progress = path.parents[1], read_json(path / "progress.json")
+    out, progress = path.parents[1], read_progress(path)
     logs = progress.pop("logs")
     refuse_changes(read_json(out / "args.json"), args, path)
     for name, size in logs.items():
@@ -264,6 +372,22 @@ def resume(path, args, policy, optimizer, scheduler):
     return progress
 
 
+def read_progress(path):
+    """The progress of the checkpoint `path`. Raises InputError if no run can have written it."""
+    file = path / "progress.json"
+    progress = read_json(file)
+    counts = [progress.get("step"), progress.get("skipped"), progress.get("in_a_row", 0)]
+    logs = progress.get("logs")
+    is_sound = isinstance(logs, dict) and set(logs) == set(LOGS)
+    for count in counts + list(logs.values() if is_sound else []):
+        is_sound = is_sound and type(count) is int and count >= 0
+    baseline = progress.get("baseline", 0.0)
+    is_sound = is_sound and isinstance(baseline, float) and math.isfinite(baseline)
+    if not is_sound or str(counts[0]) != path.name or max(counts[1:]) > counts[0]:
+        raise InputError(f"{file}: no run has written this; remove {path}, and --resume")
+    return progress
+
+
 def refuse_changes(before, args, path):
     """Raises InputError if an argument of the run is another than it was, unless it may change."""
     for name, value in vars(args).items():
@@ -272,10 +396,13 @@ def refuse_changes(before, args, path):
         what = f"--{name.replace('_', '-')} has"
         if name == "data_sha256":
             what = "the data have"
+        elif name.endswith("_sha256"):
+            what = f"the files of --{name.removesuffix('_sha256')} have"
         raise InputError(f"--resume: {what} changed since {path} was written, from {before.get(name)} to "
                          f"{value}; go back to that, or start afresh with another --out")
 
 
+@fails_together                                        # and no process leaves before it is there
 def save_model(policy, tokenizer, out, load_base):
     """Write out/model, a whole model that any tool loads: of a policy with an adapter the base, from
     `load_base`, with the adapter merged in; the adapter is in out/adapter. All processes take part."""
@@ -296,7 +423,6 @@ def save_model(policy, tokenizer, out, load_base):
             tokenizer.save_pretrained(aside)
 
         write_directory(out / "model", write)
-    raise_together()                                                   # no process leaves before it is there
 
 
 def save_adapter(policy, state, out):

@@ -78,7 +78,8 @@ def on_two_ranks(base, tmp_path_factory):
     run(str(base), path / "continued", *SFT)
     shutil.rmtree(path / "continued/checkpoints/4")
     shutil.copy(path / "continued/metrics.jsonl", path / "continued/before.jsonl")
-    arguments = [["--model", str(base), *COMMON, "--out", str(path / name), *more] for name, more in RUNS.items()]
+    arguments = [["--model", str(base), *COMMON, "--out", str(path / name), *more]
+                 for name, more in RUNS.items()]
     (path / "runs.json").write_text(json.dumps(arguments))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                     ROOT / "tests/ranks.py", "runs", path / "runs.json"], check=True, timeout=300,

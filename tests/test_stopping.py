@@ -101,7 +101,7 @@ def test_the_toys_sft_model_lies_where_run_sh_makes_it(monkeypatch):
     sft, pr = (sail.parse_args(["--variant", variant]) for variant in ("sft", "pr"))
     assert f"{sft.out}/model" == pr.model == "runs/toy/sft/model"
     script = (ROOT / "run.sh").read_text()
-    assert 'name=toy' in script and '"runs/$name/sft/model"' in script
+    assert 'source=toy' in script and '"$runs/sft/model"' in script
 
 
 def test_an_interrupted_sft_of_the_toy_is_continued_by_the_run_that_needs_it(tmp_path, monkeypatch):
