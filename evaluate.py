@@ -203,11 +203,11 @@ def find_run(path, options):
     the command line's options come first. What runs code comes from there alone: a run may be somebody
     else's."""
     settings, model = dict(DEFAULTS), str(path)
-    if is_run_directory(Path(path)):
+    if Path(path, "args.json").is_file() and Path(path, "model").is_dir():
         model = str(Path(path, "model"))
-        if not Path(model).is_dir():
-            raise InputError(f"{path} has no model yet; it is in training, or waits for --resume")
         settings.update(settings_of(Path(path, "args.json")))
+    elif is_run_directory(Path(path)):
+        raise InputError(f"{path} has no model yet; it is in training, or waits for --resume")
     for name, value in vars(options).items():
         if value is not None:
             settings[name] = value

@@ -95,8 +95,11 @@ def main():
     args = parser.parse_args()
     from runtime.run_directory import write_rows
     from toy import grammar_pairs, toy_model
-    for part in toy_model(seed=5):
-        part.save_pretrained(args.out / "base")
+    model, tokenizer = toy_model(seed=5)
+    model.config.tie_word_embeddings = True                            # as most small pretrained models
+    model.tie_weights()
+    model.save_pretrained(args.out / "base")
+    tokenizer.save_pretrained(args.out / "base")
     write_rows(args.out / "base/toy-pairs.jsonl", grammar_pairs())
     unbroken, equal, started = {}, 0, time.time()
     for ranks in (1, 2):

@@ -64,6 +64,8 @@ def write_rows(path, rows):
 
 def write_directory(directory, write):
     """write(path) beside the directory, then rename: what stands there is whole. InputError if it fails."""
+    from transformers.utils.logging import disable_progress_bar
+    disable_progress_bar()                                             # a model is written in a moment
     aside = Path(f"{directory}.writing")
     remove(aside)
     try:
@@ -158,13 +160,15 @@ def open_lock(out):
 def refuse_foreign(out):
     """Raises InputError if, under a name that a run writes, `out` has a symbolic link, or something of which
     no args.json says that it is a run's."""
-    is_run = is_run_directory(out)
     for name in (*NAMES, "lock"):
         path = out / name
         if path.is_symlink():
             raise InputError(f"{path} is a symbolic link, and a run writes into its own directory alone; "
                              "remove it, or give another --out")
-        if name in NAMES and path.exists() and not is_run:
+    is_run = is_run_directory(out)
+    for name in NAMES:
+        path = out / name
+        if path.exists() and not is_run:
             raise InputError(f"{path} is there, and is no run's; move it away, or give another --out")
 
 
@@ -407,8 +411,6 @@ def save_model(policy, tokenizer, out, load_base):
     """Write out/model, a whole model that any tool loads: of a policy with an adapter the base, from
     `load_base`, with the adapter merged in; the adapter is in out/adapter. All processes take part."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()
     state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     names = {name for name, _ in policy.named_parameters()}            # of tied ones, one
     names |= {name for name, _ in policy.named_buffers()}

@@ -1,6 +1,7 @@
 """Small checkpoints and data for the tests, made on the spot; nothing is downloaded."""
 import logging
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -74,6 +75,15 @@ def checkpoint(tmp_path_factory):
 def working_directory(tmp_path_factory):
     """What a run writes below the working directory, as the toy's files, goes away with the tests."""
     os.chdir(tmp_path_factory.mktemp("here"))
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """A run in this process takes the signals over; give them back."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,7 @@ def test_resume_with_nothing_to_resume_says_so_and_keeps_the_old_logs(two_runs, 
     sail.main(["--variant", "pr", "--model", base, *SHORT, "--out", str(out), "--resume"])
     said = capsys.readouterr().out
     assert "has no checkpoint, so this starts from the beginning" in said
-    assert "earlier logs stay, as NAME.jsonl.old" in said
+    assert "metrics.jsonl of an earlier try stays as metrics.jsonl.old" in said
     assert {name: (out / f"{name}.jsonl.old").read_bytes() for name in before} == before
     assert len(rows_of(out)) == 2
 

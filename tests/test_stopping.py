@@ -24,15 +24,6 @@ SHORT = ["--variant", "pr", "--mix", "0.5", "--batch-size", "4", "--limit", "40"
          "--eval-every", "0", "--max-response-length", "6"]
 
 
-@pytest.fixture(autouse=True)
-def signals():
-    """A run in this process takes the signals over; give them back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
 def finished(base, tmp_path_factory):
     """The directory of a run of four steps, with checkpoints after steps 2 and 4."""

@@ -1,0 +1,322 @@
+"""What is somebody else's, in a run's directory, a data file, a model's, a reward: it is neither lost nor
+obeyed, and if it is nonsense, one line says so."""
+import gc
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokenizer, tiny_model
+from test_errors import fails
+
+import data
+import evaluate
+import generate
+import sail
+from data import BadRow, apply_template, load_pairs
+from reward import Reward
+from runtime import command_line
+from runtime.command_line import InputError
+from runtime.run_directory import NAMES, fingerprint_files, run_directory, start_afresh
+
+SHORT = ["--variant", "dpo", "--batch-size", "4", "--limit", "40", "--eval-limit", "4", "--eval-every", "0",
+         "--max-response-length", "6", "--steps", "2"]
+
+
+def files_of(path):
+    return {file: file.read_bytes() for file in Path(path).rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def stopped(base, tmp_path_factory):
+    """A run of two steps with a checkpoint of each."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    sail.main(["--model", base, *SHORT, "--save-every", "1", "--out", str(out)])
+    return out
+
+
+@pytest.fixture
+def run(base, stopped, tmp_path):
+    """A copy of it, and its arguments."""
+    out = shutil.copytree(stopped, tmp_path / "run")
+    return out, ["sail.py", "--model", base, *SHORT, "--save-every", "1", "--out", str(out)]
+
+
+# --- a run's directory
+
+@pytest.mark.parametrize("more", [[], ["--overwrite"], ["--resume"]])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "args.json"])
+def test_what_is_no_runs_is_refused_by_name_and_stays(name, more, base, tmp_path, monkeypatch, capsys):
+    path = tmp_path / name
+    if "." in name:
+        path.write_text('{"prompt": "Q"}\n')
+    else:
+        path.mkdir()
+        (path / "mine").write_text("mine")
+    before = files_of(tmp_path)
+    argv = ["sail.py", "--model", base, *SHORT, "--out", str(tmp_path), *more]
+    capsys.readouterr()
+    assert f"{path} is there, and is no run's" in fails(sail.main, argv, monkeypatch, capsys)
+    assert files_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", [*NAMES, "lock"])
+def test_no_link_is_followed(name, run, tmp_path, monkeypatch, capsys):
+    out, argv = run
+    target = tmp_path / "elsewhere"
+    target.write_text("mine")
+    if (out / name).is_dir():
+        shutil.rmtree(out / name)
+    (out / name).unlink(missing_ok=True)
+    (out / name).symlink_to(target)
+    message = fails(sail.main, [*argv, "--overwrite"], monkeypatch, capsys)
+    assert f"{out / name} is a symbolic link" in message and target.read_text() == "mine"
+
+
+def test_a_lock_that_is_somebodys_file_keeps_its_text(base, tmp_path):
+    (tmp_path / "lock").write_text("mine")
+    sail.main(["--model", base, *SHORT, "--out", str(tmp_path)])
+    assert (tmp_path / "lock").read_text() == "mine"
+
+
+def test_what_cannot_be_removed_ends_a_run_before_it_starts(run, monkeypatch, capsys):
+    out, argv = run
+
+    def denied(path, *_, **__):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", denied)
+    message = fails(sail.main, [*argv, "--overwrite"], monkeypatch, capsys)
+    assert f"{out / 'model'}: Permission denied" in message
+
+
+def test_logs_of_an_earlier_try_stay_unless_they_are_to_be_overwritten(tmp_path, capsys):
+    for overwrite, left in ((False, "mine"), (True, None)):
+        out = tmp_path / str(overwrite)
+        out.mkdir()
+        (out / "metrics.jsonl").write_text("mine")
+        start_afresh(out, sail.parse_args(["--overwrite"] if overwrite else []))
+        assert (out / "metrics.jsonl").read_text() == ""
+        old = out / "metrics.jsonl.old"
+        assert (old.read_text() if old.exists() else None) == left
+
+
+def change(path, **more):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+
+
+@pytest.mark.parametrize("more", [
+    dict(step=-4), dict(step=1), dict(step="2"), dict(step=2.0), dict(skipped=1000), dict(in_a_row=-1),
+    dict(baseline=None), dict(logs={"../../elsewhere": 0, "metrics": 0, "eval": 0, "samples": 0}),
+    dict(logs={"metrics": -1, "eval": 0, "samples": 0}), dict(logs=[])])
+def test_progress_that_no_run_has_written_is_refused(more, run, monkeypatch, capsys):
+    out, argv = run
+    change(out / "checkpoints/2/progress.json", **more)
+    before = files_of(out)
+    message = fails(sail.main, [*argv, "--resume"], monkeypatch, capsys)
+    assert "checkpoints/2/progress.json: no run has written this" in message and files_of(out) == before
+
+
+@pytest.mark.parametrize("more, said", [
+    (dict(dtype="float8"), "--dtype: invalid choice: 'float8'"),
+    (dict(max_response_length=-3), "--max-response-length: -3 is not in"),
+    (dict(beta="warm"), "--beta: invalid float value: 'warm'")])
+def test_settings_that_no_run_has_written_are_refused(more, said, run, monkeypatch, capsys):
+    out, _ = run
+    change(out / "args.json", **more)
+    message = fails(evaluate.main, ["evaluate.py", str(out)], monkeypatch, capsys)
+    assert "args.json: argument " + said in message
+
+
+@pytest.mark.parametrize("row", [dict(step=1, kl="low"), dict(step=1, kl=0.1, kl_interval=[0, "high"]),
+                                 dict(step="1"), dict(kl=0.1), dict(step=1, kl=[1])])
+def test_figures_that_no_run_has_written_are_refused(row, run, monkeypatch, capsys):
+    out, _ = run
+    (out / "eval.jsonl").write_text(json.dumps(row) + "\n")
+    message = fails(evaluate.main, ["evaluate.py", "--compare", str(out)], monkeypatch, capsys)
+    assert f"{out}/eval.jsonl:1: " in message
+
+
+def test_a_run_in_training_is_called_that(run, monkeypatch, capsys):
+    out, _ = run
+    shutil.rmtree(out / "model")
+    message = fails(evaluate.main, ["evaluate.py", str(out)], monkeypatch, capsys)
+    assert f"{out} has no model yet; it is in training, or waits for --resume" in message
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--compare", str(out)])
+    with pytest.raises(InputError, match="no finished run"):
+        evaluate.main()
+    assert f"{out} is left out" in capsys.readouterr().out
+
+
+def test_a_name_with_a_dollar_is_drawn_as_it_is(run, monkeypatch):
+    out, _ = run
+    named = out.rename(out.with_name("lr$10^$x$"))
+    link = named.parent / "results.png"
+    link.symlink_to(named / "args.json")                               # a picture follows no link
+    before = (named / "args.json").read_text()
+    rows = [dict(step=2, kl=0.1, reward=0.2)]
+    (named / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    evaluate.compare([str(named)])
+    assert not link.is_symlink() and link.read_bytes()[1:4] == b"PNG"
+    assert (named / "args.json").read_text() == before
+
+
+@pytest.mark.parametrize("source, name", [
+    ("toy", "toy"), ("x/pairs.v1.jsonl", "pairs.v1"), ("a/b-v1.0", "a-b-v1.0"), ("a/b-v1.1", "a-b-v1.1"),
+    ("a/b/config:test", "a-b-config-test")])
+def test_a_runs_directory_is_named_after_its_data(source, name):
+    assert run_directory(source) == Path("runs", name)
+    assert run_directory("..") == Path("runs", Path("..").resolve().name)
+
+
+# --- models, rewards that were replaced
+
+def test_files_are_told_apart_by_their_bytes(tmp_path):
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name).write_bytes(bytes(300_000))
+    before = fingerprint_files(str(tmp_path))
+    (tmp_path / "toy-pairs.jsonl").write_text("not of the model")
+    assert fingerprint_files(str(tmp_path)) == before and fingerprint_files(None) is None
+    for place in (0, 150_000, 299_999):
+        with open(tmp_path / "model.safetensors", "r+b") as file:
+            file.seek(place)
+            file.write(b"x")
+        assert fingerprint_files(str(tmp_path)) != before
+        before = fingerprint_files(str(tmp_path))
+    code = tmp_path / "mine.py"
+    code.write_text("def score(prompts, responses): return [0.0] * len(responses)")
+    before = fingerprint_files(f"{code}:score")
+    code.write_text("def score(prompts, responses): return [1.0] * len(responses)")
+    assert fingerprint_files(f"{code}:score") != before
+
+
+def test_a_model_that_was_replaced_is_not_continued(base, tmp_path, monkeypatch, capsys):
+    mine = shutil.copytree(base, tmp_path / "base")
+    argv = ["sail.py", "--model", str(mine), *SHORT, "--save-every", "1", "--out", str(tmp_path / "run")]
+    sail.main(argv[1:])
+    model, _ = generate.load_policy(str(mine))
+    with torch.no_grad():
+        next(model.parameters()).add_(0.1)
+    model.save_pretrained(mine)
+    capsys.readouterr()
+    message = fails(sail.main, [*argv, "--resume"], monkeypatch, capsys)
+    assert "the files of --model have changed since" in message
+
+
+# --- data
+
+def test_a_data_set_opens_nothing_that_it_names(tmp_path, monkeypatch):
+    """Columns that are typed as pictures hold paths; here, also one that the format needs."""
+    datasets = pytest.importorskip("datasets")
+    rows = {"prompt": ["Q1", "Q2"], "chosen": ["a", "b"], "rejected": ["c", "d"],
+            "picture": [{"bytes": None, "path": "/etc/hostname"}] * 2}
+    features = datasets.Features({name: datasets.Value("string") for name in ("prompt", "chosen", "rejected")}
+                                 | {"picture": datasets.Image()})
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set/train.parquet")
+    opened = []
+    monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: opened.append(1))
+    for source in (tmp_path / "set/train.parquet", tmp_path / "set"):
+        pairs, report = load_pairs(str(source))
+        assert [pair.chosen for pair in pairs] == ["a", "b"] and report["unread"] == ["picture"]
+    rows["prompt"] = rows.pop("picture")
+    features["prompt"] = features.pop("picture")
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set/train.parquet")
+    with pytest.raises(InputError, match="no usable pair"):
+        load_pairs(str(tmp_path / "set"))
+    assert opened == []
+
+
+# --- configurations and templates
+
+@pytest.mark.parametrize("more", [
+    dict(num_attention_heads=0), dict(num_hidden_layers="two"), dict(num_hidden_layers=10**6),
+    dict(hidden_act="nonsense"), dict(rope_parameters={"rope_type": "nonsense"}), dict(dtype="float9"),
+    dict(_attn_implementation="somebodys/kernel"), dict(quantization_config=3), dict(pad_token_id=10**9)])
+def test_a_configuration_that_is_nonsense_is_one_line(more, tmp_path):
+    tiny_model("tied").save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    change(tmp_path / "config.json", **more)
+    with pytest.raises(InputError, match=str(tmp_path)):
+        generate.load_policy(str(tmp_path))
+
+
+def test_a_template_that_raises_anything_refuses_the_row_and_one_without_end_stops(monkeypatch):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ 'x' * 10**15 }}"
+    with pytest.raises(BadRow, match="refused by the chat template"):
+        apply_template(tokenizer, [{"role": "user", "content": "Q"}])
+    tokenizer.chat_template = ("{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}"
+                               "{% endfor %}")
+    limit = command_line.time_limit
+    monkeypatch.setattr(data, "time_limit", lambda _, problem: limit(0.2, problem))
+    with pytest.raises(InputError, match="its chat template does not end; stopped after 0.2 s"):
+        apply_template(tokenizer, [{"role": "user", "content": "Q"}])
+
+
+# --- rewards
+
+def test_a_reward_leaves_gradients_and_directory_as_they_were(tmp_path):
+    def score(prompts, responses):
+        torch.set_grad_enabled(False)
+        os.chdir(tmp_path)
+        return [1.0 for _ in responses]
+
+    directory = os.getcwd()
+    assert Reward("mine", score)(["Q"], ["A"]) == [1.0]
+    assert torch.is_grad_enabled() and os.getcwd() == directory
+
+
+@pytest.mark.parametrize("scores", [{"1": 2.0}, {1.0}, "1"])
+def test_a_reward_that_returns_no_list_is_named(scores):
+    with pytest.raises(InputError, match=f"returned a {type(scores).__name__}; want a list of floats"):
+        Reward("mine", lambda *_: scores)(["Q"], ["A"])
+
+
+def test_a_reward_that_raises_keyboard_interrupt_is_one_line_in_training(monkeypatch, capsys):
+    def score(*_):
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with pytest.raises(KeyboardInterrupt):                             # elsewhere it may be the user's
+        Reward("mine", score)(["Q"], ["A"])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                       # a run in training has its own
+    with pytest.raises(InputError, match="reward mine: failed"):
+        Reward("mine", score)(["Q"], ["A"])
+
+
+# --- disks, pipes
+
+def test_a_closed_output_saves_what_was_reached(base, tmp_path, monkeypatch, capsys):
+    real, steps = sail.log_step.__wrapped__, []
+
+    def log_step(out, record, total):
+        steps.append(record["step"])
+        real(out, record, total)
+        if len(steps) == 2:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    from runtime.processes import fails_together
+    monkeypatch.setattr(sail, "log_step", fails_together(log_step))
+    argv = ["sail.py", "--model", base, *SHORT, "--steps", "4", "--out", str(tmp_path / "run")]
+    message = fails(sail.main, argv, monkeypatch, capsys)
+    assert "standard output is closed (step 2 is saved; --resume continues)" in message
+    assert (tmp_path / "run/checkpoints/2/progress.json").is_file()
+
+
+def test_a_model_that_cannot_be_written_is_one_line_and_its_steps_stay(base, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.save_pretrained", full)
+    argv = ["sail.py", "--model", base, *SHORT, "--out", str(tmp_path / "run")]
+    message = fails(sail.main, argv, monkeypatch, capsys)
+    assert "run/model cannot be written ([Errno 28] No space left on device) (step 2 is saved" in message
+    assert not (tmp_path / "run/model").exists() and not (tmp_path / "run/model.writing").exists()
+    monkeypatch.undo()
+    gc.collect()                                                       # the lock, in the exception's frames
+    sail.main([*argv[1:], "--resume"])
+    assert (tmp_path / "run/model").is_dir()
