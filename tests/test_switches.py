@@ -1,0 +1,314 @@
+"""Every switch changes the number that it should, to the right value; so do seeds, counters and the compute
+dtype."""
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import run_of, tiny_model
+from ranks import pairs_of
+
+import evaluate
+import generate
+import sail
+from data import Pair
+from generate import add_adapter, load_policy
+from runtime.optimizer import make_optimizer, optimizer_step
+from sail import draw_pairs, parse_args, preference_losses, record_of
+from toy import toy_model
+
+SHORT = ["--batch-size", "4", "--limit", "40", "--eval-limit", "4", "--eval-every", "0",
+         "--max-prompt-length", "8", "--max-response-length", "6"]
+CPU = torch.device("cpu")
+
+
+def train(base, out, *more):
+    """Train for a few steps; returns metrics.jsonl."""
+    sail.main(["--model", base, *SHORT, "--out", str(out), *more])
+    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(*flags, variant="pr", draw=None):
+    """preference_losses of six pairs, of which three take the variant's way: (losses, metrics, pairs)."""
+    args = parse_args(["--variant", variant, *flags])
+    offline, own = pairs_of(6, variant)
+    for pair in own:
+        pair.preference = 0.7
+        pair.label_draw = draw
+    pairs = offline + own
+    return *preference_losses(tiny_model(seed=1), tiny_model(seed=2), pairs, args, baseline=0.0), pairs
+
+
+# --- losses and labels
+
+def test_a_sampled_label_is_the_one_that_its_draw_says():
+    """Of probability 0.7: at a draw below it the chosen response has won, above it the rejected one."""
+    losses = {draw: losses_of("--label", "sampled", draw=draw)[0][3:] for draw in (0.0, 0.69, 0.71)}
+    mean = losses_of(draw=0.0)[0][3:]
+    assert torch.equal(losses[0.0], losses[0.69])
+    torch.testing.assert_close(0.7 * losses[0.0] + 0.3 * losses[0.71], mean)
+    assert (losses[0.0] - losses[0.71]).abs().min() > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_the_preference_of_a_step_is_soft_or_hard(kind, base, tmp_path, monkeypatch):
+    seen, original = [], sail.accumulate_gradients
+
+    def watched(run, pairs, args):
+        seen.extend((pair.preference, pair.rewards) for pair in pairs)
+        return original(run, pairs, args)
+
+    monkeypatch.setattr(sail, "accumulate_gradients", watched)
+    train(base, tmp_path, "--variant", "online-dpo", "--mix", "1", "--steps", "2", "--preference", kind)
+    apart = [(p, better - worse) for p, (better, worse) in seen if better != worse]
+    assert len(apart) > 2
+    for p, difference in apart:
+        assert p == (1.0 if kind == "hard" else pytest.approx(1 / (1 + math.exp(-difference))))
+
+
+def test_the_label_that_training_follows_is_the_preferred_one(base, tmp_path):
+    row = {"prompt": "Q", "response_0": "good", "response_1": "harmless", "better_response_id": 0,
+           "safer_response_id": 1}
+    file = tmp_path / "pku.jsonl"
+    file.write_text("".join(json.dumps({**row, "prompt": f"Q{n}"}) + "\n" for n in range(40)))
+    for prefer, chosen in (("better", "good"), ("safer", "harmless")):
+        args = parse_args(["--variant", "dpo", "--model", base, "--data", str(file), "--prefer", prefer])
+        pairs, held_out, *_ = sail.load_data(args, CPU)
+        assert {pair.chosen for pair in pairs + held_out} == {chosen}
+
+
+def test_the_anchor_adds_its_weight_times_the_reverse_kl():
+    plain, metrics, _ = losses_of("--revkl-coef", "0", variant="pp", draw=0.0)
+    anchored, measured, _ = losses_of("--revkl-coef", "0.5", variant="pp", draw=0.0)
+    added = anchored - plain
+    wanted = 0.5 * measured["revkl"].item()
+    assert added.min() > 1e-3 and added.mean().item() == pytest.approx(wanted, rel=1e-4)
+    assert metrics["revkl"] == 0
+    assert parse_args(["--variant", "pp"]).revkl_coef == 0.3           # the toy's
+    assert parse_args(["--variant", "pp", "--data", "x.jsonl", "--model", "m"]).revkl_coef == 0
+
+
+@pytest.mark.parametrize("kind", ["running", "none"])
+def test_the_baseline_is_of_the_past_or_nothing(kind, base, tmp_path, monkeypatch):
+    seen, original = [], sail.preference_losses
+
+    def watched(policy, reference, pairs, args, baseline):
+        seen.append(baseline)
+        return original(policy, reference, pairs, args, baseline)
+
+    monkeypatch.setattr(sail, "preference_losses", watched)
+    train(base, tmp_path, "--variant", "pr", "--mix", "1", "--steps", "3", "--learning-rate", "1e-2",
+          "--baseline", kind)
+    assert len(seen) == 3 and (seen == [0, 0, 0]) == (kind == "none")
+
+
+# --- optimisation
+
+def test_the_optimizer_is_the_one_that_was_asked_for():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    for name, kind in (("adamw", torch.optim.AdamW), ("rmsprop", torch.optim.RMSprop)):
+        optimizer, _ = make_optimizer([parameter], 10, 1.0, name)
+        assert type(optimizer) is kind and optimizer.param_groups[0]["weight_decay"] == 0
+
+
+def test_the_loop_takes_its_optimizer_and_schedule_from_the_flags(base, tmp_path):
+    rows = train(base, tmp_path, "--variant", "dpo", "--steps", "4", "--optimizer", "rmsprop", "--schedule",
+                 "cosine", "--learning-rate", "1e-3", "--save-every", "4")
+    rates = [1e-3 * (1 + math.cos(math.pi * done / 4)) / 2 for done in range(4)]
+    assert [row["learning_rate"] for row in rows] == pytest.approx(rates)
+    from safetensors import safe_open
+    files = list((tmp_path / "checkpoints/4").glob("*.safetensors"))
+    names = {name for file in files for name in safe_open(file, "pt").keys()}
+    assert any("square_avg" in name for name in names) and not any("exp_avg" in name for name in names)
+
+
+def test_a_tenth_of_the_steps_warms_up():
+    optimizer, scheduler = make_optimizer([torch.nn.Parameter(torch.ones(1))], 40, 1.0)
+    rates = []
+    for _ in range(6):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_the_gradient_is_clipped_to_its_largest_norm_and_told_as_it_was():
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), 1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
+    for largest, moved in ((0.5, 0.5), (10.0, 5.0)):
+        before = model.weight.detach().clone()
+        model.weight.grad = torch.tensor([[3.0, 4.0]])
+        norm, _, finite = optimizer_step(model, optimizer, scheduler, largest, 0.0)
+        assert norm == pytest.approx(5.0) and finite
+        assert (model.weight - before).norm().item() == pytest.approx(moved, rel=1e-3)
+
+
+def test_the_norm_to_clip_to_is_the_flags(base, tmp_path, monkeypatch):
+    seen = []
+
+    def watched(policy, optimizer, scheduler, max_grad_norm, loss):
+        seen.append(max_grad_norm)
+        return optimizer_step(policy, optimizer, scheduler, max_grad_norm, loss)
+
+    monkeypatch.setattr(sail, "optimizer_step", watched)
+    train(base, tmp_path, "--variant", "dpo", "--steps", "1", "--max-grad-norm", "0.25")
+    assert seen == [0.25]
+
+
+def test_sft_weighs_tokens_alike_not_pairs():
+    args = parse_args(["--variant", "sft"])
+    pairs, _ = pairs_of(7, "dpo")
+    assert len({len(pair.chosen_ids) for pair in pairs}) > 1
+    policy = tiny_model(seed=1)
+    run = run_of(policy, None)
+    sail.accumulate_gradients(run, pairs, args)
+    reached = torch.cat([p.grad.flatten() for p in policy.parameters()])
+    policy.zero_grad()
+    losses, _ = sail.sft_losses(policy, pairs, args)
+    (losses.sum() / sum(len(pair.chosen_ids) for pair in pairs)).backward()
+    torch.testing.assert_close(reached, torch.cat([p.grad.flatten() for p in policy.parameters()]))
+
+
+def test_steps_that_are_not_finite_count_only_in_a_row(base, tmp_path, monkeypatch):
+    original, steps = sail.preference_losses, []
+
+    def poisoned(*inputs):
+        losses, metrics = original(*inputs)
+        steps.append(1)
+        return losses * (math.nan if len(steps) % 8 else 1.0), metrics
+
+    monkeypatch.setattr(sail, "preference_losses", poisoned)
+    rows = train(base, tmp_path, "--variant", "dpo", "--steps", "17")
+    assert len(rows) == 17 and rows[-1]["skipped"] == 15
+
+
+# --- headline figures
+
+def test_a_steps_figures_are_means_over_what_they_are_of():
+    totals = Counter(pairs=10, on_policy=4, self_labelled=5, offline=6, samples=8, sampled_tokens=40,
+                     unfinished=2, reward=16.0, kl=2.0, nll=3.0, loss=7.0, label_reversed=1, ties=3,
+                     tokens=99)
+    row = record_of(3, totals, parse_args(["--variant", "pr"]))
+    wanted = dict(step=3, loss=0.7, kl=0.5, reward=2.0, response_length=5.0, unfinished=0.25, nll=0.5,
+                  on_policy=0.4, self_labelled=0.5, label_reversed=0.2, ties=3, tokens=99)
+    assert {name: row[name] for name in wanted} == pytest.approx(wanted)
+
+
+def test_held_out_figures_are_what_their_names_say(base, monkeypatch):
+    policy, tokenizer = load_policy(base)
+    reference, _ = load_policy(base)
+    with torch.no_grad():
+        policy.get_output_embeddings().weight.mul_(1.5)
+    args = parse_args(["--variant", "dpo", "--beta", "0.7"])
+    pairs, _ = pairs_of(8, "dpo")
+    for pair in pairs:
+        pair.prompt, pair.chosen, pair.rejected = "Q", "a", "b"
+        pair.prompt_ids, pair.chosen_ids, pair.rejected_ids = [5, 6], [7, 8, 1], [9, 1]
+    drawn = [[[7, 8, 9]], [[7, 1]], [[8, 9, 1]], [[9, 7, 8, 9]]]
+    finished = [[False], [True], [True], [False]]
+    monkeypatch.setattr(evaluate, "sample", lambda *_: (drawn, finished))
+    scores = {3: 1.0, 2: -1.0, 4: 2.0}
+
+    def reward(prompts, responses):
+        return [scores[len(text.split())] if text.split() else 0.0 for text in responses]
+
+    monkeypatch.setattr(evaluate, "texts_of", lambda _, ids, __: [" ".join("w" * len(one)) for one in ids])
+    figures, _ = evaluate.evaluate_policy(policy, reference, tokenizer, pairs, reward, args)
+    value = {name: figure[0] for name, figure in figures.items()}
+    assert value["unfinished"] == 0.5 and value["length"] == 3.0
+    assert value["reward"] == pytest.approx((1.0 - 1.0 + 1.0 + 2.0) / 4)
+    ratios = evaluate.log_ratios(policy, reference, pairs, [ids for ids, in drawn], "float32")
+    assert value["kl"] == pytest.approx(ratios.mean().item(), abs=1e-5) and abs(value["kl"]) > 0.05
+    assert value["objective"] == pytest.approx(value["reward"] - 0.7 * value["kl"], abs=1e-5)
+
+
+def test_a_run_is_evaluated_on_the_held_out_pairs(base, held_out, tmp_path):
+    train(base, tmp_path, "--variant", "dpo", "--steps", "1", "--data", f"{base}/toy-pairs.jsonl",
+          "--eval-data", held_out)
+    sampled = {json.loads(line)["prompt"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()}
+    held = {json.loads(line)["prompt"] for line in Path(held_out).read_text().splitlines()}
+    trained = {json.loads(line)["prompt"] for line in Path(base, "toy-pairs.jsonl").read_text().splitlines()}
+    assert sampled <= held and not sampled & trained
+
+
+def test_other_held_out_pairs_are_other_data(base, held_out, tmp_path):
+    rows = Path(held_out).read_text().splitlines(keepends=True)
+    argv = ["--variant", "dpo", "--steps", "2", "--save-every", "1", "--data", f"{base}/toy-pairs.jsonl",
+            "--eval-data", str(tmp_path / "held-out.jsonl")]
+    (tmp_path / "held-out.jsonl").write_text("".join(rows[:8]))
+    train(base, tmp_path / "run", *argv)
+    (tmp_path / "held-out.jsonl").write_text("".join(rows[8:16]))
+    with pytest.raises(sail.InputError, match="the data have changed"):
+        train(base, tmp_path / "run", *argv, "--resume")
+
+
+# --- seeds
+
+def test_every_step_draws_its_labels_anew():
+    args = parse_args(["--variant", "dp"])
+    examples, _ = pairs_of(8, "dpo")
+    draws = [[pair.label_draw for side in draw_pairs(examples, step, args, 8, 2) for pair in side]
+             for step in (1, 2)]
+    assert len({*draws[0], *draws[1]}) == 8
+
+
+def test_the_seed_is_that_of_the_held_out_samples(base, held_out):
+    policy, tokenizer = load_policy(base)
+
+    def samples(seed):
+        args = parse_args(["--variant", "sft", "--seed", seed, "--max-response-length", "8"])
+        pairs = [Pair("Q", None, None, [5, 6]) for _ in range(4)]
+        _, rows = evaluate.evaluate_policy(policy, None, tokenizer, pairs, None, args)
+        return [row["response"] for row in rows]
+
+    assert samples("0") == samples("0") != samples("1")
+
+
+def test_the_seed_is_that_of_the_adapter_and_of_the_toys_model():
+    pytest.importorskip("peft")
+
+    def adapter(seed):
+        model = tiny_model()
+        add_adapter(model, 2, seed)
+        return torch.cat([p.flatten() for p in model.parameters() if p.requires_grad])
+
+    assert torch.equal(adapter(0), adapter(0)) and not torch.equal(adapter(0), adapter(1))
+    weights = [next(toy_model(seed=seed)[0].parameters()) for seed in (0, 0, 1)]
+    assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+
+
+def test_the_seed_is_that_of_generate_py(base, held_out, tmp_path, monkeypatch):
+    def answers(seed):
+        out = tmp_path / "answers.jsonl"
+        monkeypatch.setattr("sys.argv", ["generate.py", "--model", base, "--data", held_out, "--limit", "4",
+                                         "--out", str(out), "--max-response-length", "8", "--max-prompt-length",
+                                         "8", "--seed", seed])
+        generate.main()
+        return out.read_text()
+
+    assert answers("0") == answers("0") != answers("1")
+
+
+# --- precision
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_forward_computes_in_the_dtype_of_the_run(dtype, base, tmp_path, monkeypatch):
+    """Policy and reference; in rollout, scoring, evaluation and SFT."""
+    seen, original = [], generate.load_parts
+
+    def watched(args, device):
+        models, tokenizer = original(args, device)
+        for place, model in enumerate(models):
+            model.register_forward_pre_hook(
+                lambda *_, place=place: seen.append((place, torch.is_autocast_enabled("cpu"))))
+        return models, tokenizer
+
+    monkeypatch.setattr(generate, "load_parts", watched)
+    for variant, models in (("sft", {0}), ("pr", {0, 1})):
+        seen.clear()
+        train(base, tmp_path / variant, "--variant", variant, "--steps", "2", "--dtype", dtype,
+              "--eval-every", "1")
+        assert {*seen} == {(place, dtype == "bfloat16") for place in models}
