@@ -284,8 +284,8 @@ def test_the_seed_is_that_of_generate_py(base, held_out, tmp_path, monkeypatch):
     def answers(seed):
         out = tmp_path / "answers.jsonl"
         monkeypatch.setattr("sys.argv", ["generate.py", "--model", base, "--data", held_out, "--limit", "4",
-                                         "--out", str(out), "--max-response-length", "8", "--max-prompt-length",
-                                         "8", "--seed", seed])
+                                         "--out", str(out), "--max-response-length", "8",
+                                         "--max-prompt-length", "8", "--seed", seed])
         generate.main()
         return out.read_text()
 
