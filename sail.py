@@ -556,8 +556,8 @@ def train(args, device):
         if run.progress["step"] == steps:
             save_model(run.policy, run.tokenizer, out, load_base)
     except (InputError, OSError) as error:
-        alone = isinstance(error, OSError) and world_size() > 1        # others know nothing of it
-        if not run.progress["step"] or alone:
+        others_know = isinstance(error, InputError) or world_size() == 1       # saving takes all processes
+        if not run.progress["step"] or not others_know:
             raise
         save_checkpoint(out, run.policy, run.optimizer, run.progress)
         raise InputError(f"{one_line(error)} (step {run.progress['step']} is saved; --resume continues)"

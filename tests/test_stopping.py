@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -146,6 +147,24 @@ def test_a_run_that_sigterm_stopped_exits_with_0(run, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         sail.main([*argv, "--overwrite"])
     assert stop.value.code == 0 and len(rows_of(out)) == 1 and (out / "checkpoints/1").is_dir()
+
+
+@pytest.mark.parametrize("patience, saved", [("2", False), ("100", True)])
+def test_a_step_longer_than_torchruns_patience_is_lost(patience, saved, base, tmp_path):
+    """As run.sh and README say: torchrun waits --shutdown-timeout seconds at SIGTERM, then kills."""
+    mine, began = tmp_path / "mine.py", tmp_path / "began"
+    mine.write_text(f"import pathlib, time\ndef score(prompts, responses):\n    pathlib.Path({str(began)!r})"
+                    ".touch()\n    time.sleep(8)\n    return [float(len(r)) for r in responses]\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1",
+              "--shutdown-timeout", patience, ROOT / "sail.py", "--model", base, *SHORT, "--steps", "50",
+              "--eval-limit", "1", "--reward", f"{mine}:score", "--out", tmp_path / "run"]
+    with subprocess.Popen(launch, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not began.exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        process.wait(100)
+    assert (tmp_path / "run/checkpoints/1").is_dir() == saved
 
 
 # --- what is not finite
