@@ -207,8 +207,8 @@ def test_held_out_figures_are_what_their_names_say(base, monkeypatch):
     for pair in pairs:
         pair.prompt, pair.chosen, pair.rejected = "Q", "a", "b"
         pair.prompt_ids, pair.chosen_ids, pair.rejected_ids = [5, 6], [7, 8, 1], [9, 1]
-    drawn = [[[7, 8, 9]], [[7, 1]], [[8, 9, 1]], [[9, 7, 8, 9]]]
-    finished = [[False], [True], [True], [False]]
+    drawn = [[[7, 8, 1]], [[7, 1]], [[8, 9, 1]], [[9, 7, 8, 9]]]
+    finished = [[True], [True], [True], [False]]
     monkeypatch.setattr(evaluate, "sample", lambda *_: (drawn, finished))
     scores = {3: 1.0, 2: -1.0, 4: 2.0}
 
@@ -218,7 +218,7 @@ def test_held_out_figures_are_what_their_names_say(base, monkeypatch):
     monkeypatch.setattr(evaluate, "texts_of", lambda _, ids, __: [" ".join("w" * len(one)) for one in ids])
     figures, _ = evaluate.evaluate_policy(policy, reference, tokenizer, pairs, reward, args)
     value = {name: figure[0] for name, figure in figures.items()}
-    assert value["unfinished"] == 0.5 and value["length"] == 3.0
+    assert value["unfinished"] == 0.25 and value["length"] == 3.0
     assert value["reward"] == pytest.approx((1.0 - 1.0 + 1.0 + 2.0) / 4)
     ratios = evaluate.log_ratios(policy, reference, pairs, [ids for ids, in drawn], "float32")
     assert value["kl"] == pytest.approx(ratios.mean().item(), abs=1e-5) and abs(value["kl"]) > 0.05
