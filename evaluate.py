@@ -28,7 +28,8 @@ from reward import drop_unscorable, load_reward
 from runtime.command_line import InputError, Parser, command_line, format_counts, number, seeded
 from runtime.intervals import few, format_figure, mean_of, over_seeds, prefers_chosen, share_of, win_figures
 from runtime.processes import progress
-from runtime.run_directory import is_run_directory, read_json, write_bytes, write_text
+from runtime.run_directory import (
+    fingerprint_files, is_run_directory, read_json, write_bytes, write_text)
 
 # --- figures, each as (value, low, high) --------------------------------------------------------------------
 
@@ -214,7 +215,17 @@ def find_run(path, options):
     if ".py:" in (settings["reward"] or "") and options.reward is None:
         raise InputError(f"{path}: its reward, {settings['reward']}, is code; it runs only if --reward names "
                          "it")
+    if options.reference is None and settings["reference"]:
+        refuse_replaced(path, settings["reference"])
     return model, Namespace(**settings)
+
+
+def refuse_replaced(path, reference):
+    """Raises InputError if the reference's files are others than the run started with."""
+    then = read_json(Path(path, "args.json")).get("reference_sha256")
+    if then is not None and then != fingerprint_files(reference):
+        raise InputError(f"{path}: the files of its reference {reference} have changed since; give it as "
+                         "--reference to measure to what it is now")
 
 
 def settings_of(file):

@@ -35,8 +35,8 @@ from runtime.intervals import mean_of, prefers_chosen, share_of
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.processes import fails_together, print0, progress, stop_signals, sum_gradients
 from runtime.run_directory import (
-    begin, date_of, fingerprint, log_figures, log_step, run_directory, save_checkpoint, write_directory,
-    write_rows)
+    begin, date_of, fingerprint, log_figures, log_step, run_directory, save_checkpoint, saved_on_error,
+    write_directory, write_rows)
 
 # --- rewards ------------------------------------------------------------------------------------------------
 
@@ -303,6 +303,28 @@ def reward_step(model, pairs, optimizer, scheduler, args):
                 seconds=time.perf_counter() - started), finite
 
 
+def reward_loop(model, pairs, batches, held_out, run, optimizer, scheduler, out, args):
+    """The steps that are left, one for each of `batches`, places in the pairs; ends early on SIGTERM or
+    SIGINT."""
+    stopped, steps = stop_signals(), len(batches)
+    if run["step"] == 0:
+        evaluate_reward(0, model, held_out, out)
+    for step in tqdm(range(run["step"] + 1, steps + 1), "reward", steps, initial=run["step"], disable=None):
+        batch = [pairs[place] for place in batches[step - 1].tolist()]
+        figures, finite = reward_step(model, batch, optimizer, scheduler, args)
+        log_step(out, dict(step=step, **figures), steps)
+        if not finite:
+            raise InputError(f"step {step}: loss or gradient not finite; try a lower --learning-rate")
+        run["step"] = step
+        if step == steps:
+            evaluate_reward(step, model, held_out, out)
+        if stopped or args.save_every and (step % args.save_every == 0 or step == steps):
+            save_checkpoint(out, model, optimizer, run)
+        if stopped and step < steps:
+            print0(f"stopped after step {step}, which is saved; --resume continues")
+            raise SystemExit(max(stopped))
+
+
 def load_trainee(args):
     """(model, tokenizer, ids_of) to be trained, in eval mode throughout: no dropout."""
     torch.manual_seed(seeded("score head", args.seed))
@@ -342,23 +364,8 @@ def train_reward(args):
     print0(f"{args.data}: {len(pairs)} pairs to train on, {len(held_out)} to evaluate on; dropped: "
            f"{format_counts(report['dropped'] + counts)}\n{length_table(lengths, 'tokens')}\n"
            f"{steps} steps of {len(batches[0])} -> {out}")
-    stopped = stop_signals()
-    if run["step"] == 0:
-        evaluate_reward(0, model, held_out, out)
-    for step in tqdm(range(run["step"] + 1, steps + 1), "reward", steps, initial=run["step"], disable=None):
-        batch = [pairs[place] for place in batches[step - 1].tolist()]
-        figures, finite = reward_step(model, batch, optimizer, scheduler, args)
-        log_step(out, dict(step=step, **figures), steps)
-        if not finite:
-            raise InputError(f"step {step}: loss or gradient not finite; try a lower --learning-rate")
-        run["step"] = step
-        if step == steps:
-            evaluate_reward(step, model, held_out, out)
-        if stopped or args.save_every and (step % args.save_every == 0 or step == steps):
-            save_checkpoint(out, model, optimizer, run)
-        if stopped and step < steps:
-            print0(f"stopped after step {step}, which is saved; --resume continues")
-            raise SystemExit(max(stopped))
+    with saved_on_error(out, model, optimizer, run):
+        reward_loop(model, pairs, batches, held_out, run, optimizer, scheduler, out, args)
 
     def write(aside):
         model.save_pretrained(aside)

@@ -51,14 +51,14 @@ from evaluate import evaluate_policy
 from generate import load_models, load_policy, roll_out, sequence_logps
 from reward import Reward, drop_unscorable, label_by_reward, load_reward
 from runtime.command_line import (
-    InputError, Parser, command_line, format_counts, number, one_line, seeded)
+    InputError, Parser, command_line, format_counts, number, seeded)
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.processes import (
     all_sum, fails_together, gathered, is_sharded, print0, process_group, rank, stop_signals,
     sum_gradients, with_equal_counts, world_size)
 from runtime.run_directory import (
     begin, date_of, fingerprint, fingerprint_files, log_figures, log_step, run_directory, save_checkpoint,
-    save_model, write_line)
+    save_model, saved_on_error, write_line)
 from toy import draw_toy_pairs, toy_settings, write_world
 
 # --- the losses ---------------------------------------------------------------------------------------------
@@ -551,17 +551,10 @@ def train(args, device):
         model, _ = load_policy(args.model, "cpu", args.trust_remote_code)
         return model
 
-    try:
+    with saved_on_error(out, run.policy, run.optimizer, run.progress):
         loop(run, out, args, total, steps, stopped)
         if run.progress["step"] == steps:
             save_model(run.policy, run.tokenizer, out, load_base)
-    except (InputError, OSError) as error:
-        others_know = isinstance(error, InputError) or world_size() == 1       # saving takes all processes
-        if not run.progress["step"] or not others_know:
-            raise
-        save_checkpoint(out, run.policy, run.optimizer, run.progress)
-        raise InputError(f"{one_line(error)} (step {run.progress['step']} is saved; --resume continues)"
-                         ) from None
     if run.progress["step"] < steps:
         print0(f"stopped after step {run.progress['step']}, which is saved; --resume continues")
         raise SystemExit(max(stopped, default=0))

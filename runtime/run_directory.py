@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import warnings
+from contextlib import contextmanager
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
@@ -21,9 +22,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from runtime.command_line import InputError, first_line
+from runtime.command_line import InputError, first_line, one_line
 from runtime.intervals import few, format_figure
-from runtime.processes import fails_together, print0, rank
+from runtime.processes import fails_together, print0, rank, world_size
 
 MODEL_FILES = (".safetensors", ".bin", ".py", ".json", ".jinja", ".model", ".txt")
 DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")
@@ -329,6 +330,21 @@ def save_checkpoint(out, policy, optimizer, progress):
         reason = first_line(next(iter(error.failures.values()))[0])
         raise InputError(f"{path} cannot be written ({reason}); earlier checkpoints are untouched") from None
     finish_checkpoint(out, aside, path, progress)
+
+
+@contextmanager
+def saved_on_error(out, policy, optimizer, progress):
+    """Around the steps of a run: an InputError, or an OSError such as of a full disk, ends them, and those
+    that were done are saved."""
+    try:
+        yield
+    except (InputError, OSError) as error:
+        others_know = isinstance(error, InputError) or world_size() == 1       # saving takes all processes
+        if not progress["step"] or not others_know:
+            raise
+        save_checkpoint(out, policy, optimizer, progress)
+        raise InputError(f"{one_line(error)} (step {progress['step']} is saved; --resume continues)"
+                         ) from None
 
 
 @fails_together

@@ -16,6 +16,7 @@ import data
 import evaluate
 import generate
 import sail
+import toy
 from data import BadRow, apply_template, load_pairs
 from reward import Reward
 from runtime import command_line
@@ -204,6 +205,23 @@ def test_a_model_that_was_replaced_is_not_continued(base, tmp_path, monkeypatch,
     capsys.readouterr()
     message = fails(sail.main, [*argv, "--resume"], monkeypatch, capsys)
     assert "the files of --model have changed since" in message
+
+
+def test_a_reference_that_was_replaced_is_not_measured_to(base, tmp_path, monkeypatch, capsys):
+    mine = shutil.copytree(base, tmp_path / "base")
+    sail.main(["--model", str(mine), *SHORT, "--out", str(tmp_path / "run")])
+    model, _ = generate.load_policy(str(mine))
+    with torch.no_grad():
+        next(model.parameters()).add_(0.1)
+    model.save_pretrained(mine)
+    capsys.readouterr()
+    argv = ["evaluate.py", str(tmp_path / "run"), "--eval-limit", "2",
+            "--reward", f"{toy.__file__}:toy_reward"]
+    message = fails(evaluate.main, argv, monkeypatch, capsys)
+    assert f"the files of its reference {mine} have changed since" in message
+    monkeypatch.setattr("sys.argv", [*argv, "--reference", str(mine)])
+    evaluate.main()
+    assert (tmp_path / "run/evaluated.json").is_file()
 
 
 # --- data

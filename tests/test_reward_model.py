@@ -308,3 +308,20 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(checkpoint, pairs, tm
     one, other = (rows_of(tmp_path / name)[0] for name in ("one", "all"))
     assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-4)
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+
+
+def test_a_full_disk_saves_the_steps_that_were_done(checkpoint, pairs, tmp_path, monkeypatch, capsys):
+    real, steps = reward.log_step, []
+
+    def log_step(*record):
+        if len(steps) == 2:
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+        steps.append(1)
+        real(*record)
+
+    monkeypatch.setattr(reward, "log_step", log_step)
+    argv = ["reward.py", "--train", "--model", str(checkpoint), "--data", pairs,
+            "--out", str(tmp_path / "run")]
+    message = fails(reward.main, argv, monkeypatch, capsys)
+    assert "metrics.jsonl: No space left on device (step 2 is saved; --resume continues)" in message
+    assert (tmp_path / "run/checkpoints/2/progress.json").is_file()
