@@ -27,7 +27,7 @@ from generate import load_policy, sample, sequence_logps
 from reward import drop_unscorable, load_reward
 from runtime.command_line import InputError, Parser, command_line, format_counts, number, seeded
 from runtime.intervals import few, format_figure, mean_of, over_seeds, prefers_chosen, share_of, win_figures
-from runtime.processes import progress
+from runtime.processes import computing_in, default_dtype, own_device, progress
 from runtime.run_directory import (
     fingerprint_files, is_run_directory, read_json, write_bytes, write_text)
 
@@ -37,7 +37,6 @@ from runtime.run_directory import (
 @torch.no_grad()
 def response_logps(model, examples, responses, dtype):
     """log π(y|x) of a response (ids) to each example's prompt, (n,)."""
-    device = next(model.parameters()).device
     vocabulary = model.config.get_text_config().vocab_size
     longest = max(map(len, responses))
     batch_size = 2**26 // (longest * vocabulary)                       # logits of at most 256 MB
@@ -47,8 +46,8 @@ def response_logps(model, examples, responses, dtype):
     logps = []
     for start in progress(starts, "scoring, batches"):
         rows = slice(start, start + batch_size)
-        batch = collate(prompts[rows], responses[rows], device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+        batch = collate(prompts[rows], responses[rows])
+        with computing_in(dtype, model):
             logps.append(sequence_logps(model, *batch))
     return torch.cat(logps).cpu()
 
@@ -64,13 +63,13 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
 
     reference, reward: None leaves out what they measure; so do examples without responses. Without a
     reference, as in SFT, loss is −log π per token of the data's chosen responses. args: beta, dtype,
-    max_response_length, and the seed of the samples. KL is estimated from the samples, as log π(y) − log
-    π_ref(y) summed over y's tokens, in nats per response; the reward decides on wins over the chosen
-    responses."""
+    max_response_length, sample_batch_size, and the seed of the samples. KL is estimated from the samples, as
+    log π(y) − log π_ref(y) summed over y's tokens, in nats per response; the reward decides on wins over the
+    chosen responses."""
     torch.manual_seed(seeded("held-out samples", args.seed))
-    with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+    with computing_in(args.dtype, policy):
         responses, finished = sample(policy, tokenizer, [example.prompt_ids for example in examples],
-                                     args.max_response_length)
+                                     args.max_response_length, batch_size=args.sample_batch_size)
     responses = [ids for ids, in responses]                 # one of each prompt
     texts = texts_of(examples, responses, tokenizer)
     columns = pair_columns(policy, reference, examples, args)              # name: a number per example
@@ -195,8 +194,8 @@ def print_samples(samples, number):
 # --- models of the command line -----------------------------------------------------------------------------
 
 DEFAULTS = dict(data=None, eval_data=None, prefer="better", reward=None, reference=None, beta=0.1,
-                max_prompt_length=512, max_response_length=512, dtype="float32", date=None,
-                trust_remote_code=False)
+                max_prompt_length=512, max_response_length=512, dtype=default_dtype(), date=None,
+                sample_batch_size=64, trust_remote_code=False)
 
 
 def find_run(path, options):
@@ -270,7 +269,7 @@ def evaluate_models(options):
     references = [run.reference for _, run in runs if run.reference]
     reference_name = (references + [runs[0][0]])[0]
     lengths = args.max_prompt_length, args.max_response_length
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = own_device()
     reward = None
     if args.reward:
         reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
@@ -403,7 +402,7 @@ def best_possible(options):
     if not runs:
         raise InputError("--frontier: no run has a reference and a reward")
     args = runs[0]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = own_device()
     lengths = args.max_prompt_length, args.max_response_length
     reference, tokenizer = load_policy(args.reference, device, args.trust_remote_code, lengths, args.date)
     reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
@@ -555,8 +554,8 @@ def make_parser():
     add("--out", help="the figures as JSON (RUN/evaluated.json; --compare: results.json, .png beside RUN)")
     add("--show", type=number(int, 0), default=0, metavar="N", help="all answers to the first N prompts (0)")
     parser.shared("--data", "--eval-data", "--prefer", "--max-prompt-length", "--max-response-length",
-                  "--date", "--seed", "--trust-remote-code")
-    parser.set_defaults(prefer=None, trust_remote_code=None)              # then the run's
+                  "--sample-batch-size", "--date", "--seed", "--trust-remote-code")
+    parser.set_defaults(prefer=None, sample_batch_size=None, trust_remote_code=None)         # then the run's
     add("--frontier", type=number(int, 100), metavar="N",
         help="with --compare: the best possible, from N samples of the reference to each held-out prompt")
     add("--eval-limit", type=number(int, 1), default=256, help="held-out pairs (256)")

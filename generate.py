@@ -26,7 +26,8 @@ from torch.nn.utils.rnn import pad_sequence
 from runtime.command_line import (
     InputError, Parser, command_line, first_line, format_counts, number, seeded)
 from runtime.packing import allow_packing, is_packed, packed_logits, register_packing
-from runtime.processes import fails_together, gathered, progress, rank, shard
+from runtime.processes import (
+    computing_in, fails_together, gathered, own_device, progress, rank, sent, shard)
 from runtime.run_directory import write_rows
 
 # --- load and adapt -----------------------------------------------------------------------------------------
@@ -191,18 +192,34 @@ def load_parts(args, device):
     if args.shard:
         device = "cpu"
         options["whole"] = rank() == 0
-    policy, tokenizer = load_policy(args.model, device, **options)
+    policy, tokenizer = load_policy(args.model, **options)
     models = [policy]
     if args.reference == args.model and not args.lora:
         models.append(copy.deepcopy(policy).requires_grad_(False))
     elif args.reference and args.reference != args.model:
-        reference, other = load_policy(args.reference, device, **options)
+        reference, other = load_policy(args.reference, **options)
         models.append(reference.requires_grad_(False))
         if other.get_vocab() != tokenizer.get_vocab():
             raise InputError(f"--reference {args.reference} has another vocabulary than --model {args.model}")
     if args.lora:
         add_adapter(policy, args.lora, args.seed)
+    for model in models:
+        if args.dtype == "bfloat16":
+            hold_frozen_in_bfloat16(model)
+        if not args.shard:
+            model.to(device)
     return models, tokenizer
+
+
+def hold_frozen_in_bfloat16(model):
+    """Hold the frozen weights of linear layers in bfloat16, to which autocast would round them anew at each
+    forward: the same results in less memory. Not those that are the embedding's too, which it does not
+    round."""
+    embedding = model.get_input_embeddings().weight
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module.weight is not embedding:
+            if not module.weight.requires_grad:
+                module.to(torch.bfloat16)
 
 
 def take_settings(model):
@@ -256,12 +273,13 @@ def sequence_logps(model, input_ids, attention_mask, response_mask, reference=No
     """log π(y|x): the log-probabilities of a row's response tokens, summed; (B,), float32 at least.
 
     input_ids, attention_mask, response_mask: (B, T), padded on either side; response_mask is 1 on the
-    response's tokens, its end token included. With `reference`, a model that is held fixed: (3, B), log π,
-    log π_ref and RevKL, Σ_tokens KL(π_ref(·|context) ‖ π(·|context)), exact over the vocabulary (arXiv
-    2606.31524)."""
+    response's tokens, its end token included. On the CPU they make no GPU wait. With `reference`, a model
+    that is held fixed: (3, B), log π, log π_ref and RevKL, Σ_tokens KL(π_ref(·|context) ‖ π(·|context)),
+    exact over the vocabulary (arXiv 2606.31524)."""
+    device = next(model.parameters()).device
     scored = response_mask[:, 1:].bool()                               # (B, T−1): place t predicts token t+1
-    tokens = input_ids[:, 1:][scored]                                  # (N,)
-    rows = scored.nonzero()[:, 0]                                      # (N,)
+    tokens = sent(input_ids[:, 1:][scored], device)                    # (N,)
+    rows = sent(scored.nonzero()[:, 0], device)                        # (N,)
     batch = input_ids, attention_mask, response_mask
     ours = response_logits(model, *batch).log_softmax(-1)              # (N, V)
     terms = [ours.gather(-1, tokens[:, None])]                         # of (N, 1)
@@ -282,11 +300,15 @@ def response_logits(model, input_ids, attention_mask, response_mask):
     if is_packed(model):                                               # the same, faster: runtime/packing.py
         logits = packed_logits(model, input_ids, attention_mask, response_mask)
     else:
+        device = next(model.parameters()).device
         scored = response_mask[:, 1:].bool()
         columns = scored.any(0).nonzero()[:, 0]                        # those that any row needs
+        rows, places = scored[:, columns].nonzero(as_tuple=True)       # (N,) each
         position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)    # (B, T): padding does not move a token
-        logits = model(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids,
-                       use_cache=False, logits_to_keep=columns).logits[scored[:, columns]]
+        output = model(
+            input_ids=sent(input_ids, device), attention_mask=sent(attention_mask, device),
+            position_ids=sent(position_ids, device), logits_to_keep=sent(columns, device), use_cache=False)
+        logits = output.logits[sent(rows, device), sent(places, device)]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -378,9 +400,9 @@ def roll_out(policy, tokenizer, pairs, sides, args):
         return pairs
     policy.eval()
     prompts = [pair.prompt_ids for pair in pairs]
-    autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    with gathered(policy), autocast:
-        responses, finished = sample(policy, tokenizer, prompts, args.max_response_length, len(sides))
+    with gathered(policy), computing_in(args.dtype, policy):
+        responses, finished = sample(policy, tokenizer, prompts, args.max_response_length, len(sides),
+                                     batch_size=args.sample_batch_size)
     sampled = []
     for pair, ids_of_sides, done in zip(pairs, responses, finished):
         new = {}
@@ -409,7 +431,7 @@ def answer(model, tokenizer, prompts, temperature, args):
     if not asked:
         raise InputError(f"none of {len(prompts)} prompts can be asked: {format_counts(dropped)}")
     responses, finished = sample(model, tokenizer, prompt_ids, args.max_response_length, 1, temperature,
-                                 args.batch_size)
+                                 args.sample_batch_size)
     rows = []
     for prompt, context, (ids,), (done,) in zip(asked, prompt_ids, responses, finished):
         text = response_text(tokenizer, ids, context)
@@ -424,15 +446,14 @@ def main():
     add("--model", required=True, help="a directory or hub name")
     add("--out", default="responses.jsonl", help="JSON lines (responses.jsonl)")
     add("--temperature", type=number(float, 0), default=1.0, help="0: the likeliest token each time (1)")
-    add("--batch-size", type=number(int, 1), default=64, help="prompts generated together (64)")
-    parser.shared("--data", "--limit", "--max-prompt-length", "--max-response-length", "--date", "--seed",
-                  "--trust-remote-code")
+    parser.shared("--data", "--limit", "--max-prompt-length", "--max-response-length",
+                  "--sample-batch-size", "--date", "--seed", "--trust-remote-code")
     parser.set_defaults(max_prompt_length=512, max_response_length=128)
     args = parser.parse_args()
     if args.data is None:
         parser.error("argument --data: want a file or a hub name")
     pairs, report = load_pairs(args.data, args.limit)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = own_device()
     lengths = args.max_prompt_length, args.max_response_length
     model, tokenizer = load_policy(args.model, device, args.trust_remote_code, lengths, args.date)
     torch.manual_seed(seeded("answers", args.seed))

@@ -33,7 +33,7 @@ from runtime.command_line import (
     InputError, Parser, command_line, format_counts, number, seeded)
 from runtime.intervals import mean_of, prefers_chosen, share_of
 from runtime.optimizer import make_optimizer, optimizer_step
-from runtime.processes import fails_together, print0, progress, stop_signals, sum_gradients
+from runtime.processes import fails_together, own_device, print0, progress, stop_signals, sum_gradients
 from runtime.run_directory import (
     begin, date_of, fingerprint, log_figures, log_step, run_directory, save_checkpoint, saved_on_error,
     write_directory, write_rows)
@@ -335,7 +335,7 @@ def load_trainee(args):
         if token is not None:
             pad = token
     model.config.pad_token_id = pad
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer, ids_of
+    return model.to(own_device()), tokenizer, ids_of
 
 
 def train_reward(args):
@@ -390,7 +390,7 @@ def score_file(args):
             break
     if not rows:
         raise InputError(f"{args.responses}: want lines with prompt and response, as generate.py writes them")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = own_device()
     reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
     scores = reward(prompts, responses)
     for row, score in zip(rows, scores):

@@ -12,6 +12,7 @@ case " $* " in *" --help "* | *" -h "*) sed -n '2,6s/^# //p' "$here/run.sh"; exi
 # Let glibc keep freed memory for the next step rather than return it to the kernel and pay for every page
 # anew.
 export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=268435456
+export PYTORCH_ALLOC_CONF=expandable_segments:True             # the same for a GPU: every step has other shapes
 
 # The packages: those of $PYTHON where it has them all, else .venv beside this file, made on first use.
 PYTHON=${PYTHON:-python3}

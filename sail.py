@@ -54,8 +54,8 @@ from runtime.command_line import (
     InputError, Parser, command_line, format_counts, number, seeded)
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.processes import (
-    all_sum, fails_together, gathered, is_sharded, print0, process_group, rank, stop_signals,
-    sum_gradients, with_equal_counts, world_size)
+    all_sum, computing_in, default_dtype, fails_together, gathered, is_sharded, print0, process_group, rank,
+    sent, stop_signals, sum_gradients, with_equal_counts, world_size)
 from runtime.run_directory import (
     begin, date_of, fingerprint, fingerprint_files, log_figures, log_step, run_directory, save_checkpoint,
     save_model, saved_on_error, write_line)
@@ -244,7 +244,7 @@ def accumulate_gradients(run, pairs, args):
     """Back-propagate the mean loss, over the pairs of all processes (of SFT: over their tokens), by
     micro-batches; returns the sums of what was counted and measured."""
     run.policy.train(args.gradient_checkpointing)                      # works in train mode only; no dropout
-    totals, sums = all_sum(count(pairs, args), run.device), Counter()
+    totals, sums = all_sum(count(pairs, args), run.device), {}
     over = totals["chosen_tokens" if args.variant == "sft" else "pairs"]
     micros = micro_batches(pairs, run.policy, args.micro_batch_size)
     for micro, weight in with_equal_counts(micros, run.policy):
@@ -258,9 +258,10 @@ def accumulate_gradients(run, pairs, args):
         if weight == 0:                                                # it is there for its collectives only
             counted = 0
         for name, value in metrics.items():
-            sums[name] += value.item() * counted
+            sums[name] = sums.get(name, 0) + value.double() * counted
     sum_gradients(run.policy)
-    totals.update(all_sum(sums, run.device))
+    values = torch.stack(list(sums.values())).tolist()                 # all at once: a GPU waits for it
+    totals.update(all_sum(Counter(dict(zip(sums, values))), run.device))
     return totals
 
 
@@ -277,7 +278,7 @@ def preference_losses(policy, reference, pairs, args, baseline=None):
 
     # 2. what the pairs say of themselves, as tensors (B,)
     def tensor(values, dtype=None):
-        return torch.tensor(values, dtype=dtype, device=ours.device)
+        return sent(torch.tensor(values, dtype=dtype), ours.device)
 
     on_policy = tensor([pair.on_policy for pair in pairs])
     self_labelled = tensor([pair.self_labelled for pair in pairs])
@@ -313,39 +314,49 @@ def preference_losses(policy, reference, pairs, args, baseline=None):
 def pair_logps(model, pairs, dtype="float32", reference=None):
     """`sequence_logps` of the chosen and the rejected responses, in one forward: (2, B), or with `reference`
     (3, 2, B), log π, log π_ref and RevKL."""
-    device = next(model.parameters()).device
     prompts = [pair.prompt_ids for pair in pairs]
     chosen = [pair.chosen_ids for pair in pairs]
     rejected = [pair.rejected_ids for pair in pairs]
-    batch = collate(prompts + prompts, chosen + rejected, device)                      # (2B, T) each
-    with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+    batch = collate(prompts + prompts, chosen + rejected)                              # (2B, T) each
+    with computing_in(dtype, model):
         logps = sequence_logps(model, *batch, reference)                               # (2B,) or (3, 2B)
     return logps.unflatten(-1, (2, len(pairs)))
 
 
 def sft_losses(policy, pairs, args):
     """The negative log-likelihood of the chosen responses, summed over tokens: (losses (B,), metrics)."""
-    device = next(policy.parameters()).device
     prompts = [pair.prompt_ids for pair in pairs]
     responses = [pair.chosen_ids for pair in pairs]
-    batch = collate(prompts, responses, device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+    batch = collate(prompts, responses)
+    with computing_in(args.dtype, policy):
         logps = sequence_logps(policy, *batch)
     mean = logps.detach().mean()
     return -logps, {"loss": -mean, "chosen_logps": mean}
 
 
-LOGITS = 3 * 2**24                        # of a forward, positions × vocabulary: 192 MB, several times
+LOGITS = 3 * 2**24                        # of a forward on a CPU: 192 MB, several times
+
+
+@lru_cache
+def logits_at_once():
+    """How many logits, positions × vocabulary, a forward may make. On a GPU, where few rows are slow: as many
+    as fit, with their log-softmax and its gradients (12 bytes each), into a quarter of what is free before
+    the first of them."""
+    if not torch.cuda.is_initialized():
+        return LOGITS
+    free, _ = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return max(LOGITS, free // 4 // 12)
 
 
 def micro_batches(pairs, model, size=None):
-    """The pairs, in order, in lists of at most `size` pairs and about LOGITS logits; a pair that exceeds
-    LOGITS by itself stands alone."""
+    """The pairs, in order, in lists of at most `size` pairs and about `logits_at_once()` logits; a pair that
+    exceeds these by itself stands alone."""
     vocabulary = model.config.get_text_config().vocab_size
-    micros, logits = [[]], 0
+    micros, logits, most = [[]], 0, logits_at_once()
     for pair in pairs:
         more = (len(pair.chosen_ids) + len(pair.rejected_ids)) * vocabulary
-        full = len(micros[-1]) == size or logits + more > LOGITS
+        full = len(micros[-1]) == size or logits + more > most
         if micros[-1] and full:
             micros.append([])
             logits = 0
@@ -506,7 +517,7 @@ def print_plan(run, counts, held_out_counts, lengths, total, steps, args):
         size += parameter.numel()
         if parameter.requires_grad:
             trained += parameter.numel()
-    print0(f"{args.model} on {run.device}: {trained:,} of {size:,} parameters are trained")
+    print0(f"{args.model} on {run.device} in {args.dtype}: {trained:,} of {size:,} parameters are trained")
     print0(f"{args.data}: {len(run.examples)} pairs to train on; {format_counts(counts)}")
     limits = dict(prompt=args.max_prompt_length, chosen=args.max_response_length,
                   rejected=args.max_response_length)
@@ -672,7 +683,8 @@ def parse_args(argv=None):
     add("--schedule", choices=["constant", "cosine"], help="after warm-up (constant; toy cosine)")
     add("--optimizer", choices=["adamw", "rmsprop"], default="adamw", help="rmsprop is the authors' (adamw)")
     add("--max-grad-norm", type=positive, default=1.0, help="clip the gradient to this norm (1)")
-    add("--dtype", choices=["float32", "bfloat16"], default="float32", help="to compute in")
+    add("--dtype", choices=["float32", "bfloat16"], help="to compute in (bfloat16 on a GPU that has it)")
+    parser.shared("--sample-batch-size", add=add)
     add("--eval-every", type=number(int, 0), help="steps between evaluations (100; toy 25), 0: at the end")
     add("--eval-limit", type=whole, help="held-out pairs to evaluate on (128; toy 256)")
     add = parser.add_argument_group("memory, speed, output: may change when a run is continued").add_argument
@@ -695,7 +707,7 @@ def completed(args, parser):
     args.toy = args.data == "toy"
     defaults = {**DEFAULTS, "mix": variant.mix, "response_coef": variant.response_coef,
                 "label_coef": variant.label_coef, "out": f"{run_directory(args.data)}/{args.variant}",
-                "learning_rate": 1e-6}
+                "learning_rate": 1e-6, "dtype": default_dtype()}
     if args.lora:
         defaults["learning_rate"] = 1e-5
     if args.variant == "sft":

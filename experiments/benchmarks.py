@@ -97,7 +97,7 @@ def main():
     parser.add_argument("--out", required=True, help="the benchmark's answer file")
     parser.add_argument("--temperature", type=number(float, 0), help="0: the likeliest token each time "
                         "(default: 1; for MT-Bench, FastChat's for each category)")
-    parser.add_argument("--batch-size", type=number(int, 1), default=64, help="questions answered together")
+    parser.shared("--sample-batch-size")
     parser.shared("--limit", "--max-prompt-length", "--max-response-length", "--seed", "--trust-remote-code")
     parser.set_defaults(max_prompt_length=512, max_response_length=128)
     args = parser.parse_args()

@@ -56,6 +56,7 @@ SHARED = {
     "--limit": dict(COUNT, help="use the first N pairs only"),
     "--max-prompt-length": dict(COUNT, help="tokens; longer prompts lose their oldest turns (512)"),
     "--max-response-length": dict(COUNT, help="tokens; longer responses are cut on the right (512)"),
+    "--sample-batch-size": dict(COUNT, default=64, help="prompts answered at a time (64)"),
     "--date": dict(type=iso_date, help="what a chat template that asks for the date is told (today)"),
     "--seed": dict(type=number(int, 0), default=0, help="random seed (0)"),
     "--trust-remote-code": dict(action="store_true", help="run code that comes with a hub model")}

@@ -7,6 +7,8 @@ out again. Measured by experiments/bench.py.
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from runtime.processes import sent
+
 
 def is_packed(model):
     """Whether `allow_packing` has switched the model over."""
@@ -15,17 +17,19 @@ def is_packed(model):
 
 def packed_logits(model, input_ids, attention_mask, response_mask):
     """The logits (N, V) that predict the response's tokens of rows as `data.collate` makes them."""
-    inputs, places = pack(input_ids, attention_mask, response_mask)
+    device = next(model.parameters()).device
+    inputs, places = pack(input_ids, attention_mask, response_mask, device)
     scored = response_mask[:, 1:].bool()
     wanted = places[:, :-1][scored]
-    output = model(**inputs, use_cache=False, logits_to_keep=wanted)
+    output = model(**inputs, use_cache=False, logits_to_keep=sent(wanted, device))
     return output.logits[0]
 
 
-def pack(input_ids, attention_mask, response_mask):
+def pack(input_ids, attention_mask, response_mask, device):
     """Rows (B, T) in one row of N tokens, with a prompt that rows share once: (inputs, places).
 
-    inputs: input_ids and position_ids (1, N), and `packing`, from which attention lays the rows out again.
+    Rows on the CPU make no GPU wait. inputs, on `device`: input_ids and position_ids (1, N), and `packing`,
+    from which attention lays the rows out again.
     places: (B, T), where in the one row a token stands (padding: anywhere)."""
     real = attention_mask.bool()                                       # (B, T)
     positions = attention_mask.cumsum(-1) - 1
@@ -42,11 +46,12 @@ def pack(input_ids, attention_mask, response_mask):
     starts = lengths.cumsum(0) - lengths                               # where each row's own tokens begin
     place_of_repeated = starts[first, None] + positions
     places = torch.where(own, place_of_own, place_of_repeated)
+    tokens, shapes, back = grids_of(places, real, int(lengths.sum()))
     inputs = dict(
-        input_ids=input_ids[own][None],
-        position_ids=positions[own][None],
-        attention_mask=real.new_ones(1, 1, 1, 1),                      # 4-D: transformers then makes none
-        packing=grids_of(places, real, int(lengths.sum())))
+        input_ids=sent(input_ids[own][None], device),
+        position_ids=sent(positions[own][None], device),
+        attention_mask=sent(real.new_ones(1, 1, 1, 1), device),        # 4-D: transformers then makes none
+        packing=(sent(tokens, device), shapes, sent(back, device)))
     return inputs, places
 
 
@@ -138,7 +143,7 @@ def allow_packing(model):
         [[0, 0, 1, 1, 1], [0, 0, 1, 1, 0]]])               # response_mask
     input_ids, attention_mask, response_mask = rows.to(model.device)
     plain = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-    inputs, places = pack(input_ids, attention_mask, response_mask)
+    inputs, places = pack(input_ids, attention_mask, response_mask, model.device)
     model.set_attn_implementation("packed")
     try:
         packed = model(**inputs, use_cache=False).logits[0, places]

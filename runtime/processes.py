@@ -22,10 +22,7 @@ from runtime.command_line import InputError, first_line, one_line
 def process_group(shard=False):
     """The device of this process. While inside, it is connected with torchrun's other processes; with `shard`
     also if it is alone, as FSDP needs."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    device = own_device()
     if shard or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         connect(device)
     try:
@@ -40,14 +37,52 @@ def process_group(shard=False):
             dist.destroy_process_group()
 
 
+def own_device():
+    """This process's GPU, or the CPU if there is none. On a GPU, products of float32 are computed in TF32,
+    and attention is not cuDNN's, which from torch 2.11 on comes first and plans anew for each shape: that is,
+    for every token that is decoded."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    return device
+
+
+def default_dtype():
+    """What to compute in unless told otherwise: bfloat16 on a GPU that has it, else float32."""
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+        return "bfloat16"
+    return "float32"
+
+
+PATIENCE = timedelta(hours=2)             # of processes that wait for others: an evaluation by rank 0 is long
+meeting = None                            # the group in which they meet, without GPUs; None: that of all work
+
+
 def connect(device):
     """Start torch.distributed; without torchrun, for this process alone."""
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    timeout = timedelta(hours=2)                           # rank 0's evaluations may take long
-    if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+    global meeting
+    options = dict(timeout=PATIENCE)
+    if "RANK" not in os.environ:
+        options.update(store=dist.HashStore(), rank=0, world_size=1)
+    if device.type == "cuda":
+        dist.init_process_group("nccl", device_id=device, **options)
+        meeting = dist.new_group(backend="gloo", timeout=PATIENCE)
     else:
-        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group("gloo", **options)
+
+
+def computing_in(dtype, model):
+    """A context in which a model with weights in float32 computes in `dtype`, "float32" or "bfloat16"."""
+    device = next(model.parameters()).device
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+
+def sent(tensor, device):
+    """The tensor on the device, without a wait until it has arrived."""
+    return tensor.to(device, non_blocking=True)
 
 
 def rank():
@@ -84,13 +119,19 @@ def progress(items, what, total=None):
             printed = now
 
 
-def raise_together(problem=None):
-    """Raise InputError(problem) on all processes if any of them has one. Without any, all have met here."""
+def raise_together(problem=None, where=""):
+    """Raise InputError(problem) on all processes if any of them has one. Without any, all have met here.
+    Raises OSError, which says who is missing and where, if a process does not come."""
     problems = [problem]
     if dist.is_initialized():
+        try:
+            dist.monitored_barrier(meeting, PATIENCE, wait_all_ranks=True)
+        except RuntimeError as error:
+            raise OSError(f"rank {rank()} waited in vain at the end of {where} ({first_line(error)[-60:]}); "
+                          "--resume goes on from the last checkpoint") from None
         problems = [None] * world_size()
-        dist.all_gather_object(problems, problem)
-        dist.barrier()                    # gloo's threads must be done with the objects before a process ends
+        dist.all_gather_object(problems, problem, meeting)
+        dist.barrier(meeting)             # gloo's threads must be done with the objects before a process ends
     for each in problems:
         if each is not None:
             raise InputError(each)
@@ -106,7 +147,7 @@ def fails_together(function):
             result = function(*args, **options)
         except (InputError, OSError) as error:
             problem = one_line(error)
-        raise_together(problem)
+        raise_together(problem, function.__name__)
         return result
 
     return wrapped

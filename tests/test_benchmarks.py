@@ -40,7 +40,7 @@ def answer_file(benchmark, model, tmp_path, monkeypatch, *more):
 def answers(turns, tokenizer, benchmark="MT-Bench", limit=200, model="m", temperature=None):
     """The rows of the answers to these turns."""
     args = Namespace(model=model, temperature=temperature, max_prompt_length=limit, max_response_length=8,
-                     batch_size=64)
+                     sample_batch_size=64)
     rows = QUESTIONS[benchmark][:len(turns)]
     return benchmarks.answer_benchmark(None, tokenizer, benchmark, rows, turns, args)
 

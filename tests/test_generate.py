@@ -153,7 +153,8 @@ def test_a_model_without_a_key_value_cache_is_refused():
 
 def options(max_response_length, dtype="float32"):
     """The arguments that a rollout looks at."""
-    return SimpleNamespace(max_response_length=max_response_length, temperature=1.0, dtype=dtype)
+    return SimpleNamespace(max_response_length=max_response_length, temperature=1.0, dtype=dtype,
+                           sample_batch_size=64)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
