@@ -206,7 +206,7 @@ def drop_unscorable(pairs, reward):
             _, chosen_cut = reward.ids_of(pair.prompt, pair.chosen or "answer")
             _, rejected_cut = reward.ids_of(pair.prompt, pair.rejected or "answer")
         except BadRow as reason:
-            counts[f"for the reward model {reason}"] += 1
+            counts.update({"dropped": 1, f"for the reward model {reason}": 1})
             continue
         if chosen_cut or rejected_cut:
             counts["dialogues_cut_for_the_reward_model"] += 1

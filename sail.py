@@ -487,10 +487,10 @@ def load_data(args, device):
         reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
     train, counts = drop_unscorable(train, reward)
     held_out, held_out_counts = drop_unscorable(held_out, reward)
-    counts["dropped"] += sum(report["dropped"].values())
-    counts.update(report["dropped"] + report["altered"])
-    if held_out_report:
-        held_out_counts.update(held_out_report["dropped"] + held_out_report["altered"])
+    for each, file in ((counts, report), (held_out_counts, held_out_report)):
+        if file:                                                       # held-out pairs may be of the same one
+            each["dropped"] += sum(file["dropped"].values())
+            each.update(file["dropped"] + file["altered"])
     return train, held_out, reward, counts, held_out_counts
 
 

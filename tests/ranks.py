@@ -68,9 +68,9 @@ def run_all(file, device):
     def own_bytes(tensors):
         return sum(t.to_local().nbytes for t in tensors if hasattr(t, "to_local"))
 
-    def sampled(policy, *inputs):                                      # while it is gathered
+    def sampled(policy, *inputs, **options):                                      # while it is gathered
         sizes.update(gathered=sum(p.numel() * p.itemsize for p in policy.parameters()))
-        return sample(policy, *inputs)
+        return sample(policy, *inputs, **options)
 
     def make_optimizer(*inputs):
         optimizers[:] = made = make(*inputs)

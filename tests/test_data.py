@@ -303,6 +303,11 @@ def test_collation_gives_explicit_masks():
     assert response.tolist() == [[0, 0, 1, 0], [0, 1, 1, 1]]
 
 
+def test_a_response_as_long_as_the_limit_is_not_longer():
+    table = data.length_table(dict(prompt=[], chosen=[3, 4, 5, 6, 9]), "tokens", dict(chosen=5))
+    assert table == "   chosen: tokens median 5, 90 % 9, most 9; 2 of 5 longer than 5"
+
+
 def test_the_command_line_shows_format_counts_lengths_and_pairs(tmp_path, monkeypatch, capsys, checkpoint):
     path = write(tmp_path / "x.jsonl", [dict(prompt="Q", chosen="good", rejected="bad"),
                                         dict(prompt="Q", chosen="good", rejected="")])

@@ -62,6 +62,8 @@ def test_no_policy_lies_above_the_estimate_but_the_best_one_comes_near(world):
 def test_temperatures_that_leave_fewer_than_thirty_samples_are_left_out():
     rewards = [[0.0] * 99 + [1.0], [0.0] * 100]
     assert [row["temperature"] for row in frontier(rewards, [0.1, 10.0])] == [10.0]
+    for high, enough in ((29, False), (31, True)):                     # so many share all of the weight
+        assert bool(frontier([[0.0] * (100 - high) + [1.0] * high], [0.01])) == enough
 
 
 def test_compare_sets_runs_beside_the_best_possible(base, held_out, tmp_path, monkeypatch, capsys):
@@ -75,7 +77,12 @@ def test_compare_sets_runs_beside_the_best_possible(base, held_out, tmp_path, mo
     assert lines[0].startswith("| | reward | KL | reward − β·KL | below the best |")
     assert len(lines[0].split("|")) <= 10
     best = float(re.match(r"the best reward − β·KL at β 4 is (\S+) ± ", lines[-1])[1])
-    assert figures["gap"]["value"] == pytest.approx(best - figures["objective"]["value"], abs=6e-4)
+    gap, objective = figures["gap"], figures["objective"]
+    assert gap["low"] < gap["value"] < gap["high"]
+    for ours, theirs in (("value", "value"), ("low", "high"), ("high", "low")):
+        assert gap[ours] == pytest.approx(best - objective[theirs], abs=6e-4)
     assert (tmp_path / "figures.png").is_file()
+    run_evaluate(monkeypatch, "dpo", *code, "--frontier", "200", "--seed", "1")
+    assert f"is {best:.3f} ±" not in capsys.readouterr().out           # drawn anew
     with pytest.raises(InputError, match="--frontier 100: too few samples at β 0.1; give more"):
         run_evaluate(monkeypatch, "dpo", *code, "--frontier", "100", "--beta", "0.1")

@@ -238,6 +238,13 @@ def test_the_command_line_writes_one_row_per_prompt(checkpoint, held_out, tmp_pa
     assert all(1 <= row["tokens"] <= 6 for row in rows) and "5 responses" in capsys.readouterr().out
 
 
+def test_a_response_is_called_finished_if_it_is(monkeypatch):
+    monkeypatch.setattr(generate, "sample", lambda *_: ([[[70, 71]], [[70, 1]]], [[False], [True]]))
+    rows, _ = generate.answer(None, byte_tokenizer(), ["a", "b"], 1.0, SimpleNamespace(
+        max_prompt_length=8, max_response_length=2, sample_batch_size=2))
+    assert [row["finished"] for row in rows] == [False, True]
+
+
 def test_a_policy_loads_as_float32_without_touching_the_network(checkpoint):
     policy, tokenizer = load_policy(str(checkpoint))
     assert next(policy.parameters()).dtype == torch.float32 and tokenizer.chat_template

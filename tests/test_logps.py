@@ -97,7 +97,7 @@ def test_only_positions_that_predict_a_response_are_projected(packed):
 
 
 def test_micro_batches_keep_the_pairs_in_order_within_the_budget_of_logits(monkeypatch):
-    monkeypatch.setattr(sail, "LOGITS", 20 * 261)
+    monkeypatch.setattr(sail, "logits_at_once", lambda: 20 * 261)
     lengths = [4, 6, 3, 7, 5, 30, 1, 1]                                # of chosen and rejected together
     pairs = [Pair("", "", "", [], [1], [1] * (length - 1)) for length in lengths]
     micros = micro_batches(pairs, tiny_model())

@@ -266,6 +266,18 @@ def test_the_metrics_equal_a_hand_computed_example():
     assert metrics["margin"].item() == pytest.approx((2.0 + 1.0 + 0.0) / 3)
     assert metrics["accuracy"].item() == pytest.approx((1 + 1 + 0.5) / 3)
     assert metrics["chosen_logps"].item() == pytest.approx(1 / 3) and metrics["rejected_logps"].item() == 0
+    _, tied = sail_loss(zero, zero, zero, zero, torch.tensor([1.0, 0.0, 0.9]))
+    assert tied["accuracy"].item() == 0.5                              # whatever the label
+
+
+@pytest.mark.parametrize("loss_type", ["simpo", "orpo"])
+@pytest.mark.parametrize("sides", [(0.0, -3.0), (-3.0, 0.0)])
+def test_a_certain_response_has_a_finite_loss_and_gradient(loss_type, sides):
+    """Of probability 1 its odds are infinite."""
+    logps, lengths = torch.tensor(sides, requires_grad=True), torch.ones(1)
+    losses, _ = sail_loss(logps[:1], logps[1:], lengths, lengths, loss_type=loss_type, chosen_lengths=lengths,
+                          rejected_lengths=lengths)
+    assert losses.isfinite().all() and gradient(losses.sum(), logps).isfinite().all()
 
 
 @pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "simpo", "orpo"])

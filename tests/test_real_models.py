@@ -164,9 +164,9 @@ def test_a_row_that_the_reward_models_template_refuses_is_dropped_before_trainin
     pairs = [Pair(prompt, "good", None) for prompt in ("yes", "no", "yes")]
     kept, counts = drop_unscorable(pairs, reward)
     assert [pair.prompt for pair in kept] == ["yes", "yes"]
-    assert counts == {"for the reward model refused by the chat template: not that": 1}
+    assert counts == {"dropped": 1, "for the reward model refused by the chat template: not that": 1}
     assert drop_unscorable(pairs, None) == (pairs, {})
-    with pytest.raises(InputError, match="can score none of 1 pairs: 1 for the reward model refused"):
+    with pytest.raises(InputError, match="none of 1 pairs: 1 dropped, 1 for the reward model refused"):
         drop_unscorable(pairs[1:2], reward)
     rows = [{"prompt": "no" if i % 4 == 0 else f"q {i}", "chosen": "the soup", "rejected": "the tea"}
             for i in range(40)]
@@ -175,7 +175,7 @@ def test_a_row_that_the_reward_models_template_refuses_is_dropped_before_trainin
                write(tmp_path / "y.jsonl", rows[:3]), "--reward", classifier, "--out", str(out), *SHORT,
                "--max-prompt-length", "40"])
     counts = json.loads((out / "args.json").read_text())["data_counts"]
-    assert counts["for the reward model refused by the chat template: not that"] == 10
+    assert counts["for the reward model refused by the chat template: not that"] == counts["dropped"] == 10
     assert rows_of(out, "eval")[-1]["prompts"] == 2
 
 
@@ -250,6 +250,11 @@ def test_a_tokenizer_that_can_parse_channels_says_what_the_answer_is():
     assert response_text(tokenizer, []) == ""
     tokenizer.response_template["fields"]["content"]["optional"] = False
     assert response_text(tokenizer, tokenizer("no channel<eos>")["input_ids"]) == "no channel"
+
+
+def test_white_space_around_a_response_is_not_of_its_text():
+    tokenizer = byte_tokenizer()
+    assert response_text(tokenizer, tokenizer("\n a  b <eos>")["input_ids"]) == "a  b"
 
 
 # --- templates that cannot answer

@@ -477,6 +477,13 @@ def test_finished_runs_are_compared_with_their_seeds_together(tmp_path, capsys):
         compare([tmp_path / "results.json"], tmp_path / "results.json")
 
 
+def test_a_track_goes_through_the_steps_that_all_seeds_have_measured(tmp_path):
+    runs = [finished_run(tmp_path / "pr-s9", (0, 0.0, 1.0), (5, 1.0, 2.0), (7, 9.0, 9.0)),
+            finished_run(tmp_path / "pr-s10", (0, 0.0, 0.0), (5, 2.0, 3.0))]
+    (name, seeds), = evaluate.groups_of(evaluate.read_runs(runs)).items()
+    assert name == "pr" and evaluate.track_of(seeds) == ([0.0, 1.5], [0.5, 2.5])
+
+
 def test_seeds_without_a_common_step_are_compared_at_their_ends(tmp_path, capsys):
     runs = [finished_run(tmp_path / "pr-s0", (5, 1.0, 2.0)), finished_run(tmp_path / "pr-s1", (7, 2.0, 3.0))]
     compare(runs)

@@ -140,8 +140,10 @@ def test_padding_and_batch_mates_do_not_move_the_loss(kind, checkpoint, tmp_path
     together = reward.classifier_logits(model, rows)
     alone = torch.cat([reward.classifier_logits(model, [row]) for row in rows])
     assert together.tolist() == pytest.approx(alone.tolist(), abs=1e-5)
-    if kind == "decoder without pad":                      # a row may end in what padded the others
+    if kind == "decoder without pad":                      # a row may end in what pads others
         assert model.config.pad_token_id is None
+        each = torch.cat([model(input_ids=torch.tensor([row])).logits[0] for row in rows])   # at the true end
+        assert together.tolist() == pytest.approx(each.tolist(), abs=1e-5)
     head = list(model.parameters())[-1]
     gradients = [torch.autograd.grad(scores.sum(), head)[0] for scores in (together, alone)]
     assert torch.allclose(*gradients, atol=1e-4) and gradients[0].abs().max() > 0.1

@@ -16,6 +16,7 @@ import sail
 from data import Pair
 from generate import add_adapter, load_policy
 from runtime.optimizer import make_optimizer, optimizer_step
+from runtime.run_directory import write_line, write_rows
 from sail import draw_pairs, parse_args, preference_losses, record_of
 from toy import toy_model
 
@@ -197,6 +198,46 @@ def test_a_steps_figures_are_means_over_what_they_are_of():
     assert {name: row[name] for name in wanted} == pytest.approx(wanted)
 
 
+def test_a_steps_sums_are_of_what_it_has_worked_on():
+    """Of SFT, which sees the chosen responses alone, too."""
+    pairs = [Pair("", "", "", [1] * 2, [1] * 3, [1] * 5, rewards=(1.0, 1.0)),
+             Pair("", "", "", [1] * 4, [1], [1] * 7, rewards=(2.0, 0.5))]
+    for variant, tokens in (("sft", 2 + 3 + 4 + 1), ("pr", 2 * (2 + 4) + 3 + 1 + 5 + 7)):
+        totals = sail.count(pairs, parse_args(["--variant", variant]))
+        assert totals["tokens"] == tokens and totals["chosen_tokens"] == 4
+        assert totals["ties"] == 1 and totals["reward"] == 4.5
+
+
+def test_what_is_not_finite_is_written_as_null(tmp_path):
+    write_line(tmp_path, "metrics", dict(step=1, loss=math.nan, kl=-math.inf, reward=0.5))
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row == dict(step=1, loss=None, kl=None, reward=0.5)
+
+
+def test_rows_that_were_dropped_from_either_file_are_counted_by_reason_and_in_all(base, tmp_path):
+    good = [dict(prompt=f"Q{n}", chosen="a", rejected="b") for n in range(3)]
+    bad = [dict(prompt="Q", chosen="a", rejected="a"), dict(prompt="", chosen="a", rejected="b"),
+           dict(prompt="Q", chosen="", rejected="b")]
+    write_rows(tmp_path / "train.jsonl", good + bad)
+    write_rows(tmp_path / "held-out.jsonl", good + bad[:1])
+    args = parse_args(["--variant", "dpo", "--model", base, "--data", str(tmp_path / "train.jsonl"),
+                       "--eval-data", str(tmp_path / "held-out.jsonl")])
+    train, held_out, _, counts, held_out_counts = sail.load_data(args, CPU)
+    assert len(train) == len(held_out) == 3
+    assert counts == {"dropped": 3, "chosen equals rejected": 1, "empty prompt": 1, "empty response": 1}
+    assert held_out_counts == {"dropped": 1, "chosen equals rejected": 1}
+
+
+def test_the_held_out_loss_of_sft_is_per_token(base):
+    policy, tokenizer = load_policy(base)
+    args = parse_args(["--variant", "sft", "--max-response-length", "4"])
+    pairs = [Pair("Q", "a", None, [5, 6], [7, 8, 9, 1]), Pair("Q", "b", None, [5, 6], [7])]
+    figures, _ = evaluate.evaluate_policy(policy, None, tokenizer, pairs, None, args)
+    with torch.no_grad():
+        losses, _ = sail.sft_losses(policy, pairs, args)
+    assert figures["loss"][0] == pytest.approx((losses[0] / 4 + losses[1]).item() / 2)
+
+
 def test_held_out_figures_are_what_their_names_say(base, monkeypatch):
     policy, tokenizer = load_policy(base)
     reference, _ = load_policy(base)
@@ -276,6 +317,10 @@ def test_the_seed_is_that_of_the_adapter_and_of_the_toys_model():
         return torch.cat([p.flatten() for p in model.parameters() if p.requires_grad])
 
     assert torch.equal(adapter(0), adapter(0)) and not torch.equal(adapter(0), adapter(1))
+    model = tiny_model()
+    add_adapter(model, 8)
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    assert layers and all(layer.scaling == {"default": 2.0} for layer in layers)       # alpha / rank
     weights = [next(toy_model(seed=seed)[0].parameters()) for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
 

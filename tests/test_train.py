@@ -73,6 +73,19 @@ def test_the_epochs_are_shuffled_differently_and_by_the_seed():
         return [pair.prompt for step in (1, 2) for pair in draw_pairs(numbered(50), step, args, 100, 2)[0]]
 
     assert ids(0) == ids(0) != ids(1) and ids(0)[:50] != ids(0)[50:] and ids(0) != sorted(ids(0))
+    assert sail.order_of(50, 0, True, 0) != sail.order_of(50, 0, False, 0)
+
+
+@pytest.mark.parametrize("offline, own", [(3, 1), (4, 2), (5, 0), (0, 7), (2, 3)])
+def test_every_pair_of_a_step_is_of_one_process_and_the_shares_are_even(offline, own, monkeypatch):
+    monkeypatch.setattr(sail, "world_size", lambda: 3)
+    shares = []
+    for rank in range(3):
+        monkeypatch.setattr(sail, "rank", lambda: rank)
+        theirs, ours = sail.share_of_process(list(range(offline)), list(range(100, 100 + own)))
+        shares.append(theirs + ours)
+    assert sorted(sum(shares, [])) == [*range(offline), *range(100, 100 + own)]
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 # --- random numbers
