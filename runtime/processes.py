@@ -38,10 +38,13 @@ def process_group(shard=False):
 
 
 def own_device():
-    """This process's GPU, or the CPU if there is none. On a GPU, products of float32 are computed in TF32,
-    and attention is not cuDNN's, which from torch 2.11 on comes first and plans anew for each shape: that is,
-    for every token that is decoded."""
+    """This process's GPU, or the CPU if there is none. On a CPU, gradients are added up in a fixed order,
+    however many threads there are. On a GPU, products of float32 are computed in TF32, and attention is not
+    cuDNN's, which from torch 2.11 on comes first and plans anew for each shape: that is, for every token that
+    is decoded."""
     if not torch.cuda.is_available():
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False    # it only helps to find mistakes
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     torch.cuda.set_device(device)

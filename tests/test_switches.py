@@ -201,11 +201,12 @@ def test_a_steps_figures_are_means_over_what_they_are_of():
 def test_a_steps_sums_are_of_what_it_has_worked_on():
     """Of SFT, which sees the chosen responses alone, too."""
     pairs = [Pair("", "", "", [1] * 2, [1] * 3, [1] * 5, rewards=(1.0, 1.0)),
-             Pair("", "", "", [1] * 4, [1], [1] * 7, rewards=(2.0, 0.5))]
-    for variant, tokens in (("sft", 2 + 3 + 4 + 1), ("pr", 2 * (2 + 4) + 3 + 1 + 5 + 7)):
+             Pair("", "", "", [1] * 4, [1], [1] * 7, rewards=(2.0, 0.5)),
+             Pair("", "", "", [1], [1], [1], rewards=(3.0, 1.0))]
+    for variant, tokens in (("sft", 2 + 3 + 4 + 1 + 2), ("pr", 2 * (2 + 4) + 3 + 1 + 5 + 7 + 4)):
         totals = sail.count(pairs, parse_args(["--variant", variant]))
-        assert totals["tokens"] == tokens and totals["chosen_tokens"] == 4
-        assert totals["ties"] == 1 and totals["reward"] == 4.5
+        assert totals["tokens"] == tokens and totals["chosen_tokens"] == 5
+        assert totals["ties"] == 1 and totals["reward"] == 8.5
 
 
 def test_what_is_not_finite_is_written_as_null(tmp_path):

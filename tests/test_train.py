@@ -17,6 +17,8 @@ import sail
 from runtime.command_line import seeded
 from generate import load_policy
 from data import Pair
+from runtime.packing import allow_packing
+from runtime.processes import own_device
 from sail import draw_pairs, parse_args, plan
 from toy import toy_model
 
@@ -86,6 +88,24 @@ def test_every_pair_of_a_step_is_of_one_process_and_the_shares_are_even(offline,
         shares.append(theirs + ours)
     assert sorted(sum(shares, [])) == [*range(offline), *range(100, 100 + own)]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_gradient_repeats_bit_for_bit_on_several_threads():
+    """Tokens that pairs of one prompt share are added up by several threads."""
+    own_device()
+    model, threads = allow_packing(tiny_model(max_position_embeddings=1024)), torch.get_num_threads()
+    generator = torch.Generator().manual_seed(0)
+    prompt, *responses = torch.randint(5, 261, (9, 400), generator=generator).tolist()
+    pairs = [Pair("", "", "", prompt, responses[place], responses[place + 1]) for place in range(0, 8, 2)]
+    gradients = []
+    torch.set_num_threads(4)
+    try:
+        for _ in range(4):
+            gradients.append(torch.autograd.grad(sail.pair_logps(model, pairs).sum(), [*model.parameters()]))
+    finally:
+        torch.set_num_threads(threads)
+    for other in gradients[1:]:
+        assert all(map(torch.equal, gradients[0], other))
 
 
 # --- random numbers
