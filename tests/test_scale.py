@@ -1,4 +1,5 @@
 """Shards, adapters and what saves memory: the same training, in less of it."""
+import copy
 import gc
 import json
 import math
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, run_of, tiny_model
 from memory import estimate, sizes_of
+from ranks import pairs_of
 from test_errors import fails
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -37,6 +39,7 @@ RUNS = {  # one launch of two ranks runs them all
     "revkl": ["--variant", "pp", *SHORT, "--revkl-coef", "0.3", "--eval-every", "1"],
     "lora, checkpointing": ["--variant", "pr", *SHORT, "--lora", "4", "--micro-batch-size", "1",
                             "--gradient-checkpointing", "--eval-every", "1"],
+    "lora bfloat16": ["--variant", "pr", *SHORT, "--lora", "4", "--dtype", "bfloat16"],
     "sft": [*SFT, "--shard"], "continued": [*SFT, "--shard", "--resume"],
 }
 
@@ -130,6 +133,17 @@ def test_a_sharded_policy_computes_in_bfloat16_and_keeps_float32(on_two_ranks):
     assert rows_of(out)[0]["loss"] == pytest.approx(math.log(2), abs=1e-4)
     assert rows_of(out)[0]["grad_norm"] != rows_of(on_two_ranks / "pr")[0]["grad_norm"]
     assert {weight.dtype for weight in weights(out / "model").values()} == {torch.float32}
+
+
+def test_a_sharded_adapter_trains_on_a_base_that_is_held_in_bfloat16(on_two_ranks, base, tmp_path):
+    flags = [*RUNS["lora bfloat16"], "--out", str(tmp_path)]
+    flags.remove("--shard")
+    wanted, rows = run(base, tmp_path, *flags), rows_of(on_two_ranks / "lora bfloat16")
+    assert rows[0]["loss"] == pytest.approx(wanted[0]["loss"], abs=0.01)
+    assert rows[0]["grad_norm"] == pytest.approx(wanted[0]["grad_norm"], rel=0.3)      # of other samples
+    held, whole = (json.loads((on_two_ranks / name / "bytes-0.json").read_text())["weights"]
+                   for name in ("lora bfloat16", "lora shard"))
+    assert held < 0.8 * whole
 
 
 def test_a_sharded_checkpoint_is_continued_by_one_process(on_two_ranks):
@@ -381,3 +395,43 @@ def test_no_step_leaves_a_tensor_behind(base, tmp_path, monkeypatch):
     monkeypatch.setattr(sail, "training_step", watched)
     run(base, tmp_path, "--variant", "pr", "--mix", "0.5")
     assert alive[2] == alive[9] > 0
+
+
+def bytes_of(model):
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", ["llama", "tied", "gpt2", "qwen2", "gemma3"])
+def test_frozen_weights_in_bfloat16_score_as_autocast_does_in_fewer_bytes(family):
+    """Linear layers' (qwen2's have biases), not an embedding's, which autocast leaves in float32."""
+    model, pairs = tiny_model(family), sum(pairs_of(6, "dpo"), [])
+    held = copy.deepcopy(model).requires_grad_(False)
+    generate.hold_frozen_in_bfloat16(held)
+    with torch.no_grad():
+        assert torch.equal(pair_logps(held, pairs, "bfloat16"), pair_logps(model, pairs, "bfloat16"))
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    saved = sum(parameter.nbytes for module in linear for parameter in module.parameters())
+    if head is embedding:
+        saved -= head.nbytes
+    assert bytes_of(held) == bytes_of(model) - saved // 2
+    generate.hold_frozen_in_bfloat16(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}    # it is trained
+
+
+@pytest.mark.parametrize("family", ["llama", "tied", "qwen2"])
+def test_an_adapter_on_a_base_in_bfloat16_has_the_gradients_of_one_in_float32(family):
+    pytest.importorskip("peft")
+    pairs, found = sum(pairs_of(6, "dpo"), []), []
+    for hold in (lambda _: None, generate.hold_frozen_in_bfloat16):
+        model = tiny_model(family)
+        add_adapter(model, 2)
+        hold(model)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.fill_(0.01)
+        logps = pair_logps(model, pairs, "bfloat16", AdapterReference(model))
+        logps.sum().backward()
+        found.append([logps.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
+        assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert all(map(torch.equal, *found))

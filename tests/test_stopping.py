@@ -323,3 +323,11 @@ def test_tensorboard_without_the_package_is_named(base, tmp_path, monkeypatch, c
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     argv = ["--model", base, *SHORT, "--steps", "1", "--out", str(tmp_path), "--tensorboard"]
     assert "needs a package: pip install tensorboard" in refused(argv, monkeypatch, capsys)
+
+
+def test_a_process_that_does_not_come_is_named_by_one_that_waited():
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
+                           "2", ROOT / "tests/hang.py"], text=True, capture_output=True, timeout=120)
+    lines = [line for line in done.stderr.splitlines() if line.startswith("hang.py: error:")]
+    assert len(lines) == 1
+    assert "rank 0 waited in vain at the end of load_data" in lines[0] and "Ranks 1 failed" in lines[0]
