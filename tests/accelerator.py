@@ -114,7 +114,7 @@ def count_sync(function, args, leaves):
     if not (waits or by_mask or leaves):
         return
     lines = [frame for frame in traceback.extract_stack() if frame.filename.startswith(ROOT)
-             and "/tests/" not in frame.filename]
+             and not any(each in frame.filename for each in ("/tests/", "/site-packages/"))]
     if lines:
         syncs[f"{Path(lines[-1].filename).name}: {lines[-1].line}"] += 1
 
