@@ -194,6 +194,7 @@ VARIANTS = {
     "pp": Variant(responses="policy", label="policy", mix=0.3, response_coef=0.2, label_coef=0.2),
     "pr": Variant(responses="policy", label="reward", mix=0.3, response_coef=0.3),
     "online-dpo": Variant(responses="policy", label="reward", mix=0.3),
+    "relabelled-dpo": Variant(responses="data", label="reward", mix=1.0),
     "spin": Variant(responses="data, policy", label="data", mix=1.0)}
 SAMPLED = {"data": (), "policy": ("chosen", "rejected"), "data, policy": ("rejected",)}
 

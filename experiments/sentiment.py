@@ -1,0 +1,224 @@
+"""Controlled sentiment on a pretrained model, after the DPO paper's (arXiv 2305.18290, section 6).
+
+    python experiments/sentiment.py --model DIR      # a causal language model; needs vaderSentiment and afinn
+
+The policy continues the beginnings of film reviews, as plain text without a chat template. 200 beginnings
+are made from parts below, 64 of them are held out. The reward is five times VADER's compound score of what
+the policy wrote; AFINN's is the judge that nobody trains on. Each seed samples 512 pairs from the model. The
+data's labels are drawn from Bradley-Terry; "soft" ones are that probability itself. All methods train for as
+many steps, on the same pairs or on the same beginnings.
+
+Each run is evaluated on four samples to each held-out beginning. Best-of-n takes the best by the reward of n
+samples of the model as it was; its KL is at most log n − (n − 1)/n. Runs that are finished are kept, so
+that it can be stopped and goes on. Rows, one a run, go to experiments/sentiment.jsonl, the picture to
+sentiment.png.
+"""
+import argparse
+import json
+import math
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
+from data import Pair, encode, end_token_ids, load_tokenizer
+from evaluate import COLOURS, evaluate_policy
+from generate import load_policy, sample
+from replicate import table, train_all
+from runtime.command_line import seeded
+from runtime.run_directory import read_json, write_directory, write_rows, write_text
+
+OPENINGS = (
+    "I watched {} last night and", "After two hours of {}, I", "My sister took me to {}, which",
+    "If you ask me what I thought of {}, I", "The acting in {} is", "The story of {} is",
+    "People say that {}", "Having waited a year for {}, I", "The first scene of {} is", "By the end of {} the audience",
+    "What stays with me from {} is", "The music in {} is", "I saw {} with a friend, and we",
+    "The director of {} has", "Compared with the book, {} is", "The camera work of {} is",
+    "It took me a week to write about {}, since it", "As a fan of the genre I found {}", "The dialogue of {} is",
+    "For a rainy evening, {} is")
+FILMS = ("this film", "this thriller", "the new comedy", "this documentary", "the remake", "this drama",
+         "the sequel", "this western", "the cartoon", "this war film")
+METHODS = {
+    "dpo": "--variant dpo",
+    "dpo-soft": "--variant relabelled-dpo",
+    "dp": "--variant dp",
+    "pp": "--variant pp --revkl-coef 0.3",
+    "online-dpo": "--variant online-dpo --mix 1",
+    "pr": "--variant pr --mix 1"}
+BETA, TOKENS, PAIRS, STEPS, HELD_OUT, SAMPLES, BEST_OF = 0.1, 24, 512, 32, 64, 4, 64
+
+
+def vader(prompts, responses):
+    """The reward: 5 × VADER's compound score of a response, −5 to 5."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    analyzer = SentimentIntensityAnalyzer()
+    return [5 * analyzer.polarity_scores(response)["compound"] for response in responses]
+
+
+def afinn(responses):
+    """The judge: the sum of AFINN's scores, −5 to 5 a word, of each response."""
+    from afinn import Afinn
+    scorer = Afinn()
+    return [scorer.score(response) for response in responses]
+
+
+def beginnings():
+    """(136 to train on, 64 held-out) beginnings of film reviews."""
+    texts = [opening.format(film) for opening in OPENINGS for film in FILMS]
+    random.Random(0).shuffle(texts)
+    return texts[HELD_OUT:], texts[:HELD_OUT]
+
+
+def plain_model(source, folder):
+    """Save a copy of the model whose tokenizer has no chat template."""
+    def write(aside):
+        model, _ = load_policy(source)
+        tokenizer = load_tokenizer(source)
+        tokenizer.chat_template = None
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+
+    if not folder.is_dir():
+        write_directory(folder, write)
+
+
+def continuations(policy, tokenizer, texts, n, seed):
+    """n samples to each text: [[response]], without their end tokens."""
+    torch.manual_seed(seed)
+    responses, _ = sample(policy, tokenizer, [tokenizer(text)["input_ids"] for text in texts], TOKENS, n,
+                          batch_size=max(1, 256 // n))
+    return [[tokenizer.decode(ids, skip_special_tokens=True) for ids in group] for group in responses]
+
+
+def draw_pairs(model, path, seed):
+    """Write 512 pairs of the model's own samples, with drawn labels."""
+    policy, tokenizer = load_policy(str(model))
+    rng, (texts, _) = random.Random(seed), beginnings()
+    prompts = [texts[k % len(texts)] for k in range(PAIRS)]
+    rows = []
+    for prompt, pair in zip(prompts, continuations(policy, tokenizer, prompts, 2, seeded("pairs", seed))):
+        better, worse = vader([prompt] * 2, pair)
+        if rng.random() > 1 / (1 + math.exp(worse - better)):
+            pair.reverse()
+        rows.append(dict(prompt=prompt, chosen=pair[0], rejected=pair[1]))
+    write_rows(path, rows)
+
+
+def best_of(policy, tokenizer):
+    """Figures of the best of n of the model's samples by the reward: rows of n, kl (its upper bound), reward,
+    judge. Of 64 samples to a beginning, sorted by their reward, the i-th (from 1) is the best of n that are
+    drawn from them with probability C(i−1, n−1) / C(64, n)."""
+    _, held_out = beginnings()
+    rewards, judged = [], []
+    for group in continuations(policy, tokenizer, held_out, BEST_OF, seeded("best of n")):
+        pairs = sorted(zip(vader(held_out, group), afinn(group)))
+        rewards.append([reward for reward, _ in pairs])
+        judged.append([judge for _, judge in pairs])
+    rows = []
+    for n in (1, 2, 4, 8, 16, 32, 64):
+        weights = [math.comb(i, n - 1) / math.comb(BEST_OF, n) for i in range(BEST_OF)]
+        rows.append({"n": n, "kl": math.log(n) - (n - 1) / n,
+                     "reward": (np.array(rewards) @ weights).mean().item(),
+                     "judge": (np.array(judged) @ weights).mean().item()})
+    return rows
+
+
+def judged(out, base, seed):
+    """A run's row: figures on held-out beginnings, each [mean, low, high], and three answers."""
+    if not (out / "judged.json").is_file():
+        policy, tokenizer = load_policy(str(out / "model"))
+        reference, _ = load_policy(str(base))
+        examples, _, _ = encode([Pair(text, None, None) for text in beginnings()[1]], tokenizer,
+                                end_token_ids(tokenizer, policy), 128, TOKENS)
+        args = argparse.Namespace(seed=seed, dtype="float32", beta=BETA, max_response_length=TOKENS,
+                                  sample_batch_size=HELD_OUT)
+        found, samples = evaluate_policy(policy, reference, tokenizer, examples * SAMPLES, vader, args)
+        figures = {name: list(figure) for name, figure in found.items()}
+        figures["judge"] = [float(np.mean(afinn([row["response"] for row in samples]))), None, None]
+        write_text(out / "judged.json", json.dumps(dict(figures=figures, samples=samples[:3])))
+    return read_json(out / "judged.json")
+
+
+def rows_of(runs, base, seeds):
+    """One row per run that is finished: {world, method, seed, seconds, figures, samples}."""
+    rows = []
+    for seed in seeds:
+        for method in METHODS:
+            out = runs / f"{method}-s{seed}"
+            if (out / "model").is_dir():
+                steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+                rows.append(dict(world="sentiment", method=method, seed=seed, steps=len(steps),
+                                 seconds=round(sum(step["seconds"] for step in steps), 1),
+                                 **judged(out, base, seed)))
+    return rows
+
+
+def draw(rows, best, path):
+    """Reward, and judge, against KL: a run a point, best-of-n a line."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, name in zip(panels, ("reward", "judge")):
+        axes.plot([row["kl"] for row in best], [row[name] for row in best], "k--", label="best of n")
+        for method in METHODS:
+            points = [row["figures"] for row in rows if row["method"] == method]
+            axes.plot([point["kl"][0] for point in points], [point[name][0] for point in points], "o",
+                      color=COLOURS.get(method, "#E69F00"), label=method)
+        axes.set_xlabel("KL(π‖π_ref), nats per response")
+        axes.grid(alpha=0.25)
+    panels[0].set_ylabel("held-out reward, 5 × VADER's compound")
+    panels[1].set_ylabel("held-out judge, AFINN")
+    panels[1].legend()
+    figure.savefig(path, dpi=130)
+
+
+def report(rows, best):
+    """The table, answers, rows and picture."""
+    write_rows(ROOT / "experiments/sentiment.jsonl",
+               [dict(world="best of n", **row) for row in best] + rows)
+    draw(rows, best, ROOT / "experiments/sentiment.png")
+    heads = {"reward": "reward", "reward-dpo": "minus DPO's", "reward-dpo-soft": "minus soft DPO's",
+             "kl": "KL", "judge": "AFINN", "judge-dpo": "AFINN minus DPO's", "judge-dpo-soft": "minus soft DPO's ",
+             "length": "tokens"}
+    print(table(rows, {head: ("sentiment", "figures", name) for name, head in heads.items()}, METHODS))
+    for row in best:
+        print(", ".join(f"{name} {value:.2f}" for name, value in row.items()))
+    for row in rows:
+        if row["seed"] == rows[0]["seed"]:
+            for sample_ in row["samples"]:
+                print(f"{row['method']}: {sample_['prompt']} | {sample_['response']}")
+
+
+def main():
+    """`python experiments/sentiment.py --model DIR`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", required=True, help="a directory or hub name; here SmolLM2-135M-Instruct")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=[*METHODS])
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each (default: 2)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/sentiment"), help="where the runs are kept")
+    args = parser.parse_args()
+    base, held_out = args.runs / "base", args.runs / "held-out.jsonl"
+    plain_model(args.model, base)
+    write_rows(held_out, [dict(prompt=text) for text in beginnings()[1]])
+    for seed in args.seeds:
+        pairs = args.runs / f"pairs-s{seed}.jsonl"
+        if not pairs.is_file():
+            draw_pairs(base, pairs, seed)
+        train_all([(args.runs / f"{method}-s{seed}",
+                    f"{METHODS[method]} --model {base} --data {pairs} --eval-data {held_out} --seed {seed} "
+                    f"--steps {STEPS} --batch-size 16 --learning-rate 1e-5 --beta {BETA} --max-prompt-length "
+                    f"128 --max-response-length {TOKENS} --eval-every 0 --eval-limit 1 "
+                    f"--reward {ROOT}/experiments/sentiment.py:vader") for method in args.methods],
+                  args.jobs, f"seed {seed}")
+    rows = rows_of(args.runs, base, args.seeds)
+    policy, tokenizer = load_policy(str(base))
+    report(rows, best_of(policy, tokenizer))
+
+
+if __name__ == "__main__":
+    main()
