@@ -6,6 +6,9 @@
 R is `FILE.py:FUNCTION`, your own callable, or the directory or hub name of a sequence classifier with one
 logit. A prompt is what data.py gives: a string, or a list of {role, content} messages. M is a causal language
 model, whose score head is drawn, or such a classifier; it is trained by Bradley-Terry's likelihood.
+
+Labels need no reward: a preference is a callable (prompts, firsts, seconds) -> P(first ≻ second), of a judge,
+a preference model or a person, and may be cyclic (`sail.py --preference FILE.py:FUNCTION`).
 """
 import importlib.util
 import math
@@ -50,23 +53,31 @@ class Reward:
     ids_of: Callable | None = None        # a classifier's: see `load_classifier`
 
     def __call__(self, prompts, responses):
-        with users_code(f"reward {self.name}: failed, as shown above"):
-            scores = self.score(prompts, responses)
-            if isinstance(scores, (dict, set, str, bytes)):
-                raise InputError(f"reward {self.name}: returned a {type(scores).__name__}; want a list of "
-                                 "floats, one for each response")
-            scores = [float(value) for value in scores]
-        if len(scores) != len(responses) or not all(map(math.isfinite, scores)):
-            raise InputError(f"reward {self.name}: returned {len(scores)} scores for {len(responses)} "
-                             f"responses, {str(scores)[:60]}…; want a finite one each")
-        return scores
+        return scores_of(f"reward {self.name}", self.score, prompts, responses)
+
+
+def scores_of(name, function, prompts, *responses, low=-math.inf, high=math.inf):
+    """function(prompts, *responses) as a list of finite floats from `low` to `high`, one for each prompt.
+    Raises InputError if they are others, and, below the traceback, if the function fails."""
+    with users_code(f"{name}: failed, as shown above"):
+        scores = function(prompts, *responses)
+        if isinstance(scores, (dict, set, str, bytes)):
+            raise InputError(f"{name}: returned a {type(scores).__name__}; want a list of floats, one for "
+                             "each response")
+        scores = [float(value) for value in scores]
+    possible = [low <= score <= high and math.isfinite(score) for score in scores]
+    if len(scores) != len(prompts) or not all(possible):
+        between = "" if high == math.inf else f" from {low:g} to {high:g}"
+        raise InputError(f"{name}: returned {len(scores)} scores for {len(prompts)} responses, "
+                         f"{str(scores)[:60]}…; want a finite one{between} each")
+    return scores
 
 
 def load_reward(name, device="cpu", trust_remote_code=False, date=None):
     """The Reward called `name` (see the top of this file). date: as in `load_tokenizer`. Raises InputError if
     there is nothing to load."""
     if ".py:" in name:
-        return Reward(name, load_function(name))
+        return Reward(name, load_function("reward", name))
     if name.endswith(".py"):
         raise InputError(f"reward {name}: which of its functions? want {name}:FUNCTION")
     model, _, ids_of = load_classifier(name, trust_remote_code, date=date)
@@ -80,6 +91,17 @@ def load_reward(name, device="cpu", trust_remote_code=False, date=None):
         return classifier_scores(model, rows)
 
     return Reward(name, score, ids_of)
+
+
+def load_preference(name):
+    """preference(prompts, firsts, seconds) -> P(first ≻ second), a list of floats, by FILE.py:FUNCTION. Raises
+    InputError as a Reward does."""
+    function = load_function("preference", name)
+
+    def preference(prompts, firsts, seconds):
+        return scores_of(f"preference {name}", function, prompts, firsts, seconds, low=0, high=1)
+
+    return preference
 
 
 @contextmanager
@@ -106,18 +128,18 @@ def users_code(problem):
         torch.set_grad_enabled(gradients)
 
 
-def load_function(name):
-    """FILE.py:FUNCTION -> the function. The file's code runs: name only files you trust."""
+def load_function(what, name):
+    """FILE.py:FUNCTION -> the function. The file's code runs: name only files you trust. what: for errors."""
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
-        raise InputError(f"reward {name}: no such file {path}")
+        raise InputError(f"{what} {name}: no such file {path}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(spec.name, module)              # where dataclasses, for one, look their module up
-    with users_code(f"reward {name}: {path} does not import, as shown above"):
+    with users_code(f"{what} {name}: {path} does not import, as shown above"):
         spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
-        raise InputError(f"reward {name}: {path} defines no function {function}")
+        raise InputError(f"{what} {name}: {path} defines no function {function}")
     return getattr(module, function)
 
 
@@ -231,8 +253,7 @@ def label_by_reward(pairs, reward, preference="hard"):
     for pair, chosen, rejected in zip(pairs, scores[:len(pairs)], scores[len(pairs):]):
         if rejected > chosen:
             chosen, rejected = rejected, chosen
-            pair.chosen, pair.rejected = pair.rejected, pair.chosen
-            pair.chosen_ids, pair.rejected_ids = pair.rejected_ids, pair.chosen_ids
+            swap_responses(pair)
         pair.rewards = chosen, rejected
         if preference == "soft":
             pair.preference = 1 / (1 + math.exp(rejected - chosen))
@@ -240,6 +261,28 @@ def label_by_reward(pairs, reward, preference="hard"):
             pair.preference = 0.5
         else:
             pair.preference = 1.0
+
+
+@fails_together
+def label_by_preference(pairs, preference):
+    """Label the pairs, in place, by a preference, as `load_preference` gives it: the response that it prefers
+    becomes `chosen`."""
+    if not pairs:
+        return
+    prompts = [pair.prompt for pair in pairs]
+    firsts = [pair.chosen for pair in pairs]
+    seconds = [pair.rejected for pair in pairs]
+    for pair, probability in zip(pairs, preference(prompts, firsts, seconds)):
+        if probability < 0.5:
+            probability = 1 - probability
+            swap_responses(pair)
+        pair.preference = probability
+
+
+def swap_responses(pair):
+    """Exchange the chosen and the rejected response of a pair, in place."""
+    pair.chosen, pair.rejected = pair.rejected, pair.chosen
+    pair.chosen_ids, pair.rejected_ids = pair.rejected_ids, pair.chosen_ids
 
 
 # --- training a reward model --------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ What differs from the paper's text, on purpose:
   3. Responses are sampled at temperature 1 from the untruncated softmax, of which T2 is the score.
   4. AdamW and full fine-tuning by default; the authors used RMSprop and LoRA.
 """
+import argparse
 import math
 import time
 from collections import Counter
@@ -49,7 +50,8 @@ from tqdm import tqdm
 
 from evaluate import evaluate_policy
 from generate import load_models, load_policy, roll_out, sequence_logps
-from reward import Reward, drop_unscorable, label_by_reward, load_reward
+from reward import (
+    Reward, drop_unscorable, label_by_preference, label_by_reward, load_preference, load_reward)
 from runtime.command_line import (
     InputError, Parser, command_line, format_counts, number, seeded)
 from runtime.optimizer import make_optimizer, optimizer_step
@@ -212,6 +214,7 @@ class Run:
     examples: list[Pair]          # to train on, encoded
     held_out: list[Pair]          # to evaluate on
     device: torch.device
+    preference: object = None             # a user's function that labels in the reward's place
     optimizer: object = None
     scheduler: object = None
     progress: dict = field(default_factory=dict)      # what a checkpoint keeps: step, skipped, baseline, …
@@ -227,7 +230,9 @@ def training_step(run, offline, own, args):
             own = roll_out(run.policy, run.tokenizer, own, SAMPLED[variant.responses], args)
         # 2. label them; where the policy labels, sail_loss does it
         with timed(figures, "seconds_reward"):
-            if variant.label == "reward":
+            if variant.label == "reward" and run.preference:
+                label_by_preference(own, run.preference)
+            elif variant.label == "reward":
                 label_by_reward(own, run.reward, args.preference)
         # 3. back-propagate the mean loss over all pairs
         totals = accumulate_gradients(run, offline + own, args)
@@ -508,6 +513,8 @@ def load_run(args, device):
         held_out, more, _ = encode(held_out, tokenizer, *limits, args.eval_limit)
         held_out_counts.update(more)
     run = Run(policy, reference, tokenizer, reward, examples, held_out, device)
+    if ".py:" in args.preference:
+        run.preference = load_preference(args.preference)
     return run, +counts, +held_out_counts, lengths
 
 
@@ -548,6 +555,9 @@ def train(args, device):
     args.model_sha256 = fingerprint_files(args.model)
     args.reference_sha256 = fingerprint_files(args.reference)
     args.reward_sha256 = fingerprint_files(args.reward)
+    args.preference_sha256 = None
+    if run.preference:
+        args.preference_sha256 = fingerprint_files(args.preference)
     args.data_counts = dict(counts)
     run.optimizer, run.scheduler = make_optimizer(run.policy.parameters(), steps, args.learning_rate,
                                                   args.optimizer, args.schedule, args.warmup_steps)
@@ -661,7 +671,8 @@ def parse_args(argv=None):
     add("--label-coef", type=weight, help="weight of T3 (dp pp 0.2)")
     add("--label", choices=["expected", "sampled"], default="expected", help="average over it, or draw")
     add("--baseline", choices=["running", "none"], default="running", help="of T2: mean of past f, or 0")
-    add("--preference", choices=["soft", "hard"], default="soft", help="σ(reward difference), or 1 (soft)")
+    add("--preference", type=preference_source, default="soft", metavar="{soft,hard,FILE.py:FUNCTION}",
+        help="P(chosen ≻ rejected): σ(reward difference), 1, or your function's (soft)")
     add("--beta", type=positive, help="weight of the KL penalty (0.1; toy 0.5)")
     add("--loss-type", choices="sigmoid ipo hinge simpo orpo".split(), default="sigmoid", help="f (sigmoid)")
     add("--target-margin", type=weight, default=0.0, help="of simpo (0)")
@@ -730,6 +741,13 @@ def completed(args, parser):
     return args
 
 
+def preference_source(text):
+    """An argparse type: what gives the preference of a pair that the reward labels."""
+    if text not in ("soft", "hard") and ".py:" not in text:
+        raise argparse.ArgumentTypeError(f"{text} is neither soft nor hard nor FILE.py:FUNCTION")
+    return text
+
+
 def needed_sides(args):
     """Which responses the data must have."""
     if args.variant == "sft":
@@ -746,9 +764,10 @@ def refuse_flags(args, parser):
         parser.error("argument --target-margin: only simpo has one")
     if args.overwrite and args.resume:
         parser.error("argument --overwrite: deletes what --resume continues; give one of them")
-    if VARIANTS[args.variant].label == "reward" and args.mix > 0 and not args.reward:
-        parser.error(f"argument --reward: {args.variant} needs one to label its samples; FILE.py:FUNCTION or "
-                     "a classifier")
+    if VARIANTS[args.variant].label == "reward" and args.mix > 0:
+        if not args.reward and ".py:" not in args.preference:
+            parser.error(f"argument --reward: {args.variant} needs one to label its samples; "
+                         "FILE.py:FUNCTION or a classifier")
 
 
 @fails_together

@@ -2,6 +2,8 @@
 
     python generate.py --model A --data D --out a.jsonl       # and B into b.jsonl
     python experiments/judge.py a.jsonl b.jsonl --url http://HOST/v1 --model NAME
+    JUDGE_URL=http://HOST/v1 JUDGE_MODEL=NAME python sail.py --variant online-dpo --mix 1 … \
+        --preference experiments/judge.py:preference         # the judge labels what the policy writes
 
 The judge is a model at an OpenAI-compatible endpoint. Each pair is asked in both orders, and a verdict counts
 where these agree. Every answer is appended to --verdicts at once, and a question in it is not asked again, so
@@ -104,6 +106,15 @@ def load_judge(url, model, template="helpful", verdicts="verdicts.jsonl", timeou
                 else Verdict(0.5, False, False) for pair in asked]
 
     return judge
+
+
+def preference(prompts, firsts, seconds):
+    """P(first ≻ second) by the judge JUDGE_MODEL at JUDGE_URL of the environment: 1, 0, or ½ for a tie."""
+    if not (os.environ.get("JUDGE_URL") and os.environ.get("JUDGE_MODEL")):
+        raise InputError("judge: want JUDGE_URL, as http://HOST/v1, and JUDGE_MODEL in the environment")
+    own_file = f"verdicts-{os.environ.get('RANK', 0)}.jsonl"           # each process of torchrun has its own
+    judge = load_judge(os.environ["JUDGE_URL"], os.environ["JUDGE_MODEL"], verdicts=own_file)
+    return [verdict.win for verdict in judge(prompts, firsts, seconds)]
 
 
 def question_of(template, prompt, first, second):

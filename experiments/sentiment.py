@@ -35,10 +35,12 @@ from runtime.run_directory import read_json, write_directory, write_rows, write_
 OPENINGS = (
     "I watched {} last night and", "After two hours of {}, I", "My sister took me to {}, which",
     "If you ask me what I thought of {}, I", "The acting in {} is", "The story of {} is",
-    "People say that {}", "Having waited a year for {}, I", "The first scene of {} is", "By the end of {} the audience",
+    "People say that {}", "Having waited a year for {}, I", "The first scene of {} is",
+    "By the end of {} the audience",
     "What stays with me from {} is", "The music in {} is", "I saw {} with a friend, and we",
     "The director of {} has", "Compared with the book, {} is", "The camera work of {} is",
-    "It took me a week to write about {}, since it", "As a fan of the genre I found {}", "The dialogue of {} is",
+    "It took me a week to write about {}, since it", "As a fan of the genre I found {}",
+    "The dialogue of {} is",
     "For a rainy evening, {} is")
 FILMS = ("this film", "this thriller", "the new comedy", "this documentary", "the remake", "this drama",
          "the sequel", "this western", "the cartoon", "this war film")
@@ -182,7 +184,8 @@ def report(rows, best):
                [dict(world="best of n", **row) for row in best] + rows)
     draw(rows, best, ROOT / "experiments/sentiment.png")
     heads = {"reward": "reward", "reward-dpo": "minus DPO's", "reward-dpo-soft": "minus soft DPO's",
-             "kl": "KL", "judge": "AFINN", "judge-dpo": "AFINN minus DPO's", "judge-dpo-soft": "minus soft DPO's ",
+             "kl": "KL", "judge": "AFINN", "judge-dpo": "AFINN minus DPO's",
+             "judge-dpo-soft": "AFINN minus soft DPO's",
              "length": "tokens"}
     print(table(rows, {head: ("sentiment", "figures", name) for name, head in heads.items()}, METHODS))
     for row in best:

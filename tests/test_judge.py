@@ -106,6 +106,17 @@ def test_orders_that_agree_decide_and_orders_that_disagree_tie(host, judge_of, a
     assert verdicts == [Verdict(win, flipped, False) for win, flipped in expected] and len(host.log) == 6
 
 
+def test_the_judge_labels_pairs_as_a_preference(host, tmp_path, monkeypatch):
+    from reward import load_preference
+    monkeypatch.chdir(tmp_path)
+    preference = load_preference(f"{judges.__file__}:preference")
+    with pytest.raises(InputError, match="JUDGE_URL"):
+        preference(["p"], ["a"], ["b"])
+    monkeypatch.setenv("JUDGE_URL", host.url)
+    monkeypatch.setenv("JUDGE_MODEL", "m")
+    assert preference(["p", "q", "r"], ["aaa", "a", "cc"], ["bb", "bbb", "dd"]) == [1.0, 0.0, 0.5]
+
+
 def test_equal_responses_tie_without_a_question(host, judge_of):
     assert judge_of()(["p"], ["same"], ["same"]) == [Verdict(0.5, False, False)] and not host.log
 

@@ -21,7 +21,7 @@ from evaluate import compare, evaluate_policy
 from runtime.intervals import length_controlled, over_seeds, scaled_lengths, win_figures
 from generate import sample
 from sail import pair_logps
-from reward import label_by_reward, load_reward
+from reward import label_by_preference, label_by_reward, load_preference, load_reward
 from runtime.intervals import mean_of, share_of
 from sail import dpo_loss, parse_args
 from toy import grammar_pairs, toy_model, toy_reward
@@ -68,6 +68,71 @@ def test_a_soft_preference_is_the_sigmoid_of_the_reward_difference():
     pairs = [fresh_pair("a", "bbb"), fresh_pair("ee", "ff")]
     label_by_reward(pairs, by_length, "soft")
     assert [pair.preference for pair in pairs] == pytest.approx([1 / (1 + math.exp(-2)), 0.5])
+
+
+CYCLE = """def beats(prompts, firsts, seconds):        # rock, scissors, paper: no reward orders them
+    return [{"rs": 0.9, "sp": 0.9, "pr": 0.9, "sr": 0.1, "ps": 0.1, "rp": 0.1}.get(first[0] + second[0], 0.5)
+            for first, second in zip(firsts, seconds)]
+"""
+
+
+def test_a_preference_labels_without_a_reward_and_may_be_cyclic(tmp_path):
+    (tmp_path / "mine.py").write_text(CYCLE)
+    pairs = [fresh_pair("r", "ss"), fresh_pair("p", "ss"), fresh_pair("pp", "r"), fresh_pair("r", "r")]
+    label_by_preference(pairs, load_preference(f"{tmp_path}/mine.py:beats"))
+    assert [(pair.chosen, pair.chosen_ids, pair.rejected, pair.rejected_ids) for pair in pairs] == [
+        ("r", [1], "ss", [2]), ("ss", [2], "p", [1]), ("pp", [2], "r", [1]), ("r", [1], "r", [1])]
+    assert [pair.preference for pair in pairs] == [0.9, 0.9, 0.9, 0.5]
+    assert [pair.rewards for pair in pairs] == [()] * 4
+
+
+@pytest.mark.parametrize("body, message", [
+    ("[0.5]", "preference .*returned 1 scores for 2 responses"),
+    ("[0.5, 1.01]", r"\[0.5, 1.01\]…; want a finite one from 0 to 1 each"),
+    ("[-0.01, 0.5]", r"\[-0.01, 0.5\]…; want a finite one from 0 to 1 each"),
+    ("[float('nan'), 0.5]", r"\[nan, 0.5\]…; want a finite one from 0 to 1 each")])
+def test_a_preference_that_is_no_probability_is_refused(tmp_path, body, message):
+    (tmp_path / "bad.py").write_text(f"def prefer(prompts, firsts, seconds):\n    return {body}\n")
+    with pytest.raises(InputError, match=message):
+        load_preference(f"{tmp_path}/bad.py:prefer")(["p"] * 2, ["a", "b"], ["c", "d"])
+
+
+def test_a_run_with_a_preference_needs_no_reward_and_refuses_another_function_when_it_goes_on(
+        tmp_path, checkpoint, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text("def short(prompts, firsts, seconds):\n"
+                                      "    return [float(len(a) < len(b)) for a, b in zip(firsts, seconds)]\n")
+    rows = [{"prompt": f"question {i}", "chosen": "long " * (i % 3 + 1), "rejected": "no"} for i in range(24)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    argv = ["--variant", "relabelled-dpo", "--model", str(checkpoint), "--data", f"{tmp_path}/x.jsonl",
+            "--preference", f"{tmp_path}/mine.py:short", "--max-prompt-length", "40",
+            "--max-response-length", "40", "--batch-size", "4", "--steps", "2", "--learning-rate", "1e-3",
+            "--save-every", "1", "--out", f"{tmp_path}/out"]
+    sail.main(argv)
+    *_, last = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    assert last["margin"] > 0 and last["reward"] is None                 # the short ones are preferred now
+    assert last["on_policy"] == 0 and last["rejected_logps"] < last["chosen_logps"]
+    (tmp_path / "mine.py").write_text((tmp_path / "mine.py").read_text().replace("<", ">"))
+    message = fails(sail.main, ["sail.py", *argv, "--resume"], monkeypatch, capsys)
+    assert "preference" in message
+
+
+def test_the_datas_pairs_are_relabelled_by_the_reward_with_the_probability_itself(tmp_path, checkpoint):
+    (tmp_path / "mine.py").write_text("def length(prompts, responses):\n"
+                                      "    return [len(response) / 8 for response in responses]\n")
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "q", "chosen": "no", "rejected": "longer"}) + "\n")
+    args = parse_args(["--variant", "relabelled-dpo", "--model", str(checkpoint), "--data",
+                       f"{tmp_path}/x.jsonl", "--eval-data", f"{tmp_path}/x.jsonl", "--reward",
+                       f"{tmp_path}/mine.py:length", "--out", f"{tmp_path}/out", "--steps", "1",
+                       "--max-prompt-length", "20", "--max-response-length", "20"])
+    seen, accumulate = [], sail.accumulate_gradients
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sail, "accumulate_gradients", lambda run, pairs, args: (
+            seen.extend(pairs), accumulate(run, pairs, args))[1])
+        sail.train(args, torch.device("cpu"))
+    assert {(pair.chosen, pair.rejected, pair.on_policy, pair.self_labelled) for pair in seen} == {
+        ("longer", "no", False, False)}
+    assert [pair.preference for pair in seen] == pytest.approx([1 / (1 + math.exp(-0.5))] * len(seen))
+    assert {pair.rewards for pair in seen} == {(0.75, 0.25)}
 
 
 def test_a_function_of_a_file_is_a_reward(tmp_path):
