@@ -1,6 +1,6 @@
 """What a run needs in memory: an estimate from the model's shapes.
 
-    python experiments/memory.py                  the estimate per device for 0.5B, 8B and 70B
+    python experiments/memory.py                  the estimate per device for 0.5B to 70B
 
 `estimate` counts bytes. tests/test_scale.py holds its terms against bytes measured on small models.
 """
@@ -12,6 +12,9 @@ SHAPES = {
     "0.5B": dict(model_type="qwen2", vocab_size=151936, hidden_size=896, intermediate_size=4864,
                  num_hidden_layers=24, num_attention_heads=14, num_key_value_heads=2,
                  tie_word_embeddings=True),
+    "3B": dict(model_type="llama", **{**LLAMA_8B, "hidden_size": 3072, "intermediate_size": 8192,
+                                      "num_hidden_layers": 28, "num_attention_heads": 24,
+                                      "tie_word_embeddings": True}),
     "8B": dict(model_type="llama", **LLAMA_8B),
     "70B": dict(model_type="llama", **{**LLAMA_8B, "hidden_size": 8192, "intermediate_size": 28672,
                                        "num_hidden_layers": 80, "num_attention_heads": 64}),
@@ -19,8 +22,8 @@ SHAPES = {
 
 
 def sizes_of(config):
-    """(parameters in all, outside the decoder layers, in the largest layer, of LoRA per rank) of a model
-    with this configuration, which is not allocated."""
+    """(parameters in all, outside the decoder layers, in the largest layer, in linear layers that autocast
+    rounds, of LoRA per rank) of a model with this configuration, which is not allocated."""
     from transformers import AutoModelForCausalLM
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -29,48 +32,79 @@ def sizes_of(config):
         return sum(p.numel() for p in module.parameters())
 
     layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=count)
-    lora = sum(m.in_features + m.out_features for m in model.modules()
-               if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings())
-    return count(model), count(model) - count(layers), max(map(count, layers)), lora
+    linear = lora = 0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            if module.weight is not model.get_input_embeddings().weight:
+                linear += count(module)
+            if module is not model.get_output_embeddings():
+                lora += module.in_features + module.out_features
+    return count(model), count(model) - count(layers), max(map(count, layers)), linear, lora
 
 
-def estimate(config, processes=1, shard=False, lora=0, bytes_=2, samples=16, tokens=1024,
-             packed=1536, scored=1024):
+def estimate(config, processes=1, shard=False, lora=0, bytes_=2, prompts=8, responses=2, prompt=512,
+             response=512, pairs=1):
     """Bytes per device, by what they are for; the whole is their states plus the larger of rollout and
     update.
 
-    bytes_: of the compute dtype. samples of `tokens` tokens each are drawn at a time. A step has several
-    micro-batches of `packed` tokens, `scored` of them in responses, and gradient checkpointing is on. The
-    defaults are one pair of 512 + 512 tokens, which alone makes all the logits that sail.micro_batches
-    allows a forward, where the vocabulary has 65,536 words or more.
+    bytes_: of the compute dtype. `prompts` prompts are answered at a time, with `responses` each. A step has
+    several micro-batches of `pairs` pairs, and gradient checkpointing is on. prompt, response: tokens. One pair
+    of 512 + 512 tokens makes all the logits that sail.micro_batches allows a forward on a CPU, where the
+    vocabulary has 65,536 words or more.
     """
-    total, outside, layer, adapter = sizes_of(config)
+    total, outside, layer, linear, adapter = sizes_of(config)
     adapter *= lora
     trained, part = adapter or total, processes if shard else 1
-    gathered = bytes_ * (outside + 2 * layer) if shard else 0     # one layer computes, the next is on its way
-    wide = 4 if not shard else bytes_            # autocast leaves residuals and rotated keys in float32, and
-    copied = 0 if shard or bytes_ == 4 else bytes_   # copies weights: what is trained, others while in use
+    frozen = 4 * (total - linear) + bytes_ * linear                # of a model that is not trained
+    tied = config.tie_word_embeddings
     embedding = config.vocab_size * config.hidden_size
-    cast = copied * (adapter or total - embedding * (not config.tie_word_embeddings))
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    keys = config.num_key_value_heads * head * samples * tokens                            # of one layer
-    drawn, logits = samples * config.vocab_size, scored * config.vocab_size
-    computed = packed * (32 * config.hidden_size + 7 * bytes_ * config.intermediate_size) + copied * layer
+    gathered = bytes_ * (outside + 2 * layer) if shard else 0      # one layer computes, the next is on its way
+    wide = 4 if not shard else bytes_                              # of residuals and rotated keys, in autocast
+    copied = 0 if shard or bytes_ == 4 else bytes_                 # by autocast, of what is trained
+    cast = copied * (adapter or total - embedding * (not tied))
     return {
-        "weights": 4 * (total + adapter) / part,
-        "reference": 0 if lora else 4 * total / part + (bytes_ * outside if shard else 0),
+        "weights": (frozen + 4 * adapter if lora else 4 * total) / part,
+        "reference": 0 if lora else frozen / part + (bytes_ * outside if shard else 0),
         "optimizer": 8 * trained / part,
-        "rollout": (bytes_ * (total + adapter) if shard else 0)           # sharded ones are whole, to sample
-        + config.num_hidden_layers * keys * (wide + bytes_)
-        + max(max(cast, copied * embedding) + wide * keys + 12 * drawn,  # a layer's keys grow by copying; or
-              cast + 24 * drawn),        # logits, softmax, its sums in float64, and those of the token before
+        "rollout": (bytes_ * (total + adapter) if shard else 0)    # sharded ones are whole, to sample
+        + rollout_bytes(config, prompts, responses, prompt, response, wide, bytes_, cast, copied * embedding,
+                        4 if lora else 3),
         "update": 4 * trained / part + gathered
-        + packed * config.num_hidden_layers * config.hidden_size * wide    # each layer's input is kept; then
-        + max(computed,                                                # what one layer computes, or
-              max(cast, copied * embedding) + 8 * logits,              # logits and log-softmax, or
-              copied * embedding + 12 * logits)                        # log-softmax and two gradients
-        + (4 * outside if shard and not lora else 0),                  # a gradient that is not yet sharded
+        + update_bytes(config, pairs * (prompt + 2 * response), 2 * pairs * response, wide, bytes_, cast,
+                       copied * embedding, 0 if lora else copied * layer, 4 * embedding * (not lora))
+        + (4 * outside if shard and not lora else 0),              # a gradient that is not yet sharded
     }
+
+
+def rollout_bytes(config, prompts, responses, prompt, response, wide, bytes_, cast, cast_embedding,
+                  wide_layers):
+    """The most that sampling holds beside the weights: while it reads the prompts, of which a layer makes
+    `wide_layers` tensors of the intermediate size, or while it decodes."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    read, samples = prompts * prompt, prompts * responses
+    keys = config.num_key_value_heads * head                       # of a token, in one layer; so many values
+    cache = config.num_hidden_layers * keys * (wide + bytes_)      # of a token
+    reading = (cache * read + cast
+               + read * (4 * wide * config.hidden_size + wide_layers * bytes_ * config.intermediate_size))
+    tokens, logits = samples * (prompt + response), samples * config.vocab_size
+    decoding = cache * tokens + max(
+        max(cast, cast_embedding) + wide * keys * tokens + 12 * logits,    # a layer's keys grow by copying, or
+        cast + 24 * logits)                # logits, softmax, its sums in float64, and those before
+    return max(reading, decoding)
+
+
+def update_bytes(config, packed, scored, wide, bytes_, cast, cast_embedding, cast_layer, gradient):
+    """The most that a micro-batch of `packed` tokens, `scored` of them in responses, holds beside the
+    gradients. gradient: bytes of the embedding's, which autograd makes anew each time; where it is the output
+    layer's too, it holds both and their sum."""
+    kept = packed * config.num_hidden_layers * config.hidden_size * wide        # each layer's input
+    logits = scored * config.vocab_size
+    of_layer = packed * (32 * config.hidden_size + 7 * bytes_ * config.intermediate_size) + cast_layer
+    of_head = max(max(cast, cast_embedding) + 8 * logits,          # logits and log-softmax, or
+                  cast_embedding + 12 * logits)                    # log-softmax and two gradients
+    if not config.tie_word_embeddings:
+        return max(kept + max(of_layer, of_head), gradient)
+    return max(kept + max(gradient + of_layer, of_head), 3 * gradient)
 
 
 def whole(parts):
@@ -79,21 +113,24 @@ def whole(parts):
 
 def print_estimate():
     from transformers import AutoConfig
-    print("GiB per device: bfloat16 compute, float32 weights; 8 prompts on the route at a time (16 samples "
-          "of 512 + 512 tokens),\none pair per micro-batch, --gradient-checkpointing\n")
-    print("| model | processes | flags | weights | reference | optimizer | rollout | update | in all |\n"
-          + "|---" * 9 + "|")
-    for name, processes, flags, options in (
-            ("0.5B", 1, "", {}), ("0.5B", 8, "`--shard`", dict(shard=True)),
-            ("8B", 1, "`--lora 16`", dict(lora=16)), ("8B", 8, "`--shard`", dict(shard=True)),
-            ("8B", 8, "`--shard --lora 16`", dict(shard=True, lora=16)),
-            ("8B", 16, "`--shard`", dict(shard=True)),
-            ("70B", 16, "`--shard`", dict(shard=True)),
-            ("70B", 16, "`--shard --lora 16`", dict(shard=True, lora=16))):
+    print("GiB per device: --dtype bfloat16 --gradient-checkpointing, 512 + 512 tokens, one pair per "
+          "micro-batch;\n16 samples at a time are --sample-batch-size 8, 64 an evaluation's default. A GPU's "
+          "context and buffers,\nabout 1 GiB, come on top, as does a reward model.\n")
+    print("| model | processes | flags | samples | weights | reference | optimizer | rollout | update | in all "
+          "|\n" + "|---" * 10 + "|")
+    lora, shard = dict(lora=16), dict(shard=True)
+    for name, processes, options, samples in (
+            ("0.5B", 1, {}, 16), ("0.5B", 1, {}, 64), ("3B", 1, lora, 16), ("8B", 1, lora, 16),
+            ("8B", 1, lora, 64), ("8B", 8, shard, 16), ("8B", 8, {**shard, **lora}, 16),
+            ("8B", 16, shard, 16), ("70B", 16, shard, 16), ("70B", 16, {**shard, **lora}, 16)):
+        flags = " ".join(f"--{flag} 16" if flag == "lora" else f"--{flag}" for flag in options)
         shape = dict(SHAPES[name])
-        parts = estimate(AutoConfig.for_model(shape.pop("model_type"), **shape), processes, **options)
-        print(f"| {name} | {processes} | {flags} | " + " | ".join(
-            f"{value / 2**30:.1f}" for value in (*parts.values(), whole(parts))) + " |")
+        config = AutoConfig.for_model(shape.pop("model_type"), **shape)
+        prompts, responses = (64, 1) if samples == 64 else (8, 2)
+        parts = estimate(config, processes, **options, prompts=prompts, responses=responses)
+        figures = [f"{value / 2**30:.1f}" for value in (*parts.values(), whole(parts))]
+        print(f"| {name} | {processes} | `{flags}` | {samples} | ".replace("``", "") + " | ".join(figures)
+              + " |")
 
 
 if __name__ == "__main__":

@@ -355,7 +355,7 @@ def test_the_estimate_fits_the_measured_bytes_of_rollout_and_update(checkpointin
     with PeakBytes() as sampling:
         responses, _ = generate.sample(policy, tokenizer, prompts, 64, 2)
     assert sum(len(each) for group in responses for each in group) > 900       # hardly one ends early
-    wanted = estimate(policy.config, bytes_=4, samples=16, tokens=128, packed=192, scored=128)
+    wanted = estimate(policy.config, bytes_=4, prompts=8, responses=2, prompt=64, response=64)
     assert sum(p.nbytes for p in policy.parameters()) == wanted["weights"] == wanted["reference"]
     states = sum(v.nbytes for s in optimizer.state.values() for v in s.values())
     assert states == pytest.approx(wanted["optimizer"], rel=1e-3)
@@ -369,15 +369,16 @@ def test_the_estimate_fits_the_measured_bytes_of_rollout_and_update(checkpointin
 def test_the_estimate_fits_the_bytes_of_two_sharded_ranks(on_two_ranks, base):
     config = load_policy(base)[0].config
     for name, lora, bytes_ in (("pr", 0, 4), ("pr bfloat16", 0, 2), ("lora shard", 4, 4)):
-        wanted = estimate(config, 2, shard=True, lora=lora, bytes_=bytes_, samples=0)
+        wanted = estimate(config, 2, shard=True, lora=lora, bytes_=bytes_, prompts=0)
         for rank in (0, 1):
             found = json.loads((on_two_ranks / name / f"bytes-{rank}.json").read_text())
             assert found["weights"] == pytest.approx(wanted["weights"], rel=0.03)  # norms do not halve evenly
             assert found["optimizer"] == pytest.approx(wanted["optimizer"], rel=0.03)
             if name.startswith("pr"):
                 assert found["gathered"] == wanted["rollout"]
-    total, outside, layer, lora = sizes_of(config)
+    total, outside, layer, linear, lora = sizes_of(config)
     assert total == outside + 2 * layer and lora == 2 * (4 * 2 * 64 + 3 * (64 + 160))
+    assert linear == 2 * (4 * 64 * 64 + 3 * 64 * 160)                  # not the output layer, which is tied
 
 
 def test_no_step_leaves_a_tensor_behind(base, tmp_path, monkeypatch):
