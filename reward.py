@@ -94,8 +94,8 @@ def load_reward(name, device="cpu", trust_remote_code=False, date=None):
 
 
 def load_preference(name):
-    """preference(prompts, firsts, seconds) -> P(first ≻ second), a list of floats, by FILE.py:FUNCTION. Raises
-    InputError as a Reward does."""
+    """preference(prompts, firsts, seconds) -> P(first ≻ second), a list of floats, by FILE.py:FUNCTION.
+    Raises InputError as a Reward does."""
     function = load_function("preference", name)
 
     def preference(prompts, firsts, seconds):

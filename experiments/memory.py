@@ -48,9 +48,9 @@ def estimate(config, processes=1, shard=False, lora=0, bytes_=2, prompts=8, resp
     update.
 
     bytes_: of the compute dtype. `prompts` prompts are answered at a time, with `responses` each. A step has
-    several micro-batches of `pairs` pairs, and gradient checkpointing is on. prompt, response: tokens. One pair
-    of 512 + 512 tokens makes all the logits that sail.micro_batches allows a forward on a CPU, where the
-    vocabulary has 65,536 words or more.
+    several micro-batches of `pairs` pairs, and gradient checkpointing is on. prompt, response: tokens. One
+    pair of 512 + 512 tokens makes all the logits that sail.micro_batches allows a forward on a CPU, where
+    the vocabulary has 65,536 words or more.
     """
     total, outside, layer, linear, adapter = sizes_of(config)
     adapter *= lora
@@ -58,8 +58,8 @@ def estimate(config, processes=1, shard=False, lora=0, bytes_=2, prompts=8, resp
     frozen = 4 * (total - linear) + bytes_ * linear                # of a model that is not trained
     tied = config.tie_word_embeddings
     embedding = config.vocab_size * config.hidden_size
-    gathered = bytes_ * (outside + 2 * layer) if shard else 0      # one layer computes, the next is on its way
-    wide = 4 if not shard else bytes_                              # of residuals and rotated keys, in autocast
+    gathered = bytes_ * (outside + 2 * layer) if shard else 0      # one layer computes, the next is coming
+    wide = 4 if not shard else bytes_                              # residuals and rotated keys, in autocast
     copied = 0 if shard or bytes_ == 4 else bytes_                 # by autocast, of what is trained
     cast = copied * (adapter or total - embedding * (not tied))
     return {
@@ -67,8 +67,8 @@ def estimate(config, processes=1, shard=False, lora=0, bytes_=2, prompts=8, resp
         "reference": 0 if lora else frozen / part + (bytes_ * outside if shard else 0),
         "optimizer": 8 * trained / part,
         "rollout": (bytes_ * (total + adapter) if shard else 0)    # sharded ones are whole, to sample
-        + rollout_bytes(config, prompts, responses, prompt, response, wide, bytes_, cast, copied * embedding,
-                        4 if lora else 3),
+        + rollout_bytes(config, prompts, responses, prompt, response, wide, bytes_, cast,
+                        copied * embedding, 4 if lora else 3),
         "update": 4 * trained / part + gathered
         + update_bytes(config, pairs * (prompt + 2 * response), 2 * pairs * response, wide, bytes_, cast,
                        copied * embedding, 0 if lora else copied * layer, 4 * embedding * (not lora))

@@ -99,8 +99,9 @@ def test_a_preference_that_is_no_probability_is_refused(tmp_path, body, message)
 
 def test_a_run_with_a_preference_needs_no_reward_and_refuses_another_function_when_it_goes_on(
         tmp_path, checkpoint, monkeypatch, capsys):
-    (tmp_path / "mine.py").write_text("def short(prompts, firsts, seconds):\n"
-                                      "    return [float(len(a) < len(b)) for a, b in zip(firsts, seconds)]\n")
+    (tmp_path / "mine.py").write_text("""def short(prompts, firsts, seconds):
+    return [float(len(first) < len(second)) for first, second in zip(firsts, seconds)]
+""")
     rows = [{"prompt": f"question {i}", "chosen": "long " * (i % 3 + 1), "rejected": "no"} for i in range(24)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     argv = ["--variant", "relabelled-dpo", "--model", str(checkpoint), "--data", f"{tmp_path}/x.jsonl",
@@ -119,7 +120,8 @@ def test_a_run_with_a_preference_needs_no_reward_and_refuses_another_function_wh
 def test_the_datas_pairs_are_relabelled_by_the_reward_with_the_probability_itself(tmp_path, checkpoint):
     (tmp_path / "mine.py").write_text("def length(prompts, responses):\n"
                                       "    return [len(response) / 8 for response in responses]\n")
-    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "q", "chosen": "no", "rejected": "longer"}) + "\n")
+    row = {"prompt": "q", "chosen": "no", "rejected": "longer"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
     args = parse_args(["--variant", "relabelled-dpo", "--model", str(checkpoint), "--data",
                        f"{tmp_path}/x.jsonl", "--eval-data", f"{tmp_path}/x.jsonl", "--reward",
                        f"{tmp_path}/mine.py:length", "--out", f"{tmp_path}/out", "--steps", "1",
