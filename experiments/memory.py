@@ -88,7 +88,7 @@ def rollout_bytes(config, prompts, responses, prompt, response, wide, bytes_, ca
                + read * (4 * wide * config.hidden_size + wide_layers * bytes_ * config.intermediate_size))
     tokens, logits = samples * (prompt + response), samples * config.vocab_size
     decoding = cache * tokens + max(
-        max(cast, cast_embedding) + wide * keys * tokens + 12 * logits,    # a layer's keys grow by copying, or
+        max(cast, cast_embedding) + wide * keys * tokens + 12 * logits,    # keys grow by copying, or
         cast + 24 * logits)                # logits, softmax, its sums in float64, and those before
     return max(reading, decoding)
 
@@ -116,8 +116,8 @@ def print_estimate():
     print("GiB per device: --dtype bfloat16 --gradient-checkpointing, 512 + 512 tokens, one pair per "
           "micro-batch;\n16 samples at a time are --sample-batch-size 8, 64 an evaluation's default. A GPU's "
           "context and buffers,\nabout 1 GiB, come on top, as does a reward model.\n")
-    print("| model | processes | flags | samples | weights | reference | optimizer | rollout | update | in all "
-          "|\n" + "|---" * 10 + "|")
+    heads = "model processes flags samples weights reference optimizer rollout update".split()
+    print("| " + " | ".join([*heads, "in all"]) + " |\n" + "|---" * 10 + "|")
     lora, shard = dict(lora=16), dict(shard=True)
     for name, processes, options, samples in (
             ("0.5B", 1, {}, 16), ("0.5B", 1, {}, 64), ("3B", 1, lora, 16), ("8B", 1, lora, 16),
