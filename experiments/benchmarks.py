@@ -19,6 +19,7 @@ import torch
 
 from data import read_rows
 from runtime.command_line import command_line, format_counts, InputError, number, Parser, seeded
+from runtime.processes import own_device
 from runtime.run_directory import write_rows, write_text
 from generate import answer, load_policy
 
@@ -105,8 +106,8 @@ def main():
     if (Path(args.out).suffix == ".json") != (benchmark == "AlpacaEval"):
         raise InputError(f"--out {args.out}: {benchmark}'s judge wants a file that ends in "
                          f"{'.json' if benchmark == 'AlpacaEval' else '.jsonl'}")
-    model, tokenizer = load_policy(args.model, "cuda" if torch.cuda.is_available() else "cpu",
-                                   args.trust_remote_code, (args.max_prompt_length, args.max_response_length))
+    lengths = args.max_prompt_length, args.max_response_length
+    model, tokenizer = load_policy(args.model, own_device(), args.trust_remote_code, lengths)
     torch.manual_seed(seeded("answers", args.seed))
     rows = answer_benchmark(model, tokenizer, benchmark, rows, turns, args)
     if benchmark == "AlpacaEval":
