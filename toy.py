@@ -105,13 +105,13 @@ def grammar_pairs(held_out=False):
     return rows
 
 
-def draw_toy_pairs(model, path):
-    """Sample 18,000 pairs from the toy's SFT model, label them by the true reward, write them to `path`."""
+def draw_toy_pairs(model, path, count=18000, seed=0):
+    """Sample pairs from a model of the toy, label them by the true reward, write them to `path`."""
     policy, tokenizer = load_policy(model)
-    rng = random.Random(0)
-    asked = rng.choices(toy_prompts(), k=18000)
+    rng = random.Random(seed)
+    asked = rng.choices(toy_prompts(), k=count)
     prompts = [prompt for prompt, _ in asked]
-    torch.manual_seed(seeded("toy pairs"))
+    torch.manual_seed(seeded("toy pairs", seed))
     prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     responses, _ = sample(policy, tokenizer, prompt_ids, DEFAULTS["max_response_length"], 2, batch_size=512)
     rows = []
