@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from data import read_rows
 from runtime.intervals import over_seeds
 from runtime.run_directory import read_json, write_rows
-from toy import draw_toy_pairs, toy_reward, toy_settings
+from toy import draw_toy_pairs, toy_reward, toy_settings, write_world
 
 FIRST_SEED = 5                             # seeds 0 to 4 and 100 to 102 have chosen the toy's learning rate
 STEPS, FEW_LABELS, ROUNDS = 188, 4500, 5
@@ -187,6 +187,7 @@ def train_rounds(runs, seed, model):
 
 def train_toys(runs, seeds, at_a_time, names):
     """SFT models, their data, and all runs of these worlds."""
+    write_world()                                                      # the held-out prompts
     models = {seed: runs / f"toy/sft-s{seed}/model" for seed in seeds}
     train_all([(model.parent, f"--variant sft --seed {seed} --eval-limit 1024")
                for seed, model in models.items()], at_a_time, "sft")
