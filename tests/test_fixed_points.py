@@ -12,10 +12,12 @@ REWARD = torch.tensor([1.0, 0.4, -0.3, -1.1], dtype=torch.float64)
 REFERENCE = torch.tensor([-0.5, 0.3, 0.4, -0.2], dtype=torch.float64).log_softmax(-1)
 
 
-def gradient(logits, reference, reward, own, **options):
+def gradient(logits, reference, reward, own, preference=None, **options):
     """Minus ∇J of the logits, over all ordered pairs. own: "both", "responses", "labels" are the policy's
     own, or "nothing", where pairs are uniform; labels that are not its own are Bradley-Terry on the
-    reward."""
+    reward, or this preference, (K, K) P(row ≻ column)."""
+    if preference is None:
+        preference = torch.sigmoid(reward[:, None] - reward)
     logits = logits.detach().requires_grad_()
     logps, every = logits.log_softmax(-1), torch.ones(len(logits) ** 2, dtype=torch.bool)
     places = torch.arange(len(logits))
@@ -23,7 +25,7 @@ def gradient(logits, reference, reward, own, **options):
     sampled, self_labelled = own in ("both", "responses"), own in ("both", "labels")
     losses, _ = sail_loss(
         logps[first], logps[second], reference[first], reference[second],
-        None if self_labelled else torch.sigmoid(reward[first] - reward[second]), every & sampled,
+        None if self_labelled else preference[first, second], every & sampled,
         every & self_labelled, **{"beta": BETA, "baseline": 0.0, **options})
     chance = (logps[first] + logps[second]).exp().detach() if sampled else 1 / len(every)
     return torch.autograd.grad((chance * losses).sum(), logits)[0]
@@ -91,6 +93,23 @@ def test_online_dpo_ends_at_the_best_policy_and_pr_beside_it():
     assert distances[0] == pytest.approx(0, abs=1e-12)
     assert 1e-4 < distances[1] < distances[2]
     assert lost == pytest.approx([BETA * distance for distance in distances], abs=1e-9)  # J* − J = β·KL(π‖π*)
+
+
+def test_online_ipo_ends_at_the_regularised_nash_policy_of_a_preference_that_no_reward_explains():
+    """Rock beats scissors, scissors beat paper, paper beats rock; the fourth loses to all. The Nash policy of
+    P(π ≻ π') − β·KL(π‖π_ref) + β·KL(π'‖π_ref) is the best response to itself, π ∝ π_ref·exp(P(y ≻ π) / β)
+    (arXiv 2403.08635). Online DPO ends elsewhere: it looks for a reward, and there is none."""
+    preference = torch.tensor([[0.5, 0.9, 0.1, 0.8], [0.1, 0.5, 0.9, 0.7], [0.9, 0.1, 0.5, 0.6],
+                               [0.2, 0.3, 0.4, 0.5]], dtype=torch.float64)
+    ends = {f: fixed_point(lambda logits: gradient(logits, REFERENCE, None, "responses", preference,
+                                                   response_coef=0.0, loss_type=f), REFERENCE, rate)
+            for f, rate in (("ipo", 0.2), ("sigmoid", 8.0))}
+    off = {}
+    for f, policy in ends.items():
+        best_response = (REFERENCE + preference @ policy.exp() / BETA).log_softmax(-1)
+        off[f] = kl(policy, best_response)
+    assert off["ipo"] == pytest.approx(0, abs=1e-12) and off["sigmoid"] > 1e-2
+    assert kl(ends["ipo"], REFERENCE) > 0.02                          # it has moved
 
 
 def test_pp_leaves_for_what_the_reference_thinks_rare_and_the_rarer_the_farther():
