@@ -109,7 +109,7 @@ def test_online_ipo_ends_at_the_regularised_nash_policy_of_a_preference_that_no_
         best_response = (REFERENCE + preference @ policy.exp() / BETA).log_softmax(-1)
         off[f] = kl(policy, best_response)
     assert off["ipo"] == pytest.approx(0, abs=1e-12) and off["sigmoid"] > 1e-2
-    assert kl(ends["ipo"], REFERENCE) > 0.02                          # it has moved
+    assert kl(ends["ipo"], REFERENCE) > 0.01                          # it has moved
 
 
 def test_pp_leaves_for_what_the_reference_thinks_rare_and_the_rarer_the_farther():
