@@ -57,8 +57,8 @@ METHODS = {                                # name: (what it is, flags)
     "few-fresh": ("online DPO, 4,500 labels drawn once", "--variant online-dpo --label sampled --steps 47")}
 WORLDS = {                                 # name: (what it is, flags of its data, methods)
     "toy": ("18,000 pairs, mix 0.3 where there are own pairs", "--data toy",
-            "dpo dpo-soft dpo-soft-0.3 online-dpo online-drawn pr pr-1 dp dp-control pp pp-control pp-no-revkl "
-            "ipo hinge"),
+            "dpo dpo-soft dpo-soft-0.3 online-dpo online-drawn pr pr-1 dp dp-control pp pp-control "
+            "pp-no-revkl ipo hinge"),
     "toy-online": ("own pairs only, mix 1", "--data toy --mix 1",
                    "online-dpo online-drawn pr pr-1 online-ipo few-fresh"),
     "toy-flipped": ("18,000 pairs, 20 % of the labels flipped", "--data {folder}/flipped.jsonl {toy}",
@@ -74,7 +74,8 @@ WORLDS = {                                 # name: (what it is, flags of its dat
 # What is compared: (question, (world, method), (world, its control)).
 COMPARED = (
     ("Soft labels for drawn ones, offline", ("toy", "dpo-soft"), ("toy", "dpo")),
-    ("Soft labels for drawn ones, fully online", ("toy-online", "online-dpo"), ("toy-online", "online-drawn")),
+    ("Soft labels for drawn ones, fully online", ("toy-online", "online-dpo"),
+     ("toy-online", "online-drawn")),
     ("Fresh responses, drawn labels, fully online", ("toy-online", "online-drawn"), ("toy", "dpo")),
     ("Fresh responses, drawn labels, mix 0.3", ("toy", "online-drawn"), ("toy", "dpo")),
     ("Fresh responses, soft labels, fully online", ("toy-online", "online-dpo"), ("toy", "dpo-soft")),
@@ -103,6 +104,7 @@ ASKED = (
     ("IPO for DPO", ("toy", "ipo"), ("toy", "dpo")),
     ("A hinge for DPO's log σ", ("toy", "hinge"), ("toy", "dpo")),
     ("IPO for DPO, fully online, soft labels", ("toy-online", "online-ipo"), ("toy-online", "online-dpo")))
+GAINED = {"reward": "reward", "KL": "kl", "reward − β·KL": "objective"}
 # Of the picture, in which nobody could tell more apart.
 PICTURE = ("sft", "dpo", "dpo-soft", "dp", "pp", "online-dpo", "pr")
 # What `--data toy` implies, spelled out for the pairs that come from a file.
@@ -168,8 +170,8 @@ def write_data(model, folder):
 
 
 def train_rounds(runs, seed, model):
-    """DPO in rounds: each samples new pairs from the last one's policy and starts from it. The reference stays
-    the SFT model."""
+    """DPO in rounds: each samples new pairs from the last one's policy and starts from it. The reference
+    stays the SFT model."""
     policy = model
     for k in range(ROUNDS):
         out = runs / f"data/s{seed}/round-{k}"
@@ -177,7 +179,7 @@ def train_rounds(runs, seed, model):
             out = runs / f"toy-rounds/dpo-s{seed}"
         pairs = runs / f"data/s{seed}/pairs-{k}.jsonl"
         if not pairs.is_file():
-            draw_toy_pairs(str(policy), pairs, STEPS * 96 // ROUNDS, seed=k)
+            draw_toy_pairs(str(policy), pairs, 18000 // ROUNDS, seed=k)
         train((out, f"--variant dpo --data {pairs} {TOY} --model {policy} --reference {model} --seed {seed} "
                     f"--steps {round(STEPS / ROUNDS)} --eval-every 0 --eval-limit 1024"))
         policy = out / "model"
@@ -208,8 +210,8 @@ def train_toys(runs, seeds, at_a_time, names):
         train_all(jobs, at_a_time, name)
     by_model = sorted((runs / "toy-model").glob("*-s*"))
     if by_model:                                                       # they have seen no true reward yet
-        run("evaluate.py", *by_model, "--eval-limit", 1024, "--reward", toy_settings("dpo")["reward"], "--out",
-            runs / "toy-model/true.json")
+        run("evaluate.py", *by_model, "--eval-limit", 1024, "--reward", toy_settings("dpo")["reward"],
+            "--out", runs / "toy-model/true.json")
 
 
 # --- the report ---------------------------------------------------------------------------------------------
@@ -237,8 +239,8 @@ def rows_of(runs):
 
 def below_the_best(rows, runs, samples=2000):
     """Give each run figures["gap"], to the best possible, and row["above"]: by how much the low end of its
-    reward lies above the highest reward at its KL. Both by the frontier of its own seed's SFT model; a KL that
-    the samples do not reach has no "above"."""
+    reward lies above the highest reward at its KL. Both by the frontier of its own seed's SFT model; a KL
+    that the samples do not reach has no "above"."""
     from evaluate import best_possible
     for seed in sorted({row["seed"] for row in rows}):
         ours = [row for row in rows if row["seed"] == seed]
@@ -267,40 +269,38 @@ def with_half(values, sign=""):
     text = f"{mean:{sign}.2f}"
     if len(values) > 1:
         text += f" ± {(high - low) / 2:.2f}"
-    return text
+    return text.replace("-", "−")
 
 
 def table(rows, columns, world, methods):
-    """Markdown: a line per method that has runs in this world. methods: {name: words}; columns: {head: name of
-    a figure}, "NAME-METHOD" is its difference to that method's, seed by seed."""
+    """Markdown: a line per method that has runs in this world, means over seeds. methods: {name: words};
+    columns: {head: name of a figure}."""
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for method, words in methods.items():
         cells = []
         for name in columns.values():
-            name, _, base = name.partition("-")
-            found = by_seed(rows, world, method, name)
-            if base:
-                others = by_seed(rows, world, base, name)
-                found = {seed: found[seed] - others[seed] for seed in found if seed in others}
-            cells.append(with_half([*found.values()], "+" if base else "") if found and base != method else "")
+            found = [*by_seed(rows, world, method, name).values()]
+            cells.append(with_half(found) if found else "")
         if any(cells):
             lines.append(f"| {words} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def compared(rows, questions):
-    """Markdown: a line per question, what the first gains over its control, seed by seed. An interval that
-    holds 0 says nothing: the verdict is "not seen"."""
-    lines = ["| at equal steps | reward | KL | reward − β·KL | |", "|---|---|---|---|---|"]
+def compared(rows, questions, columns=GAINED):
+    """Markdown: a line per question, (text, (world, method), its control), with what the method has more than
+    the control, seed by seed. columns: {head: name of a figure}; the verdict is the last one's, "not seen" if
+    its interval holds 0. A question needs two seeds."""
+    lines = ["| | " + " | ".join(columns) + " | |", "|---" * (len(columns) + 2) + "|"]
     for question, one, control in questions:
         cells = []
-        for name in ("reward", "kl", "objective"):
+        for name in columns.values():
             ours, theirs = by_seed(rows, *one, name), by_seed(rows, *control, name)
             gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-            cells.append(with_half(gains, "+"))
-        _, low, high = over_seeds(gains)
-        verdict = "gains" if low > 0 else "costs" if high < 0 else "not seen"
-        lines.append(f"| {question} | {' | '.join(cells)} | {verdict} |")
+            cells.append(with_half(gains, "+") if gains else "")
+        if len(gains) > 1:
+            _, low, high = over_seeds(gains)
+            verdict = "gains" if low > 0 else "costs" if high < 0 else "not seen"
+            lines.append(f"| {question} | {' | '.join(cells)} | {verdict} |")
     return "\n".join(lines)
 
 
@@ -326,8 +326,9 @@ def report(runs):
     for title, markdown in tables(rows).items():
         print(f"\n{title}\n\n{markdown}")
     above = [row["above"] for row in rows if "above" in row]
-    print(f"\n{sum(excess <= 0 for excess in above)} of {len(above)} runs lie below the best possible or within "
-          f"their interval of it; the largest excess is {max(above):.3f}")
+    below = sum(excess <= 0 for excess in above)
+    print(f"\n{below} of {len(above)} runs lie below the best possible or within their interval of it; the "
+          f"largest excess is {max(above):.3f}")
     for row in rows:
         if row["peak_kl"] > 2:
             print(f"{row['world']} {row['method']} seed {row['seed']}: KL {row['peak_kl']:.1f}")

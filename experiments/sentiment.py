@@ -28,7 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 from data import Pair, encode, end_token_ids, load_tokenizer
 from evaluate import COLOURS, evaluate_policy
 from generate import load_policy, sample
-from replicate import table, train_all
+from replicate import compared, table, train_all
 from runtime.command_line import seeded
 from runtime.run_directory import read_json, write_directory, write_rows, write_text
 
@@ -44,13 +44,21 @@ OPENINGS = (
     "For a rainy evening, {} is")
 FILMS = ("this film", "this thriller", "the new comedy", "this documentary", "the remake", "this drama",
          "the sequel", "this western", "the cartoon", "this war film")
-METHODS = {
-    "dpo": "--variant dpo",
-    "dpo-soft": "--variant relabelled-dpo",
-    "dp": "--variant dp",
-    "pp": "--variant pp --revkl-coef 0.3",
-    "online-dpo": "--variant online-dpo --mix 1",
-    "pr": "--variant pr --mix 1"}
+METHODS = {                                # name: (what it is, flags)
+    "dpo": ("DPO", "--variant dpo"),
+    "dpo-soft": ("DPO, soft labels", "--variant relabelled-dpo"),
+    "dp": ("SAIL-DP", "--variant dp"),
+    "pp": ("SAIL-PP, RevKL 0.3", "--variant pp --revkl-coef 0.3"),
+    "online-dpo": ("online DPO, mix 1", "--variant online-dpo --mix 1"),
+    "pr": ("SAIL-PR, mix 1", "--variant pr --mix 1")}
+START = "start"                            # the name of the model as it was
+COMPARED = (                               # (question, method, its control)
+    ("Soft labels for drawn ones, offline", "dpo-soft", "dpo"),
+    ("Fresh responses, soft labels", "online-dpo", "dpo-soft"),
+    ("T2 × 0.3 (SAIL-PR), fully online", "pr", "online-dpo"),
+    ("Online DPO beside DPO as it comes", "online-dpo", "dpo"),
+    ("SAIL-DP beside DPO", "dp", "dpo"),
+    ("SAIL-PP beside DPO", "pp", "dpo"))
 BETA, TOKENS, PAIRS, STEPS, HELD_OUT, SAMPLES, BEST_OF = 0.1, 24, 512, 32, 64, 4, 64
 
 
@@ -123,16 +131,17 @@ def best_of(policy, tokenizer):
     rows = []
     for n in (1, 2, 4, 8, 16, 32, 64):
         weights = [math.comb(i, n - 1) / math.comb(BEST_OF, n) for i in range(BEST_OF)]
-        rows.append({"n": n, "kl": math.log(n) - (n - 1) / n,
+        rows.append({"world": "best of n", "n": n, "kl": math.log(n) - (n - 1) / n,
                      "reward": (np.array(rewards) @ weights).mean().item(),
                      "judge": (np.array(judged) @ weights).mean().item()})
     return rows
 
 
-def judged(out, base, seed):
-    """A run's row: figures on held-out beginnings, each [mean, low, high], and three answers."""
-    if not (out / "judged.json").is_file():
-        policy, tokenizer = load_policy(str(out / "model"))
+def judged(model, base, seed, path):
+    """Figures on held-out beginnings, each [mean, low, high], and three answers of a model; kept in `path`.
+    """
+    if not path.is_file():
+        policy, tokenizer = load_policy(str(model))
         reference, _ = load_policy(str(base))
         examples, _, _ = encode([Pair(text, None, None) for text in beginnings()[1]], tokenizer,
                                 end_token_ids(tokenizer, policy), 128, TOKENS)
@@ -141,21 +150,24 @@ def judged(out, base, seed):
         found, samples = evaluate_policy(policy, reference, tokenizer, examples * SAMPLES, vader, args)
         figures = {name: list(figure) for name, figure in found.items()}
         figures["judge"] = [float(np.mean(afinn([row["response"] for row in samples]))), None, None]
-        write_text(out / "judged.json", json.dumps(dict(figures=figures, samples=samples[:3])))
-    return read_json(out / "judged.json")
+        write_text(path, json.dumps(dict(figures=figures, samples=samples[:3])))
+    return read_json(path)
 
 
 def rows_of(runs, base, seeds):
-    """One row per run that is finished: {world, method, seed, seconds, figures, samples}."""
+    """One row per model as it was, and per run that is finished: {world, method, seed, steps, seconds,
+    figures, samples}."""
     rows = []
     for seed in seeds:
+        rows.append(dict(world="sentiment", method=START, seed=seed, steps=0, seconds=0,
+                         **judged(base, base, seed, runs / f"base-s{seed}.json")))
         for method in METHODS:
             out = runs / f"{method}-s{seed}"
             if (out / "model").is_dir():
                 steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
                 rows.append(dict(world="sentiment", method=method, seed=seed, steps=len(steps),
                                  seconds=round(sum(step["seconds"] for step in steps), 1),
-                                 **judged(out, base, seed)))
+                                 **judged(out / "model", base, seed, out / "judged.json")))
     return rows
 
 
@@ -166,10 +178,11 @@ def draw(rows, best, path):
     panels = figure.subplots(1, 2)
     for axes, name in zip(panels, ("reward", "judge")):
         axes.plot([row["kl"] for row in best], [row[name] for row in best], "k--", label="best of n")
-        for method in METHODS:
+        for method, (words, _) in METHODS.items():
             points = [row["figures"] for row in rows if row["method"] == method]
-            axes.plot([point["kl"][0] for point in points], [point[name][0] for point in points], "o",
-                      color=COLOURS.get(method, "#E69F00"), label=method)
+            if points:
+                axes.plot([point["kl"][0] for point in points], [point[name][0] for point in points], "o",
+                          color=COLOURS.get(method, "#E69F00"), label=words)
         axes.set_xlabel("KL(π‖π_ref), nats per response")
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("held-out reward, 5 × VADER's compound")
@@ -178,22 +191,45 @@ def draw(rows, best, path):
     figure.savefig(path, dpi=130)
 
 
-def report(rows, best):
-    """The table, answers, rows and picture."""
-    write_rows(ROOT / "experiments/sentiment.jsonl",
-               [dict(world="best of n", **row) for row in best] + rows)
-    draw(rows, best, ROOT / "experiments/sentiment.png")
-    heads = {"reward": "reward", "reward-dpo": "minus DPO's", "reward-dpo-soft": "minus soft DPO's",
-             "kl": "KL", "judge": "AFINN", "judge-dpo": "AFINN minus DPO's",
-             "judge-dpo-soft": "AFINN minus soft DPO's",
-             "length": "tokens"}
-    print(table(rows, {head: ("sentiment", "figures", name) for name, head in heads.items()}, METHODS))
-    for row in best:
-        print(", ".join(f"{name} {value:.2f}" for name, value in row.items()))
-    for row in rows:
-        if row["seed"] == rows[0]["seed"]:
-            for sample_ in row["samples"]:
-                print(f"{row['method']}: {sample_['prompt']} | {sample_['response']}")
+def tables(rows):
+    """{title: markdown} of all tables, from the rows alone."""
+    words = {START: "the model as it was", **{method: text for method, (text, _) in METHODS.items()}}
+    runs = [row for row in rows if row["world"] == "sentiment"]
+    heads = {"reward": "reward", "KL": "kl", "reward − β·KL": "objective", "AFINN": "judge",
+             "tokens": "length"}
+    best = ["| n | " + " | ".join(str(row["n"]) for row in rows if "n" in row) + " |"]
+    best.append("|---" * (best[0].count("|") - 1) + "|")
+    for head, name in (("KL, at most", "kl"), ("reward", "reward"), ("AFINN", "judge")):
+        cells = [f"{row[name]:.2f}" for row in rows if "n" in row]
+        best.append(f"| {head} | {' | '.join(cells)} |")
+    gained = {"reward": "reward", "KL": "kl", "AFINN": "judge", "reward − β·KL": "objective"}
+    return {
+        "What each method reaches": table(runs, heads, "sentiment", words),
+        "What gains": compared(runs, [(question, ("sentiment", one), ("sentiment", control))
+                                      for question, one, control in COMPARED], gained),
+        "Best of n": "\n".join(best)}
+
+
+def answers(rows, methods=(START, "dpo", "online-dpo")):
+    """Markdown: three held-out beginnings, and how models of the first seed went on."""
+    words = {START: "as it was", **{method: text for method, (text, _) in METHODS.items()}}
+    found = [(words[row["method"]], row["samples"]) for method in methods for row in rows
+             if row["world"] == "sentiment" and row["seed"] == 0 and row["method"] == method]
+    heads = [f"“{sample['prompt']} …”" for sample in found[0][1]]
+    lines = [f"| | {' | '.join(heads)} |", "|---|---|---|---|"]
+    for name, samples in found:
+        cells = [" ".join(sample["response"].split()).replace("|", "\\|") for sample in samples]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def report(rows):
+    """Tables, answers, raw rows and picture."""
+    write_rows(ROOT / "experiments/sentiment.jsonl", rows)
+    draw([row for row in rows if "n" not in row], [row for row in rows if "n" in row],
+         ROOT / "experiments/sentiment.png")
+    for title, markdown in {**tables(rows), "Answers": answers(rows)}.items():
+        print(f"\n{title}\n\n{markdown}")
 
 
 def main():
@@ -205,6 +241,7 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each (default: 2)")
     parser.add_argument("--runs", type=Path, default=Path("runs/sentiment"), help="where the runs are kept")
     args = parser.parse_args()
+    torch.set_num_threads(1)                                           # more wait for the runs' own
     base, held_out = args.runs / "base", args.runs / "held-out.jsonl"
     plain_model(args.model, base)
     write_rows(held_out, [dict(prompt=text) for text in beginnings()[1]])
@@ -213,14 +250,15 @@ def main():
         if not pairs.is_file():
             draw_pairs(base, pairs, seed)
         train_all([(args.runs / f"{method}-s{seed}",
-                    f"{METHODS[method]} --model {base} --data {pairs} --eval-data {held_out} --seed {seed} "
-                    f"--steps {STEPS} --batch-size 16 --learning-rate 1e-5 --beta {BETA} --max-prompt-length "
-                    f"128 --max-response-length {TOKENS} --eval-every 0 --eval-limit 1 "
+                    f"{METHODS[method][1]} --model {base} --data {pairs} --eval-data {held_out} "
+                    f"--seed {seed} --steps {STEPS} --batch-size 16 --learning-rate 1e-5 --beta {BETA} "
+                    f"--max-prompt-length 128 --max-response-length {TOKENS} --eval-every 0 --eval-limit 1 "
                     f"--reward {ROOT}/experiments/sentiment.py:vader") for method in args.methods],
                   args.jobs, f"seed {seed}")
-    rows = rows_of(args.runs, base, args.seeds)
-    policy, tokenizer = load_policy(str(base))
-    report(rows, best_of(policy, tokenizer))
+    if not (args.runs / "best-of.json").is_file():
+        policy, tokenizer = load_policy(str(base))
+        write_text(args.runs / "best-of.json", json.dumps(best_of(policy, tokenizer)))
+    report(read_json(args.runs / "best-of.json") + rows_of(args.runs, base, args.seeds))
 
 
 if __name__ == "__main__":

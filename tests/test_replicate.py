@@ -1,13 +1,17 @@
-"""The report of the replication, on runs made up here."""
+"""The report of the replication, on runs made up here, and the pages' tables, from the committed rows."""
 import json
+from pathlib import Path
 
 import pytest
 import replicate
 
-from toy import grammar_pairs, toy_settings
+from data import read_rows
+from toy import grammar_pairs, toy_reward, toy_settings
+
+ROOT = Path(replicate.__file__).parent
 
 
-def finished_run(path, *evals, beta=0.5, **more):
+def finished_run(path, *evals, **more):
     """What sail.py leaves of a run, of which the report reads: (step, KL, reward) per evaluation; more
     figures."""
     (path / "model").mkdir(parents=True)
@@ -15,48 +19,61 @@ def finished_run(path, *evals, beta=0.5, **more):
              "reward_interval": [reward - 0.5, reward + 0.5], **more} for step, kl, reward in evals]
     (path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / "metrics.jsonl").write_text('{"seconds": 1.5}\n' * evals[-1][0])
-    (path / "args.json").write_text(json.dumps({"beta": beta}))
 
 
-def test_a_row_has_a_runs_figures_its_highest_kl_and_its_objective(tmp_path):
-    finished_run(tmp_path / "toy" / "dpo-s3", (0, 0.0, 9.0), (1, 5.0, 1.0), (2, 1.0, 2.0))
+def test_a_row_has_a_runs_last_figures_and_its_highest_kl(tmp_path):
+    measured = {"objective": 1.25, "objective_interval": [1.0, 1.5]}
+    finished_run(tmp_path / "toy" / "dpo-s3", (0, 0.0, 9.0), (1, 5.0, 1.0), (2, 1.0, 2.0), **measured)
     assert replicate.rows_of(tmp_path) == [{
         "world": "toy", "method": "dpo", "seed": 3, "steps": 2, "seconds": 3.0, "peak_kl": 5.0,
-        "figures": {"kl": [1.0, 0.0, 2.0], "reward": [2.0, 1.5, 2.5], "objective": [1.5, None, None]},
-        "curve": [[0, 0.0, 9.0], [1, 5.0, 1.0], [2, 1.0, 2.0]]}]
+        "figures": {"kl": [1.0, 0.0, 2.0], "reward": [2.0, 1.5, 2.5], "objective": [1.25, 1.0, 1.5]}}]
 
 
-def test_the_objective_is_the_runs_own_only_where_its_beta_is_the_toys(tmp_path):
-    measured = {"objective": 1.25, "objective_interval": [1.0, 1.5]}
-    finished_run(tmp_path / "toy" / "dpo-s0", (2, 1.0, 2.0), **measured)
-    finished_run(tmp_path / "toy" / "simpo-s0", (2, 1.0, 2.0), beta=2.0, **measured)
-    figures = [row["figures"]["objective"] for row in replicate.rows_of(tmp_path)]
-    assert figures == [[1.25, 1.0, 1.5], [1.5, None, None]]
-
-
-def test_the_table_has_means_over_seeds_and_differences_seed_by_seed(tmp_path):
-    for seed, (dpo, pr) in enumerate([(1.0, 2.0), (3.0, 4.5)]):
-        finished_run(tmp_path / "toy" / f"dpo-s{seed}", (0, 0.0, 9.0), (2, 1.0, dpo))
-        finished_run(tmp_path / "toy" / f"pr-s{seed}", (1, 4.0 + seed, 0.0), (2, 2.0, pr))
-    table = replicate.table(replicate.rows_of(tmp_path), {
-        "reward": ("toy", "figures", "reward"), "minus DPO": ("toy", "figures", "reward-dpo"),
-        "objective": ("toy", "figures", "objective"), "highest KL": ("toy", "peak_kl", None),
-        "steps": ("toy", "steps", None)})
-    assert table.split("\n")[2:] == [
-        "| dpo | 2.00 ± 12.71 |  | 1.50 ± 12.71 | 1.00 | 2 |",
-        "| pr | 3.25 ± 15.89 | +1.25 ± 3.18 | 2.25 ± 15.89 | 5.00 | 2 |"]
-
-
-def test_dialogues_have_the_figures_that_evaluate_py_wrote(tmp_path):
-    finished_run(tmp_path / "dialogues" / "sft", (2, 0.0, 0.3))
-    figures = {"sft": {"reward": {"value": 0.25, "low": 0.0, "high": 0.4}}}
-    for name in ("first", "second"):
-        (tmp_path / "dialogues" / f"{name}.json").write_text(json.dumps(figures))
+def test_an_sft_models_objective_is_its_reward(tmp_path):
+    finished_run(tmp_path / "toy" / "sft-s3", (2, 0.0, 2.0))
     row, = replicate.rows_of(tmp_path)
-    assert (row["method"], row["seed"]) == ("sft", 0)
-    assert row["figures"] == row["second"] == {"reward": [0.25, 0.0, 0.4]}
-    table = replicate.table([row], {"reward": ("dialogues", "second", "reward")})
-    assert table.endswith("| sft | 0.25 ± 0.20 |")
+    assert row["figures"]["objective"] == [2.0, 1.5, 2.5]
+
+
+def test_runs_that_a_reward_model_labelled_have_the_figures_by_the_true_reward(tmp_path):
+    finished_run(tmp_path / "toy-model" / "online-dpo-s5", (2, 1.0, 9.0))
+    figures = {"online-dpo-s5": {name: {"value": value, "low": 0.0, "high": 4.0}
+                                 for name, value in (("reward", 2.0), ("objective", 1.5))}}
+    (tmp_path / "toy-model" / "true.json").write_text(json.dumps(figures))
+    row, = replicate.rows_of(tmp_path)
+    assert row["figures"] == {"reward": [2.0, 0.0, 4.0], "objective": [1.5, 0.0, 4.0]}
+
+
+def made_up(world, method, *values):
+    """Rows of one figure, a seed each."""
+    return [{"world": world, "method": method, "seed": seed, "figures": {"reward": [value, None, None]}}
+            for seed, value in enumerate(values)]
+
+
+def test_the_table_has_means_over_the_seeds_of_its_world():
+    rows = (made_up("toy", "dpo", 1.0, 3.0) + made_up("toy", "pr", 2.0) + made_up("toy-online", "pr", 7.0)
+            + made_up("toy-online", "sft", 7.0))
+    table = replicate.table(rows, {"r": "reward", "KL": "kl"}, "toy", {"sft": "S", "dpo": "D", "pr": "P"})
+    assert table.split("\n") == ["| | r | KL |", "|---|---|---|", "| D | 2.00 ± 12.71 |  |", "| P | 2.00 |  |"]
+
+
+@pytest.mark.parametrize("gains, text, verdict", [
+    ((0.2, 0.21, 0.22), "+0.21 ± 0.02", "gains"), ((-0.2, -0.21, -0.22), "−0.21 ± 0.02", "costs"),
+    ((0.2, 0.0, -0.1), "+0.03 ± 0.38", "not seen")])
+def test_what_is_compared_is_compared_seed_by_seed(gains, text, verdict):
+    rows = made_up("toy", "dpo", 1.0, 2.0, 4.0, 9.0) + made_up(
+        "toy-online", "pr", *(value + gain for value, gain in zip((1.0, 2.0, 4.0), gains)))
+    questions = [("Why?", ("toy-online", "pr"), ("toy", "dpo")), ("No runs?", ("toy", "dp"), ("toy", "dpo"))]
+    lines = replicate.compared(rows, questions, {"r": "reward"}).split("\n")
+    assert lines == ["| | r | |", "|---|---|---|", f"| Why? | {text} | {verdict} |"]
+
+
+def test_what_is_compared_has_been_run():
+    for _, one, control in replicate.COMPARED + replicate.ASKED:
+        for world, method in (one, control):
+            assert method in replicate.WORLDS[world][2].split()
+    assert {method for _, _, methods in replicate.WORLDS.values() for method in methods.split()} == {
+        *replicate.METHODS} - {"sft"}
 
 
 def test_a_fifth_of_the_labels_is_flipped_and_nothing_else():
@@ -68,6 +85,30 @@ def test_a_fifth_of_the_labels_is_flipped_and_nothing_else():
     assert share == pytest.approx(0.2, abs=0.02)
 
 
+def test_the_clear_half_of_the_pairs_has_the_larger_differences():
+    def gap(pair):
+        first, second = toy_reward([pair["prompt"]] * 2, [pair["chosen"], pair["rejected"]])
+        return abs(first - second)
+
+    pairs = grammar_pairs()[:200]
+    clear = replicate.clear_pairs(pairs)
+    assert clear == [pair for pair in pairs if pair in clear] and len(clear) == 100
+    assert min(map(gap, clear)) >= sorted(map(gap, pairs))[100]
+
+
+def test_rounds_go_on_from_the_last_ones_policy_and_are_measured_to_the_first(tmp_path, monkeypatch):
+    drawn, trained = [], []
+    monkeypatch.setattr(replicate, "draw_toy_pairs",
+                        lambda model, path, count, seed: drawn.append((model, count, seed)))
+    monkeypatch.setattr(replicate, "train", trained.append)
+    replicate.train_rounds(tmp_path, 5, "SFT")
+    outs = [f"{out}/model" for out, _ in trained]
+    assert drawn == [(model, 3600, k) for k, model in enumerate(["SFT", *outs[:-1]])]
+    assert outs[-1] == f"{tmp_path}/toy-rounds/dpo-s5/model" and len(outs) == 5
+    for (_, flags), (model, _, _) in zip(trained, drawn):
+        assert f"--model {model} --reference SFT " in flags
+
+
 def test_the_toys_settings_that_are_spelled_out_are_those_of_the_toy():
     from sail import parse_args
     data = toy_settings("dpo", "M")["data"]
@@ -77,28 +118,19 @@ def test_the_toys_settings_that_are_spelled_out_are_those_of_the_toy():
 
 
 def test_the_picture_shows_at_most_seven_methods():
-    assert len(replicate.PICTURE) <= 7 and set(replicate.PICTURE) <= {"sft", *replicate.METHODS}
-
-
-def test_dialogues_are_split_by_their_prompts(tmp_path):
-    source = tmp_path / "pairs.jsonl"
-    source.write_text("".join(json.dumps({"prompt": f"p{i // 2}", "chosen": f"c{i}", "rejected": "r"}) + "\n"
-                              for i in range(400)))
-    texts = replicate.split_dialogues(source, tmp_path)
-    prompts = {name: {json.loads(line)["prompt"] for line in (tmp_path / f"{name}.jsonl").open()}
-               for name in ("held-out", "first", "second", "both")}
-    assert len(prompts["held-out"] | prompts["first"] | prompts["second"]) == 200 == sum(
-        map(len, prompts.values())) - len(prompts["both"])             # no prompt is in two of the three
-    assert prompts["both"] == prompts["first"] | prompts["second"] and len(texts) == 4 * len(prompts["both"])
-    assert 10 < len(prompts["held-out"]) < 45 and min(len(prompts["first"]), len(prompts["second"])) > 60
+    assert len(replicate.PICTURE) <= 7 and set(replicate.PICTURE) <= {*replicate.METHODS}
 
 
 def test_a_runs_reward_is_set_beside_the_highest_at_its_kl(tmp_path, monkeypatch):
     curve = [{"kl": 0.0, "reward": 1.0}, {"kl": 2.0, "reward": 3.0}]
     monkeypatch.setattr("evaluate.best_possible", lambda options: ({"best": 2.25 + options.seed}, curve))
-    finished_run(tmp_path / "toy" / "dpo-s0", (2, 1.0, 2.0))                   # its interval: 1.5 to 2.5
-    finished_run(tmp_path / "toy-quarter" / "pr-s0", (2, 1.5, 3.25))
-    finished_run(tmp_path / "toy" / "pr-s1", (2, 5.0, 2.0))                    # beyond what the samples reach
+
+    def run(name, kl, reward, objective):
+        finished_run(tmp_path / name, (2, kl, reward), objective=objective, objective_interval=[0.0, 9.0])
+
+    run("toy/dpo-s0", 1.0, 2.0, 1.5)                                           # its interval: 1.5 to 2.5
+    run("toy-quarter/pr-s0", 1.5, 3.25, 2.5)
+    run("toy/pr-s1", 5.0, 2.0, -0.5)                                           # beyond what the samples reach
     rows = replicate.rows_of(tmp_path)
     replicate.below_the_best(rows, tmp_path)
     found = {(row["method"], row["seed"]): (row["figures"]["gap"][0], row.get("above")) for row in rows}
