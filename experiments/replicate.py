@@ -197,6 +197,7 @@ def train_toys(runs, seeds, at_a_time, names):
         write_data(model, runs / f"data/s{seed}")
     for name in names:
         _, data, methods = WORLDS[name]
+        every = STEPS // 2 if name == "toy" else 0                     # the picture shows the way there
         jobs = []
         for seed, model in models.items():
             if not data:
@@ -205,8 +206,8 @@ def train_toys(runs, seeds, at_a_time, names):
             other = models[seeds[(seeds.index(seed) + 1) % len(seeds)]] / "toy-pairs.jsonl"
             source = data.format(folder=runs / f"data/s{seed}", toy=TOY, other=other)
             jobs += [(runs / f"{name}/{method}-s{seed}",
-                      f"{source} --model {model} --seed {seed} --steps {STEPS} --eval-every 47 --eval-limit "
-                      f"1024 {METHODS[method][1]}") for method in methods.split()]
+                      f"{source} --model {model} --seed {seed} --steps {STEPS} --eval-every {every} "
+                      f"--eval-limit 1024 {METHODS[method][1]}") for method in methods.split()]
         train_all(jobs, at_a_time, name)
     by_model = sorted((runs / "toy-model").glob("*-s*"))
     if by_model:                                                       # they have seen no true reward yet

@@ -59,7 +59,7 @@ COMPARED = (                               # (question, method, its control)
     ("Online DPO beside DPO as it comes", "online-dpo", "dpo"),
     ("SAIL-DP beside DPO", "dp", "dpo"),
     ("SAIL-PP beside DPO", "pp", "dpo"))
-BETA, TOKENS, PAIRS, STEPS, HELD_OUT, SAMPLES, BEST_OF = 0.1, 24, 512, 32, 64, 4, 64
+BETA, TOKENS, PAIRS, STEPS, HELD_OUT, SAMPLES, BEST_OF = 0.1, 24, 512, 32, 64, 4, 32
 
 
 def vader(prompts, responses):
@@ -120,8 +120,8 @@ def draw_pairs(model, path, seed):
 
 def best_of(policy, tokenizer):
     """Figures of the best of n of the model's samples by the reward: rows of n, kl (its upper bound), reward,
-    judge. Of 64 samples to a beginning, sorted by their reward, the i-th (from 1) is the best of n that are
-    drawn from them with probability C(i−1, n−1) / C(64, n)."""
+    judge. Of 32 samples to a beginning, sorted by their reward, the i-th (from 1) is the best of n that are
+    drawn from them with probability C(i−1, n−1) / C(32, n)."""
     _, held_out = beginnings()
     rewards, judged = [], []
     for group in continuations(policy, tokenizer, held_out, BEST_OF, seeded("best of n")):
@@ -129,7 +129,7 @@ def best_of(policy, tokenizer):
         rewards.append([reward for reward, _ in pairs])
         judged.append([judge for _, judge in pairs])
     rows = []
-    for n in (1, 2, 4, 8, 16, 32, 64):
+    for n in (1, 2, 4, 8, 16, 32):
         weights = [math.comb(i, n - 1) / math.comb(BEST_OF, n) for i in range(BEST_OF)]
         rows.append({"world": "best of n", "n": n, "kl": math.log(n) - (n - 1) / n,
                      "reward": (np.array(rewards) @ weights).mean().item(),
