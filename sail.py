@@ -785,7 +785,7 @@ def main(argv=None):
     """`python sail.py …`, alone or under torchrun."""
     args = parse_args(argv)
     if args.toy:
-        torch.set_num_threads(1)                   # so small a model gains nothing by more, and rounds otherwise
+        torch.set_num_threads(1)                   # more gain nothing on it, and round otherwise
     with process_group(args.shard) as device:
         if args.toy and args.model == toy_settings("dpo")["model"] and not Path(args.model).is_dir():
             print0(f"toy: no SFT model in {args.model} yet; training it, once")
