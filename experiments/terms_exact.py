@@ -1,6 +1,6 @@
 """Where the objectives end when nothing is sampled: what every variant loses to the best policy, exactly.
 
-    python experiments/terms_exact.py                        # four minutes on one core; a table, JSON
+    python experiments/terms_exact.py                        # four minutes on one core; a table
 
 A world is one context with 40 responses; reference logits and rewards are standard normal. A policy is a
 softmax over 40 logits that starts as the reference. Labels are Bradley-Terry, P(i ≻ j) = σ(r_i − r_j), in the
@@ -13,13 +13,12 @@ until the gradient has died out. The table has how far E[reward] − β·KL(π�
 β 0.5, and that KL. Its columns are data sets: all pairs with their true preferences; the same with 20 % of
 the labels flipped; 3,000 pairs drawn from the reference with a drawn label each, right or flipped; and the
 same 3,000 pairs with their true preferences, as a reward gives them. No gradient of the data moves a response
-that is in none.
+that is in none. The raw rows go to experiments/terms_exact.jsonl.
 
 Drawn labels have no finite end if the responses split into two sets, of which one wins every comparison with
 the other (Ford 1957): DPO pushes them apart for ever. Such worlds are counted and left out of the column.
 """
 import argparse
-import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from runtime.intervals import over_seeds
+from runtime.run_directory import write_rows
 from sail import utility
 
 RESPONSES, BETA, PAIRS, FLIPPED = 40, 0.5, 3000, 0.2
@@ -158,27 +158,23 @@ def end_of(reference, preference, data, method, steps=1000):
 
 
 def measure(seeds):
-    """{method: {data set: a row}}: means and half-widths over the worlds in which the data have an end, of
-    what is lost to the best, of that minus DPO's, and of KL; how many such worlds there are, and in how many
-    of them the gradient has not died out."""
+    """One row per method and data set, over the worlds in which the data have an end: {method, data, lost,
+    kl, worlds, moving}. `lost` is how far reward − β·KL lies below the best, {mean, half} as is the KL;
+    `worlds` is how many they are, `moving` in how many of them the gradient has not died out."""
     reference, reward = worlds(seeds)
     preference = torch.sigmoid(pairwise(reward))
     best = BETA * (reference + reward / BETA).logsumexp(-1)         # the best reward − β·KL, (S,)
-    results = {name: {} for name in METHODS}
+    rows = []
     for data_name, (size, flipped, labels) in tqdm(DATA.items(), "data sets"):
         data = data_of(reference, preference, size, flipped, labels)
-        dpo = None
         for name, method in METHODS.items():
             logps, gradient = end_of(reference, preference, data, method)
             away = kl(logps, reference)
             lost = best - ((logps.exp() * reward).sum(-1) - BETA * away)
-            if name == "DPO":
-                dpo = lost
-            results[name][data_name] = {
-                "lost": summary(lost[data.ends]), "minus DPO": summary((lost - dpo)[data.ends]),
-                "kl": summary(away[data.ends]), "worlds": int(data.ends.sum()),
-                "moving": int((gradient[data.ends] > 1e-4).sum())}
-    return results
+            rows.append(dict(method=name, data=data_name, lost=summary(lost[data.ends]),
+                             kl=summary(away[data.ends]), worlds=int(data.ends.sum()),
+                             moving=int((gradient[data.ends] > 1e-4).sum())))
+    return rows
 
 
 def summary(values):
@@ -187,19 +183,21 @@ def summary(values):
     return {"mean": mean, "half": (high - low) / 2}
 
 
-def table(results):
+def table(rows):
     """Markdown: what is lost to the best, and the KL, of every method and data set."""
     heads = []
-    for name, row in results["DPO"].items():
-        heads.append(f"{name} ({row['worlds']} worlds)")
+    for data_name in DATA:
+        some = next(row for row in rows if row["data"] == data_name)
+        heads.append(f"{data_name} ({some['worlds']} worlds)")
     lines = ["| below the best; KL | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
-    for name, rows in results.items():
+    for name in METHODS:
         cells = []
-        for row in rows.values():
-            cell = f"{row['lost']['mean']:.3f} ± {row['lost']['half']:.3f}; {row['kl']['mean']:.2f}"
-            if row["moving"]:
-                cell += f", {row['moving']} still moving"
-            cells.append(cell)
+        for row in rows:
+            if row["method"] == name:
+                cell = f"{row['lost']['mean']:.3f} ± {row['lost']['half']:.3f}; {row['kl']['mean']:.2f}"
+                if row["moving"]:
+                    cell += f", {row['moving']} still moving"
+                cells.append(cell)
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -208,14 +206,12 @@ def main():
     """`python experiments/terms_exact.py`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, default=16, help="worlds (default: 16)")
-    parser.add_argument("--out", default="runs/terms-exact.json", help="the figures as JSON")
     args = parser.parse_args()
     torch.set_num_threads(1)                                        # small tensors: more threads only wait
-    results = measure(args.seeds)
+    rows = measure(args.seeds)
+    write_rows(Path(__file__).with_suffix(".jsonl"), rows)
     print("mean ± half-width of the 95 % interval over the worlds in which DPO on the data has an end\n")
-    print(table(results))
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(args.out).write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(table(rows))
 
 
 if __name__ == "__main__":
