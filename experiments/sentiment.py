@@ -25,7 +25,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-from data import Pair, encode, end_token_ids, load_tokenizer
+from data import Pair, encode, end_token_ids, load_tokenizer, read_rows
 from evaluate import COLOURS, evaluate_policy
 from generate import load_policy, sample
 from replicate import compared, table, train_all
@@ -255,10 +255,10 @@ def main():
                     f"--max-prompt-length 128 --max-response-length {TOKENS} --eval-every 0 --eval-limit 1 "
                     f"--reward {ROOT}/experiments/sentiment.py:vader") for method in args.methods],
                   args.jobs, f"seed {seed}")
-    if not (args.runs / "best-of.json").is_file():
-        policy, tokenizer = load_policy(str(base))
-        write_text(args.runs / "best-of.json", json.dumps(best_of(policy, tokenizer)))
-    report(read_json(args.runs / "best-of.json") + rows_of(args.runs, base, args.seeds))
+    best = args.runs / "best-of.jsonl"
+    if not best.is_file():
+        write_rows(best, best_of(*load_policy(str(base))))
+    report(read_rows(best) + rows_of(args.runs, base, args.seeds))
 
 
 if __name__ == "__main__":
