@@ -42,6 +42,7 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
+# first, since it says what to install where torch is missing
 from data import Pair, collate, encode, end_token_ids, length_table, train_and_held_out
 
 import torch

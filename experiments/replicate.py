@@ -28,6 +28,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import read_rows
+from runtime.command_line import InputError, command_line
 from runtime.intervals import over_seeds
 from runtime.run_directory import read_json, write_rows
 from toy import draw_toy_pairs, toy_reward, toy_settings, write_world
@@ -114,9 +115,11 @@ BETA = toy_settings("dpo")["beta"]
 
 
 def run(script, *flags):
-    """One command of the project, on one thread."""
-    subprocess.run([sys.executable, ROOT / script, *map(str, flags)], check=True, stdout=subprocess.DEVNULL,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    """One command of the project, on one thread; InputError if it fails, which it has explained itself."""
+    done = subprocess.run([sys.executable, ROOT / script, *map(str, flags)], stdout=subprocess.DEVNULL,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise InputError(f"{script} {' '.join(map(str, flags))}: ended with status {done.returncode}")
 
 
 def train(job):
@@ -349,4 +352,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)

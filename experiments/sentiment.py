@@ -29,7 +29,7 @@ from data import Pair, encode, end_token_ids, load_tokenizer, read_rows
 from evaluate import COLOURS, evaluate_policy
 from generate import load_policy, sample
 from replicate import compared, table, train_all
-from runtime.command_line import seeded
+from runtime.command_line import command_line, seeded
 from runtime.run_directory import read_json, write_directory, write_rows, write_text
 
 OPENINGS = (
@@ -60,6 +60,7 @@ COMPARED = (                               # (question, method, its control)
     ("SAIL-DP beside DPO", "dp", "dpo"),
     ("SAIL-PP beside DPO", "pp", "dpo"))
 BETA, TOKENS, PAIRS, STEPS, HELD_OUT, SAMPLES, BEST_OF = 0.1, 24, 512, 32, 64, 4, 32
+BEST_OF_N = (1, 2, 4, 8, 16, 32)
 
 
 def vader(prompts, responses):
@@ -129,7 +130,7 @@ def best_of(policy, tokenizer):
         rewards.append([reward for reward, _ in pairs])
         judged.append([judge for _, judge in pairs])
     rows = []
-    for n in (1, 2, 4, 8, 16, 32):
+    for n in BEST_OF_N:
         weights = [math.comb(i, n - 1) / math.comb(BEST_OF, n) for i in range(BEST_OF)]
         rows.append({"world": "best of n", "n": n, "kl": math.log(n) - (n - 1) / n,
                      "reward": (np.array(rewards) @ weights).mean().item(),
@@ -241,6 +242,8 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each (default: 2)")
     parser.add_argument("--runs", type=Path, default=Path("runs/sentiment"), help="where the runs are kept")
     args = parser.parse_args()
+    vader([], ["good"])                                                # a package that is missing, now
+    afinn(["good"])
     torch.set_num_threads(1)                                           # more wait for the runs' own
     base, held_out = args.runs / "base", args.runs / "held-out.jsonl"
     plain_model(args.model, base)
@@ -262,4 +265,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    command_line(main)
