@@ -245,13 +245,14 @@ def below_the_best(rows, runs, samples=2000):
     """Give each run figures["gap"], to the best possible, and row["above"]: by how much the low end of its
     reward lies above the highest reward at its KL. Both by the frontier of its own seed's SFT model; a KL
     that the samples do not reach has no "above"."""
-    from evaluate import best_possible
+    from evaluate import best_possible, make_parser
     for seed in sorted({row["seed"] for row in rows}):
         ours = [row for row in rows if row["seed"] == seed]
         models = [runs / f"toy/{row['method']}-s{seed}" for row in ours
                   if row["world"] == "toy" and row["method"] != "sft"]
-        best, curve = best_possible(argparse.Namespace(
-            models=models, frontier=samples, eval_limit=256, seed=seed, reward=toy_settings("dpo")["reward"]))
+        best, curve = best_possible(make_parser().parse_args(
+            [*map(str, models), "--frontier", str(samples), "--seed", str(seed), "--reward",
+             toy_settings("dpo")["reward"]]))
         kls, heights = zip(*sorted((point["kl"], point["reward"]) for point in curve))
         for row in ours:
             figures = row["figures"]
