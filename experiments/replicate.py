@@ -28,6 +28,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import read_rows
+from evaluate import best_possible, make_parser
 from runtime.command_line import InputError, command_line
 from runtime.intervals import over_seeds
 from runtime.run_directory import read_json, write_rows
@@ -245,7 +246,6 @@ def below_the_best(rows, runs, samples=2000):
     """Give each run figures["gap"], to the best possible, and row["above"]: by how much the low end of its
     reward lies above the highest reward at its KL. Both by the frontier of its own seed's SFT model; a KL
     that the samples do not reach has no "above"."""
-    from evaluate import best_possible, make_parser
     for seed in sorted({row["seed"] for row in rows}):
         ours = [row for row in rows if row["seed"] == seed]
         models = [runs / f"toy/{row['method']}-s{seed}" for row in ours
