@@ -53,10 +53,12 @@ METHODS = {                                # name: (what it is, flags)
     "pr": ("SAIL-PR, mix 1", "--variant pr --mix 1")}
 START = "start"                            # the name of the model as it was
 COMPARED = (                               # (question, method, its control)
+    ("DPO beside the model as it was", "dpo", START),
+    ("Online DPO beside the model as it was", "online-dpo", START),
+    ("Online DPO beside DPO", "online-dpo", "dpo"),
     ("Soft labels for drawn ones, offline", "dpo-soft", "dpo"),
-    ("Fresh responses, soft labels", "online-dpo", "dpo-soft"),
+    ("Fresh responses, soft labels, fully online", "online-dpo", "dpo-soft"),
     ("T2 × 0.3 (SAIL-PR), fully online", "pr", "online-dpo"),
-    ("Online DPO beside DPO as it comes", "online-dpo", "dpo"),
     ("SAIL-DP beside DPO", "dp", "dpo"),
     ("SAIL-PP beside DPO", "pp", "dpo"))
 BETA, TOKENS, PAIRS, STEPS, HELD_OUT, SAMPLES, BEST_OF = 0.1, 24, 512, 32, 64, 4, 32
