@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data import read_rows
 from evaluate import best_possible, make_parser
-from runtime.command_line import InputError, command_line
+from runtime.command_line import InputError, command_line, seeded
 from runtime.intervals import over_seeds
 from runtime.run_directory import read_json, write_rows
 from toy import draw_toy_pairs, toy_reward, toy_settings, write_world
@@ -140,7 +140,7 @@ def train_all(jobs, at_a_time, name):
 
 def flipped_pairs(pairs, share=0.2):
     """The pairs, `share` of them with the label flipped."""
-    rng, flipped = random.Random(0), []
+    rng, flipped = random.Random(seeded("flipped")), []                # not the stream that drew the prompts
     for pair in pairs:
         flip = rng.random() < share
         flipped.append({**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} if flip else pair)

@@ -1,5 +1,6 @@
 """The report of the replication, on runs made up here, and the pages' tables, from the committed rows."""
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,14 @@ def test_a_fifth_of_the_labels_is_flipped_and_nothing_else():
     assert all(row in (pair, other) for row, pair, other in zip(flipped, pairs, swapped))
     share = sum(row == other for row, other in zip(flipped, swapped)) / len(pairs)
     assert share == pytest.approx(0.2, abs=0.02)
+
+
+def test_labels_are_flipped_whatever_the_prompt():
+    prompts = random.Random(0).choices(range(5), k=5000)               # as `draw_toy_pairs` draws them
+    pairs = [dict(prompt=prompt, chosen="good", rejected="bad") for prompt in prompts]
+    flipped = [row["prompt"] for row in replicate.flipped_pairs(pairs) if row["chosen"] == "bad"]
+    for prompt in range(5):
+        assert flipped.count(prompt) / prompts.count(prompt) == pytest.approx(0.2, abs=0.05)
 
 
 def test_the_clear_half_of_the_pairs_has_the_larger_differences():
