@@ -95,6 +95,8 @@ ASKED = (
      ("toy-model", "online-dpo"), ("toy-quarter", "dpo")),
     ("4,500 labels: on fresh responses, each once; for DPO on them",
      ("toy-online", "few-fresh"), ("toy-quarter", "dpo")),
+    ("4,500 labels: a reward model of them for labels on fresh responses",
+     ("toy-model", "online-dpo"), ("toy-online", "few-fresh")),
     ("Five rounds of DPO on new pairs for one, drawn labels", ("toy-rounds", "dpo"), ("toy", "dpo")),
     ("New pairs at each step for five rounds, drawn labels", ("toy-online", "online-drawn"),
      ("toy-rounds", "dpo")),
