@@ -504,10 +504,12 @@ def plot(groups, results, curve, path):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes, labels = figure.subplots(), []                   # of lines' ends: (reward, kl, name, colour)
-    for (name, runs), spare in zip(groups.items(), cycle(COLOURS.values())):
+    spare = [colour for name, colour in COLOURS.items() if name not in groups]
+    spare = cycle(spare or COLOURS.values())
+    for name, runs in groups.items():
         if "reward" not in results[name]:
             continue
-        colour = COLOURS.get(name, spare)
+        colour = COLOURS.get(name) or next(spare)
         reward, low, high = results[name]["reward"]
         kl, left, right = results[name].get("kl", (0.0, 0.0, 0.0))                       # SFT has none
         height = [[reward - low], [high - reward]]

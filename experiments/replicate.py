@@ -110,7 +110,8 @@ ASKED = (
     ("IPO for DPO, fully online, soft labels", ("toy-online", "online-ipo"), ("toy-online", "online-dpo")))
 GAINED = {"reward": "reward", "KL": "kl", "reward − β·KL": "objective"}
 # Of the picture, in which nobody could tell more apart.
-PICTURE = ("sft", "dpo", "dpo-soft", "dp", "pp", "online-dpo", "pr")
+PICTURE = (("toy", "sft"), ("toy", "dpo"), ("toy", "dpo-soft"), ("toy", "dp"), ("toy", "pp"),
+           ("toy-online", "online-dpo"), ("toy-online", "pr"))
 # What `--data toy` implies, spelled out for the pairs that come from a file.
 TOY = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in toy_settings("dpo").items()
                if name not in ("data", "model"))
@@ -326,7 +327,9 @@ def report(runs):
     rows = rows_of(runs)
     below_the_best(rows, runs)
     write_rows(ROOT / "experiments/replication.jsonl", rows)
-    shown = [path for method in PICTURE for path in sorted((runs / "toy").glob(f"{method}-s*"))]
+    shown = []
+    for world, method in PICTURE:
+        shown += sorted((runs / world).glob(f"{method}-s[0-9]*"))
     subprocess.run([sys.executable, ROOT / "evaluate.py", "--compare", *shown, "--frontier", "2000",
                     "--reward", toy_settings("dpo")["reward"], "--out", runs / "toy.json"], check=True)
     shutil.copy(runs / "toy.png", ROOT / "experiments/results.png")

@@ -128,7 +128,10 @@ def test_the_toys_settings_that_are_spelled_out_are_those_of_the_toy():
 
 
 def test_the_picture_shows_at_most_seven_methods():
-    assert len(replicate.PICTURE) <= 7 and set(replicate.PICTURE) <= {*replicate.METHODS}
+    names = [method for _, method in replicate.PICTURE]
+    assert len(names) <= 7 and len(set(names)) == len(names)           # one name: one colour
+    for world, method in replicate.PICTURE[1:]:                        # the first is SFT
+        assert method in replicate.WORLDS[world][2].split()
 
 
 def test_a_runs_reward_is_set_beside_the_highest_at_its_kl(tmp_path, monkeypatch):
