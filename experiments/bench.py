@@ -303,6 +303,8 @@ def main():
     parser.add_argument("--overheads", action="store_true")
     parser.add_argument("--row", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.steps < 4:
+        parser.error("argument --steps: want 4 or more, since the first two are left out")
     if args.row:
         measure(args.row)
     elif args.overheads:
