@@ -52,6 +52,7 @@ METHODS = {                                # name: (what it is, flags)
     "online-dpo": ("online DPO, mix 1", "--variant online-dpo --mix 1"),
     "pr": ("SAIL-PR, mix 1", "--variant pr --mix 1")}
 START = "start"                            # the name of the model as it was
+WORDS = {method: words for method, (words, _) in METHODS.items()}
 COMPARED = (                               # (question, method, its control)
     ("DPO beside the model as it was", "dpo", START),
     ("Online DPO beside the model as it was", "online-dpo", START),
@@ -175,17 +176,20 @@ def rows_of(runs, base, seeds):
 
 
 def draw(rows, best, path):
-    """Reward, and judge, against KL: a run a point, best-of-n a line."""
+    """Reward, and judge, against KL: a run a point, best-of-n a line as far as the runs go."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
+    reach = np.linspace(0, 1.2 * max(row["figures"]["kl"][0] for row in rows), 100)
+    colours = {**COLOURS, START: "#000000", "dpo-soft": "#E69F00"}
     for axes, name in zip(panels, ("reward", "judge")):
-        axes.plot([row["kl"] for row in best], [row[name] for row in best], "k--", label="best of n")
-        for method, (words, _) in METHODS.items():
+        heights = np.interp(reach, [row["kl"] for row in best], [row[name] for row in best])
+        axes.plot(reach, heights, "k--", label="best of n")
+        for method, words in {START: "the model as it was", **WORDS}.items():
             points = [row["figures"] for row in rows if row["method"] == method]
             if points:
                 axes.plot([point["kl"][0] for point in points], [point[name][0] for point in points], "o",
-                          color=COLOURS.get(method, "#E69F00"), label=words)
+                          color=colours[method], label=words)
         axes.set_xlabel("KL(π‖π_ref), nats per response")
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("held-out reward, 5 × VADER's compound")
@@ -196,7 +200,7 @@ def draw(rows, best, path):
 
 def tables(rows):
     """{title: markdown} of all tables, from the rows alone."""
-    words = {START: "the model as it was", **{method: text for method, (text, _) in METHODS.items()}}
+    words = {START: "the model as it was", **WORDS}
     runs = [row for row in rows if row["world"] == "sentiment"]
     heads = {"reward": "reward", "KL": "kl", "reward − β·KL": "objective", "AFINN": "judge",
              "tokens": "length"}
@@ -215,7 +219,7 @@ def tables(rows):
 
 def answers(rows, methods=(START, "dpo", "online-dpo")):
     """Markdown: three held-out beginnings, and how models of the first seed went on."""
-    words = {START: "as it was", **{method: text for method, (text, _) in METHODS.items()}}
+    words = {START: "as it was", **WORDS}
     found = [(words[row["method"]], row["samples"]) for method in methods for row in rows
              if row["world"] == "sentiment" and row["seed"] == 0 and row["method"] == method]
     heads = [f"“{sample['prompt']} …”" for sample in found[0][1]]

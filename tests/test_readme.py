@@ -1,9 +1,13 @@
-"""README.md and experiments/README.md: their code runs, and what they name exists."""
+"""README.md and experiments/README.md: their code runs, what they name exists, tables follow from rows."""
 import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pytest
+import replicate
+import sentiment
+import terms_exact
 import torch
 
 from generate import load_policy
@@ -14,7 +18,8 @@ PAGES = ("README.md", "experiments/README.md")
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 FENCED = {page: re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
           for page, text in TEXTS.items()}
-LOOP, TRL = (block for language, block in FENCED["README.md"] if language == "python")
+LOOP, = (block for language, block in FENCED["README.md"] if language == "python")
+TRL, = (block for language, block in FENCED["experiments/README.md"] if language == "python")
 COMMANDS = [line for blocks in FENCED.values() for language, block in blocks if not language
             for line in block.replace("\\\n", "").splitlines() if "python " in line or "torchrun " in line]
 
@@ -79,6 +84,29 @@ def test_the_script_and_flags_of_a_command_exist(command):
     script, rest = re.search(r"(\S+\.py) ?(.*)", command.split(" #")[0]).groups()
     source = (ROOT / script).read_text(encoding="utf-8") + (ROOT / "data.py").read_text(encoding="utf-8")
     assert [flag for flag in re.findall(r"--[\w-]+", rest) if f'"{flag}"' not in source] == []
+
+
+def rows_of(study):
+    text = (ROOT / f"experiments/{study}.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+ANSWERS = sentiment.answers(rows_of("sentiment"))
+TABLES = [ANSWERS, terms_exact.table(rows_of("terms_exact")),
+          *replicate.tables(rows_of("replication")).values(), *sentiment.tables(rows_of("sentiment")).values()]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_the_tables_of_the_studies_follow_from_the_committed_rows(table):
+    assert table in TEXTS["experiments/README.md"]
+
+
+def test_the_measured_rows_of_the_front_page_are_rows_of_the_studies():
+    rows = {line for table in TABLES for line in table.splitlines()}
+    page = re.sub(r"^## Two commands.*?^## ", "", TEXTS["README.md"], flags=re.DOTALL | re.MULTILINE)
+    measured = [line for line in page.splitlines() if line.startswith("|") and "±" in line]
+    assert len(measured) > 8 and [line for line in measured if line not in rows] == []
+    assert ANSWERS in page
 
 
 def test_the_front_page_is_short():
