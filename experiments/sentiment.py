@@ -178,7 +178,7 @@ def rows_of(runs, base, seeds):
 def draw(rows, best, path):
     """Reward, and judge, against KL: a run a point, best-of-n a line as far as the runs go."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    figure = Figure(figsize=(12, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
     reach = np.linspace(0, 1.2 * max(row["figures"]["kl"][0] for row in rows), 100)
     colours = {**COLOURS, START: "#000000", "dpo-soft": "#E69F00"}
@@ -194,7 +194,7 @@ def draw(rows, best, path):
         axes.grid(alpha=0.25)
     panels[0].set_ylabel("held-out reward, 5 × VADER's compound")
     panels[1].set_ylabel("held-out judge, AFINN")
-    panels[1].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper")
     figure.savefig(path, dpi=130)
 
 

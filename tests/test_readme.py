@@ -93,7 +93,8 @@ def rows_of(study):
 
 ANSWERS = sentiment.answers(rows_of("sentiment"))
 TABLES = [ANSWERS, terms_exact.table(rows_of("terms_exact")),
-          *replicate.tables(rows_of("replication")).values(), *sentiment.tables(rows_of("sentiment")).values()]
+          *replicate.tables(rows_of("replication")).values(),
+          *sentiment.tables(rows_of("sentiment")).values()]
 
 
 @pytest.mark.parametrize("table", TABLES)
