@@ -17,6 +17,8 @@ def test_a_row_runs_the_loop_and_reports_its_figures(variant, tmp_path):
     figures = json.loads(child.stdout.splitlines()[-1])
     assert len(figures["seconds"]) == 8
     share = min(figures["generation"]) / min(figures["seconds"])       # without what a busy machine adds
-    assert (share > 0.3) == (variant == "pr")
-    if variant == "dpo":
+    if variant == "pr":
+        assert 0.05 < share < 1
+    else:
+        assert share < 0.01                                            # nothing is sampled
         assert figures["tokens"] == [2 * 2 * (8 + 6)] * 8
