@@ -18,11 +18,12 @@ from itertools import cycle
 from pathlib import Path
 from statistics import mean
 
-from data import collate, encode, end_token_ids, read_rows, response_text, train_and_held_out
+from data import collate, encode, end_token_ids, response_text
 
 import torch
 import torch.nn.functional as F
 
+from formats import read_rows, train_and_held_out
 from generate import load_policy, sample, sequence_logps
 from reward import drop_unscorable, load_reward
 from runtime.command_line import InputError, Parser, command_line, format_counts, number, seeded

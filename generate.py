@@ -16,13 +16,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from data import (
-    BadRow, collate, end_token_ids, fitting_prompt, load_pairs, load_tokenizer, response_text)
+from data import collate, end_token_ids, fitting_prompt, load_tokenizer, response_text
 
 import torch
 import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
+from formats import BadRow, load_pairs
 from runtime.command_line import (
     InputError, Parser, command_line, first_line, format_counts, number, seeded)
 from runtime.packing import allow_packing, is_packed, packed_logits, register_packing

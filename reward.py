@@ -4,8 +4,8 @@
     python reward.py --train --model M --data PAIRS --out DIR        # a reward model, for --reward DIR/model
 
 R is `FILE.py:FUNCTION`, your own callable, or the directory or hub name of a sequence classifier with one
-logit. A prompt is what data.py gives: a string, or a list of {role, content} messages. M is a causal language
-model, whose score head is drawn, or such a classifier; it is trained by Bradley-Terry's likelihood.
+logit. A prompt is what formats.py gives: a string, or a list of {role, content} messages. M is a causal
+language model, whose score head is drawn, or such a classifier; it is trained by Bradley-Terry's likelihood.
 
 Labels need no reward: a preference is a callable (prompts, firsts, seconds) -> P(first ≻ second), of a judge,
 a preference model or a person, and may be cyclic (`sail.py --preference FILE.py:FUNCTION`).
@@ -23,14 +23,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-from data import (
-    BadRow, apply_template, length_table, load_tokenizer, read_rows, render, train_and_held_out)
+from data import apply_template, length_table, load_tokenizer, render
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from formats import BadRow, read_rows, train_and_held_out
 from generate import load_weights
 from runtime.command_line import (
     InputError, Parser, command_line, format_counts, number, seeded)

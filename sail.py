@@ -43,13 +43,14 @@ from functools import lru_cache
 from pathlib import Path
 
 # first, since it says what to install where torch is missing
-from data import Pair, collate, encode, end_token_ids, length_table, train_and_held_out
+from data import collate, encode, end_token_ids, length_table
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from evaluate import evaluate_policy
+from formats import Pair, train_and_held_out
 from generate import load_models, load_policy, roll_out, sequence_logps
 from reward import (
     Reward, drop_unscorable, label_by_preference, label_by_reward, load_preference, load_reward)

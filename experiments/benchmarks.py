@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from data import read_rows
+from formats import read_rows
 from runtime.command_line import command_line, format_counts, InputError, number, Parser, seeded
 from runtime.processes import own_device
 from runtime.run_directory import write_rows, write_text

@@ -24,7 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tqdm import tqdm
 
-from data import read_rows, render
+from data import render
+from formats import read_rows
 from runtime.command_line import command_line, first_line, InputError, Parser
 from runtime.intervals import format_figure
 from runtime.intervals import win_figures

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from data import read_rows
+from formats import read_rows
 from evaluate import best_possible, make_parser
 from runtime.command_line import InputError, command_line, seeded
 from runtime.intervals import over_seeds

@@ -48,6 +48,7 @@ def iso_date(text):
     return date.fromisoformat(text).isoformat()
 
 
+DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")
 COUNT = dict(metavar="N", type=number(int, 1))
 SHARED = {
     "--data": dict(help="a .jsonl, .json, .csv or .parquet file, or a hub name"),

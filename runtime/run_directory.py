@@ -22,12 +22,11 @@ import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from runtime.command_line import InputError, first_line, one_line
+from runtime.command_line import DATA_FILES, InputError, first_line, one_line
 from runtime.intervals import few, format_figure
 from runtime.processes import fails_together, print0, rank, world_size
 
 MODEL_FILES = (".safetensors", ".bin", ".py", ".json", ".jinja", ".model", ".txt")
-DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")
 LOGS = ("metrics", "eval", "samples")
 NAMES = ("model", "adapter", "checkpoints", "tensorboard", "args.json", *[f"{name}.jsonl" for name in LOGS])
 PRINTED = "loss margin accuracy reward kl response_length grad_norm learning_rate seconds".split()

@@ -116,8 +116,8 @@ TOY_REWARD = f"{ROOT}/toy.py:toy_reward"
 
 
 def pairs_of(rows):
-    """Rows {prompt, chosen, rejected} as data.py's pairs."""
-    from data import Pair
+    """Rows {prompt, chosen, rejected} as formats.py's pairs."""
+    from formats import Pair
     return [Pair(row["prompt"], row.get("chosen"), row.get("rejected")) for row in rows]
 
 

@@ -15,7 +15,7 @@ from conftest import run_of, tiny_model
 
 import generate
 import sail
-from data import Pair
+from formats import Pair
 from runtime.processes import process_group, rank
 from sail import accumulate_gradients, parse_args, share_of_process
 

@@ -7,7 +7,8 @@ import torch
 from conftest import TEMPLATE, byte_tokenizer, pairs_of
 
 import data
-from data import Pair, collate, encode, load_pairs, render, train_and_held_out
+from data import collate, encode, render
+from formats import NO_TEXT, TOO_MANY_CELLS, Pair, load_pairs, read_rows, train_and_held_out
 from runtime.command_line import InputError
 from runtime.run_directory import write_rows
 from toy import NOUNS, grammar_pairs, toy_reward
@@ -76,7 +77,7 @@ def test_prompts_and_dialogues_with_nothing_in_them_are_dropped(tmp_path, row):
 
 @pytest.mark.parametrize("rows, dropped", [
     ("prompt,chosen,rejected\nQ,good,bad\nQ,good\nQ,g,b\nQ,good,bad 2,more,and more\n",
-     {data.NO_TEXT: 1, data.TOO_MANY_CELLS: 1}),
+     {NO_TEXT: 1, TOO_MANY_CELLS: 1}),
     (f"prompt,chosen,rejected\nQ,good,bad\nQ,good,{'long ' * 40_000}\n", {})])
 def test_ragged_csv_is_counted_and_long_csv_is_read(tmp_path, rows, dropped):
     (tmp_path / "x.csv").write_text(rows)
@@ -114,7 +115,7 @@ def test_a_label_that_is_a_number_is_used_and_one_that_is_none_drops_its_row(tmp
 def test_huge_integers_are_read_or_counted(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(dict(prompt="Q", chosen="good", rejected="bad")) + "\n" +
                                       '{"prompt": ' + "9" * 4000 + ', "chosen": "a", "rejected": "b"}\n')
-    assert load_pairs(str(tmp_path / "x.jsonl"))[1]["dropped"] == {data.NO_TEXT: 1}
+    assert load_pairs(str(tmp_path / "x.jsonl"))[1]["dropped"] == {NO_TEXT: 1}
 
 
 def test_an_end_token_that_is_written_out_in_a_response_is_counted():
@@ -139,7 +140,7 @@ def test_unusable_rows_are_dropped_and_counted_by_reason(tmp_path):
     pairs, report = load_pairs(write(tmp_path / "x.jsonl", rows))
     assert len(pairs) == 1 and report["rows"] == 8
     assert report["dropped"] == {
-        "empty response": 1, "chosen equals rejected": 1, data.NO_TEXT: 2,
+        "empty response": 1, "chosen equals rejected": 1, NO_TEXT: 2,
         "last message is not the assistant's": 1, "chosen and rejected have different prompts": 1,
         "not a '\\n\\nHuman: … \\n\\nAssistant: …' dialogue": 1}
 
@@ -179,7 +180,7 @@ def test_half_a_surrogate_pair_is_dropped(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"prompt": "Q", "chosen": "\\ud83d", "rejected": "b"}\n' + json.dumps(
         dict(prompt="Q", chosen="good", rejected="bad")) + "\n")
     pairs, report = load_pairs(str(tmp_path / "x.jsonl"))
-    assert len(pairs) == 1 and report["dropped"] == {data.NO_TEXT: 1}
+    assert len(pairs) == 1 and report["dropped"] == {NO_TEXT: 1}
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
@@ -188,7 +189,7 @@ def test_a_failure_while_writing_rows_leaves_the_file_that_was_there(name, tmp_p
     monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
     with pytest.raises(OSError):
         write_rows(tmp_path / "new" / name, [])
-    assert data.read_rows(tmp_path / "new" / name) == [{"text": "é\u2028"}]
+    assert read_rows(tmp_path / "new" / name) == [{"text": "é\u2028"}]
 
 
 def test_the_limit_counts_kept_pairs(tmp_path):

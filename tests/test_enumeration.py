@@ -14,7 +14,7 @@ import torch
 from conftest import run_of, tiny_model
 
 import sail
-from data import Pair
+from formats import Pair
 from sail import accumulate_gradients, parse_args, preference_losses
 
 END, PROMPT, BETA, MARGIN = 0, [1, 1], 0.7, 0.3

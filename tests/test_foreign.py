@@ -17,7 +17,8 @@ import evaluate
 import generate
 import sail
 import toy
-from data import BadRow, apply_template, load_pairs
+from data import apply_template
+from formats import BadRow, load_pairs
 from reward import Reward
 from runtime import command_line
 from runtime.command_line import InputError

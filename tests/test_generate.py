@@ -13,7 +13,8 @@ from data import collate, encode
 from runtime.command_line import InputError
 from data import end_token_ids
 from generate import load_policy, prepare, roll_out, sample
-from data import SIDES, Pair
+from data import SIDES
+from formats import Pair
 from sail import pair_logps, sequence_logps
 
 

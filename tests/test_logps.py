@@ -10,7 +10,7 @@ from data import collate
 from runtime.command_line import InputError
 from generate import prepare
 from runtime.packing import allow_packing
-from data import Pair
+from formats import Pair
 from sail import micro_batches
 from sail import sequence_logps
 

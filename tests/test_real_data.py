@@ -4,7 +4,8 @@ import json
 import pytest
 from conftest import TEMPLATE, byte_tokenizer, pairs_of
 
-from data import Dialogue, Pair, encode, fitting_prompt, load_pairs, NO_TEXT, render
+from data import Dialogue, encode, fitting_prompt, render
+from formats import NO_TEXT, Pair, load_pairs
 
 
 def turn(role, content, **more):

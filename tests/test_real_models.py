@@ -11,7 +11,8 @@ from test_scale import largest_difference, rows_of, weights
 
 import generate
 import sail
-from data import BadRow, Pair, encode, load_tokenizer, render, response_text
+from data import encode, load_tokenizer, render, response_text
+from formats import BadRow, Pair
 from runtime.command_line import InputError
 from runtime import processes, run_directory
 from runtime.processes import process_group

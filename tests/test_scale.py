@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 import generate
 import sail
 from generate import AdapterReference, add_adapter, load_policy
-from data import Pair
+from formats import Pair
 from runtime.processes import gathered, process_group, shard, split_layers
 from sail import pair_logps, parse_args
 

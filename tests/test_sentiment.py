@@ -6,7 +6,7 @@ import math
 import pytest
 import sentiment
 
-from data import read_rows
+from formats import read_rows
 
 
 def test_no_beginning_is_both_trained_on_and_held_out():

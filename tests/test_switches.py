@@ -13,7 +13,7 @@ from ranks import pairs_of
 import evaluate
 import generate
 import sail
-from data import Pair
+from formats import Pair
 from generate import add_adapter, load_policy
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.run_directory import write_line, write_rows

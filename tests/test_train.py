@@ -16,7 +16,7 @@ from ranks import batch_gradient, pairs_of
 import sail
 from runtime.command_line import seeded
 from generate import load_policy
-from data import Pair
+from formats import Pair
 from runtime.packing import allow_packing
 from runtime.processes import own_device
 from sail import draw_pairs, parse_args, plan
