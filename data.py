@@ -21,7 +21,7 @@ try:
 except ImportError as missing:
     sys.exit(f"{Path(sys.argv[0]).name}: error: {missing}: pip install -r requirements.txt, or run ./run.sh")
 
-from formats import BadRow, load_pairs, without_system
+from formats import BadRow, load_pairs, prompt_messages, split_system
 from runtime.command_line import InputError, Parser, command_line, first_line, format_counts, time_limit
 
 SIDES = ("chosen", "rejected")
@@ -97,8 +97,7 @@ class Dialogue:
         if not self.template:
             self.head = prompt if isinstance(prompt, str) else plain_dialogue(prompt)
             return
-        if isinstance(prompt, str):
-            self.messages = [{"role": "user", "content": prompt}]
+        self.messages = prompt_messages(prompt)
         marker = "xANSWERx"
         while marker in str(self.messages):
             marker += "x"
@@ -180,8 +179,7 @@ def fitting_prompt(prompt, tokenizer, limit, lengths=None):
     if isinstance(dialogue.messages, str):
         bos = ids[:1] if limit > 1 and ids[0] == tokenizer.bos_token_id else []
         return dialogue, ids, bos + ids[len(ids) - limit + len(bos):]
-    turns = without_system(dialogue.messages)
-    system = dialogue.messages[:len(dialogue.messages) - len(turns)]
+    system, turns = split_system(dialogue.messages)
     for first in range(1, len(turns)):
         if turns[first]["role"] == "user":
             shorter = Dialogue(system + turns[first:], tokenizer)

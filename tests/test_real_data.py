@@ -157,6 +157,22 @@ def test_columns_that_nothing_reads_are_named(tmp_path):
     assert load(tmp_path, dict(PLAIN, persona="pirate", lang="en"))[1]["unread"] == ["lang", "persona"]
 
 
+def test_a_column_that_only_another_format_reads_is_named(tmp_path):
+    alpaca = dict(instruction="Add.", input="1 + 1", chosen="2", rejected="3")
+    pairs, report = load(tmp_path, alpaca)
+    assert pairs[0].prompt == "Add.\n1 + 1" and report["unread"] == []
+    assert load(tmp_path, dict(PLAIN, input="1 + 1"))[1]["unread"] == ["input"]
+
+
+def test_turns_inside_the_answers_of_sharegpt_are_kept(tmp_path):
+    between = [turn("assistant", "A1"), turn("user", "Q2")]
+    row = dict(conversations=[Q], chosen=between + [GOOD], rejected=between + [BAD])
+    other = dict(row, rejected=BAD)
+    pairs, report = load(tmp_path, row, other)
+    assert pairs == [Pair([Q] + between, "good", "bad")]
+    assert report["dropped"] == {"chosen and rejected have different prompts": 1}
+
+
 @pytest.mark.parametrize("quote", [json.dumps, repr])
 def test_messages_in_strings_are_read_as_messages(quote, tmp_path):
     for row in (dict(prompt=quote([SYSTEM, Q]), chosen=quote([GOOD]), rejected=quote([BAD])),
