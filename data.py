@@ -56,8 +56,12 @@ def end_token_ids(tokenizer, model=None):
             ids.update([token for token in tokens if token in special and special[token].special][:1])
         except BadRow:
             pass                                         # a template that refuses this dialogue tells nothing
-    extra = model.generation_config.eos_token_id if model is not None else None
-    return ids | {token for token in (extra if isinstance(extra, list) else [extra]) if token in special}
+    if model is None:
+        return ids
+    extra = model.generation_config.eos_token_id
+    if not isinstance(extra, list):
+        extra = [extra]
+    return ids | {token for token in extra if token in special}
 
 
 def without_clock(template, day):
@@ -95,7 +99,9 @@ class Dialogue:
         self.tokenizer, self.template = tokenizer, tokenizer is not None and bool(tokenizer.chat_template)
         self.messages, self.filler, self.closing = prompt, "", ""
         if not self.template:
-            self.head = prompt if isinstance(prompt, str) else plain_dialogue(prompt)
+            self.head = prompt
+            if not isinstance(prompt, str):
+                self.head = plain_dialogue(prompt)
             return
         self.messages = prompt_messages(prompt)
         marker = "xANSWERx"
@@ -129,7 +135,9 @@ class Dialogue:
         where the template makes another text of the response."""
         if not self.template:
             between = isinstance(self.messages, list) and not self.started
-            return " " + response.strip() if between else response
+            if between:
+                return " " + response.strip()
+            return response
         answer = response.rstrip() if self.started else response.strip()
         whole = self.answered_by(answer)
         for filler in (self.filler, ""):                 # none where the answer brings its own
