@@ -30,7 +30,7 @@ from runtime.command_line import InputError, Parser, command_line, format_counts
 from runtime.intervals import few, format_figure, mean_of, over_seeds, prefers_chosen, share_of, win_figures
 from runtime.processes import computing_in, default_dtype, own_device, progress
 from runtime.run_directory import (
-    fingerprint_files, is_run_directory, read_json, write_bytes, write_text)
+    fingerprint_files, is_run_directory, read_json, refuse_output, write_bytes, write_text)
 
 # --- figures, each as (value, low, high) --------------------------------------------------------------------
 
@@ -177,6 +177,15 @@ def write_figures(results, path):
     write_text(path, json.dumps(written, indent=1) + "\n")
 
 
+def are_figures(text):
+    """Whether a text is what `write_figures` writes."""
+    try:
+        figures = [figure for model in json.loads(text).values() for figure in model.values()]
+        return all({*figure} == {"value", "low", "high"} for figure in figures)
+    except (ValueError, TypeError, AttributeError):
+        return False
+
+
 def print_samples(samples, number):
     """The answers of all models, {model: samples}, to the first `number` prompts, one prompt after the other.
     """
@@ -260,9 +269,11 @@ def held_out_pairs(args, reward):
 def evaluate_models(options):
     """Sample from the models of the command line, print a table of their figures, and write these into each
     run's evaluated.json, or all into --out."""
-    runs = [find_run(path, options) for path in options.models]
-    if not runs:
+    if not options.models:
         raise InputError("no run or model directory among the arguments")
+    if options.out:
+        refuse_output(options.out, are_figures)
+    runs = [find_run(path, options) for path in options.models]
     names = [Path(path).name or path for path in options.models]
     if len(set(names)) < len(names):
         names = options.models
@@ -569,11 +580,22 @@ def make_parser():
     return parser
 
 
+def refuse_comparison(out):
+    """Raises InputError if the figures, or the picture beside them, cannot be written to these names."""
+    if out.suffix != ".json":
+        raise InputError(f"--out {out}: want the name of a .json file; the picture stands beside it as .png")
+    refuse_output(out, are_figures)
+    picture = out.with_suffix(".png")
+    if picture.exists() and not out.exists():
+        raise InputError(f"{picture} is there without figures of --compare beside it; give another --out")
+
+
 def main():
     """`python evaluate.py RUN …`."""
     args = make_parser().parse_args()
     args.models = [path for path in args.models if not Path(path).is_file()]     # as runs/mine/results.json
     if args.compare:
+        refuse_comparison(Path(args.out or Path(*args.models[:1]).parent / "results.json"))
         best = best_possible(args) if args.frontier else ()
         compare(args.models, args.out, args.show, *best)
     else:

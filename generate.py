@@ -19,7 +19,6 @@ from pathlib import Path
 from data import collate, end_token_ids, fitting_prompt, load_tokenizer, response_text
 
 import torch
-import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from formats import BadRow, load_pairs
@@ -27,8 +26,8 @@ from runtime.command_line import (
     InputError, Parser, command_line, first_line, format_counts, number, seeded)
 from runtime.packing import allow_packing, is_packed, packed_logits, register_packing
 from runtime.processes import (
-    computing_in, fails_together, gathered, own_device, progress, rank, sent, shard)
-from runtime.run_directory import write_rows
+    computing_in, fails_together, gathered, of_rank_0, own_device, progress, rank, sent, shard)
+from runtime.run_directory import has_columns, refuse_output, write_rows
 
 # --- load and adapt -----------------------------------------------------------------------------------------
 
@@ -225,9 +224,8 @@ def hold_frozen_in_bfloat16(model):
 def take_settings(model):
     """Give a model without weights what rank 0 has found out with its own: how attention computes, and what
     ends a response."""
-    settings = [(model.config.get_text_config()._attn_implementation, model.generation_config)]
-    dist.broadcast_object_list(settings)
-    attention, model.generation_config = settings[0]
+    attention = model.config.get_text_config()._attn_implementation
+    attention, model.generation_config = of_rank_0((attention, model.generation_config))
     if attention == "packed":
         register_packing()
         model.set_attn_implementation("packed")
@@ -452,6 +450,7 @@ def main():
     args = parser.parse_args()
     if args.data is None:
         parser.error("argument --data: want a file or a hub name")
+    refuse_output(args.out, has_columns("prompt", "response"), args.data)
     pairs, report = load_pairs(args.data, args.limit)
     device = own_device()
     lengths = args.max_prompt_length, args.max_response_length

@@ -10,12 +10,12 @@ language model, whose score head is drawn, or such a classifier; it is trained b
 Labels need no reward: a preference is a callable (prompts, firsts, seconds) -> P(first ≻ second), of a judge,
 a preference model or a person, and may be cyclic (`sail.py --preference FILE.py:FUNCTION`).
 """
+import copy
 import importlib.util
 import math
 import os
 import signal
 import sys
-import time
 import traceback
 from collections import Counter
 from contextlib import contextmanager
@@ -28,7 +28,6 @@ from data import apply_template, length_table, load_tokenizer, render
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 from formats import BadRow, read_rows, train_and_held_out
 from generate import load_weights
@@ -36,10 +35,11 @@ from runtime.command_line import (
     InputError, Parser, command_line, format_counts, number, seeded)
 from runtime.intervals import mean_of, prefers_chosen, share_of
 from runtime.optimizer import make_optimizer, optimizer_step
-from runtime.processes import fails_together, own_device, print0, progress, stop_signals, sum_gradients
+from runtime.processes import fails_together, own_device, print0, progress, sum_gradients
 from runtime.run_directory import (
-    begin, date_of, fingerprint, log_figures, log_step, run_directory, save_checkpoint, saved_on_error,
-    write_directory, write_rows)
+    date_of, fingerprint, has_columns, refuse_inputs_inside, refuse_output, run_directory, write_directory,
+    write_rows)
+from runtime.training import steps, training
 
 # --- rewards ------------------------------------------------------------------------------------------------
 
@@ -57,10 +57,12 @@ class Reward:
 
 
 def scores_of(name, function, prompts, *responses, low=-math.inf, high=math.inf):
-    """function(prompts, *responses) as a list of finite floats from `low` to `high`, one for each prompt.
-    Raises InputError if they are others, and, below the traceback, if the function fails."""
+    """function(prompts, *responses) as a list of finite floats from `low` to `high`, one for each prompt. The
+    function gets copies, so that it may change what it is given. Raises InputError if the scores are invalid,
+    and, below the traceback, if the function fails."""
+    inputs = copy.deepcopy([prompts, *responses])
     with users_code(f"{name}: failed, as shown above"):
-        scores = function(prompts, *responses)
+        scores = function(*inputs)
         if isinstance(scores, (dict, set, str, bytes)):
             raise InputError(f"{name}: returned a {type(scores).__name__}; want a list of floats, one for "
                              "each response")
@@ -106,9 +108,17 @@ def load_preference(name):
 
 @contextmanager
 def users_code(problem):
-    """Around code that the user wrote, from which anything can come: its traceback, then one line. It finds
-    the working directory and torch's gradient mode as they are, and leaves them so."""
-    directory, gradients = os.getcwd(), torch.is_grad_enabled()
+    """Around code that the user wrote: whatever it raises becomes its traceback and one line. The working
+    directory, torch's gradient mode and os._exit are afterwards what they were; inside, os._exit raises
+    SystemExit in this process, so that a run never ends in silence with status 0."""
+    directory, gradients, leave, process = os.getcwd(), torch.is_grad_enabled(), os._exit, os.getpid()
+
+    def leave_child_only(status):
+        if os.getpid() != process:
+            leave(status)
+        raise SystemExit(f"os._exit({status}) was called")
+
+    os._exit = leave_child_only
     try:
         yield
     except InputError:
@@ -124,6 +134,7 @@ def users_code(problem):
         traceback.print_exc()
         raise InputError(problem) from None
     finally:
+        os._exit = leave
         os.chdir(directory)
         torch.set_grad_enabled(gradients)
 
@@ -314,21 +325,22 @@ def encode_for_reward(pairs, ids_of):
     return encoded, +counts, lengths
 
 
-def evaluate_reward(step, model, held_out, out):
-    """Log accuracy, loss and margin on the held-out pairs of ids."""
+def evaluate_reward(model, held_out):
+    """(figures, how many pairs they are of, no samples): accuracy, loss and margin on the held-out pairs of
+    ids; None without any."""
     if not held_out:
-        return
+        return None
     chosen = torch.tensor(classifier_scores(model, [chosen for chosen, _ in held_out]))
     rejected = torch.tensor(classifier_scores(model, [rejected for _, rejected in held_out]))
     margin = chosen - rejected
-    log_figures(out, step, {"accuracy": share_of(prefers_chosen(margin).tolist()),
-                            "loss": mean_of(bradley_terry_loss(chosen, rejected).tolist()),
-                            "margin": mean_of(margin.tolist())}, len(held_out))
+    figures = {"accuracy": share_of(prefers_chosen(margin).tolist()),
+               "loss": mean_of(bradley_terry_loss(chosen, rejected).tolist()),
+               "margin": mean_of(margin.tolist())}
+    return figures, len(held_out), []
 
 
 def reward_step(model, pairs, optimizer, scheduler, args):
     """One optimizer step on pairs of ids, a few a forward; (its figures, whether it was finite)."""
-    started = time.perf_counter()
     losses, margins = [], []
     for start in range(0, len(pairs), args.micro_batch_size):
         micro = pairs[start:start + args.micro_batch_size]
@@ -342,30 +354,7 @@ def reward_step(model, pairs, optimizer, scheduler, args):
     loss, margins = torch.cat(losses).mean().item(), torch.cat(margins)
     grad_norm, learning_rate, finite = optimizer_step(model, optimizer, scheduler, 1.0, loss)
     return dict(loss=loss, accuracy=prefers_chosen(margins).mean().item(), margin=margins.mean().item(),
-                grad_norm=grad_norm, learning_rate=learning_rate,
-                seconds=time.perf_counter() - started), finite
-
-
-def reward_loop(model, pairs, batches, held_out, run, optimizer, scheduler, out, args):
-    """The steps that are left, one for each of `batches`, places in the pairs; ends early on SIGTERM or
-    SIGINT."""
-    stopped, steps = stop_signals(), len(batches)
-    if run["step"] == 0:
-        evaluate_reward(0, model, held_out, out)
-    for step in tqdm(range(run["step"] + 1, steps + 1), "reward", steps, initial=run["step"], disable=None):
-        batch = [pairs[place] for place in batches[step - 1].tolist()]
-        figures, finite = reward_step(model, batch, optimizer, scheduler, args)
-        log_step(out, dict(step=step, **figures), steps)
-        if not finite:
-            raise InputError(f"step {step}: loss or gradient not finite; try a lower --learning-rate")
-        run["step"] = step
-        if step == steps:
-            evaluate_reward(step, model, held_out, out)
-        if stopped or args.save_every and (step % args.save_every == 0 or step == steps):
-            save_checkpoint(out, model, optimizer, run)
-        if stopped and step < steps:
-            print0(f"stopped after step {step}, which is saved; --resume continues")
-            raise SystemExit(max(stopped))
+                grad_norm=grad_norm, learning_rate=learning_rate), finite
 
 
 def load_trainee(args):
@@ -390,6 +379,7 @@ def train_reward(args):
             raise InputError(f"{args.eval_data or args.data}: a reward model needs pairs of responses "
                              "throughout")
     out = Path(args.out or f"{run_directory(args.data)}-reward")
+    refuse_inputs_inside(out, {"--model": args.model, "--data": args.data, "--eval-data": args.eval_data})
     args.date = args.date or date_of(out, args.resume)
     model, tokenizer, ids_of = load_trainee(args)
     pairs, counts, lengths = encode_for_reward(train_pairs, ids_of)
@@ -399,22 +389,23 @@ def train_reward(args):
                          f"({format_counts(counts)})")
     generator = torch.Generator().manual_seed(seeded("reward model's order", args.seed))
     order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(args.epochs)])
-    steps = math.ceil(len(order) / args.batch_size)
-    batches = order.tensor_split(steps)                                # they differ by one at most
-    optimizer, scheduler = make_optimizer(model.parameters(), steps, args.learning_rate)
+    count = math.ceil(len(order) / args.batch_size)
+    batches = order.tensor_split(count)                                # they differ by one at most
+    optimizer, scheduler = make_optimizer(model.parameters(), count, args.learning_rate)
     args.data_sha256 = fingerprint([pairs, held_out])
-    lock, run = begin(out, args, dict(step=0, skipped=0), model, optimizer, scheduler)    # open to the end
-    print0(f"{args.data}: {len(pairs)} pairs to train on, {len(held_out)} to evaluate on; dropped: "
-           f"{format_counts(report['dropped'] + counts)}\n{length_table(lengths, 'tokens')}\n"
-           f"{steps} steps of {len(batches[0])} -> {out}")
-    with saved_on_error(out, model, optimizer, run):
-        reward_loop(model, pairs, batches, held_out, run, optimizer, scheduler, out, args)
-
     def write(aside):
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
 
-    write_directory(out / "model", write)
+    with training(out, "reward", args, {}, model, optimizer, scheduler) as loop:
+        print0(f"{args.data}: {len(pairs)} pairs to train on, {len(held_out)} to evaluate on; dropped: "
+               f"{format_counts(report['dropped'] + counts)}\n{length_table(lengths, 'tokens')}\n"
+               f"{count} steps of {len(batches[0])} -> {out}")
+        for step in steps(loop, count, lambda: evaluate_reward(model, held_out)):
+            batch = [pairs[place] for place in batches[step.number - 1].tolist()]
+            step.record, step.finite = reward_step(model, batch, optimizer, scheduler, args)
+            step.record = {"step": step.number, **step.record}
+        write_directory(out / "model", write)
     print(f"saved {out}/model; sail.py --variant pr --reward {out}/model uses it")
     return model
 
@@ -433,12 +424,13 @@ def score_file(args):
             break
     if not rows:
         raise InputError(f"{args.responses}: want lines with prompt and response, as generate.py writes them")
+    out = args.out or "scored.jsonl"
+    refuse_output(out, has_columns("prompt", "response", "reward"), args.responses)
     device = own_device()
     reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
     scores = reward(prompts, responses)
     for row, score in zip(rows, scores):
         row["reward"] = score
-    out = args.out or "scored.jsonl"
     write_rows(out, rows)
     print(f"{len(rows)} responses scored in {out}: mean {sum(scores) / len(scores):.3f}, "
           f"min {min(scores):.3f}, max {max(scores):.3f}")
@@ -464,7 +456,7 @@ def parse_args(argv=None):
         add("--save-every", type=number(int, 1), metavar="N", help="a checkpoint every N steps; two stay"),
         add("--resume", action="store_true", help="continue from OUT's newest checkpoint, if any"),
         add("--overwrite", action="store_true", help="replace an earlier run in OUT")]
-    parser.set_defaults(may_change=[flag.dest for flag in may_change] + ["may_change"])
+    parser.set_defaults(may_change=[flag.dest for flag in may_change] + ["may_change"], eval_every=100)
     args = parser.parse_args(argv)
     if args.train and not (args.model and args.data):
         parser.error("argument --train: needs --model and --data")

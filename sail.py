@@ -47,8 +47,6 @@ from data import collate, encode, end_token_ids, length_table
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
-
 from evaluate import evaluate_policy
 from formats import Pair, train_and_held_out
 from generate import load_models, load_policy, roll_out, sequence_logps
@@ -58,11 +56,11 @@ from runtime.command_line import (
     InputError, Parser, command_line, format_counts, number, seeded)
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.processes import (
-    all_sum, computing_in, default_dtype, fails_together, gathered, is_sharded, print0, process_group, rank,
-    sent, stop_signals, sum_gradients, with_equal_counts, world_size)
+    all_sum, computing_in, default_dtype, fails_together, print0, process_group, rank, sent, sum_gradients,
+    with_equal_counts, world_size)
 from runtime.run_directory import (
-    begin, date_of, fingerprint, fingerprint_files, log_figures, log_step, run_directory, save_checkpoint,
-    save_model, saved_on_error, write_line)
+    date_of, fingerprint, fingerprint_files, refuse_inputs_inside, run_directory, save_model)
+from runtime.training import steps, training
 from toy import draw_toy_pairs, toy_settings, write_world
 
 # --- the losses ---------------------------------------------------------------------------------------------
@@ -226,25 +224,24 @@ def training_step(run, offline, own, args):
     """One optimizer step on pairs of the data, `offline`, and on those that take the variant's way, `own`:
     (sums of their metrics, whether it was finite, more figures)."""
     variant, figures = VARIANTS[args.variant], {}
-    with timed(figures, "seconds"):
-        # 1. roll out: the policy's responses in the place of the data's
-        with timed(figures, "seconds_rollout"):
-            own = roll_out(run.policy, run.tokenizer, own, SAMPLED[variant.responses], args)
-        # 2. label them; where the policy labels, sail_loss does it
-        with timed(figures, "seconds_reward"):
-            if variant.label == "reward" and run.preference:
-                label_by_preference(own, run.preference)
-            elif variant.label == "reward":
-                label_by_reward(own, run.reward, args.preference)
-        # 3. back-propagate the mean loss over all pairs
-        totals = accumulate_gradients(run, offline + own, args)
-        # 4. step, unless the loss or the gradient is not finite
-        figures["grad_norm"], figures["learning_rate"], finite = optimizer_step(
-            run.policy, run.optimizer, run.scheduler, args.max_grad_norm, totals["loss"])
-        # 5. move the baseline of T2 on, to a running mean of f
-        if args.baseline == "running" and totals["on_policy"] and math.isfinite(totals["on_policy_loss"]):
-            mean_utility = -totals["on_policy_loss"] / totals["on_policy"]
-            run.progress["baseline"] += 0.1 * (mean_utility - run.progress["baseline"])
+    # 1. roll out: the policy's responses in the place of the data's
+    with timed(figures, "seconds_rollout"):
+        own = roll_out(run.policy, run.tokenizer, own, SAMPLED[variant.responses], args)
+    # 2. label them; where the policy labels, sail_loss does it
+    with timed(figures, "seconds_reward"):
+        if variant.label == "reward" and run.preference:
+            label_by_preference(own, run.preference)
+        elif variant.label == "reward":
+            label_by_reward(own, run.reward, args.preference)
+    # 3. back-propagate the mean loss over all pairs
+    totals = accumulate_gradients(run, offline + own, args)
+    # 4. step, unless the loss or the gradient is not finite
+    figures["grad_norm"], figures["learning_rate"], finite = optimizer_step(
+        run.policy, run.optimizer, run.scheduler, args.max_grad_norm, totals["loss"])
+    # 5. move the baseline of T2 on, to a running mean of f
+    if args.baseline == "running" and totals["on_policy"] and math.isfinite(totals["on_policy_loss"]):
+        mean_utility = -totals["on_policy_loss"] / totals["on_policy"]
+        run.progress["baseline"] += 0.1 * (mean_utility - run.progress["baseline"])
     return totals, finite, figures
 
 
@@ -543,10 +540,13 @@ def print_plan(run, counts, held_out_counts, lengths, total, steps, args):
 def train(args, device):
     """The whole run: load, loop, save. InputError: bad input, a failing reward, ten steps not finite."""
     out = Path(args.out)
+    refuse_inputs_inside(out, {"--model": args.model, "--reference": args.reference, "--data": args.data,
+                               "--eval-data": args.eval_data, "--reward": args.reward,
+                               "--preference": args.preference})
     args.date = args.date or date_of(out, args.resume)
     run, counts, held_out_counts, lengths = load_run(args, device)
-    total, steps = plan(len(run.examples), args)
-    a_step = total // max(steps, 1)
+    total, count = plan(len(run.examples), args)
+    a_step = total // max(count, 1)
     if a_step < world_size():
         raise InputError(f"--batch-size: {a_step} pairs a step are too few for {world_size()} processes; "
                          "raise it, or --epochs")
@@ -561,99 +561,42 @@ def train(args, device):
     if run.preference:
         args.preference_sha256 = fingerprint_files(args.preference)
     args.data_counts = dict(counts)
-    run.optimizer, run.scheduler = make_optimizer(run.policy.parameters(), steps, args.learning_rate,
+    run.optimizer, run.scheduler = make_optimizer(run.policy.parameters(), count, args.learning_rate,
                                                   args.optimizer, args.schedule, args.warmup_steps)
-    start = dict(step=0, skipped=0, in_a_row=0, baseline=0.0)
+    start = {"baseline": 0.0}
     if args.baseline == "running":                                     # from f(0) on
         f_zero = utility(torch.zeros(()), args.beta, args.loss_type, args.target_margin)
         start["baseline"] = f_zero.item()
-    lock, run.progress = begin(out, args, start, run.policy, run.optimizer, run.scheduler)   # open to the end
-    print_plan(run, counts, held_out_counts, lengths, total, steps, args)
-    stopped = stop_signals()
 
     def load_base():
         model, _ = load_policy(args.model, "cpu", args.trust_remote_code)
         return model
 
-    with saved_on_error(out, run.policy, run.optimizer, run.progress):
-        loop(run, out, args, total, steps, stopped)
-        if run.progress["step"] == steps:
-            save_model(run.policy, run.tokenizer, out, load_base)
-    if run.progress["step"] < steps:
-        print0(f"stopped after step {run.progress['step']}, which is saved; --resume continues")
-        raise SystemExit(max(stopped, default=0))
+    with training(out, args.variant, args, start, run.policy, run.optimizer, run.scheduler) as loop:
+        run.progress = loop.progress
+        print_plan(run, counts, held_out_counts, lengths, total, count, args)
+        for step in steps(loop, count, lambda: evaluate_run(run, args)):
+            offline, own = share_of_process(*draw_pairs(run.examples, step.number, args, total, count))
+            totals, step.finite, figures = training_step(run, offline, own, args)
+            step.record = record_of(step.number, totals, args, **figures)
+        save_model(run.policy, run.tokenizer, out, load_base)
     command = f"python evaluate.py {out}"
     if ".py:" in (args.reward or ""):
         command += f" --reward {args.reward}"
     print0(f"saved {out}/model; `{command}` samples from it and sets it beside other runs")
 
 
-def loop(run, out, args, total, steps, stopped):
-    """The steps that are left, with logs, evaluations and checkpoints; ends early on SIGTERM or SIGINT."""
-    progress, evaluation = run.progress, {}
-    first = progress["step"] + 1
-    if progress["step"] == 0 and args.eval_every:
-        with timed(evaluation, "seconds"):
-            evaluate_run(run, out, 0, args)
-    for step in tqdm(range(first, steps + 1), args.variant, steps, initial=progress["step"],
-                     disable=None if rank() == 0 else True):
-        torch.manual_seed(seeded("samples", args.seed, step, rank()))
-        offline, own = share_of_process(*draw_pairs(run.examples, step, args, total, steps))
-        totals, finite, figures = training_step(run, offline, own, args)
-        progress["step"] = step
-        if finite:
-            progress["in_a_row"] = 0
-        else:
-            progress["in_a_row"] += 1
-            progress["skipped"] += 1
-        log_step(out, record_of(step, totals, args, skipped=progress["skipped"], **figures), steps)
-        if step == first:
-            print_how_long(figures["seconds"], evaluation.get("seconds"), steps - first + 1, args, run.device)
-        if progress["in_a_row"] >= 10:
-            raise InputError(f"steps {step - 9} to {step}: loss or gradient not finite; lower the rate")
-        if step == steps or args.eval_every and step % args.eval_every == 0:
-            evaluate_run(run, out, step, args)
-        signals = all_sum(Counter(stopped=len(stopped)), run.device)
-        stop = signals["stopped"] > 0
-        if stop or args.save_every and (step % args.save_every == 0 or step == steps):
-            save_checkpoint(out, run.policy, run.optimizer, progress)
-        if stop:
-            return
-
-
-@fails_together
-def evaluate_run(run, out, step, args):
-    """Evaluate the policy of a run in training, and log it. Only a sharded one needs all processes."""
-    if not run.held_out or rank() != 0 and not is_sharded(run.policy):
-        return
+def evaluate_run(run, args):
+    """(figures, how many pairs they are of, samples to keep) of the policy as it is; None without any
+    held-out pair."""
+    if not run.held_out:
+        return None
     run.policy.eval()
-    print0(f"evaluating at step {step}: a response of up to {args.max_response_length} tokens to each of "
+    print0(f"evaluating: a response of up to {args.max_response_length} tokens to each of "
            f"{len(run.held_out)} held-out prompts …")
-    reward = run.reward
-    if rank() != 0:
-        reward = None
-    with gathered(run.policy):
-        figures, samples = evaluate_policy(run.policy, run.reference, run.tokenizer, run.held_out, reward,
-                                           args)
-    log_figures(out, step, figures, len(run.held_out))
-    for row in samples[:8]:
-        write_line(out, "samples", {"step": step, **row})
-
-
-@fails_together
-def print_how_long(seconds, evaluation, steps, args, device):
-    """After the first step, how long the run will take, and, if that is long, what makes it shorter.
-    evaluation: the seconds that the first one took, None if there was none."""
-    took, total = f"the first step took {seconds:.1f} s", seconds * steps
-    if evaluation is not None:
-        evaluations = max(1, steps // args.eval_every)
-        took += f", an evaluation {evaluation:.1f} s"
-        total += evaluation * evaluations
-    print0(f"{took}: about {total / 60:.0f} min to go")
-    if seconds > 60 or device.type == "cpu" and total > 1200:
-        print0(f"for a shorter run: --batch-size ({args.batch_size}), --max-response-length "
-               f"({args.max_response_length}), --max-prompt-length ({args.max_prompt_length}), --steps, "
-               f"--eval-limit ({args.eval_limit}), --eval-every ({args.eval_every}), --lora")
+    figures, samples = evaluate_policy(run.policy, run.reference, run.tokenizer, run.held_out, run.reward,
+                                       args)
+    return figures, len(run.held_out), samples[:8]
 
 
 # --- the command line ---------------------------------------------------------------------------------------

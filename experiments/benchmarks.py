@@ -20,7 +20,7 @@ import torch
 from formats import read_rows
 from runtime.command_line import command_line, format_counts, InputError, number, Parser, seeded
 from runtime.processes import own_device
-from runtime.run_directory import write_rows, write_text
+from runtime.run_directory import has_columns, refuse_output, write_rows, write_text
 from generate import answer, load_policy
 
 BENCHMARKS = {  # name: the columns that identify its questions; the last one holds what is asked
@@ -106,6 +106,9 @@ def main():
     if (Path(args.out).suffix == ".json") != (benchmark == "AlpacaEval"):
         raise InputError(f"--out {args.out}: {benchmark}'s judge wants a file that ends in "
                          f"{'.json' if benchmark == 'AlpacaEval' else '.jsonl'}")
+    own = {"MT-Bench": has_columns("question_id", "answer_id"), "Arena-Hard": has_columns("uid", "ans_id"),
+           "AlpacaEval": lambda text: text.startswith('[\n {\n  "dataset": ')}
+    refuse_output(args.out, own[benchmark], args.questions)
     lengths = args.max_prompt_length, args.max_response_length
     model, tokenizer = load_policy(args.model, own_device(), args.trust_remote_code, lengths)
     torch.manual_seed(seeded("answers", args.seed))

@@ -1,13 +1,15 @@
-"""Kill runs of sail.py with SIGKILL at random moments, resume them, and compare with a run that nobody
-killed.
+"""Kill runs of sail.py at random moments, resume them, and compare with a run that nobody killed.
 
     python experiments/kill.py      # 20 kills, while sampling, in backward, while saving; one and two ranks
     python experiments/kill.py --kills 3
+
+Four kills in five are SIGKILL, the fifth is SIGHUP, as of a terminal that closes, at which a run saves.
 
 Final weights and metrics.jsonl (but for its `seconds`) must be equal bit for bit. Ends with status 1 unless
 all are.
 """
 import argparse
+import importlib
 import json
 import os
 import random
@@ -21,24 +23,30 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-STEPS, PHASES = 12, {"rollout": "roll_out", "backward": "accumulate_gradients", "saving": "save_checkpoint"}
+STEPS = 12
+PHASES = {  # name: the module and the function in which the signal comes
+    "rollout": ("sail", "roll_out"), "backward": ("sail", "accumulate_gradients"),
+    "saving": ("runtime.training", "save_checkpoint")}
 ARGUMENTS = ["--variant", "pr", "--mix", "0.5", "--steps", str(STEPS),
              "--batch-size", "8", "--limit", "60", "--eval-limit", "4", "--eval-every", "5",
              "--max-response-length", "12", "--save-every", "2"]
 
 
-def victim(phase, nth, delay, rank):
-    """Run sail.py in this process, to be killed `delay` seconds into the nth call of the phase's function."""
+def victim(phase, nth, delay, rank, number):
+    """Run sail.py in this process, to which the signal of this number comes `delay` seconds into the nth call
+    of the phase's function."""
     import sail
-    function, calls = getattr(sail, PHASES[phase]), []
+    module, name = PHASES[phase]
+    module = importlib.import_module(module)
+    function, calls = getattr(module, name), []
 
     def watched(*args, **options):
         calls.append(1)
         if len(calls) == nth and os.environ.get("RANK", "0") == str(rank):
-            threading.Timer(delay, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
+            threading.Timer(delay, lambda: os.kill(os.getpid(), number)).start()
         return function(*args, **options)
 
-    setattr(sail, PHASES[phase], watched)
+    setattr(module, name, watched)
     sail.command_line(sail.main)
 
 
@@ -67,19 +75,20 @@ def trial(ranks, out, base, seed):
     nth, rank = draw.randint(1, STEPS // (2 if phase == "saving" else 1)), draw.randrange(ranks)
     delay = draw.uniform(0, 0.02)
     shutil.rmtree(out, ignore_errors=True)
-    killed = launch(ranks, out, base, kill=[phase, nth, delay, rank])
+    number = signal.SIGHUP if seed % 5 == 4 else signal.SIGKILL
+    killed = launch(ranks, out, base, kill=[phase, nth, delay, rank, number])
     at = len((out / "metrics.jsonl").read_text().splitlines())
     left = sorted(path.name for path in (out / "checkpoints").glob("*"))
     resumed = launch(ranks, out, base, "--resume")
     said = next((line for line in resumed.stdout.splitlines() if "continuing" in line), "from the start")
     survivor = next((said for said in ("has lost another process", "cannot be written", 'sail.py", line')
                      if said in killed.stderr), "silent")
-    what = (f"{ranks} rank(s), rank {rank} {delay * 1000:4.1f} ms into {phase} {nth:2}: "
+    what = (f"{number.name}, {ranks} rank(s), rank {rank} {delay * 1000:4.1f} ms into {phase} {nth:2}: "
             f"status {killed.returncode}, {at} steps logged, checkpoints {left}; {said.split(',')[0]}; "
             f"status {resumed.returncode}")
     what += f"; the other rank: {survivor}" if ranks > 1 else ""
     assert "line" not in survivor, killed.stderr                       # no traceback
-    assert killed.returncode != 0 and resumed.returncode == 0, what + resumed.stderr
+    assert (killed.returncode == 0) == (number == signal.SIGHUP) and resumed.returncode == 0, what + resumed.stderr
     return what
 
 

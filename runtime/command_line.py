@@ -15,6 +15,18 @@ class InputError(ValueError):
     """Bad input from the user: its text says what is wrong, where, and what to do."""
 
 
+@contextmanager
+def foreign(problem):
+    """Around one call of code that is not ours, as a library that reads or writes a file: whatever it raises
+    becomes InputError(problem), with the first 200 characters of the reason in brackets. Our own code does
+    not belong inside, since a fault of ours must show its traceback."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        raise InputError(f"{problem} ({reason})") from None
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with short help and one-line errors; `shared` adds flags that several scripts have."""
 
@@ -65,9 +77,12 @@ SHARED = {
 
 def command_line(main):
     """Run a script's `main`; bad input, a file that fails, or an optional package that is not there, becomes
-    one line on stderr and exit status 2."""
+    one line on stderr and exit status 2. Ctrl-C becomes one line and exit status 130."""
     try:
         main()
+    except KeyboardInterrupt as interrupt:
+        say_interrupted(KeyboardInterrupt, interrupt, None)
+        sys.exit(130)
     except (InputError, OSError, ModuleNotFoundError) as error:
         # InputError is raised by all processes alike, and one speaks; other errors may be one's own.
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):
@@ -75,6 +90,14 @@ def command_line(main):
         if not is_open(sys.stdout):
             sys.stdout = None                    # or Python would complain once more at its end
         sys.exit(2)
+
+
+def say_interrupted(kind, error, trace):
+    """A sys.excepthook that shows Ctrl-C as one line, and anything else as Python does."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    elif os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
 
 
 def is_open(stream):

@@ -122,20 +122,34 @@ def progress(items, what, total=None):
             printed = now
 
 
+def of_rank_0(value):
+    """Rank 0's value, on all processes."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, group=meeting)
+    return values[0]
+
+
+def of_all(value):
+    """The values of all processes, in their order."""
+    values = [value]
+    if dist.is_initialized():
+        values = [None] * world_size()
+        dist.all_gather_object(values, value, meeting)
+        dist.barrier(meeting)             # gloo's threads must be done with the objects before a process ends
+    return values
+
+
 def raise_together(problem=None, where=""):
     """Raise InputError(problem) on all processes if any of them has one. Without any, all have met here.
     Raises OSError, which says who is missing and where, if a process does not come."""
-    problems = [problem]
     if dist.is_initialized():
         try:
             dist.monitored_barrier(meeting, PATIENCE, wait_all_ranks=True)
         except RuntimeError as error:
             raise OSError(f"rank {rank()} waited in vain at the end of {where} ({first_line(error)[-60:]}); "
                           "--resume goes on from the last checkpoint") from None
-        problems = [None] * world_size()
-        dist.all_gather_object(problems, problem, meeting)
-        dist.barrier(meeting)             # gloo's threads must be done with the objects before a process ends
-    for each in problems:
+    for each in of_all(problem):
         if each is not None:
             raise InputError(each)
 
@@ -178,24 +192,57 @@ def sum_gradients(model):
             dist.all_reduce(parameter.grad)
 
 
-def stop_signals():
-    """A list that gets the exit status at SIGTERM or SIGINT, to end after a step; a second SIGINT is hard."""
-    stopped = []
+class Interrupted(BaseException):
+    """The first stop signal, raised where `StopSignals.interrupting` allows it."""
 
-    def note(number, _):
-        message = f"\n{signal.Signals(number).name}: stopping after this step"
-        if number == signal.SIGINT:
-            stopped.append(130)
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            message += "; again: at once, without saving"
-        else:
-            stopped.append(0)
+
+class StopSignals:
+    """While inside, the first SIGINT, SIGTERM or SIGHUP is noted, so that a run can end after its step, and a
+    second one ends the process at once. A signal that the process was started to ignore, as nohup does with
+    SIGHUP, stays ignored. Child processes, as a reward may start, get back what was there before."""
+
+    def __init__(self):
+        self.exit_status = None                 # of the process, once there was a signal
+        self.may_interrupt = False
+        self.before = {}
+
+    def __enter__(self):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                self.before[number] = signal.signal(number, self.note)
+        os.register_at_fork(after_in_child=self.give_back)
+        return self
+
+    def __exit__(self, *_):
+        self.give_back()
+
+    def give_back(self):
+        """Restore the handlers that were there before."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
+
+    def note(self, number, _):
+        """The handler of the first signal."""
+        self.exit_status = 130 if number == signal.SIGINT else 0
+        for each in self.before:
+            signal.signal(each, signal.SIG_DFL)
         if rank() == 0:                                # not print: a signal may come in the middle of one
-            os.write(2, f"{message}\n".encode())
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: saving after this step; again: ending at once, without saving\n".encode())
+        if self.may_interrupt:
+            raise Interrupted
 
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
-    return stopped
+    @contextmanager
+    def interrupting(self):
+        """While inside, the first signal raises Interrupted, as in an evaluation, which can be made up."""
+        self.may_interrupt = True
+        try:
+            if self.exit_status is not None:
+                raise Interrupted
+            yield
+        finally:
+            self.may_interrupt = False
 
 
 # --- shards -------------------------------------------------------------------------------------------------

@@ -11,20 +11,20 @@ import math
 import os
 import re
 import shutil
+import socket
+import time
 import warnings
-from contextlib import contextmanager
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from runtime.command_line import DATA_FILES, InputError, first_line, one_line
+from runtime.command_line import DATA_FILES, InputError, first_line, foreign
 from runtime.intervals import few, format_figure
-from runtime.processes import fails_together, print0, rank, world_size
+from runtime.processes import fails_together, of_all, of_rank_0, print0, rank, world_size
 
 MODEL_FILES = (".safetensors", ".bin", ".py", ".json", ".jinja", ".model", ".txt")
 LOGS = ("metrics", "eval", "samples")
@@ -43,13 +43,25 @@ def read_json(path):
 
 
 def write_bytes(path, content):
-    """Write a file aside, under a name of this process alone, and rename it: there is never half a file, and
-    a symbolic link is replaced, not followed."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(f"{path}.{os.getpid()}.writing")
-    aside.unlink(missing_ok=True)
-    aside.write_bytes(content)
-    aside.replace(path)
+    """Write a file under a free name and rename it: there is never half a file, a symbolic link is replaced,
+    not followed, and a backup that shares the earlier file by a hard link keeps it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = free_name(path, f".{os.getpid()}.writing")
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def free_name(path, ending):
+    """The path with this ending, and a number before it if that name is taken."""
+    candidate, number = Path(f"{path}{ending}"), 1
+    while os.path.lexists(candidate):
+        number += 1
+        candidate = Path(f"{path}.{number}{ending}")
+    return candidate
 
 
 def write_text(path, text):
@@ -62,19 +74,51 @@ def write_rows(path, rows):
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
+def refuse_output(path, is_own, *inputs):
+    """Raises InputError, before there is work to lose, where a command cannot write its results, or would
+    replace what it has not written. is_own: tells by a file's text whether such a command wrote it. inputs:
+    the files that the command reads, which it never replaces."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"--out {path} is a directory, or no regular file; want the name of a file")
+    for name in inputs:
+        if path.exists() and name and Path(name).exists() and path.samefile(name):
+            raise InputError(f"--out {path} is the file that is read; give another --out")
+    earlier = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    if earlier and not is_own(earlier):
+        raise InputError(f"--out {path} is a file of something else, which would be lost; give another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trial = free_name(path, f".{os.getpid()}.writing")
+    trial.write_bytes(b"")
+    trial.unlink()
+
+
+def has_columns(*names):
+    """Tells of a text whether it is rows as JSON lines, of which the first has these columns."""
+    def is_own(text):
+        try:
+            return {*names} <= {*json.loads(text[:text.find("\n")])}
+        except (ValueError, TypeError):
+            return False
+
+    return is_own
+
+
 def write_directory(directory, write):
-    """write(path) beside the directory, then rename: what stands there is whole. InputError if it fails."""
+    """Call write(path) on a free name beside the directory, then rename it: a directory appears under its
+    final name only when it is complete. Raises InputError if it cannot be written."""
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()                                             # a model is written in a moment
-    aside = Path(f"{directory}.writing")
-    remove(aside)
+    directory = Path(directory)
+    aside = free_name(directory, f".{os.getpid()}.writing")
     try:
-        write(aside)
-    except (OSError, SafetensorError) as error:
+        with foreign(f"{directory} cannot be written"):
+            aside.mkdir(parents=True)
+            write(aside)
+        remove(directory)
+        aside.rename(directory)
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise InputError(f"{directory} cannot be written ({first_line(error)})") from None
-    remove(directory)
-    aside.rename(directory)
 
 
 def remove(directory):
@@ -107,12 +151,55 @@ def date_of(out, resume):
     return date.today().isoformat()
 
 
+def refuse_inputs_inside(out, inputs):
+    """Raises InputError if an input, {flag: path, hub name, FILE.py:FUNCTION or None}, is OUT or lies in it,
+    where a run deletes and replaces files."""
+    whole = Path(out).resolve()
+    for flag, name in inputs.items():
+        path = Path(re.sub(r"(\.py):.*", r"\1", str(name)))
+        if name and path.exists() and whole in (path.resolve(), *path.resolve().parents):
+            raise InputError(f"{flag} {path} lies in --out {out}, where a run deletes and replaces files; "
+                             "give another --out, or move it")
+
+
+def refuse_unlike_directories(out):
+    """Raises InputError on all processes if one of them, as on another machine, does not see what rank 0
+    writes into OUT: half of each checkpoint would be missing."""
+    if world_size() == 1:
+        return
+    token = of_rank_0(write_token(out))
+    seen = of_all(wait_for(token))
+    if rank() == 0:
+        token.unlink()
+    if not all(seen):
+        raise InputError(f"{out}: rank {seen.index(False)} does not see what rank 0 writes there; "
+                         "--out must lie on a file system that all machines share")
+
+
+@fails_together
+def write_token(out):
+    """Rank 0 writes an empty file of a new name into OUT and returns its path."""
+    if rank() == 0:
+        token = free_name(out / socket.gethostname(), ".token")
+        write_bytes(token, b"")
+        return token
+
+
+def wait_for(path, seconds=10):
+    """Whether a file appears within so many seconds: a network's file system may be a little late."""
+    end = time.monotonic() + seconds
+    while not path.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    return path.exists()
+
+
 @fails_together
 def begin(out, args, progress, policy, optimizer, scheduler):
     """Begin a run in `out`, or with --resume continue it from its newest checkpoint: (lock, progress). Others
     are kept out for as long as the lock, a file, is open. Raises InputError if there is another run."""
     lock = lock_directory(out)                                         # first: all take part in what follows
-    checkpoint = newest_checkpoint(out)
+    refuse_unlike_directories(out)
+    checkpoint = of_rank_0(newest_checkpoint(out))
     continued = checkpoint and args.resume
     if continued:
         progress = resume(checkpoint, args, policy, optimizer, scheduler)
@@ -200,9 +287,10 @@ def start_afresh(out, args):
     for name in LOGS:
         path = out / f"{name}.jsonl"
         if path.exists() and path.stat().st_size and not args.overwrite:
-            path.replace(f"{path}.old")
-            print0(f"{path} of an earlier try stays as {path.name}.old")
-        path.write_text("")
+            old = free_name(path, ".old")
+            path.rename(old)
+            print0(f"{path} of an earlier try stays as {old.name}")
+        write_bytes(path, b"")
 
 
 @lru_cache
@@ -231,10 +319,8 @@ def write_line(out, name, row):
         event_writer(out).flush()
 
 
-@fails_together
-def log_step(out, record, steps):
-    """Append a step's record to metrics.jsonl; print every tenth, the first and the last as a line."""
-    write_line(out, "metrics", record)
+def print_step(record, steps):
+    """Print the record of every tenth step, the first and the last as a line."""
     step = record["step"]
     if step % 10 and step not in (1, steps):
         return
@@ -331,21 +417,6 @@ def save_checkpoint(out, policy, optimizer, progress):
     finish_checkpoint(out, aside, path, progress)
 
 
-@contextmanager
-def saved_on_error(out, policy, optimizer, progress):
-    """Around the steps of a run: an InputError, or an OSError such as of a full disk, ends them, and those
-    that were done are saved."""
-    try:
-        yield
-    except (InputError, OSError) as error:
-        others_know = isinstance(error, InputError) or world_size() == 1       # saving takes all processes
-        if not progress["step"] or not others_know:
-            raise
-        save_checkpoint(out, policy, optimizer, progress)
-        raise InputError(f"{one_line(error)} (step {progress['step']} is saved; --resume continues)"
-                         ) from None
-
-
 @fails_together
 def make_empty(directory):
     """Rank 0 makes an empty directory."""
@@ -384,24 +455,32 @@ def resume(path, args, policy, optimizer, scheduler):
         raise InputError(f"{path} cannot be read ({first_line(error)}); remove it, and --resume") from None
     if rank() == 0:
         for name, size in logs.items():
-            os.truncate(out / f"{name}.jsonl", size)
+            cut_log(out / f"{name}.jsonl", size)
     scheduler.last_epoch = progress["step"] - progress["skipped"] - 1
     scheduler.step()
     print0(f"continuing after step {progress['step']}, from {path}")
     return progress
 
 
+def cut_log(path, size):
+    """Cut a log to the whole lines of its first `size` bytes; half a line is left by a disk that was full."""
+    lines = path.read_bytes()[:size]
+    write_bytes(path, lines[:lines.rfind(b"\n") + 1])
+
+
 def read_progress(path):
     """The progress of the checkpoint `path`. Raises InputError if no run can have written it."""
     file = path / "progress.json"
     progress = read_json(file)
-    counts = [progress.get("step"), progress.get("skipped"), progress.get("in_a_row", 0)]
+    counts = [progress.get("step"), progress.get("skipped"), progress.get("in_a_row")]
     logs = progress.get("logs")
     is_sound = isinstance(logs, dict) and set(logs) == set(LOGS)
     for count in counts + list(logs.values() if is_sound else []):
         is_sound = is_sound and type(count) is int and count >= 0
     baseline = progress.get("baseline", 0.0)
     is_sound = is_sound and isinstance(baseline, float) and math.isfinite(baseline)
+    evaluated, record = progress.get("evaluated"), progress.get("record")
+    is_sound = is_sound and type(evaluated) is int and isinstance(record, (dict, type(None)))
     if not is_sound or str(counts[0]) != path.name or max(counts[1:]) > counts[0]:
         raise InputError(f"{file}: no run has written this; remove {path}, and --resume")
     return progress

@@ -310,16 +310,11 @@ def test_a_reward_that_raises_keyboard_interrupt_is_one_line_in_training(monkeyp
 # --- disks, pipes
 
 def test_a_closed_output_saves_what_was_reached(base, tmp_path, monkeypatch, capsys):
-    real, steps = sail.log_step.__wrapped__, []
-
-    def log_step(out, record, total):
-        steps.append(record["step"])
-        real(out, record, total)
-        if len(steps) == 2:
+    def closed(record, _):
+        if record["step"] == 2:
             raise BrokenPipeError(32, "Broken pipe")
 
-    from runtime.processes import fails_together
-    monkeypatch.setattr(sail, "log_step", fails_together(log_step))
+    monkeypatch.setattr("runtime.training.print_step", closed)
     argv = ["sail.py", "--model", base, *SHORT, "--steps", "4", "--out", str(tmp_path / "run")]
     message = fails(sail.main, argv, monkeypatch, capsys)
     assert "standard output is closed (step 2 is saved; --resume continues)" in message

@@ -205,7 +205,7 @@ def test_a_disk_that_is_full_while_logging_ends_the_run_with_one_line(base, tmp_
     def full(*_):
         raise OSError(28, "No space left on device", "metrics.jsonl")
 
-    monkeypatch.setattr(sail, "log_step", full)
+    monkeypatch.setattr("runtime.training.write_line", full)
     assert "metrics.jsonl: No space left on device" in fails_here(base, tmp_path, monkeypatch, capsys)
 
 

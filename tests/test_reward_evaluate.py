@@ -230,7 +230,7 @@ def test_half_a_surrogate_pair_in_a_response_survives_the_scoring(tmp_path, monk
 @pytest.mark.parametrize("argv, message", [
     (["--reward", "mine.py"], "reward mine.py: which of its functions? want mine.py:FUNCTION"),
     (["--reward", "mine.py:f"], "no such file mine.py"),
-    (["--reward", TOY_REWARD, "--out", "folder"], "folder: Is a directory")])
+    (["--reward", TOY_REWARD, "--out", "folder"], "--out folder is a directory")])
 def test_what_cannot_be_scored_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()

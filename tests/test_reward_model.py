@@ -18,6 +18,7 @@ import sail
 from reward import load_classifier, load_reward
 from runtime.intervals import prefers_chosen
 from reward import bradley_terry_loss
+from runtime import training
 
 TRAINEE = dict(num_labels=1)                               # of a classifier that is to be trained
 
@@ -75,7 +76,7 @@ def test_training_learns_to_prefer_the_chosen_and_says_so(monkeypatch, checkpoin
     assert steps[0]["loss"] == pytest.approx(math.log(2), abs=0.3) and steps[-1]["loss"] < 0.3
     rates = [step["learning_rate"] for step in steps]
     assert rates[0] < 3e-3 and rates[-1] == 3e-3 and set(steps[0]) == {
-        "step", "loss", "accuracy", "margin", "grad_norm", "learning_rate", "seconds"}
+        "step", "loss", "accuracy", "margin", "grad_norm", "learning_rate", "skipped", "seconds"}
     score = load_reward(str(tmp_path / "model"))
     assert score(["7? "], ["yes!"]) > score(["7? "], ["no!"])
     assert f"eval {len(steps)} | accuracy 1.000 [0.57, 1.00] | loss " in capsys.readouterr().out
@@ -266,8 +267,9 @@ def test_bad_flags_are_named(argv, message, monkeypatch, capsys):
 def test_a_loss_that_is_not_finite_stops_with_one_line_and_saves_nothing(checkpoint, pairs, tmp_path,
                                                                          monkeypatch, capsys):
     monkeypatch.setattr(reward, "bradley_terry_loss", lambda *sides: sides[0] * math.nan)
-    argv = ["reward.py", "--train", "--model", str(checkpoint), "--data", pairs, "--out", str(tmp_path)]
-    assert "step 1: loss or gradient not finite" in fails(reward.main, argv, monkeypatch, capsys)
+    argv = ["reward.py", "--train", "--model", str(checkpoint), "--data", pairs, "--out", str(tmp_path),
+            "--batch-size", "4", "--limit", "60"]
+    assert "steps 1 to 10: loss or gradient not finite" in fails(reward.main, argv, monkeypatch, capsys)
     assert not (tmp_path / "model").exists()
 
 
@@ -313,15 +315,14 @@ def test_the_gradient_does_not_depend_on_the_micro_batches(checkpoint, pairs, tm
 
 
 def test_a_full_disk_saves_the_steps_that_were_done(checkpoint, pairs, tmp_path, monkeypatch, capsys):
-    real, steps = reward.log_step, []
+    real = training.write_line
 
-    def log_step(*record):
-        if len(steps) == 2:
+    def write_line(out, name, row):
+        if name == "metrics" and row["step"] == 2:
             raise OSError(28, "No space left on device", "metrics.jsonl")
-        steps.append(1)
-        real(*record)
+        real(out, name, row)
 
-    monkeypatch.setattr(reward, "log_step", log_step)
+    monkeypatch.setattr(training, "write_line", write_line)
     argv = ["reward.py", "--train", "--model", str(checkpoint), "--data", pairs,
             "--out", str(tmp_path / "run")]
     message = fails(reward.main, argv, monkeypatch, capsys)

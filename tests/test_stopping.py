@@ -301,8 +301,8 @@ def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_mode
     assert lines[6] == ("pr: 2 offline pairs + 2 on the variant's way = 4 pairs, 1 steps of 4 -> "
                         f"{tmp_path}/run")
     assert lines[7].startswith("step 1/1 | loss ")
-    assert re.fullmatch(r"the first step took [\d.]+ s: about 0 min to go", lines[8])
-    assert lines[9] == "evaluating at step 1: a response of up to 6 tokens to each of 4 held-out prompts …"
+    assert re.fullmatch(r"the first step took [\d.]+ s: about 0 s to go", lines[8])
+    assert lines[9] == "evaluating: a response of up to 6 tokens to each of 4 held-out prompts …"
     assert lines[-1].startswith(f"saved {tmp_path}/run/model; `python evaluate.py {tmp_path}/run --reward ")
 
 

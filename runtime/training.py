@@ -1,0 +1,180 @@
+"""The loop that every training run shares: its logs, evaluations, checkpoints, signals and errors.
+
+The order makes a step count as done only when its outputs exist: train, log, evaluate, save. A run that ends
+anywhere in between makes up what is missing when it is continued.
+"""
+import time
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from runtime.command_line import InputError, one_line, seeded
+from runtime.processes import (
+    Interrupted, StopSignals, all_sum, fails_together, gathered, is_sharded, print0, rank, world_size)
+from runtime.run_directory import (
+    begin, log_figures, print_step, save_checkpoint, write_line)
+
+
+@dataclass
+class Loop:
+    """A run in its directory, with what its checkpoints hold."""
+    out: Path
+    name: str                     # of the progress bar
+    args: Any                     # seed, eval_every, save_every
+    model: torch.nn.Module
+    optimizer: Any
+    progress: dict                # step, skipped, in_a_row, evaluated, record, and what the caller adds
+    stop: StopSignals
+
+
+@dataclass
+class Step:
+    """One optimizer step; the body of the loop fills in what it has done."""
+    number: int                   # from 1
+    record: dict | None = None    # its line in metrics.jsonl
+    finite: bool = True           # whether the optimizer took it
+
+
+@contextmanager
+def training(out, name, args, progress, model, optimizer, scheduler):
+    """The Loop of a run in `out`, begun, or with --resume continued. Inside, an InputError, or an OSError as of
+    a full disk, ends the run, and the steps that were done are saved. progress: what the caller adds to that
+    of every run."""
+    progress = dict(step=0, skipped=0, in_a_row=0, evaluated=-1, record=None, **progress)
+    lock, progress = begin(out, args, progress, model, optimizer, scheduler)
+    with lock or nullcontext(), StopSignals() as stop:
+        try:
+            yield Loop(out, name, args, model, optimizer, progress, stop)
+        except (InputError, OSError) as error:
+            others_know = isinstance(error, InputError) or world_size() == 1
+            if not progress["step"] or not others_know:
+                raise
+            save_checkpoint(out, model, optimizer, progress)           # takes all processes
+            raise InputError(f"{one_line(error)} (step {progress['step']} is saved; --resume continues)"
+                             ) from None
+
+
+def steps(loop, count, evaluate):
+    """Yield the Steps that are left of `count`; the loop's body trains and fills each in. Between them, the
+    step is logged, evaluated and saved where that is due.
+
+    evaluate() returns (figures, how many prompts or pairs they are of, rows of samples), or None without
+    held-out pairs; every process calls it if the model is sharded, else rank 0. Raises InputError after ten
+    steps in a row that are not finite, and SystemExit once a signal has stopped the run and it is saved."""
+    progress, args = loop.progress, loop.args
+    if progress["record"] is not None:                       # logging it had failed
+        log_step(loop, count)
+    first, bar = progress["step"] + 1, tqdm(desc=loop.name, total=count, initial=progress["step"],
+                                            disable=None if rank() == 0 else True)
+    evaluation = 0.0
+    while True:
+        step = progress["step"]
+        stopping = is_stopped(loop)
+        is_due = step == count or args.eval_every and step % args.eval_every == 0
+        if is_due and progress["evaluated"] < step and not stopping:
+            started = time.perf_counter()
+            evaluate_step(loop, evaluate)
+            evaluation = time.perf_counter() - started
+            stopping = is_stopped(loop)
+        save_every = args.save_every or count + 1
+        if step and (stopping or step % save_every == 0 or step == count and args.save_every):
+            save_checkpoint(loop.out, loop.model, loop.optimizer, progress)
+        if stopping:
+            end_early(loop)
+        if step == count:
+            bar.close()
+            return
+        torch.manual_seed(seeded("samples", args.seed, step + 1, rank()))
+        started = time.perf_counter()
+        current = Step(step + 1)
+        yield current
+        seconds = time.perf_counter() - started
+        count_step(progress, current, seconds)
+        log_step(loop, count)
+        bar.update()
+        if current.number == first:
+            print_how_long(seconds, evaluation, count - first + 1, args, loop.model.device)
+        if progress["in_a_row"] >= 10:
+            raise InputError(f"steps {step - 8} to {step + 1}: loss or gradient not finite; lower the rate")
+
+
+def is_stopped(loop):
+    """Whether a signal has come to any of the processes."""
+    came = Counter(stopped=loop.stop.exit_status is not None)
+    return all_sum(came, loop.model.device)["stopped"] > 0
+
+
+def end_early(loop):
+    """Say how to go on, and end the process."""
+    step = loop.progress["step"]
+    if step:
+        print0(f"stopped after step {step}, which is saved; --resume continues")
+    else:
+        print0("stopped before the first step; the same command begins again")
+    raise SystemExit(loop.stop.exit_status or 0)
+
+
+def count_step(progress, step, seconds):
+    """Enter a step that was trained into the progress, with the record that is to be logged."""
+    progress["step"] = step.number
+    if step.finite:
+        progress["in_a_row"] = 0
+    else:
+        progress["in_a_row"] += 1
+        progress["skipped"] += 1
+    progress["record"] = {**step.record, "skipped": progress["skipped"], "seconds": seconds}
+
+
+@fails_together
+def log_step(loop, count):
+    """Append the step's record to metrics.jsonl, and print it now and then. If that fails, the record stays
+    in the progress, and is logged by the run that goes on."""
+    record = loop.progress["record"]
+    write_line(loop.out, "metrics", record)
+    loop.progress["record"] = None
+    print_step(record, count)
+
+
+@fails_together
+def evaluate_step(loop, evaluate):
+    """Evaluate the model and log its figures. A signal ends this at once, and nothing is logged then."""
+    if rank() != 0 and not is_sharded(loop.model):
+        return
+    step = loop.progress["step"]
+    with gathered(loop.model):
+        try:
+            with loop.stop.interrupting():
+                result = evaluate()
+        except Interrupted:
+            return
+    if result is not None:
+        figures, n, samples = result
+        log_figures(loop.out, step, figures, n)
+        for row in samples:
+            write_line(loop.out, "samples", {"step": step, **row})
+    loop.progress["evaluated"] = step
+
+
+@fails_together
+def print_how_long(seconds, evaluation, steps_left, args, device):
+    """After the first step, print how long the run will take, and, if that is long, what makes it shorter.
+    evaluation: the seconds that the first one took, 0 if there was none."""
+    took, total = f"the first step took {seconds:.1f} s", seconds * steps_left
+    if evaluation:
+        evaluations = max(1, steps_left // args.eval_every)
+        took += f", an evaluation {evaluation:.1f} s"
+        total += evaluation * evaluations
+    left = f"{total:.0f} s" if total < 100 else f"{total / 60:.0f} min"
+    print0(f"{took}: about {left} to go")
+    if seconds > 60 or device.type == "cpu" and total > 1200:
+        flags = []
+        for name in ("batch_size", "max_response_length", "max_prompt_length", "max_length", "eval_limit",
+                     "eval_every"):
+            if getattr(args, name, None):
+                flags.append(f"--{name.replace('_', '-')} ({getattr(args, name)})")
+        print0(f"for a shorter run: {', '.join(flags)}, --steps, --lora")
