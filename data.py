@@ -9,20 +9,17 @@ How a pair becomes text:
 """
 import math
 import re
-import sys
 from collections import Counter
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
-try:
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-except ImportError as missing:
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {missing}: pip install -r requirements.txt, or run ./run.sh")
+from runtime.command_line import InputError, Parser, command_line, first_line, format_counts, time_limit
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from formats import BadRow, load_pairs, prompt_messages, split_system
-from runtime.command_line import InputError, Parser, command_line, first_line, format_counts, time_limit
 
 SIDES = ("chosen", "rejected")
 

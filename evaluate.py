@@ -18,19 +18,19 @@ from itertools import cycle
 from pathlib import Path
 from statistics import mean
 
-from data import collate, encode, end_token_ids, response_text
-
-import torch
-import torch.nn.functional as F
-
-from formats import read_rows, train_and_held_out
-from generate import load_policy, sample, sequence_logps
-from reward import drop_unscorable, load_reward
 from runtime.command_line import InputError, Parser, command_line, format_counts, number, seeded
 from runtime.intervals import few, format_figure, mean_of, over_seeds, prefers_chosen, share_of, win_figures
 from runtime.processes import computing_in, default_dtype, own_device, progress
 from runtime.run_directory import (
     fingerprint_files, is_run_directory, read_json, refuse_output, write_bytes, write_text)
+
+import torch
+import torch.nn.functional as F
+
+from data import collate, encode, end_token_ids, response_text
+from formats import read_rows, train_and_held_out
+from generate import load_policy, sample, sequence_logps
+from reward import drop_unscorable, load_reward
 
 # --- figures, each as (value, low, high) --------------------------------------------------------------------
 

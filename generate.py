@@ -16,18 +16,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from data import collate, end_token_ids, fitting_prompt, load_tokenizer, response_text
-
-import torch
-from torch.nn.utils.rnn import pad_sequence
-
-from formats import BadRow, load_pairs
 from runtime.command_line import (
     InputError, Parser, command_line, first_line, format_counts, number, seeded)
 from runtime.packing import allow_packing, is_packed, packed_logits, register_packing
 from runtime.processes import (
     computing_in, fails_together, gathered, of_rank_0, own_device, progress, rank, sent, shard)
 from runtime.run_directory import has_columns, refuse_output, write_rows
+
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+from data import collate, end_token_ids, fitting_prompt, load_tokenizer, response_text
+from formats import BadRow, load_pairs
 
 # --- load and adapt -----------------------------------------------------------------------------------------
 

@@ -23,14 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable
 
-from data import apply_template, length_table, load_tokenizer, render
-
-import torch
-import torch.nn.functional as F
-from torch.nn.utils.rnn import pad_sequence
-
-from formats import BadRow, read_rows, train_and_held_out
-from generate import load_weights
 from runtime.command_line import (
     InputError, Parser, command_line, format_counts, number, seeded)
 from runtime.intervals import mean_of, prefers_chosen, share_of
@@ -40,6 +32,14 @@ from runtime.run_directory import (
     date_of, fingerprint, has_columns, refuse_inputs_inside, refuse_output, run_directory, write_directory,
     write_rows)
 from runtime.training import steps, training
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from data import apply_template, length_table, load_tokenizer, render
+from formats import BadRow, read_rows, train_and_held_out
+from generate import load_weights
 
 # --- rewards ------------------------------------------------------------------------------------------------
 

@@ -42,16 +42,6 @@ from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 
-# first, since it says what to install where torch is missing
-from data import collate, encode, end_token_ids, length_table
-
-import torch
-import torch.nn.functional as F
-from evaluate import evaluate_policy
-from formats import Pair, train_and_held_out
-from generate import load_models, load_policy, roll_out, sequence_logps
-from reward import (
-    Reward, drop_unscorable, label_by_preference, label_by_reward, load_preference, load_reward)
 from runtime.command_line import (
     InputError, Parser, command_line, format_counts, number, seeded)
 from runtime.optimizer import make_optimizer, optimizer_step
@@ -61,6 +51,16 @@ from runtime.processes import (
 from runtime.run_directory import (
     date_of, fingerprint, fingerprint_files, refuse_inputs_inside, run_directory, save_model)
 from runtime.training import steps, training
+
+import torch
+import torch.nn.functional as F
+
+from data import collate, encode, end_token_ids, length_table
+from evaluate import evaluate_policy
+from formats import Pair, train_and_held_out
+from generate import load_models, load_policy, roll_out, sequence_logps
+from reward import (
+    Reward, drop_unscorable, label_by_preference, label_by_reward, load_preference, load_reward)
 from toy import draw_toy_pairs, toy_settings, write_world
 
 # --- the losses ---------------------------------------------------------------------------------------------

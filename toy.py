@@ -10,12 +10,13 @@ import os
 import random
 from pathlib import Path
 
+from runtime.command_line import InputError, seeded
+from runtime.run_directory import write_directory, write_rows
+
 import torch
 
 from data import response_text
 from generate import load_policy, sample
-from runtime.command_line import InputError, seeded
-from runtime.run_directory import write_directory, write_rows
 
 NOUNS = ("soup coffee pizza bread salad cake tea pasta hotel room pool beach movie song book show "
          "curry museum garden phone").split()

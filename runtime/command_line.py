@@ -81,7 +81,7 @@ def command_line(main):
     try:
         main()
     except KeyboardInterrupt as interrupt:
-        say_interrupted(KeyboardInterrupt, interrupt, None)
+        show_in_one_line(KeyboardInterrupt, interrupt, None)
         sys.exit(130)
     except (InputError, OSError, ModuleNotFoundError) as error:
         # InputError is raised by all processes alike, and one speaks; other errors may be one's own.
@@ -92,12 +92,17 @@ def command_line(main):
         sys.exit(2)
 
 
-def say_interrupted(kind, error, trace):
-    """A sys.excepthook that shows Ctrl-C as one line, and anything else as Python does."""
-    if not issubclass(kind, KeyboardInterrupt):
+def show_in_one_line(kind, error, trace):
+    """A sys.excepthook that shows Ctrl-C and a missing package in one line, and all else as Python does."""
+    script = Path(sys.argv[0]).name
+    if issubclass(kind, KeyboardInterrupt):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{script}: interrupted", file=sys.stderr)
+    elif issubclass(kind, ModuleNotFoundError):
+        print(f"{script}: error: {error}: pip install -r requirements.txt, or run ./run.sh", file=sys.stderr)
+        sys.exit(2)
+    else:
         sys.__excepthook__(kind, error, trace)
-    elif os.environ.get("RANK", "0") == "0":
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
 
 
 def is_open(stream):

@@ -42,9 +42,9 @@ class Step:
 
 @contextmanager
 def training(out, name, args, progress, model, optimizer, scheduler):
-    """The Loop of a run in `out`, begun, or with --resume continued. Inside, an InputError, or an OSError as of
-    a full disk, ends the run, and the steps that were done are saved. progress: what the caller adds to that
-    of every run."""
+    """The Loop of a run in `out`, begun, or with --resume continued. Inside, an InputError or an OSError, as of
+    a full disk, ends the run and saves the steps that were done. progress: what the caller adds to that of
+    every run."""
     progress = dict(step=0, skipped=0, in_a_row=0, evaluated=-1, record=None, **progress)
     lock, progress = begin(out, args, progress, model, optimizer, scheduler)
     with lock or nullcontext(), StopSignals() as stop:
