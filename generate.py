@@ -195,9 +195,9 @@ def load_frozen(name, dtype, **options):
 
 
 def hold_frozen_in_bfloat16(model):
-    """Hold the frozen weights of linear layers in bfloat16, to which autocast would round them at each forward:
-    the same results in less memory. The embedding, which autocast does not round, and a classifier's head,
-    whose scores would tie, stay in float32."""
+    """Hold the frozen weights of linear layers in bfloat16, to which autocast would round them at each
+    forward: the same results in less memory. The embedding, which autocast does not round, and a classifier's
+    head, whose scores would tie, stay in float32."""
     kept = [model.get_input_embeddings().weight, *(head.weight for head in heads_of(model))]
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and not any(module.weight is weight for weight in kept):

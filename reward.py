@@ -33,7 +33,7 @@ from runtime.processes import (
 from runtime.run_directory import (
     date_of, fingerprint, fingerprint_files, has_columns, refuse_inputs_inside, refuse_output, run_directory,
     save_model, write_rows)
-from runtime.settings import Parser, Settings, flag_of, same_as, setting
+from runtime.settings import Parser, Settings, flag_of, setting
 from runtime.training import micro_batches, steps, training
 
 import torch
@@ -170,7 +170,8 @@ def load_classifier(name, trust_remote_code=False, max_length=None, date=None, w
     from transformers import AutoModelForSequenceClassification
     tokenizer = load_tokenizer(name, trust_remote_code, ends=False, date=date)
     may_lack = {"score.weight"} if trainee else frozenset()
-    model = load_model(AutoModelForSequenceClassification, name, trust_remote_code, may_lack, whole, **trainee)
+    model = load_model(AutoModelForSequenceClassification, name, trust_remote_code, may_lack, whole,
+                       **trainee)
     if model.config.num_labels != 1:
         raise InputError(f"{name}: has {model.config.num_labels} logits per response; want a model with one")
     compute_heads_in_float32(model)
@@ -361,7 +362,7 @@ def evaluate_reward(model, held_out, dtype):
 def reward_step(model, pairs, optimizer, scheduler, args):
     """One optimizer step on this process's pairs of ids; (its figures over all processes, whether it was
     finite)."""
-    model.train(args.gradient_checkpointing)               # which works in train mode only; there is no dropout
+    model.train(args.gradient_checkpointing)               # which works in train mode only
     totals = Counter(pairs=len(pairs), loss=0.0, accuracy=0.0, margin=0.0)
     total = all_sum(Counter(pairs=len(pairs)), model.device)["pairs"]
     micros = micro_batches(pairs, lambda pair: len(pair[0]) + len(pair[1]), model, args.micro_batch_size)
@@ -452,40 +453,20 @@ def train_reward(args):
 # --- the command line ---------------------------------------------------------------------------------------
 
 @dataclass
-class RewardSettings:
-    """The settings of reward.py; those from `model` on are for --train."""
+class RewardSettings(Settings):
+    """The settings of reward.py. Without --train it uses the first two, `out`, `dtype` and
+    `trust_remote_code` alone."""
     reward: str | None = setting(None, "FILE.py:FUNCTION, or a one-logit classifier, to score with")
     responses: str = setting("responses.jsonl", "lines with prompt and response")
-    train: bool = setting(False, "train a reward model instead:")
-    model: str | None = setting(None, "what to train: a causal language model or a one-logit classifier")
-    max_length: int | None = setting(None, "tokens of a dialogue; cut from the left, also when served", low=1,
-                                     metavar="N")
-    lora: int | None = same_as(Settings, "lora")
-    data: str | None = same_as(Settings, "data")
-    eval_data: str | None = same_as(Settings, "eval_data")
-    prefer: str = same_as(Settings, "prefer")
-    seed: int = same_as(Settings, "seed")
-    trust_remote_code: bool = same_as(Settings, "trust_remote_code")
-    epochs: float = same_as(Settings, "epochs")
-    steps: int | None = same_as(Settings, "steps")
-    batch_size: int = same_as(Settings, "batch_size")
-    learning_rate: float = same_as(Settings, "learning_rate", default=1e-5)
-    dtype: str | None = same_as(Settings, "dtype")
-    eval_every: int = same_as(Settings, "eval_every")
-    eval_limit: int = same_as(Settings, "eval_limit", default=1024)
-    optimizer: str = same_as(Settings, "optimizer")
-    schedule: str = same_as(Settings, "schedule")
-    warmup_steps: int | None = same_as(Settings, "warmup_steps")
-    max_grad_norm: float = same_as(Settings, "max_grad_norm")
-    date: str | None = same_as(Settings, "date")
-    micro_batch_size: int | None = same_as(Settings, "micro_batch_size")
-    gradient_checkpointing: bool = same_as(Settings, "gradient_checkpointing")
-    shard: bool = same_as(Settings, "shard")
-    out: str | None = setting(None, "the same lines with their reward (scored.jsonl); --train: directory of the "
-                                    "model and its logs (runs/DATA-reward)", may_change=True)
-    save_every: int | None = same_as(Settings, "save_every")
-    resume: bool = same_as(Settings, "resume")
-    overwrite: bool = same_as(Settings, "overwrite")
+    train: bool = setting(False, "train a reward model instead, with all that follows:")
+    max_length: int | None = setting(None, "tokens of a dialogue; cut from the left, also when served", low=1)
+    learning_rate: float = setting(1e-5, "after the warm-up", low=1e-12)
+    eval_limit: int = setting(1024, "held-out pairs to evaluate on", low=1)
+    out: str | None = setting(None, "FILE for the lines with their reward (scored.jsonl), or, with --train, "
+                                    "directory for logs and model (runs/DATA-reward)", may_change=True)
+    max_prompt_length: None = setting(None)                # these three are not a reward model's
+    max_response_length: None = setting(None)
+    sample_batch_size: None = setting(None)
 
 
 def score_file(args):
@@ -520,13 +501,11 @@ def parse_args(argv=None, **chosen):
         parser.error("argument --train: needs --model and --data")
     if not args.train and not args.reward:
         parser.error("argument --reward: want FILE.py:FUNCTION or a classifier; or --train")
-    used = {"reward", "responses", "out", "dtype", "trust_remote_code", "train"}
-    for name in given:
-        if args.train and name in ("reward", "responses") or not args.train and name not in used:
-            parser.error(f"argument {flag_of(name)}: has no effect {'with' if args.train else 'without'} --train")
-    if args.train:
-        args.out = args.out or f"{run_directory(args.data)}-reward"
-    args.out = args.out or "scored.jsonl"
+    to_score, to_train = {"reward", "responses"}, {*given} - {"out", "dtype", "trust_remote_code", "train"}
+    for name in sorted(to_score & given.keys() if args.train else to_train - to_score):
+        parser.error(f"argument {flag_of(name)}: is not for {'training' if args.train else 'scoring'}")
+    if args.out is None:
+        args.out = f"{run_directory(args.data)}-reward" if args.train else "scored.jsonl"
     return args
 
 

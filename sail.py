@@ -253,8 +253,8 @@ class Method:
     variant: str = setting("pr", "who responds, and who labels", choices=tuple(VARIANTS))
     reference: str | None = setting(None, "what KL is measured to (--model as it starts)")
     reward: str | None = setting(None, "FILE.py:FUNCTION, or a one-logit classifier")
-    preference: str = setting("soft", "P(chosen ≻ rejected) of a label by the reward: σ(reward difference), 1, "
-                                      "or your function's", metavar="{soft,hard,FILE.py:FUNCTION}")
+    preference: str = setting("soft", "a reward's P(chosen ≻ rejected): σ(reward difference), 1, or your "
+                                      "function's", metavar="{soft,hard,FILE.py:FUNCTION}")
     mix: float | None = setting(None, f"share of the variant's pairs ({defaults_of('mix')})", low=0, high=1)
     response_coef: float | None = setting(None, f"weight of T2 ({defaults_of('response_coef')})", low=0)
     label_coef: float | None = setting(None, f"weight of T3 ({defaults_of('label_coef')})", low=0)
@@ -520,8 +520,8 @@ def train(args):
     total, count = plan(len(run.examples), args.mix, args)
     pairs_a_step = total // max(count, 1)
     if pairs_a_step < world_size():
-        raise InputError(f"--batch-size: {pairs_a_step} pairs a step are too few for {world_size()} processes; "
-                         "raise it, or --epochs")
+        raise InputError(f"--batch-size: {pairs_a_step} pairs a step are too few for {world_size()} "
+                         "processes; raise it, or --epochs")
     run.optimizer, run.scheduler = make_optimizer(run.policy.parameters(), count, args)
     start = {"baseline": 0.0}
     if args.baseline == "running":
@@ -580,7 +580,8 @@ def fingerprints(run, args):
 def load_data(args):
     """(training pairs, held-out pairs, reward, Counter of what was dropped and altered among the training
     pairs, that of the held-out pairs)."""
-    train, held_out, report, held_out_report = train_and_held_out(args.data, args.eval_data, prefer=args.prefer)
+    train, held_out, report, held_out_report = train_and_held_out(args.data, args.eval_data,
+                                                                  prefer=args.prefer)
     for side in needed_sides(args):
         if getattr(train[0], side) is None:
             needs = " and ".join(needed_sides(args))
