@@ -15,31 +15,36 @@ import torch
 logging.disable(logging.DEBUG)                     # a checkpoint makes thousands of such lines
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))   # more wait for each other
 
-TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<eos>{% endfor %}"
+TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+EOS, END, IDS = 1, 262, 263        # the tokenizer's own end token, the template's, how many ids a model needs
 
 
 def byte_tokenizer(template=None, bos=False):
-    """A byte-level tokenizer: any text, no unknown tokens. Ids 0–3 are special."""
+    """A byte-level tokenizer: any text, no unknown tokens. Ids 0–4 and the highest, 262, are special; 261
+    stands for nothing. It ends every text with EOS, as some do; an answer in TEMPLATE ends with another
+    token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<pad>", "<eos>", "<|user|>", "<|assistant|>", "<bos>"]
     vocab = {word: place for place, word in enumerate(words + alphabet)}
+    vocab["<|end|>"] = END
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    if bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A",
-                                                                 special_tokens=[("<bos>", 4)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A <eos>" if bos else "$A <eos>", special_tokens=[("<bos>", 4), ("<eos>", EOS)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>",
                                    bos_token="<bos>" if bos else None,
-                                   additional_special_tokens=["<|user|>", "<|assistant|>"])
+                                   additional_special_tokens=["<|user|>", "<|assistant|>", "<|end|>"])
     fast.chat_template = template
     return fast
 
 
 WINDOWED = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
+CHUNKED = dict(attention_chunk_size=6, layer_types=["chunked_attention", "full_attention"],
+               no_rope_layers=[1, 0])
 FAMILIES = {  # AutoConfig's name and own settings; cohere, gemma2 and granite scale or cap their logits
     "llama": ("llama", {}), "gpt2": ("gpt2", {}), "qwen2": ("qwen2", {}),
     "tied": ("llama", dict(tie_word_embeddings=True)),                 # as most small pretrained models
@@ -47,17 +52,19 @@ FAMILIES = {  # AutoConfig's name and own settings; cohere, gemma2 and granite s
     "gemma2": ("gemma2", dict(head_dim=8, final_logit_softcapping=2.0, **WINDOWED)),
     "gemma3": ("gemma3_text", dict(head_dim=8, **WINDOWED)), "cohere": ("cohere", dict(logit_scale=0.25)),
     "granite": ("granite", dict(logits_scaling=3.0)), "mistral": ("mistral", dict(sliding_window=4)),
+    "llama4": ("llama4_text", dict(head_dim=8, intermediate_size_mlp=48, num_local_experts=2, **CHUNKED)),
     "phi3": ("phi3", {}), "opt": ("opt", dict(ffn_dim=48, word_embed_proj_dim=32, init_std=0.2))}
 
 
-def tiny_model(family="llama", vocab_size=261, seed=0, **more):
-    """A random model of a few thousand parameters, in eval mode. Windows are shorter than most rows here."""
+def tiny_model(family="llama", vocab_size=IDS, seed=0, **more):
+    """A random model of a few thousand parameters, in eval mode. Windows and chunks are shorter than most rows
+    here."""
     from transformers import AutoConfig, AutoModelForCausalLM
     kind, own = FAMILIES[family]
     config = AutoConfig.for_model(kind, **{**dict(
         vocab_size=vocab_size, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.2,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0), **own, **more})
+        bos_token_id=None, eos_token_id=EOS, pad_token_id=0), **own, **more})
     torch.manual_seed(seed)
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -88,8 +95,8 @@ def signals():
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """An untrained toy model, saved, with pairs to train it on: a run starts in seconds. Its directory, a
-    string."""
+    """An untrained toy model, saved, with pairs to train it on, and in reference/ another one to measure KL to:
+    a run starts in seconds. Its directory, a string."""
     from runtime.run_directory import write_rows
     from toy import grammar_pairs, toy_model
     path = tmp_path_factory.mktemp("base")
@@ -99,6 +106,8 @@ def base(tmp_path_factory):
     model.tie_weights()
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    for part in toy_model(seed=6):
+        part.save_pretrained(path / "reference")
     return str(path)
 
 

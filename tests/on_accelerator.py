@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import byte_tokenizer, run_of, tiny_model
+from conftest import IDS, byte_tokenizer, run_of, tiny_model
 from ranks import pairs_of
 
 pytest.importorskip("torch.utils.backend_registration", reason="this torch has no devices in Python")
@@ -27,7 +27,7 @@ def world(tmp_path_factory):
     path, tokenizer = tmp_path_factory.mktemp("world"), byte_tokenizer()
     torch.manual_seed(1)
     classifier = LlamaForSequenceClassification(LlamaConfig(
-        vocab_size=261, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=IDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_labels=1, eos_token_id=1, pad_token_id=0))
     models = dict(llama=tiny_model(), gpt2=tiny_model("gpt2", tie_word_embeddings=True), reward=classifier)
     for name, model in models.items():

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import byte_tokenizer, tiny_model
+from conftest import IDS, byte_tokenizer, tiny_model
 
 import data
 import generate
@@ -78,7 +78,9 @@ def test_bad_flags_are_named(argv, message, monkeypatch, capsys):
 
 
 def write(path):
-    path.write_text("".join(json.dumps({**GOOD, "rejected": f"bad {i}"}) + "\n" for i in range(40)))
+    """A file of forty pairs, two to each prompt."""
+    rows = [dict(prompt=f"Q{i // 2}?", chosen=f"good {i}", rejected=f"bad {i}") for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
@@ -105,7 +107,7 @@ def test_lengths_beyond_the_models_positions_are_named(tmp_path, checkpoint, mon
     assert "takes 256 tokens, --max-prompt-length 512" in fails(sail.main, argv, monkeypatch, capsys)
 
 
-BASE = dict(vocab_size=261, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+BASE = dict(vocab_size=IDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             bos_token_id=None, eos_token_id=1, pad_token_id=0)
 CACHE = r"lacks logits_to_keep, position_ids, or the usual cache, which scoring and sampling need \("
 
@@ -143,7 +145,7 @@ def byte_tokenizer_without_eos():
 @pytest.mark.parametrize("name, message", [
     ("absent.py:f", "no such file absent.py"), ("{here}/mine.py:absent", "defines no function absent"),
     ("no/such/classifier", "no tokenizer ("), ("{here}/mine.py:one", "returned 1 scores for"),
-    ("{here}/mine.py:nan", "nan,…; want a finite one each")])
+    ("{here}/mine.py:nan", "[nan, nan]…; want a finite one each")])
 def test_bad_rewards_are_named_and_what_was_written_stays(name, message, tmp_path, checkpoint, monkeypatch,
                                                           capsys):
     (tmp_path / "mine.py").write_text("def one(p, r): return [1.0]\n"

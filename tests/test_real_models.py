@@ -5,7 +5,7 @@ from datetime import date
 
 import pytest
 import torch
-from conftest import TEMPLATE, byte_tokenizer, tiny_model
+from conftest import END, EOS, TEMPLATE, byte_tokenizer, tiny_model
 from test_errors import fails
 from test_scale import largest_difference, rows_of, weights
 
@@ -230,12 +230,13 @@ def test_a_run_keeps_its_date_and_is_continued_on_another_day(tmp_path, checkpoi
 
 # --- the text of a response
 
-def test_special_tokens_inside_a_response_stay_and_the_end_token_goes():
+@pytest.mark.parametrize("end", [EOS, END])
+def test_special_tokens_inside_a_response_stay_and_the_end_token_goes(end):
     tokenizer = byte_tokenizer()
-    ids = tokenizer("thought<|assistant|> Hello!<eos>")["input_ids"]
-    assert response_text(tokenizer, ids) == "thought<|assistant|> Hello!"
-    assert response_text(tokenizer, ids[:-1]) == "thought<|assistant|> Hello!"        # unfinished
-    assert response_text(tokenizer, []) == response_text(tokenizer, [1]) == ""
+    ids = tokenizer("thought<|assistant|> Hello!", add_special_tokens=False)["input_ids"]
+    assert response_text(tokenizer, [*ids, end]) == "thought<|assistant|> Hello!"
+    assert response_text(tokenizer, ids) == "thought<|assistant|> Hello!"             # unfinished
+    assert response_text(tokenizer, []) == response_text(tokenizer, [end]) == ""
 
 
 def test_a_tokenizer_that_can_parse_channels_says_what_the_answer_is():
@@ -246,16 +247,16 @@ def test_a_tokenizer_that_can_parse_channels_says_what_the_answer_is():
         "defaults": {"role": "assistant"},
         "fields": {"thinking": {"open": "<|channel|>analysis<|message|>", "close": "<|assistant|>"},
                    "content": {"open": "<|channel|>final<|message|>", "close": "<eos>"}}}
-    text = "<|channel|>analysis<|message|>The user greets.<|assistant|><|channel|>final<|message|>Hello!<eos>"
+    text = "<|channel|>analysis<|message|>The user greets.<|assistant|><|channel|>final<|message|>Hello!"
     assert response_text(tokenizer, tokenizer(text)["input_ids"]) == "Hello!"
     assert response_text(tokenizer, []) == ""
     tokenizer.response_template["fields"]["content"]["optional"] = False
-    assert response_text(tokenizer, tokenizer("no channel<eos>")["input_ids"]) == "no channel"
+    assert response_text(tokenizer, tokenizer("no channel")["input_ids"]) == "no channel"
 
 
 def test_white_space_around_a_response_is_not_of_its_text():
     tokenizer = byte_tokenizer()
-    assert response_text(tokenizer, tokenizer("\n a  b <eos>")["input_ids"]) == "a  b"
+    assert response_text(tokenizer, tokenizer("\n a  b ")["input_ids"]) == "a  b"
 
 
 # --- templates that cannot answer

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOY_REWARD, byte_tokenizer, pairs_of
+from conftest import IDS, TOY_REWARD, byte_tokenizer, pairs_of
 from test_errors import fails
 
 import evaluate
@@ -195,7 +195,7 @@ def test_a_reward_file_may_have_dataclasses_with_postponed_annotations(tmp_path)
 def test_a_classifier_with_two_logits_is_refused(tmp_path):
     from transformers import LlamaConfig, LlamaForSequenceClassification
     LlamaForSequenceClassification(LlamaConfig(
-        vocab_size=261, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=IDS, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_labels=2)).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="2 logits"):

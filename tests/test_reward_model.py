@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEMPLATE, byte_tokenizer, tiny_model
+from conftest import IDS, TEMPLATE, byte_tokenizer, tiny_model
 from test_errors import fails
 from test_scale import rows_of
 
@@ -124,7 +124,7 @@ def encoder(path):
     from transformers import BertConfig, BertForSequenceClassification
     torch.manual_seed(0)
     BertForSequenceClassification(BertConfig(
-        vocab_size=261, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=IDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_labels=1, max_position_embeddings=64, initializer_range=0.5)).save_pretrained(path)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, run_of, tiny_model
+from conftest import IDS, byte_tokenizer, run_of, tiny_model
 from memory import estimate, sizes_of
 from ranks import pairs_of
 from test_errors import fails
@@ -327,7 +327,7 @@ class PeakBytes(TorchDispatchMode):
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_estimate_fits_the_measured_bytes_of_rollout_and_update(checkpointing, tmp_path):
     tokenizer = byte_tokenizer()
-    tokenizer.add_tokens([f"w{i}" for i in range(2000 - len(tokenizer))])
+    tokenizer.add_tokens([f"w{i}" for i in range(2000 - IDS)])
     tokenizer.save_pretrained(tmp_path)
     tiny_model(vocab_size=2000, hidden_size=128, intermediate_size=352, num_hidden_layers=6,
                max_position_embeddings=1024, initializer_range=0.02).save_pretrained(tmp_path)
