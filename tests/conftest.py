@@ -15,8 +15,8 @@ import torch
 logging.disable(logging.DEBUG)                     # a checkpoint makes thousands of such lines
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))   # more wait for each other
 
-TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
-            "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
+            "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
 EOS, END, IDS = 1, 262, 263        # the tokenizer's own end token, the template's, how many ids a model needs
 
 
@@ -57,8 +57,8 @@ FAMILIES = {  # AutoConfig's name and own settings; cohere, gemma2 and granite s
 
 
 def tiny_model(family="llama", vocab_size=IDS, seed=0, **more):
-    """A random model of a few thousand parameters, in eval mode. Windows and chunks are shorter than most rows
-    here."""
+    """A random model of a few thousand parameters, in eval mode. Windows and chunks are shorter than most
+    rows here."""
     from transformers import AutoConfig, AutoModelForCausalLM
     kind, own = FAMILIES[family]
     config = AutoConfig.for_model(kind, **{**dict(
@@ -95,8 +95,8 @@ def signals():
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """An untrained toy model, saved, with pairs to train it on, and in reference/ another one to measure KL to:
-    a run starts in seconds. Its directory, a string."""
+    """An untrained toy model, saved, with pairs to train it on, and in reference/ another one to measure KL
+    to: a run starts in seconds. Its directory, a string."""
     from runtime.run_directory import write_rows
     from toy import grammar_pairs, toy_model
     path = tmp_path_factory.mktemp("base")

@@ -274,7 +274,7 @@ def test_bos_is_there_once_where_the_tokenizer_has_one_and_never_before_the_resp
 
 def test_prompts_are_cut_from_the_left_and_responses_from_the_right_without_an_end_token():
     tokenizer = byte_tokenizer(bos=True)
-    pair = Pair("0123456789", "abcdefgh", "wxyz")                    # the latter, with its end token, just fits
+    pair = Pair("0123456789", "abcdefgh", "wxyz")          # the last one, with its end token, just fits
     example, counts = encode_one(pair, tokenizer, 4, 5)
     assert tokenizer.decode(example.prompt_ids) == "<bos>789"
     assert (tokenizer.decode(example.chosen_ids) == "abcde"

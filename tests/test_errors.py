@@ -163,7 +163,10 @@ def test_prompts_over_the_limit_a_tokenizer_without_pad_and_one_without_template
     tokenizer.pad_token = None
     for part in (tiny_model(), tokenizer):
         part.save_pretrained(tmp_path / "model")
-    rows = [{"prompt": "long " * 90 + str(i), "chosen": "good", "rejected": f"bad {i}"} for i in range(40)]
+    rows = []
+    for i in range(40):                                    # their responses begin with the prompt
+        prompt = "long " * 90 + str(i // 2)
+        rows.append({"prompt": prompt, "chosen": f"{prompt} good {i}", "rejected": f"{prompt} bad"})
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "mine.py").write_text("def score(p, r): return [float(len(x)) for x in r]\n")
     sail.main([
@@ -173,7 +176,9 @@ def test_prompts_over_the_limit_a_tokenizer_without_pad_and_one_without_template
     last = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
     counts = json.loads((tmp_path / "out/args.json").read_text())["data_counts"]
     assert counts["truncated_prompts"] > 30 and "dropped" not in counts and last["on_policy"] == 0.5
-    advice = capsys.readouterr().out.split("`")[1]        # its code runs only where it is named
+    said = capsys.readouterr().out
+    assert ", 40 prompts repeated in their responses, taken out\n" in said
+    advice = said.split("`")[1]                            # its code runs only where it is named
     assert advice == f"python evaluate.py {tmp_path}/out --reward {tmp_path}/mine.py:score"
 
 

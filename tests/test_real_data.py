@@ -205,9 +205,9 @@ def test_an_answer_that_the_template_rewrites_drops_its_pair_by_that_reason():
 def test_a_template_that_adds_an_empty_block_of_thoughts_keeps_the_answers_own():
     adds = TEMPLATE.replace("{{ message['content'] }}", "{% if message['role'] == 'assistant' and '<think>' "
                             "not in message['content'] %}<think></think>{% endif %}{{ message['content'] }}")
-    assert render("Q", "A", byte_tokenizer(adds)) == ("<|user|>Q<|end|><|assistant|>", "<think></think>A<|end|>")
-    own = "<think>hm</think>A"
-    assert render("Q", own, byte_tokenizer(adds)) == ("<|user|>Q<|end|><|assistant|>", f"{own}<|end|>")
+    head, own = "<|user|>Q<|end|><|assistant|>", "<think>hm</think>A"
+    assert render("Q", "A", byte_tokenizer(adds)) == (head, "<think></think>A<|end|>")
+    assert render("Q", own, byte_tokenizer(adds)) == (head, f"{own}<|end|>")
 
 
 def test_one_row_that_the_template_refuses_leaves_the_others():

@@ -214,17 +214,17 @@ REWARD = """import os
 calls = []
 def score(prompts, responses):
     calls.append(1)
-    if os.path.exists({sick!r}) and len(calls) >= 5 and os.environ.get("RANK") in (None, "1"):
+    if os.path.exists({sick!r}) and len(calls) >= 5 and os.environ.get("RANK") in (None, {rank!r}):
         {harm}
     return [float(len(response)) for response in responses]
 """
 
 
-def failing_reward(tmp_path, harm):
-    """(the flags of a reward that fails in the fifth step as long as a file is there, of two ranks on the
-    second; the file)."""
+def failing_reward(tmp_path, harm, rank="1"):
+    """(the flags of a reward that does harm in the fifth step as long as a file is there, of two ranks on
+    this one; the file)."""
     sick, mine = tmp_path / "sick", tmp_path / "mine.py"
-    mine.write_text(REWARD.format(sick=str(sick), harm=harm))
+    mine.write_text(REWARD.format(sick=str(sick), harm=harm, rank=rank))
     sick.touch()
     return ["--reward", f"{mine}:score", "--eval-every", "0", "--save-every", "100"], sick
 
@@ -247,13 +247,19 @@ def test_a_reward_that_fails_stops_the_run_at_a_saved_step(base, tmp_path, monke
     assert same(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_reward_that_fails_on_one_rank_stops_all_with_one_line(base, tmp_path):
-    more, _ = failing_reward(tmp_path, "raise KeyError('mended')")
+@pytest.mark.parametrize("rank, harm, said, step", [
+    ("1", "raise KeyError('mended')", "KeyError: 'mended'", "4"),
+    ("0", "os.remove('LOG'); os.mkdir('LOG')", "metrics.jsonl: Is a directory", "5")],
+    ids=["reward", "log"])
+def test_what_fails_on_one_rank_stops_all_with_one_line_at_a_saved_step(base, tmp_path, rank, harm, said,
+                                                                        step):
+    """The log cannot be written after the fifth step, the reward fails before its end."""
+    more, _ = failing_reward(tmp_path, harm.replace("LOG", f"{tmp_path}/run/metrics.jsonl"), rank)
     finished = on_two_ranks(base, tmp_path / "run", *more)
     assert finished.returncode != 0 and finished.stderr.count("sail.py: error:") == 1
-    assert "KeyError: 'mended'" in finished.stderr and "(step 4 is saved" in finished.stderr
+    assert said in finished.stderr and f"(step {step} is saved" in finished.stderr
     assert 'sail.py", line' not in finished.stderr                     # no rank leaves a traceback
-    assert checkpoints(tmp_path / "run") == ["4"]
+    assert checkpoints(tmp_path / "run") == [step]
 
 
 def test_ten_losses_that_are_not_finite_stop_the_run_at_a_saved_step(base, tmp_path, monkeypatch, capsys):

@@ -330,9 +330,12 @@ def test_the_length_model_is_fitted_to_its_maximum():
         torch.sigmoid(weights[0]).item(), abs=2e-3)
 
 
-def test_the_interval_over_seeds_is_students():
-    assert over_seeds([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(     # t(0.975, 4) = 2.776
-        (3.0, 3 - 2.776 * (2.5 / 5) ** 0.5, 3 + 2.776 * (2.5 / 5) ** 0.5), abs=5e-3)
+@pytest.mark.parametrize("n, t", [(2, 12.706), (5, 2.776), (16, 2.131), (17, 2.120), (41, 2.021)])
+def test_the_interval_over_seeds_is_students(n, t):
+    """t: the 97.5 % quantile of n − 1 degrees of freedom. The numbers 1 … n have the variance n(n + 1)/12."""
+    mean, half = (n + 1) / 2, t * ((n + 1) / 12) ** 0.5
+    assert over_seeds([float(value) for value in range(1, n + 1)]) == pytest.approx(
+        (mean, mean - half, mean + half), abs=0.003 * half)
 
 
 @pytest.fixture(scope="module")
@@ -411,8 +414,9 @@ def run_evaluate(monkeypatch, *argv):
 
 def test_models_are_evaluated_into_a_table_and_a_file(tmp_path, monkeypatch, capsys, base):
     monkeypatch.chdir(tmp_path)
-    for variant in ("sft", "dpo", "pr"):
-        sail.main(["--variant", variant, "--model", base, "--steps", "2", "--eval-limit", "4"])
+    other = f"{base}/reference"
+    for variant, more in (("sft", []), ("dpo", ["--reference", other]), ("pr", ["--reference", other])):
+        sail.main(["--variant", variant, "--model", base, "--steps", "2", "--eval-limit", "4", *more])
     row = json.loads((tmp_path / "runs/toy/pr/eval.jsonl").read_text().split("\n")[0])
     figures = {name for name in row if not name.endswith("_interval")} - {"step", "prompts"}
     assert {"kl", "reward", "lc_win_rate", "length", "loss"} <= figures
@@ -420,7 +424,7 @@ def test_models_are_evaluated_into_a_table_and_a_file(tmp_path, monkeypatch, cap
     results = run_evaluate(monkeypatch, "runs/toy/sft", "runs/toy/dpo", "runs/toy/pr", "--eval-limit", "8",
                            "--reward", TOY_REWARD)
     table = capsys.readouterr().out
-    assert list(results) == ["sft", "dpo", "pr"] and "win_rate" in table and f"reference {base}" in table
+    assert list(results) == ["sft", "dpo", "pr"] and "win_rate" in table and f"reference {other}" in table
     assert all(figure["low"] - 1e-9 <= figure["value"] <= figure["high"] + 1e-9
                for figures in results.values() for figure in figures.values())
     again = run_evaluate(monkeypatch, "figures.json", "runs/toy/dpo/model", "--eval-limit", "8", *SMALL,
@@ -569,8 +573,10 @@ def test_runs_without_a_reward_are_compared_in_what_they_have(tmp_path, capsys):
 
 def test_a_model_with_another_vocabulary_than_the_reference_is_refused(monkeypatch, base, checkpoint,
                                                                        held_out):
-    with pytest.raises(InputError, match="another vocabulary"):
+    with pytest.raises(InputError, match="another vocabulary than the reference"):
         run_evaluate(monkeypatch, base, checkpoint, "--eval-limit", "4", *SMALL, "--eval-data", held_out)
+    with pytest.raises(InputError, match="--reference .* has another vocabulary than --model"):
+        sail.main(["--variant", "dpo", "--model", base, "--reference", str(checkpoint)])
 
 
 # --- wins
@@ -591,7 +597,8 @@ def test_a_model_against_its_own_samples_wins_half_raw_and_length_controlled(tmp
         assert low < 0.5 < high and high - low < 0.2 and value != 0.5          # other samples, so no draw
 
 
-def test_wins_are_counted_against_the_chosen_responses_each_to_its_prompt(tmp_path, monkeypatch, base):
+def test_wins_are_counted_against_the_chosen_responses_each_to_its_prompt(tmp_path, monkeypatch, checkpoint):
+    """By their texts, without the token that ends them."""
     monkeypatch.chdir(tmp_path)
     Path("pairs.jsonl").write_text("".join(json.dumps(
         {"prompt": f"how was the {noun} ?", "chosen": noun, "rejected": "was"}) + "\n"
@@ -600,8 +607,8 @@ def test_wins_are_counted_against_the_chosen_responses_each_to_its_prompt(tmp_pa
     data = [response in prompt.split() for prompt, response in zip(prompts, responses)]
     return [0.5] * len(data) if all(data) else [float("tea" in prompt) for prompt in prompts]
 """)
-    figures, = run_evaluate(monkeypatch, base, "--eval-data", "pairs.jsonl", *SMALL, "--reward",
-                            "mine.py:score").values()
+    figures, = run_evaluate(monkeypatch, checkpoint, "--eval-data", "pairs.jsonl", "--max-prompt-length",
+                            "64", "--max-response-length", "24", "--reward", "mine.py:score").values()
     assert figures["win_rate"]["value"] == 0.25                        # 1 for tea, 0 for others, against 0.5
 
 

@@ -29,10 +29,11 @@ def dialogue(turn):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """A file of pairs, which a word tells apart, in prompts and responses of many lengths."""
+    """A file of pairs, two to each prompt, which a word tells apart, in prompts and responses of many
+    lengths."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    return write(path, [{"prompt": f"{i}? " + "so " * (i % 7), "chosen": "yes" + "!" * (i % 5),
-                         "rejected": "no" + "!" * (i % 3)} for i in range(120)])
+    return write(path, [{"prompt": f"{i // 2}? " + "so " * (i // 2 % 7), "chosen": "yes" + "!" * (i % 5),
+                         "rejected": "no" + "!" * (i % 3)} for i in range(40, 160)])
 
 
 def trained(monkeypatch, model, pairs, out, *more):
@@ -79,21 +80,21 @@ def test_training_learns_to_prefer_the_chosen_and_says_so(monkeypatch, checkpoin
         "step", "loss", "accuracy", "margin", "grad_norm", "learning_rate", "skipped", "seconds"}
     score = load_reward(str(tmp_path / "model"))
     assert score(["7? "], ["yes!"]) > score(["7? "], ["no!"])
-    assert f"eval {len(steps)} | accuracy 1.000 [0.57, 1.00] | loss " in capsys.readouterr().out
+    assert f"eval {len(steps)} | accuracy 1.000 [0.68, 1.00] | loss " in capsys.readouterr().out
     assert json.loads((tmp_path / "args.json").read_text())["learning_rate"] == 3e-3
 
 
-@pytest.mark.parametrize("template, pad, pad_id, kind", [
-    (TEMPLATE, "<pad>", 0, "llama"), (None, "<pad>", 0, "gpt2"), (TEMPLATE, "<eos>", 1, "gpt2"),
-    (TEMPLATE, None, 1, "llama")])
-def test_scores_served_equal_scores_trained_in_any_company(template, pad, pad_id, kind, monkeypatch, pairs,
-                                                           tmp_path):
-    tokenizer, model = byte_tokenizer(template), tiny_model(kind)
+@pytest.mark.parametrize("template, pad, pad_id, kind, positions, flags", [
+    (TEMPLATE, "<pad>", 0, "llama", 256, ["--max-length", "48"]), (None, "<pad>", 0, "gpt2", 48, []),
+    (TEMPLATE, "<eos>", 1, "gpt2", 256, ["--max-length", "48"]), (TEMPLATE, None, 1, "llama", 48, [])])
+def test_scores_served_equal_scores_trained_in_any_company(template, pad, pad_id, kind, positions, flags,
+                                                           monkeypatch, pairs, tmp_path):
+    """Dialogues are cut to 48 tokens, by the flag or because the model has no more positions."""
+    tokenizer, model = byte_tokenizer(template), tiny_model(kind, max_position_embeddings=positions)
     tokenizer.pad_token, model.config.pad_token_id = pad, None
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "base")
-    inside = trained(monkeypatch, tmp_path / "base", pairs, tmp_path / "out", "--limit", "40",
-                     "--max-length", "48")
+    inside = trained(monkeypatch, tmp_path / "base", pairs, tmp_path / "out", "--limit", "40", *flags)
     assert json.loads((tmp_path / "out/model/config.json").read_text())["pad_token_id"] == pad_id
     prompts = ["Q", dialogue("Q"), "other", "long " * 30, dialogue("Z")]
     responses = ["yes", " yes ", "a longer answer than that", "no way " * 9, "\0\0"]
@@ -244,7 +245,7 @@ def two_logits(path):
      "is an adapter; merge it"),
     (lambda path: tiny_model(vocab_size=50).save_pretrained(path), "and the model only 50 ids"),
     (lambda path: byte_tokenizer("{{ raise_exception('no') }}").save_pretrained(path),
-     "no pair of 115 can be told apart (115 refused by the chat template: no)")],
+     "no pair of 112 can be told apart (112 refused by the chat template: no)")],
     ids=["missing weight", "no directory", "two logits", "adapter", "small vocabulary", "refusing template"])
 def test_a_start_that_cannot_be_trained_is_named(break_it, message, checkpoint, pairs, tmp_path, monkeypatch,
                                                  capsys):

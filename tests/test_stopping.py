@@ -25,11 +25,15 @@ SHORT = ["--variant", "pr", "--mix", "0.5", "--batch-size", "4", "--limit", "40"
          "--eval-every", "0", "--max-response-length", "6"]
 
 
+def arguments(base):
+    return ["--model", base, "--reference", f"{base}/reference", *SHORT, "--steps", "4", "--save-every", "2"]
+
+
 @pytest.fixture(scope="module")
 def finished(base, tmp_path_factory):
     """The directory of a run of four steps, with checkpoints after steps 2 and 4."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    sail.main(["--model", base, *SHORT, "--steps", "4", "--save-every", "2", "--out", str(out)])
+    sail.main([*arguments(base), "--out", str(out)])
     return out
 
 
@@ -37,7 +41,7 @@ def finished(base, tmp_path_factory):
 def run(base, finished, tmp_path):
     """A copy of that run, and the arguments that made it."""
     out = shutil.copytree(finished, tmp_path / "run")
-    return out, ["--model", base, *SHORT, "--steps", "4", "--save-every", "2", "--out", str(out)]
+    return out, [*arguments(base), "--out", str(out)]
 
 
 def refused(argv, monkeypatch, capsys):

@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_of, tiny_model
+from conftest import TOY_REWARD, run_of, tiny_model
 from ranks import pairs_of
 
 import evaluate
 import generate
+import reward
 import sail
 from formats import Pair
 from generate import add_adapter, load_policy
+from runtime.command_line import InputError
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.run_directory import write_line, write_rows
 from sail import draw_pairs, parse_args, preference_losses, record_of
@@ -69,15 +71,51 @@ def test_the_preference_of_a_step_is_soft_or_hard(kind, base, tmp_path, monkeypa
         assert p == (1.0 if kind == "hard" else pytest.approx(1 / (1 + math.exp(-difference))))
 
 
-def test_the_label_that_training_follows_is_the_preferred_one(base, tmp_path):
+@pytest.mark.parametrize("prefer, chosen", [("better", "good"), ("safer", "harmless")])
+def test_the_label_that_is_followed_is_the_preferred_one(prefer, chosen, base, tmp_path, monkeypatch):
+    """In training and on held-out pairs of another file, by every script that has the flag."""
     row = {"prompt": "Q", "response_0": "good", "response_1": "harmless", "better_response_id": 0,
            "safer_response_id": 1}
     file = tmp_path / "pku.jsonl"
     file.write_text("".join(json.dumps({**row, "prompt": f"Q{n}"}) + "\n" for n in range(40)))
-    for prefer, chosen in (("better", "good"), ("safer", "harmless")):
-        args = parse_args(["--variant", "dpo", "--model", base, "--data", str(file), "--prefer", prefer])
-        pairs, held_out, *_ = sail.load_data(args, CPU)
-        assert {pair.chosen for pair in pairs + held_out} == {chosen}
+    flags = ["--data", str(file), "--eval-data", str(file), "--prefer", prefer]
+    by_sail = sail.load_data(parse_args(["--variant", "dpo", "--model", base, *flags]), CPU)[:2]
+    _, settings = evaluate.find_run(base, evaluate.make_parser().parse_args(flags))
+    by_evaluate, _ = evaluate.held_out_pairs(settings, None)
+    by_reward = []
+    monkeypatch.setattr(reward, "encode_for_reward",
+                        lambda pairs, _: by_reward.append(pairs) or ([], Counter(), {}))
+    with pytest.raises(InputError, match="no pair of 40 can be told apart"):
+        reward.train_reward(reward.parse_args(["--train", "--model", base, *flags]))
+    for pairs in (*by_sail, by_evaluate, *by_reward):
+        assert [pair.chosen for pair in pairs] == [chosen] * 40
+    assert len(by_reward) == 2
+
+
+def test_so_many_prompts_as_the_flag_says_are_answered_at_a_time(base, held_out, tmp_path, monkeypatch):
+    """In rollouts and evaluations of a run, by evaluate.py, which takes the run's number unless it has its
+    own, and by generate.py. Each model that is loaded has first answered two."""
+    seen, original = [], generate.draw
+
+    def watched(model, prompt_ids, *more):
+        seen.append(len(prompt_ids))
+        return original(model, prompt_ids, *more)
+
+    def numbers(main, *argv):
+        seen.clear()
+        monkeypatch.setattr("sys.argv", ["script.py", *argv])
+        main()
+        return list(seen)
+
+    monkeypatch.setattr(generate, "draw", watched)
+    train(base, tmp_path / "run", "--variant", "pr", "--mix", "1", "--steps", "1", "--sample-batch-size", "3")
+    assert seen == [2, 3, 1, 3, 1]
+    argv = [str(tmp_path / "run"), "--eval-limit", "4", "--reward", TOY_REWARD]
+    assert numbers(evaluate.main, *argv) == [2, 2, 3, 1]
+    assert numbers(evaluate.main, *argv, "--sample-batch-size", "4") == [2, 2, 4]
+    assert numbers(generate.main, "--model", base, "--data", held_out, "--limit", "4", "--sample-batch-size",
+                   "3", "--max-prompt-length", "8", "--max-response-length", "6", "--out",
+                   str(tmp_path / "responses.jsonl")) == [2, 3, 1]
 
 
 def test_the_anchor_adds_its_weight_times_the_reverse_kl():
@@ -215,8 +253,8 @@ def test_what_is_not_finite_is_written_as_null(tmp_path):
     assert row == dict(step=1, loss=None, kl=None, reward=0.5)
 
 
-def test_rows_that_were_dropped_from_either_file_are_counted_by_reason_and_in_all(base, tmp_path):
-    good = [dict(prompt=f"Q{n}", chosen="a", rejected="b") for n in range(3)]
+def test_rows_that_were_dropped_from_either_file_or_altered_are_counted_by_reason_and_in_all(base, tmp_path):
+    good = [dict(prompt=f"Q{n}", chosen=f"Q{n} a", rejected=f"Q{n} b") for n in range(3)]
     bad = [dict(prompt="Q", chosen="a", rejected="a"), dict(prompt="", chosen="a", rejected="b"),
            dict(prompt="Q", chosen="", rejected="b")]
     write_rows(tmp_path / "train.jsonl", good + bad)
@@ -225,8 +263,10 @@ def test_rows_that_were_dropped_from_either_file_are_counted_by_reason_and_in_al
                        "--eval-data", str(tmp_path / "held-out.jsonl")])
     train, held_out, _, counts, held_out_counts = sail.load_data(args, CPU)
     assert len(train) == len(held_out) == 3
-    assert counts == {"dropped": 3, "chosen equals rejected": 1, "empty prompt": 1, "empty response": 1}
-    assert held_out_counts == {"dropped": 1, "chosen equals rejected": 1}
+    altered = {"prompts repeated in their responses, taken out": 3}
+    assert counts == {"dropped": 3, "chosen equals rejected": 1, "empty prompt": 1, "empty response": 1,
+                      **altered}
+    assert held_out_counts == {"dropped": 1, "chosen equals rejected": 1, **altered}
 
 
 def test_the_held_out_loss_of_sft_is_per_token(base):

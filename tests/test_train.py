@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from ranks import batch_gradient, pairs_of
+from test_scale import rows_of
 
 import sail
 from runtime.command_line import seeded
@@ -20,17 +21,16 @@ from formats import Pair
 from runtime.packing import allow_packing
 from runtime.processes import own_device
 from sail import draw_pairs, parse_args, plan
-from toy import toy_model
+from toy import write_world
 
 ROOT = Path(sail.__file__).parent
+COMMON = ["--steps", "3", "--batch-size", "10", "--limit", "60", "--eval-limit", "4"]
 
 
 def run(base, out, *more):
     """Train on the toy for a few steps; returns metrics.jsonl as rows without their seconds."""
-    sail.main(["--model", base, "--steps", "3", "--batch-size", "10", "--limit", "60",
-                      "--out", str(out), "--eval-limit", "4", *more])
-    return [{key: value for key, value in json.loads(line).items() if not key.startswith("seconds")}
-            for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    sail.main(["--model", base, *COMMON, "--out", str(out), *more])
+    return rows_of(out)
 
 
 # --- budget and batches
@@ -314,31 +314,37 @@ def test_nll_is_that_of_the_datas_chosen_responses_and_not_of_pairs_on_the_varia
         assert metrics["nll"].item() == pytest.approx(sum(nll) / 6, rel=1e-4)
 
 
-def launched(base, out, *more):
-    """The same run as run(), on two ranks of torchrun."""
+FRESH = ["--batch-size", "7", "--variant", "pr", "--mix", "1", "--max-response-length", "12"]
+RUNS = {**{variant: ["--batch-size", "7", "--variant", variant, "--learning-rate", "1e-3"]
+           for variant in ("sft", "dp")}, "pr": FRESH, "pr again": FRESH}
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(base, tmp_path_factory):
+    """The directory with the results of RUNS, on two ranks of torchrun, in one launch."""
+    path = tmp_path_factory.mktemp("ranks")
+    write_world()
+    arguments = [["--model", base, *COMMON, *more, "--out", str(path / name)] for name, more in RUNS.items()]
+    (path / "runs.json").write_text(json.dumps(arguments))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    ROOT / "sail.py", "--model", base, "--steps", "3", "--batch-size", "7", "--limit", "60",
-                    "--out", out, "--eval-limit", "4", *more], check=True, timeout=200,
+                    ROOT / "tests/ranks.py", "runs", path / "runs.json"], check=True, timeout=200,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+    return path
 
 
 @pytest.mark.parametrize("variant", ["sft", "dp"])
-def test_a_run_on_two_ranks_is_that_of_one_process(base, tmp_path, variant):
-    more = ["--variant", variant, "--learning-rate", "1e-3"]
-    alone = run(base, tmp_path / "one", *more, "--batch-size", "7", "--micro-batch-size", "2")
-    for one, two in zip(alone, launched(base, tmp_path / "two", *more), strict=True):
+def test_a_run_on_two_ranks_is_that_of_one_process(base, on_two_ranks, tmp_path, variant):
+    alone = run(base, tmp_path, *RUNS[variant], "--micro-batch-size", "2")
+    for one, two in zip(alone, rows_of(on_two_ranks / variant), strict=True):
         measured = {key: value for key, value in one.items() if value is not None}
         assert (set(two) == set(one)
                 and {key: two[key] for key in measured} == pytest.approx(measured, rel=1e-3, abs=1e-5))
 
 
-def test_ranks_draw_different_samples_and_a_rerun_repeats_them(base, tmp_path):
-    more = ["--variant", "pr", "--mix", "1", "--max-response-length", "12"]
-    rows = launched(base, tmp_path / "two", *more)
-    assert rows == launched(base, tmp_path / "again", *more)
-    assert rows[0]["reward"] != run(base, tmp_path / "one", *more, "--batch-size", "7")[0]["reward"]
+def test_ranks_draw_different_samples_and_a_rerun_repeats_them(base, on_two_ranks, tmp_path):
+    rows = rows_of(on_two_ranks / "pr")
+    assert rows == rows_of(on_two_ranks / "pr again")
+    assert rows[0]["reward"] != run(base, tmp_path, *FRESH)[0]["reward"]
 
 
 def test_the_gradient_is_that_of_the_mean_loss(base, tmp_path):
@@ -355,9 +361,7 @@ def test_the_gradient_is_that_of_the_mean_loss(base, tmp_path):
 
 
 def test_another_reference_is_used_and_never_moves(base, tmp_path):
-    other = tmp_path / "other"
-    for part in toy_model(seed=6):
-        part.save_pretrained(other)
+    other = Path(base, "reference")
     before = {path.name: path.read_bytes() for path in other.iterdir()}
     rows = run(base, tmp_path / "run", "--variant", "dpo", "--reference", str(other))
     assert rows[0]["loss"] != pytest.approx(math.log(2), abs=1e-4)
