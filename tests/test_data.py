@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import END, TEMPLATE, byte_tokenizer, pairs_of
+from conftest import END, EOS, TEMPLATE, byte_tokenizer, pairs_of
 
 import data
 from data import collate, encode, end_token_ids, render
@@ -266,8 +266,10 @@ def test_a_row_that_the_template_refuses_is_dropped():
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_bos_is_there_once_where_the_tokenizer_has_one_and_never_before_the_response(bos):
+    """EOS, with which the tokenizer ends every text, is there once too, after the response."""
     example, _ = encode_one(Pair("Q", "good", "bad"), byte_tokenizer(bos=bos))
-    assert (example.prompt_ids + example.chosen_ids).count(4) == int(bos)
+    whole = example.prompt_ids + example.chosen_ids
+    assert whole.count(4) == int(bos) and whole.count(EOS) == 1
     assert (None not in example.prompt_ids and example.chosen_ids[-1] == 1
             and 4 not in example.chosen_ids)
 

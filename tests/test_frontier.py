@@ -1,6 +1,7 @@
 """The best that any policy can do, against the exact curve of a policy that can be enumerated."""
 import re
 
+import evaluate
 import pytest
 import sail
 import torch
@@ -8,6 +9,7 @@ from conftest import TOY_REWARD
 from test_enumeration import World
 from test_reward_evaluate import run_evaluate
 
+from data import read_rows
 from runtime.command_line import InputError
 from evaluate import frontier
 
@@ -73,8 +75,13 @@ def test_compare_sets_runs_beside_the_best_possible(base, held_out, tmp_path, mo
                "--eval-limit", "32", "--beta", "4", "--out", str(tmp_path / "dpo")])
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
-    code = ["--compare", "--reward", TOY_REWARD, "--eval-data", held_out]
+    code = ["--compare", "--reward", TOY_REWARD, "--eval-data", held_out, "--eval-limit", "24"]
+    asked, sample = [], evaluate.sample
+    monkeypatch.setattr(evaluate, "sample", lambda *inputs, **more: (
+        asked.extend(map(tuple, inputs[2])), sample(*inputs, **more))[1])
     figures = run_evaluate(monkeypatch, "dpo", *code, "--frontier", "200")["dpo"]
+    prompts = {row["prompt"] for row in read_rows(held_out)[:24]}
+    assert len(asked) == len({*asked}) == len(prompts) < 20            # the prompts of 24 pairs, each once
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| | reward | KL | reward − β·KL | below the best |")
     assert len(lines[0].split("|")) <= 10

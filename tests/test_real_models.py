@@ -9,7 +9,10 @@ from conftest import END, EOS, TEMPLATE, byte_tokenizer, tiny_model
 from test_errors import fails
 from test_scale import largest_difference, rows_of, weights
 
+import data
+import evaluate
 import generate
+import reward
 import sail
 from data import encode, load_tokenizer, render, response_text
 from formats import BadRow, Pair
@@ -184,8 +187,8 @@ def test_dialogues_that_a_reward_model_cuts_are_counted(checkpoint, tmp_path):
     model, tokenizer, _ = load_classifier(str(checkpoint), num_labels=1, max_length=12)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path)
-    pairs = [Pair("Q", "a", "b" * n) for n in (1, 30)]
-    assert drop_unscorable(pairs, load_reward(str(tmp_path)))[1] == {"dialogues_cut_for_the_reward_model": 1}
+    pairs = [Pair("Q", "a" * n, "b" * m) for n, m in ((1, 1), (1, 30), (30, 1), (30, 30))]
+    assert drop_unscorable(pairs, load_reward(str(tmp_path)))[1] == {"dialogues_cut_for_the_reward_model": 3}
 
 
 # --- clocks
@@ -226,6 +229,34 @@ def test_a_run_keeps_its_date_and_is_continued_on_another_day(tmp_path, checkpoi
     assert "--date has changed" in message
     assert "invalid iso_date value: 'today'" in fails(sail.main, ["sail.py", "--date", "today"], monkeypatch,
                                                       capsys)
+
+
+def test_each_script_tells_all_its_models_the_date_and_whether_their_code_may_run(
+        classifier, checkpoint, tmp_path, monkeypatch):
+    seen, original = [], data.load_tokenizer
+
+    def watched(name, trust_remote_code=False, ends=True, date=None):
+        seen.append((trust_remote_code, date))
+        return original(name, trust_remote_code, ends, date)
+
+    for module in (data, generate, reward):
+        monkeypatch.setattr(module, "load_tokenizer", watched)
+    rows = [{"prompt": f"q {i // 2}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(8)]
+    pairs, out = write(tmp_path / "x.jsonl", rows), str(tmp_path / "run")
+    model, answers = ["--model", str(checkpoint)], str(tmp_path / "answers.jsonl")
+    lengths = ["--max-prompt-length", "40", "--max-response-length", "6"]
+    for main, loaded, argv in (
+            (sail.main, 2, [*model, "--data", pairs, "--eval-data", pairs, "--reward", classifier, *lengths,
+                            "--steps", "1", "--batch-size", "2", "--out", out]),
+            (evaluate.main, 3, [out, "--out", str(tmp_path / "figures.json")]),
+            (generate.main, 1, [*model, "--data", pairs, *lengths, "--out", answers]),
+            (reward.main, 1, ["--reward", classifier, "--responses", answers, "--out", answers]),
+            (reward.main, 1, ["--train", *model, "--data", pairs, "--eval-data", pairs, "--out",
+                              str(tmp_path / "rm")])):
+        monkeypatch.setattr("sys.argv", ["x.py", *argv, "--date", "2001-02-03", "--trust-remote-code"])
+        main()
+        assert seen == [(True, "2001-02-03")] * loaded, argv
+        seen.clear()
 
 
 # --- the text of a response

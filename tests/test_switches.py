@@ -73,23 +73,23 @@ def test_the_preference_of_a_step_is_soft_or_hard(kind, base, tmp_path, monkeypa
 
 @pytest.mark.parametrize("prefer, chosen", [("better", "good"), ("safer", "harmless")])
 def test_the_label_that_is_followed_is_the_preferred_one(prefer, chosen, base, tmp_path, monkeypatch):
-    """In training and on held-out pairs of another file, by every script that has the flag."""
+    """In training and on held-out pairs of another file, by every script that has the flag. So is --limit,
+    which is of the training pairs alone."""
     row = {"prompt": "Q", "response_0": "good", "response_1": "harmless", "better_response_id": 0,
            "safer_response_id": 1}
     file = tmp_path / "pku.jsonl"
     file.write_text("".join(json.dumps({**row, "prompt": f"Q{n}"}) + "\n" for n in range(40)))
-    flags = ["--data", str(file), "--eval-data", str(file), "--prefer", prefer]
+    flags = ["--data", str(file), "--eval-data", str(file), "--prefer", prefer, "--limit", "30"]
     by_sail = sail.load_data(parse_args(["--variant", "dpo", "--model", base, *flags]), CPU)[:2]
-    _, settings = evaluate.find_run(base, evaluate.make_parser().parse_args(flags))
+    _, settings = evaluate.find_run(base, evaluate.make_parser().parse_args(flags[:-2]))
     by_evaluate, _ = evaluate.held_out_pairs(settings, None)
     by_reward = []
     monkeypatch.setattr(reward, "encode_for_reward",
                         lambda pairs, _: by_reward.append(pairs) or ([], Counter(), {}))
-    with pytest.raises(InputError, match="no pair of 40 can be told apart"):
+    with pytest.raises(InputError, match="no pair of 30 can be told apart"):
         reward.train_reward(reward.parse_args(["--train", "--model", base, *flags]))
-    for pairs in (*by_sail, by_evaluate, *by_reward):
-        assert [pair.chosen for pair in pairs] == [chosen] * 40
-    assert len(by_reward) == 2
+    read = [[pair.chosen for pair in pairs] for pairs in (*by_sail, by_evaluate, *by_reward)]
+    assert read == [[chosen] * n for n in (30, 40, 40, 30, 40)]
 
 
 def test_so_many_prompts_as_the_flag_says_are_answered_at_a_time(base, held_out, tmp_path, monkeypatch):
