@@ -102,9 +102,16 @@ def test_bad_models_are_named(break_it, message, tmp_path, checkpoint, monkeypat
     assert message in fails(sail.main, argv, monkeypatch, capsys)
 
 
-def test_lengths_beyond_the_models_positions_are_named(tmp_path, checkpoint, monkeypatch, capsys):
-    argv = ["sail.py", "--variant", "dpo", "--model", str(checkpoint), "--data", write(tmp_path / "x.jsonl")]
-    assert "takes 256 tokens, --max-prompt-length 512" in fails(sail.main, argv, monkeypatch, capsys)
+@pytest.mark.parametrize("short", ["model", "reference"])
+def test_lengths_beyond_the_models_positions_are_named(short, tmp_path, checkpoint, monkeypatch, capsys):
+    longer = shutil.copytree(checkpoint, tmp_path / "longer")
+    tiny_model("tied", max_position_embeddings=1024).save_pretrained(longer)
+    names = {"model": longer, "reference": longer, short: checkpoint}
+    capsys.readouterr()                                                # saving has shown its progress
+    argv = ["sail.py", "--variant", "dpo", "--model", str(names["model"]), "--reference",
+            str(names["reference"]), "--data", write(tmp_path / "x.jsonl")]
+    message = fails(sail.main, argv, monkeypatch, capsys)
+    assert f"{checkpoint} takes 256 tokens, --max-prompt-length 512" in message
 
 
 BASE = dict(vocab_size=IDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

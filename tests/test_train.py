@@ -360,10 +360,13 @@ def test_the_gradient_is_that_of_the_mean_loss(base, tmp_path):
             and row["loss"] == pytest.approx(losses.mean().item()))
 
 
-def test_another_reference_is_used_and_never_moves(base, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--lora", "4"]], ids=["whole", "lora"])
+def test_another_reference_is_used_and_never_moves(base, tmp_path, more):
+    if more:
+        pytest.importorskip("peft")
     other = Path(base, "reference")
     before = {path.name: path.read_bytes() for path in other.iterdir()}
-    rows = run(base, tmp_path / "run", "--variant", "dpo", "--reference", str(other))
+    rows = run(base, tmp_path / "run", "--variant", "dpo", "--reference", str(other), *more)
     assert rows[0]["loss"] != pytest.approx(math.log(2), abs=1e-4)
     assert before == {path.name: path.read_bytes() for path in other.iterdir()}
 
