@@ -403,7 +403,7 @@ def load_trainee(args):
 @fails_together
 def load_reward_data(args, ids_of):
     """(training pairs of ids, held-out pairs of ids, counts of what was dropped or cut, lengths)."""
-    train_pairs, held_out, report, _ = train_and_held_out(args.data, args.eval_data, prefer=args.prefer)
+    train_pairs, held_out, report, _ = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
     for pair in (train_pairs[0], *held_out[:1]):
         if pair.chosen is None or pair.rejected is None:
             raise InputError(f"{args.eval_data or args.data}: a reward model needs pairs of responses "
@@ -417,8 +417,8 @@ def load_reward_data(args, ids_of):
 
 
 def train_reward(args):
-    """Train a reward model, and evaluate it on held-out pairs before, on the way and after. Raises InputError
-    for bad input, and after ten steps in a row that are not finite."""
+    """Train a reward model, and evaluate it on held-out pairs before, on the way and after; returns it. Raises
+    InputError for bad input, and after ten steps in a row that are not finite."""
     out = Path(args.out)
     refuse_inputs_inside(out, {flag_of(name): getattr(args, name) for name in ("model", "data", "eval_data")})
     args.date = args.date or date_of(out, args.resume)
@@ -448,6 +448,7 @@ def train_reward(args):
             step.record = {"step": step.number, **figures}
         save_model(model, tokenizer, out, lambda: load_trainee(replace(args, lora=None))[0])
     print0(f"saved {out}/model; sail.py --variant pr --reward {out}/model uses it")
+    return model
 
 
 # --- the command line ---------------------------------------------------------------------------------------

@@ -580,8 +580,8 @@ def fingerprints(run, args):
 def load_data(args):
     """(training pairs, held-out pairs, reward, Counter of what was dropped and altered among the training
     pairs, that of the held-out pairs)."""
-    train, held_out, report, held_out_report = train_and_held_out(args.data, args.eval_data,
-                                                                  prefer=args.prefer)
+    train, held_out, report, held_out_report = train_and_held_out(args.data, args.eval_data, args.limit,
+                                                                  args.prefer)
     for side in needed_sides(args):
         if getattr(train[0], side) is None:
             needs = " and ".join(needed_sides(args))

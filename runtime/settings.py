@@ -146,6 +146,7 @@ class Settings:
     schedule: str = setting("constant", choices=("constant", "cosine"))          # after the warm-up
     warmup_steps: int | None = setting(None, low=0)                              # None: a tenth of all steps
     max_grad_norm: float = setting(1.0, low=1e-12)
+    limit: int | None = setting(None, low=1)                                     # the first N pairs alone
     date: str | None = setting(None)            # what a chat template that asks for the date is told
     # memory, speed, output
     micro_batch_size: int | None = setting(None, low=1, may_change=True)         # None: what memory allows

@@ -3,6 +3,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -124,6 +125,38 @@ def held_out(tmp_path_factory):
 TOY_REWARD = f"{ROOT}/toy.py:toy_reward"
 
 
+def as_settings(words):
+    """(flags, settings that are no flags) of arguments in which the latter are written like flags, too."""
+    from reward import RewardSettings
+    from runtime.settings import converter, flag_of
+    from sail import Arguments
+    hidden = {}
+    for cls in (RewardSettings, Arguments):
+        hidden |= {flag_of(each.name): (cls, each) for each in fields(cls) if each.metadata["help"] is None}
+    flags, chosen, words = [], {}, iter(map(str, words))
+    for word in words:
+        if word in hidden:
+            cls, field = hidden[word]
+            chosen[field.name] = converter(cls, field)(next(words))
+        else:
+            flags.append(word)
+    return flags, chosen
+
+
+def sail_main(words):
+    """sail.main of arguments in which settings that are no flags are written like flags, too."""
+    import sail
+    flags, chosen = as_settings(words)
+    return sail.main(flags, **chosen)
+
+
+def sail_args(words):
+    """sail.parse_args of such arguments."""
+    import sail
+    flags, chosen = as_settings(words)
+    return sail.parse_args(flags, **chosen)
+
+
 def pairs_of(rows):
     """Rows {prompt, chosen, rejected} as formats.py's pairs."""
     from formats import Pair
@@ -132,6 +165,7 @@ def pairs_of(rows):
 
 def run_of(policy, reference, baseline=0.0, **more):
     """What a step of sail.py works with, of models that are there."""
+    from runtime.settings import Settings
     from sail import Run
-    return Run(policy, reference, None, None, [], [], torch.device("cpu"), progress={"baseline": baseline},
-               **more)
+    settings = Settings(dtype="float32", micro_batch_size=more.pop("micro_batch_size", None))
+    return Run(policy, reference, None, None, [], [], settings, progress={"baseline": baseline}, **more)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, sail_args, sail_main, tiny_model
 from test_errors import fails
 
 import data
@@ -40,7 +40,7 @@ def arguments(base):
 def stopped(base, tmp_path_factory):
     """A run of two steps with a checkpoint of each."""
     out = tmp_path_factory.mktemp("stopped") / "run"
-    sail.main([*arguments(base), "--out", str(out)])
+    sail_main([*arguments(base), "--out", str(out)])
     return out
 
 
@@ -84,7 +84,7 @@ def test_no_link_is_followed(name, run, tmp_path, monkeypatch, capsys):
 
 def test_a_lock_that_is_somebodys_file_keeps_its_text(base, tmp_path):
     (tmp_path / "lock").write_text("mine")
-    sail.main(["--model", base, *SHORT, "--out", str(tmp_path)])
+    sail_main(["--model", base, *SHORT, "--out", str(tmp_path)])
     assert (tmp_path / "lock").read_text() == "mine"
 
 
@@ -104,7 +104,7 @@ def test_logs_of_an_earlier_try_stay_unless_they_are_to_be_overwritten(tmp_path,
         out = tmp_path / str(overwrite)
         out.mkdir()
         (out / "metrics.jsonl").write_text("mine")
-        start_afresh(out, sail.parse_args(["--overwrite"] if overwrite else []))
+        start_afresh(out, sail_args(["--overwrite"] if overwrite else []))
         assert (out / "metrics.jsonl").read_text() == ""
         old = out / "metrics.jsonl.old"
         assert (old.read_text() if old.exists() else None) == left
@@ -222,7 +222,7 @@ def test_what_was_replaced_under_its_name_is_not_continued(name, run, base, tmp_
     reward.write_text("def score(prompts, responses): return [0.0] * len(responses)")
     argv += ["--model", str(models["model"]), "--reference", str(models["reference"]), "--reward",
              f"{reward}:score"]
-    sail.main([*argv[1:], "--overwrite"])
+    sail_main([*argv[1:], "--overwrite"])
     if name == "reward":
         reward.write_text("def score(prompts, responses): return [1.0] * len(responses)")
     else:
@@ -234,7 +234,7 @@ def test_what_was_replaced_under_its_name_is_not_continued(name, run, base, tmp_
 
 def test_a_reference_that_was_replaced_is_not_measured_to(base, tmp_path, monkeypatch, capsys):
     mine = shutil.copytree(f"{base}/reference", tmp_path / "reference")
-    sail.main(["--model", base, "--reference", str(mine), *SHORT, "--out", str(tmp_path / "run")])
+    sail_main(["--model", base, "--reference", str(mine), *SHORT, "--out", str(tmp_path / "run")])
     argv = ["evaluate.py", str(tmp_path / "run"), "--eval-limit", "2",
             "--reward", f"{toy.__file__}:toy_reward"]
     monkeypatch.setattr("sys.argv", argv)
@@ -356,5 +356,5 @@ def test_a_model_that_cannot_be_written_is_one_line_and_its_steps_stay(base, tmp
     assert not (tmp_path / "run/model").exists() and not (tmp_path / "run/model.writing").exists()
     monkeypatch.undo()
     gc.collect()                                                       # the lock, in the exception's frames
-    sail.main([*argv[1:], "--resume"])
+    sail_main([*argv[1:], "--resume"])
     assert (tmp_path / "run/model").is_dir()

@@ -5,11 +5,11 @@ import evaluate
 import pytest
 import sail
 import torch
-from conftest import TOY_REWARD
+from conftest import TOY_REWARD, sail_main
 from test_enumeration import World
 from test_reward_evaluate import run_evaluate
 
-from data import read_rows
+from formats import read_rows
 from runtime.command_line import InputError
 from evaluate import frontier
 
@@ -71,7 +71,7 @@ def test_temperatures_that_leave_fewer_than_thirty_samples_are_left_out():
 
 
 def test_compare_sets_runs_beside_the_best_possible(base, held_out, tmp_path, monkeypatch, capsys):
-    sail.main(["--model", base, "--variant", "dpo", "--data", "toy", "--limit", "48", "--steps", "1",
+    sail_main(["--model", base, "--variant", "dpo", "--data", "toy", "--limit", "48", "--steps", "1",
                "--eval-limit", "32", "--beta", "4", "--out", str(tmp_path / "dpo")])
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)

@@ -5,7 +5,7 @@ from datetime import date
 
 import pytest
 import torch
-from conftest import END, EOS, TEMPLATE, byte_tokenizer, tiny_model
+from conftest import END, EOS, TEMPLATE, byte_tokenizer, sail_main, tiny_model
 from test_errors import fails
 from test_scale import largest_difference, rows_of, weights
 
@@ -78,11 +78,11 @@ def test_a_parameter_that_gets_no_gradient_is_trained_around_saved_and_continued
 
     monkeypatch.setattr(generate, "load_policy", with_spare)
     argv = ["--variant", "dpo", "--model", base, *SHORT, *more]
-    sail.main([*argv, "--out", str(tmp_path / "whole")])
+    sail_main([*argv, "--out", str(tmp_path / "whole")])
     out = shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     shutil.rmtree(out / "checkpoints/4")
     shutil.rmtree(out / "model")
-    sail.main([*argv, "--out", str(out), "--resume"])
+    sail_main([*argv, "--out", str(out), "--resume"])
     assert rows_of(out) == rows_of(tmp_path / "whole")
     assert largest_difference(weights(out / "model"), weights(tmp_path / "whole/model")) == 0
 
@@ -175,7 +175,7 @@ def test_a_row_that_the_reward_models_template_refuses_is_dropped_before_trainin
     rows = [{"prompt": "no" if i % 4 == 0 else f"q {i}", "chosen": "the soup", "rejected": "the tea"}
             for i in range(40)]
     out = tmp_path / "run"
-    sail.main(["--variant", "pr", "--model", base, "--data", write(tmp_path / "x.jsonl", rows), "--eval-data",
+    sail_main(["--variant", "pr", "--model", base, "--data", write(tmp_path / "x.jsonl", rows), "--eval-data",
                write(tmp_path / "y.jsonl", rows[:3]), "--reward", classifier, "--out", str(out), *SHORT,
                "--max-prompt-length", "40"])
     counts = json.loads((out / "args.json").read_text())["data_counts"]
@@ -218,11 +218,11 @@ def test_a_run_keeps_its_date_and_is_continued_on_another_day(tmp_path, checkpoi
 
     with monkeypatch.context() as patch:
         patch.setattr(run_directory, "date", Yesterday)
-        sail.main([*argv, "--out", str(tmp_path / "run")])
+        sail_main([*argv, "--out", str(tmp_path / "run")])
     assert json.loads((tmp_path / "run/args.json").read_text())["date"] == "2020-01-01"
     before = rows_of(tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/4")
-    sail.main([*argv, "--out", str(tmp_path / "run"), "--resume"])
+    sail_main([*argv, "--out", str(tmp_path / "run"), "--resume"])
     assert rows_of(tmp_path / "run") == before
     message = fails(sail.main, ["sail.py", *argv, "--out", str(tmp_path / "run"), "--resume", "--date",
                                 "2020-01-02"], monkeypatch, capsys)

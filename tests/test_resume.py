@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import TOY_REWARD
+from conftest import TOY_REWARD, sail_main
 from test_errors import fails
 from test_scale import largest_difference, rows_of, weights
 
@@ -32,7 +32,7 @@ def arguments(base, out, *more):
 
 def run(base, out, *more):
     gc.collect()                                   # the traceback of a run that failed holds its lock
-    sail.main(arguments(base, out, *more))
+    sail_main(arguments(base, out, *more))
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IDS, TOY_REWARD, byte_tokenizer, pairs_of
+from conftest import IDS, TOY_REWARD, byte_tokenizer, pairs_of, sail_args, sail_main
 from test_errors import fails
 
 import evaluate
@@ -24,7 +24,7 @@ from generate import sample
 from sail import pair_logps
 from reward import label_by_preference, label_by_reward, load_preference, load_reward
 from runtime.intervals import mean_of, share_of
-from sail import dpo_loss, parse_args
+from sail import dpo_loss
 from toy import grammar_pairs, toy_model, toy_reward
 
 
@@ -62,7 +62,7 @@ def test_fresh_pairs_are_put_into_the_rewards_order_and_ties_are_a_half():
         ("bbb", [3], "a", [1]), ("ccc", [3], "d", [1]), ("ee", [2], "ff", [2])]
     assert [pair.preference for pair in pairs] == [1.0, 1.0, 0.5]
     assert [pair.rewards for pair in pairs] == [(3.0, 1.0), (3.0, 1.0), (2.0, 2.0)]
-    assert sail.count(pairs, parse_args([]))["ties"] == 1
+    assert sail.count(pairs, sail_args([]))["ties"] == 1
 
 
 def test_a_soft_preference_is_the_sigmoid_of_the_reward_difference():
@@ -109,7 +109,7 @@ def test_a_run_with_a_preference_needs_no_reward_and_refuses_another_function_wh
             "--preference", f"{tmp_path}/mine.py:short", "--max-prompt-length", "40",
             "--max-response-length", "40", "--batch-size", "4", "--steps", "2", "--learning-rate", "1e-3",
             "--save-every", "1", "--out", f"{tmp_path}/out"]
-    sail.main(argv)
+    sail_main(argv)
     *_, last = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert last["margin"] > 0 and last["reward"] is None                 # the short ones are preferred now
     assert last["on_policy"] == 0 and last["rejected_logps"] < last["chosen_logps"]
@@ -123,7 +123,7 @@ def test_the_datas_pairs_are_relabelled_by_the_reward_with_the_probability_itsel
                                       "    return [len(response) / 8 for response in responses]\n")
     row = {"prompt": "q", "chosen": "no", "rejected": "longer"}
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
-    args = parse_args(["--variant", "relabelled-dpo", "--model", str(checkpoint), "--data",
+    args = sail_args(["--variant", "relabelled-dpo", "--model", str(checkpoint), "--data",
                        f"{tmp_path}/x.jsonl", "--eval-data", f"{tmp_path}/x.jsonl", "--reward",
                        f"{tmp_path}/mine.py:length", "--out", f"{tmp_path}/out", "--steps", "1",
                        "--max-prompt-length", "20", "--max-response-length", "20"])
@@ -348,7 +348,7 @@ def evaluated():
     pairs = [Pair(f"how was the {noun} ?", f"the {noun} was good .", "the")
              for noun in ("soup", "tea", "cake") * 20]
     examples, *_ = encode(pairs, tokenizer, {tokenizer.eos_token_id}, 16, 16)
-    args = parse_args(["--variant", "dpo", "--beta", "0.2"])
+    args = sail_args(["--variant", "dpo", "--beta", "0.2"])
 
     def win_on_first_half(prompts, responses):         # data's responses score 0; samples 1, 0 (a tie) or −1
         win_on_first_half.calls += 1
@@ -379,7 +379,7 @@ def test_kl_is_positive_and_zero_against_itself(evaluated):
     policy, reference, examples, figures, _ = evaluated
     assert figures["kl"][0] > figures["kl"][1] > 0
     same, _ = evaluate_policy(policy, policy, toy_model()[1], examples[:8], None,
-                              parse_args(["--variant", "dpo"]))
+                              sail_args(["--variant", "dpo"]))
     assert (same["kl"][0] == 0 and same["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
             and "reward" not in same)
 
@@ -388,7 +388,7 @@ def test_kl_and_loss_are_of_each_examples_own_rows_in_its_place(monkeypatch):
     (policy, tokenizer), (reference, _) = toy_model(seed=1), toy_model(seed=2)
     pairs = pairs_of(grammar_pairs(held_out=True))[:70]
     examples, *_ = encode(pairs, tokenizer, {tokenizer.eos_token_id}, 16, 48)
-    args = parse_args(["--variant", "dpo", "--beta", "0.2", "--max-response-length", "48"])
+    args = sail_args(["--variant", "dpo", "--beta", "0.2", "--max-response-length", "48"])
     monkeypatch.setattr(evaluate, "mean_of", list)                     # each example's figure, not the mean
     figures, _ = evaluate_policy(policy, reference, tokenizer, examples, None, args)
     torch.manual_seed(seeded("held-out samples", 0))                   # the same samples again
@@ -416,7 +416,7 @@ def test_models_are_evaluated_into_a_table_and_a_file(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     other = f"{base}/reference"
     for variant, more in (("sft", []), ("dpo", ["--reference", other]), ("pr", ["--reference", other])):
-        sail.main(["--variant", variant, "--model", base, "--steps", "2", "--eval-limit", "4", *more])
+        sail_main(["--variant", variant, "--model", base, "--steps", "2", "--eval-limit", "4", *more])
     row = json.loads((tmp_path / "runs/toy/pr/eval.jsonl").read_text().split("\n")[0])
     figures = {name for name in row if not name.endswith("_interval")} - {"step", "prompts"}
     assert {"kl", "reward", "lc_win_rate", "length", "loss"} <= figures
@@ -576,7 +576,7 @@ def test_a_model_with_another_vocabulary_than_the_reference_is_refused(monkeypat
     with pytest.raises(InputError, match="another vocabulary than the reference"):
         run_evaluate(monkeypatch, base, checkpoint, "--eval-limit", "4", *SMALL, "--eval-data", held_out)
     with pytest.raises(InputError, match="--reference .* has another vocabulary than --model"):
-        sail.main(["--variant", "dpo", "--model", base, "--reference", str(checkpoint)])
+        sail_main(["--variant", "dpo", "--model", base, "--reference", str(checkpoint)])
 
 
 # --- wins

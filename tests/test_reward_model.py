@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import IDS, TEMPLATE, byte_tokenizer, tiny_model
+from conftest import IDS, TEMPLATE, as_settings, byte_tokenizer, sail_main, tiny_model
 from test_errors import fails
 from test_scale import rows_of
 
 import reward
-import sail
 from reward import load_classifier, load_reward
 from runtime.intervals import prefers_chosen
 from reward import bradley_terry_loss
@@ -40,9 +39,9 @@ def trained(monkeypatch, model, pairs, out, *more):
     """What `reward.py --train` makes: the model as it was in memory."""
     models, train = [], reward.train_reward
     monkeypatch.setattr(reward, "train_reward", lambda args: models.append(train(args)))
-    monkeypatch.setattr("sys.argv", ["reward.py", "--train", "--model", str(model), "--data", pairs, "--out",
-                                     str(out), "--learning-rate", "3e-3", "--batch-size", "16", *more])
-    reward.main()
+    flags, chosen = as_settings(["--train", "--model", model, "--data", pairs, "--out", out,
+                                 "--learning-rate", "3e-3", "--batch-size", "16", *more])
+    reward.main(flags, **chosen)
     monkeypatch.setattr(reward, "train_reward", train)
     return models[0]
 
@@ -221,7 +220,7 @@ def test_prompts_without_responses_are_refused(monkeypatch, checkpoint, pairs, t
 
 def test_sail_pr_runs_with_what_was_trained_as_its_reward(monkeypatch, base, tmp_path):
     trained(monkeypatch, base, f"{base}/toy-pairs.jsonl", tmp_path / "rm", "--limit", "64")
-    sail.main(["--variant", "pr", "--model", base, "--reward", str(tmp_path / "rm/model"), "--steps", "2",
+    sail_main(["--variant", "pr", "--model", base, "--reward", str(tmp_path / "rm/model"), "--steps", "2",
                "--eval-limit", "4", "--out", str(tmp_path / "pr")])
     assert all(math.isfinite(step["reward"]) for step in lines(tmp_path / "pr/metrics.jsonl"))
 

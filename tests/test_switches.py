@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOY_REWARD, run_of, tiny_model
+from conftest import TOY_REWARD, run_of, sail_args, sail_main, tiny_model
 from ranks import pairs_of
 
 import evaluate
@@ -19,7 +19,7 @@ from generate import add_adapter, load_policy
 from runtime.command_line import InputError
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.run_directory import write_line, write_rows
-from sail import draw_pairs, parse_args, preference_losses, record_of
+from sail import draw_pairs, preference_losses, record_of
 from toy import toy_model
 
 SHORT = ["--batch-size", "4", "--limit", "40", "--eval-limit", "4", "--eval-every", "0",
@@ -29,13 +29,13 @@ CPU = torch.device("cpu")
 
 def train(base, out, *more):
     """Train for a few steps; returns metrics.jsonl."""
-    sail.main(["--model", base, *SHORT, "--out", str(out), *more])
+    sail_main(["--model", base, *SHORT, "--out", str(out), *more])
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses_of(*flags, variant="pr", draw=None):
     """preference_losses of six pairs, of which three take the variant's way: (losses, metrics, pairs)."""
-    args = parse_args(["--variant", variant, *flags])
+    args = sail_args(["--variant", variant, *flags])
     offline, own = pairs_of(6, variant)
     for pair in own:
         pair.preference = 0.7
@@ -80,7 +80,7 @@ def test_the_label_that_is_followed_is_the_preferred_one(prefer, chosen, base, t
     file = tmp_path / "pku.jsonl"
     file.write_text("".join(json.dumps({**row, "prompt": f"Q{n}"}) + "\n" for n in range(40)))
     flags = ["--data", str(file), "--eval-data", str(file), "--prefer", prefer, "--limit", "30"]
-    by_sail = sail.load_data(parse_args(["--variant", "dpo", "--model", base, *flags]), CPU)[:2]
+    by_sail = sail.load_data(sail_args(["--variant", "dpo", "--model", base, *flags]), CPU)[:2]
     _, settings = evaluate.find_run(base, evaluate.make_parser().parse_args(flags[:-2]))
     by_evaluate, _ = evaluate.held_out_pairs(settings, None)
     by_reward = []
@@ -125,8 +125,8 @@ def test_the_anchor_adds_its_weight_times_the_reverse_kl():
     wanted = 0.5 * measured["revkl"].item()
     assert added.min() > 1e-3 and added.mean().item() == pytest.approx(wanted, rel=1e-4)
     assert metrics["revkl"] == 0
-    assert parse_args(["--variant", "pp"]).revkl_coef == 0.3           # the toy's
-    assert parse_args(["--variant", "pp", "--data", "x.jsonl", "--model", "m"]).revkl_coef == 0
+    assert sail_args(["--variant", "pp"]).revkl_coef == 0.3           # the toy's
+    assert sail_args(["--variant", "pp", "--data", "x.jsonl", "--model", "m"]).revkl_coef == 0
 
 
 @pytest.mark.parametrize("kind", ["running", "none"])
@@ -198,7 +198,7 @@ def test_the_norm_to_clip_to_is_the_flags(base, tmp_path, monkeypatch):
 
 
 def test_sft_weighs_tokens_alike_not_pairs():
-    args = parse_args(["--variant", "sft"])
+    args = sail_args(["--variant", "sft"])
     pairs, _ = pairs_of(7, "dpo")
     assert len({len(pair.chosen_ids) for pair in pairs}) > 1
     policy = tiny_model(seed=1)
@@ -230,7 +230,7 @@ def test_a_steps_figures_are_means_over_what_they_are_of():
     totals = Counter(pairs=10, on_policy=4, self_labelled=5, offline=6, samples=8, sampled_tokens=40,
                      unfinished=2, reward=16.0, kl=2.0, nll=3.0, loss=7.0, label_reversed=1, ties=3,
                      tokens=99)
-    row = record_of(3, totals, parse_args(["--variant", "pr"]))
+    row = record_of(3, totals, sail_args(["--variant", "pr"]))
     wanted = dict(step=3, loss=0.7, kl=0.5, reward=2.0, response_length=5.0, unfinished=0.25, nll=0.5,
                   on_policy=0.4, self_labelled=0.5, label_reversed=0.2, ties=3, tokens=99)
     assert {name: row[name] for name in wanted} == pytest.approx(wanted)
@@ -242,7 +242,7 @@ def test_a_steps_sums_are_of_what_it_has_worked_on():
              Pair("", "", "", [1] * 4, [1], [1] * 7, rewards=(2.0, 0.5)),
              Pair("", "", "", [1], [1], [1], rewards=(3.0, 1.0))]
     for variant, tokens in (("sft", 2 + 3 + 4 + 1 + 2), ("pr", 2 * (2 + 4) + 3 + 1 + 5 + 7 + 4)):
-        totals = sail.count(pairs, parse_args(["--variant", variant]))
+        totals = sail.count(pairs, sail_args(["--variant", variant]))
         assert totals["tokens"] == tokens and totals["chosen_tokens"] == 5
         assert totals["ties"] == 1 and totals["reward"] == 8.5
 
@@ -259,7 +259,7 @@ def test_rows_that_were_dropped_from_either_file_or_altered_are_counted_by_reaso
            dict(prompt="Q", chosen="", rejected="b")]
     write_rows(tmp_path / "train.jsonl", good + bad)
     write_rows(tmp_path / "held-out.jsonl", good + bad[:1])
-    args = parse_args(["--variant", "dpo", "--model", base, "--data", str(tmp_path / "train.jsonl"),
+    args = sail_args(["--variant", "dpo", "--model", base, "--data", str(tmp_path / "train.jsonl"),
                        "--eval-data", str(tmp_path / "held-out.jsonl")])
     train, held_out, _, counts, held_out_counts = sail.load_data(args, CPU)
     assert len(train) == len(held_out) == 3
@@ -271,7 +271,7 @@ def test_rows_that_were_dropped_from_either_file_or_altered_are_counted_by_reaso
 
 def test_the_held_out_loss_of_sft_is_per_token(base):
     policy, tokenizer = load_policy(base)
-    args = parse_args(["--variant", "sft", "--max-response-length", "4"])
+    args = sail_args(["--variant", "sft", "--max-response-length", "4"])
     pairs = [Pair("Q", "a", None, [5, 6], [7, 8, 9, 1]), Pair("Q", "b", None, [5, 6], [7])]
     figures, _ = evaluate.evaluate_policy(policy, None, tokenizer, pairs, None, args)
     with torch.no_grad():
@@ -284,7 +284,7 @@ def test_held_out_figures_are_what_their_names_say(base, monkeypatch):
     reference, _ = load_policy(base)
     with torch.no_grad():
         policy.get_output_embeddings().weight.mul_(1.5)
-    args = parse_args(["--variant", "dpo", "--beta", "0.7"])
+    args = sail_args(["--variant", "dpo", "--beta", "0.7"])
     pairs, _ = pairs_of(8, "dpo")
     for pair in pairs:
         pair.prompt, pair.chosen, pair.rejected = "Q", "a", "b"
@@ -330,7 +330,7 @@ def test_other_held_out_pairs_are_other_data(base, held_out, tmp_path):
 # --- seeds
 
 def test_every_step_draws_its_labels_anew():
-    args = parse_args(["--variant", "dp"])
+    args = sail_args(["--variant", "dp"])
     examples, _ = pairs_of(8, "dpo")
     draws = [[pair.label_draw for side in draw_pairs(examples, step, args, 8, 2) for pair in side]
              for step in (1, 2)]
@@ -341,7 +341,7 @@ def test_the_seed_is_that_of_the_held_out_samples(base, held_out):
     policy, tokenizer = load_policy(base)
 
     def samples(seed):
-        args = parse_args(["--variant", "sft", "--seed", seed, "--max-response-length", "8"])
+        args = sail_args(["--variant", "sft", "--seed", seed, "--max-response-length", "8"])
         pairs = [Pair("Q", None, None, [5, 6]) for _ in range(4)]
         _, rows = evaluate.evaluate_policy(policy, None, tokenizer, pairs, None, args)
         return [row["response"] for row in rows]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import sail_args, sail_main, tiny_model
 from ranks import batch_gradient, pairs_of
 from test_scale import rows_of
 
@@ -20,7 +20,7 @@ from generate import load_policy
 from formats import Pair
 from runtime.packing import allow_packing
 from runtime.processes import own_device
-from sail import draw_pairs, parse_args, plan
+from sail import draw_pairs, plan
 from toy import write_world
 
 ROOT = Path(sail.__file__).parent
@@ -29,7 +29,7 @@ COMMON = ["--steps", "3", "--batch-size", "10", "--limit", "60", "--eval-limit",
 
 def run(base, out, *more):
     """Train on the toy for a few steps; returns metrics.jsonl as rows without their seconds."""
-    sail.main(["--model", base, *COMMON, "--out", str(out), *more])
+    sail_main(["--model", base, *COMMON, "--out", str(out), *more])
     return rows_of(out)
 
 
@@ -43,7 +43,7 @@ def numbered(n):
 @pytest.mark.parametrize("mix", [0.0, 0.1, 0.3, 1 / 3, 0.7, 0.99])
 @pytest.mark.parametrize("n, epochs", [(7, 1), (100, 3), (33, 2.5)])
 def test_every_offline_pair_is_seen_epochs_times_whatever_the_mix(n, epochs, mix):
-    args = parse_args(["--variant", "dp", "--mix", str(mix), "--epochs", str(epochs), "--batch-size", "10"])
+    args = sail_args(["--variant", "dp", "--mix", str(mix), "--epochs", str(epochs), "--batch-size", "10"])
     total, steps = plan(n, args)
     batches, offline, own = [], [], []
     for step in range(1, steps + 1):
@@ -60,7 +60,7 @@ def test_every_offline_pair_is_seen_epochs_times_whatever_the_mix(n, epochs, mix
 
 
 def test_mix_one_is_epochs_of_the_prompts_on_the_variants_route():
-    args = parse_args(["--variant", "pr", "--mix", "1", "--epochs", "2", "--batch-size", "10"])
+    args = sail_args(["--variant", "pr", "--mix", "1", "--epochs", "2", "--batch-size", "10"])
     total, steps = plan(25, args)
     assert (total, steps) == (50, 5)
     drawn = [draw_pairs(numbered(25), step, args, 50, 5) for step in range(1, 6)]
@@ -71,7 +71,7 @@ def test_mix_one_is_epochs_of_the_prompts_on_the_variants_route():
 
 def test_the_epochs_are_shuffled_differently_and_by_the_seed():
     def ids(seed):
-        args = parse_args(["--variant", "dpo", "--epochs", "2", "--batch-size", "50", "--seed", str(seed)])
+        args = sail_args(["--variant", "dpo", "--epochs", "2", "--batch-size", "50", "--seed", str(seed)])
         return [pair.prompt for step in (1, 2) for pair in draw_pairs(numbered(50), step, args, 100, 2)[0]]
 
     assert ids(0) == ids(0) != ids(1) and ids(0)[:50] != ids(0)[50:] and ids(0) != sorted(ids(0))
@@ -129,7 +129,7 @@ def test_any_two_of_purpose_seed_step_and_rank_give_different_streams():
 
 def test_the_order_and_the_label_draws_are_of_the_seed_also_of_those_that_32_bits_confuse():
     def drawn(seed):
-        args = parse_args(["--variant", "dp", "--seed", str(seed)])
+        args = sail_args(["--variant", "dp", "--seed", str(seed)])
         offline, own = draw_pairs(numbered(50), 1, args, 50, 1)
         return tuple(pair.prompt for pair in offline + own), tuple(pair.label_draw for pair in offline + own)
 
@@ -288,7 +288,7 @@ def test_the_baseline_follows_the_utility_of_past_fresh_pairs(base, tmp_path, mo
 
 
 def test_the_logged_kl_is_the_mean_log_ratio_of_the_fresh_responses():
-    args = parse_args(["--variant", "pr"])
+    args = sail_args(["--variant", "pr"])
     offline, fresh = pairs_of(6, "pr")
     pairs = offline + fresh
     policy, reference = tiny_model(seed=1), tiny_model(seed=2)
@@ -300,7 +300,7 @@ def test_the_logged_kl_is_the_mean_log_ratio_of_the_fresh_responses():
 def test_nll_is_that_of_the_datas_chosen_responses_and_not_of_pairs_on_the_variants_route():
     """As neither a self-labelled pair nor a sampled response is one that the data prefers."""
     for variant in ("dp", "pr"):
-        args = parse_args(["--variant", variant, "--nll-coef", "0.5"])
+        args = sail_args(["--variant", variant, "--nll-coef", "0.5"])
         offline, own = pairs_of(6, variant)
         pairs, models = offline + own, (tiny_model(seed=1), tiny_model(seed=2))
         losses, metrics = sail.preference_losses(*models, pairs, args, baseline=0.0)
@@ -350,7 +350,7 @@ def test_ranks_draw_different_samples_and_a_rerun_repeats_them(base, on_two_rank
 def test_the_gradient_is_that_of_the_mean_loss(base, tmp_path):
     more = ["--variant", "dp", "--reference", base, "--steps", "1", "--batch-size", "10", "--limit", "60"]
     row = run(base, tmp_path, *more)[0]
-    args = parse_args(["--model", base, *more])
+    args = sail_args(["--model", base, *more])
     loaded, *_ = sail.load_run(args, torch.device("cpu"))
     offline, own = draw_pairs(loaded.examples, 1, args, 10, 1)
     losses, _ = sail.preference_losses(loaded.policy, loaded.reference, offline + own, args, 0.0)
