@@ -112,10 +112,7 @@ def utility(margin, beta, loss_type, target_margin=None):
         return -(margin / beta - 1 / (2 * beta)) ** 2
     if loss_type == "hinge":
         return -F.relu(1 - margin)
-    raise ValueError(f"loss_type {loss_type!r}: want one of {', '.join(LOSS_TYPES)}")
-
-
-LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "simpo", "orpo")
+    raise ValueError(f"there is no loss_type {loss_type!r}")
 
 
 def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
@@ -245,6 +242,9 @@ def defaults_of(name):
     """A setting's defaults by variant, as text: "dp 0.4, pp 0.3"."""
     values = {variant: getattr(VARIANTS[variant], name) for variant in VARIANTS}
     return ", ".join(f"{variant} {value:g}" for variant, value in values.items() if value)
+
+
+LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "simpo", "orpo")           # of `utility`
 
 
 @dataclass
