@@ -71,16 +71,18 @@ def test_at_temperature_0_each_token_is_the_likeliest_also_with_masked_ids_and_g
             assert response == logits.argmax(-1).tolist() and logits.abs().max() > 1e4
 
 
-def test_a_response_ends_with_its_first_end_token_or_is_counted_unfinished():
-    model, tokenizer = three_token_model()
+@pytest.mark.parametrize("ends", [{EOS}, {EOS, END}])
+def test_a_response_ends_with_its_first_end_token_or_is_counted_unfinished(ends):
+    """With the template's end token too, if there is one."""
+    model, tokenizer = three_token_model() if ends == {EOS} else (tiny_model(), byte_tokenizer(TEMPLATE))
     torch.manual_seed(1)
-    responses, finished = sample(model, tokenizer, [[2], [2, 2, 2]], 4, num_responses=50)
+    responses, finished = sample(model, tokenizer, [[2], [2, 2, 2]], 4, num_responses=50 * len(ends) ** 2)
     rows = [row for group in responses for row in group]
     done = [flag for group in finished for flag in group]
-    assert 0 < sum(done) < 100
+    assert 0 < sum(done) < len(done) and {row[-1] for row in rows} >= ends
     for row, flag in zip(rows, done):
-        assert row.count(1) == int(flag)
-        assert row[-1] == 1 if flag else len(row) == 4
+        assert sum(token in ends for token in row) == int(flag)
+        assert row[-1] in ends if flag else len(row) == 4
 
 
 def test_trained_ids_are_generated_ids_also_where_text_does_not_round_trip(monkeypatch):
