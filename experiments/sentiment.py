@@ -27,10 +27,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 from data import encode, end_token_ids, load_tokenizer
 from formats import Pair, read_rows
-from evaluate import COLOURS, evaluate_policy
+from evaluate import evaluate_policy
 from generate import load_policy, sample
 from replicate import compared, table, train_all
 from runtime.command_line import command_line, seeded
+from runtime.compare import COLOURS
 from runtime.run_directory import read_json, write_directory, write_rows, write_text
 
 OPENINGS = (

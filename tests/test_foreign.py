@@ -22,6 +22,7 @@ from formats import BadRow, load_pairs
 from reward import Reward
 from runtime import command_line
 from runtime.command_line import InputError
+from runtime.compare import compare
 from runtime.run_directory import NAMES, fingerprint_files, run_directory, start_afresh
 
 SHORT = ["--variant", "dpo", "--batch-size", "4", "--limit", "40", "--eval-limit", "4", "--eval-every", "0",
@@ -165,7 +166,7 @@ def test_a_name_with_a_dollar_is_drawn_as_it_is(run, monkeypatch):
     before = (named / "args.json").read_text()
     rows = [dict(step=2, kl=0.1, reward=0.2)]
     (named / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    evaluate.compare([str(named)])
+    compare([str(named)])
     assert not link.is_symlink() and link.read_bytes()[1:4] == b"PNG"
     assert (named / "args.json").read_text() == before
 

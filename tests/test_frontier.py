@@ -11,7 +11,7 @@ from test_reward_evaluate import run_evaluate
 
 from formats import read_rows
 from runtime.command_line import InputError
-from evaluate import frontier
+from runtime.compare import frontier
 
 TEMPERATURES, SAMPLES, PROMPTS = (0.4, 0.6, 1.0, 2.0), 800, 9
 

@@ -18,7 +18,8 @@ from data import encode
 from formats import Pair
 from runtime.command_line import command_line, InputError, seeded
 from runtime.intervals import format_figure
-from evaluate import compare, evaluate_policy
+from evaluate import evaluate_policy
+from runtime.compare import compare, groups_of, read_runs, track_of
 from runtime.intervals import length_controlled, over_seeds, scaled_lengths, win_figures
 from generate import sample
 from sail import pair_logps
@@ -552,8 +553,8 @@ def test_finished_runs_are_compared_with_their_seeds_together(tmp_path, capsys):
 def test_a_track_goes_through_the_steps_that_all_seeds_have_measured(tmp_path):
     runs = [finished_run(tmp_path / "pr-s9", (0, 0.0, 1.0), (5, 1.0, 2.0), (7, 9.0, 9.0)),
             finished_run(tmp_path / "pr-s10", (0, 0.0, 0.0), (5, 2.0, 3.0))]
-    (name, seeds), = evaluate.groups_of(evaluate.read_runs(runs)).items()
-    assert name == "pr" and evaluate.track_of(seeds) == ([0.0, 1.5], [0.5, 2.5])
+    (name, seeds), = groups_of(read_runs(runs)).items()
+    assert name == "pr" and track_of(seeds) == ([0.0, 1.5], [0.5, 2.5])
 
 
 def test_seeds_without_a_common_step_are_compared_at_their_ends(tmp_path, capsys):
