@@ -5,160 +5,176 @@ What a run has measured is read from its logs, eval.jsonl and samples.jsonl; no 
 import io
 import json
 import math
+import operator
 import re
 from collections import defaultdict
+from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
 from statistics import mean
 
 import torch
 
-from runtime.command_line import InputError, foreign
+from runtime.command_line import InputError
 from runtime.intervals import format_figure, over_seeds
 from runtime.run_directory import is_run_directory, refuse_output, write_bytes, write_text
 
 # --- what finished runs have measured -----------------------------------------------------------------------
 
+@dataclass
+class Evaluation:
+    """What a run has measured on held-out data after a step: a row of eval.jsonl."""
+    step: int
+    figures: dict[str, tuple[float, float, float]]         # (value, low, high) of each that was measured
+
+
+def evaluation_of(row):
+    """The Evaluation in a row of eval.jsonl, {"step": 5, NAME: value, "NAME_interval": [low, high], …}, where
+    numbers and intervals may be null. Raises KeyError, TypeError or ValueError for another row."""
+    figures = {}
+    for name, value in row.items():
+        if name != "step" and not name.endswith("_interval") and value is not None:
+            low, high = row.get(f"{name}_interval") or (None, None)
+            figures[name] = float_of(value), float_of(low), float_of(high)
+    return Evaluation(operator.index(row["step"]), figures)
+
+
+def float_of(value):
+    """A number of a log as a float; null is nan. Raises TypeError for a value that is no number."""
+    if value is None:
+        return math.nan
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
+
+
+def read_log(path, convert):
+    """The rows of a run's log, convert(object) for the JSON object on each line. Raises InputError for a line
+    that no run has written."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(convert(dict(json.loads(line))))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}:{number}: a run has not written this ({error})") from None
+    return rows
+
+
 def read_runs(paths):
-    """{path: rows of eval.jsonl} of the finished runs of sail.py among the paths; InputError without any."""
+    """{path: evaluations} of the finished runs of sail.py among the paths. Raises InputError without any."""
     runs = {}
     for path in map(Path, paths):
-        if not (path / "model").is_dir() or not (path / "eval.jsonl").is_file():
-            if is_run_directory(path):
-                print(f"{path} is left out: it has no model, or no held-out figures, yet")
-            continue
-        rows = read_log(path / "eval.jsonl")
-        for number_of_row, row in enumerate(rows, 1):
-            refuse_edited(f"{path}/eval.jsonl:{number_of_row}", row)
-        if rows:
-            runs[path] = rows
+        if (path / "model").is_dir() and (path / "eval.jsonl").is_file():
+            evaluations = read_log(path / "eval.jsonl", evaluation_of)
+            if evaluations:
+                runs[path] = evaluations
+        elif is_run_directory(path):
+            print(f"{path} is left out: it has no model, or no held-out figures, yet")
     if not runs:
         raise InputError("--compare: no finished run with held-out figures among the arguments")
     return runs
 
 
-def read_log(path):
-    """The rows of a log that a run has written, a JSON object on each line. Raises InputError for a line that
-    is none."""
-    with foreign(f"{path}: not UTF-8 text"):
-        text = path.read_text(encoding="utf-8")
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            with foreign(f"{path}:{number}: want a JSON object on each line"):
-                rows.append(dict(json.loads(line)))
-    return rows
-
-
-def refuse_edited(place, row):
-    """Raises InputError for a row of eval.jsonl that no run has written: its figures are numbers or null,
-    their intervals two numbers or null."""
-    for name, value in row.items():
-        values = [value]
-        if name.endswith("_interval") and isinstance(value, list) and len(value) == 2:
-            values = value
-        for each in values:
-            if not (each is None or type(each) in (int, float)):
-                raise InputError(f"{place}: {name} is {str(value)[:40]!r}; a run has not written this")
-    if type(row.get("step")) is not int:
-        raise InputError(f"{place}: has no step")
-
-
 def last_samples(path):
-    """The rows of a run's samples.jsonl of its last evaluation."""
-    rows = read_log(path / "samples.jsonl")
-    last = rows[-1]["step"]
-    return [row for row in rows if row["step"] == last]
+    """The rows of samples.jsonl that a run's last evaluation has written."""
+    rows = read_log(path / "samples.jsonl", dict)
+    last_step = rows[-1]["step"]
+    return [row for row in rows if row["step"] == last_step]
 
 
 def groups_of(found):
-    """{name: rows of eval.jsonl, a list for each run}: runs whose names differ in -sN alone are seeds."""
-    variants = defaultdict(list)
-    for path, rows in found.items():
+    """{name: a list of the evaluations of each run}. Runs are seeds of one group if their paths differ in the
+    ending -sN alone."""
+    by_variant = defaultdict(list)
+    for path, evaluations in found.items():
         variant = re.sub(r"-s\d+$", "", str(path))
-        variants[Path(variant)].append(rows)
-    names = {path.name for path in variants}
+        by_variant[Path(variant)].append(evaluations)
+    names = {variant.name for variant in by_variant}
     groups = {}
-    for path, runs in variants.items():
-        name = path.name
-        if len(names) < len(variants):                     # runs of one name: with their directory
-            name = f"{path.parent.name}/{name}"
+    for variant, runs in by_variant.items():
+        name = variant.name
+        if len(names) < len(by_variant):                   # two directories hold runs of one name
+            name = f"{variant.parent.name}/{name}"
         groups[name] = runs
     return groups
 
 
-def figure_of(name, rows):
-    """(value, low, high) of one figure: of one evaluation, with its interval over prompts, or of several
-    seeds', with that over seeds; None if it was not measured."""
-    values = [row.get(name) for row in rows]
-    if None in values:
+def figure_of(name, evaluations):
+    """(value, low, high) of one figure. Of one evaluation the interval is over prompts; of several, one of
+    each seed, it is over seeds. None if one of them has not measured it."""
+    figures = [evaluation.figures.get(name) for evaluation in evaluations]
+    if None in figures:
         return None
-    if len(values) > 1:
-        return over_seeds(values)
-    interval = rows[0].get(f"{name}_interval")
-    low, high = interval or (math.nan, math.nan)
-    return values[0], low, high
+    if len(figures) == 1:
+        return figures[0]
+    return over_seeds([value for value, _, _ in figures])
 
 
 # --- tables, files ------------------------------------------------------------------------------------------
 
+# The figures of the tables, and their heads.
 COLUMNS = {"reward": "reward", "kl": "KL", "objective": "reward − β·KL", "gap": "below the best",
-           "win_rate": "win rate", "lc_win_rate": "LC win rate", "length": "length"}           # of the tables
+           "win_rate": "win rate", "lc_win_rate": "LC win rate", "length": "length"}
 
 
-def print_table(results, runs=None):
-    """The results, {model: {name: figure}}, as a markdown table; runs: how many of each model there are."""
+def print_table(results, seeds=None):
+    """Print results, {model: {name: figure}}, as a markdown table. seeds, {model: how many runs it has}, is
+    a column of its own."""
     measured = set().union(*results.values())
-    names = [name for name in COLUMNS if name in measured]
-    heads = [COLUMNS[name] for name in names]
-    if runs:
+    columns = [name for name in COLUMNS if name in measured]
+    heads = [COLUMNS[name] for name in columns]
+    if seeds:
         heads.insert(0, "runs")
-    print(f"| | {' | '.join(heads)} |\n|{'---|' * (len(heads) + 1)}")
+    print(f"| | {' | '.join(heads)} |")
+    print("|---|" + "---|" * len(heads))
     for model, figures in results.items():
         cells = [model]
-        if runs:
-            cells.append(str(runs[model]))
-        for name in names:
-            cell = ""
+        if seeds:
+            cells.append(str(seeds[model]))
+        for name in columns:
             if name in figures:
-                cell = format_figure(*figures[name])
-            cells.append(cell)
+                cells.append(format_figure(*figures[name]))
+            else:
+                cells.append("")
         print(f"| {' | '.join(cells)} |")
 
 
 def write_figures(results, path):
-    """{model: {name: {value, low, high}}} as JSON; what is not a finite number is null."""
+    """Write {model: {name: {value, low, high}}} as JSON. Numbers that are not finite are null."""
     written = {}
     for model, figures in results.items():
         written[model] = {}
         for name, figure in figures.items():
-            ends = dict(zip(("value", "low", "high"), figure))
-            for end in ends:
-                if not math.isfinite(ends[end]):
-                    ends[end] = None
-            written[model][name] = ends
+            value, low, high = [number if math.isfinite(number) else None for number in figure]
+            written[model][name] = {"value": value, "low": low, "high": high}
     write_text(path, json.dumps(written, indent=1) + "\n")
 
 
 def are_figures(text):
-    """Whether a text is what `write_figures` writes."""
+    """Whether `write_figures` has written this text."""
     try:
-        figures = [figure for model in json.loads(text).values() for figure in model.values()]
-        return all({*figure} == {"value", "low", "high"} for figure in figures)
+        for figures in json.loads(text).values():
+            for figure in figures.values():
+                if {*figure} != {"value", "low", "high"}:
+                    return False
     except (ValueError, TypeError, AttributeError):
         return False
+    return True
 
 
-def print_samples(samples, number):
-    """The answers of all models, {model: samples}, to the first `number` prompts, one prompt after the other.
-    """
-    for rows in list(zip(*samples.values()))[:number]:
+def print_samples(samples, count):
+    """Print the answers of all models, {model: rows of samples}, to the first `count` prompts, one prompt
+    after the other."""
+    by_prompt = list(zip(*samples.values()))               # a row of each model
+    for rows in by_prompt[:count]:
         prompt = rows[0]["prompt"]
-        if isinstance(prompt, list):
+        if isinstance(prompt, list):                       # of a dialogue, its last message
             prompt = prompt[-1]["content"]
         print(f"\n>>> {prompt}")
-        for name, row in zip(samples, rows):
-            print(f"--- {name}")
+        for model, row in zip(samples, rows):
+            print(f"--- {model}")
             if "reward" in row:
                 print(f"(reward {row['reward']:.3f})")
             print(row["response"])
@@ -173,8 +189,8 @@ def frontier(rewards, temperatures):
 
     The samples are weighted by exp(r/t), self-normalised importance sampling. Rows: kl in nats per response;
     reward; best, the highest reward − t·KL, which is t·log E_ref exp(r/t); error, half the 95 % interval of
-    `best` and of the curve's height at that KL; effective, the samples of a prompt that the weights leave,
-    (Σw)²/Σw². A row whose poorest prompt has fewer than 30 is left out."""
+    `best` and of the curve's height at that KL; effective, the smallest effective sample size (Σw)²/Σw² of a
+    prompt. A row with an effective sample size below 30 is left out."""
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     prompts, n = rewards.shape
     rows = []
@@ -203,33 +219,16 @@ COLOURS = dict(zip("sft dpo dp pp online-dpo pr pr-1 spin".split(),             
 
 
 def plot(groups, results, curve, path):
-    """Held-out reward against KL, as a PNG. A large point is a run's end, or the mean over seeds; a line goes
-    there through the evaluations."""
+    """Write a PNG of held-out reward against KL. A large point is where a run ends, or the mean of its seeds;
+    the line to it passes through the earlier evaluations. curve: rows of `frontier`."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes, labels = figure.subplots(), []                   # of lines' ends: (reward, kl, name, colour)
-    spare = [colour for name, colour in COLOURS.items() if name not in groups]
-    spare = cycle(spare or COLOURS.values())
-    for name, runs in groups.items():
-        if "reward" not in results[name]:
-            continue
-        colour = COLOURS.get(name) or next(spare)
-        reward, low, high = results[name]["reward"]
-        kl, left, right = results[name].get("kl", (0.0, 0.0, 0.0))                       # SFT has none
-        height = [[reward - low], [high - reward]]
-        width = [[kl - left], [right - kl]]
-        axes.errorbar(kl, reward, height, width, color=colour, marker="o", capsize=3)
-        kls, rewards = track_of(runs)
-        axes.plot(kls, rewards, ".-", color=colour)
-        labels.append((reward, kl, name, colour))
+    axes = figure.subplots()
+    labels = draw_groups(axes, groups, results)
     axes.set_xlabel("KL(π‖π_ref), nats per response")
     axes.set_ylabel("held-out reward")
     if curve:
-        _, right = axes.get_xlim()
-        inside = [(row["kl"], row["reward"]) for row in curve if row["kl"] < right]
-        kls, rewards = zip(*sorted(inside))
-        axes.plot(kls, rewards, color="black", linestyle="--", linewidth=1, scalex=False)
-        labels.append((rewards[-1], kls[-1], "best possible", "black"))
+        labels.append(draw_best(axes, curve))
     write_labels(axes, labels)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
@@ -238,30 +237,61 @@ def plot(groups, results, curve, path):
     write_bytes(path, picture.getvalue())
 
 
+def draw_groups(axes, groups, results):
+    """Draw each group that has a reward; returns where their lines end, [(reward, kl, name, colour)]."""
+    ends = []
+    spare = [colour for name, colour in COLOURS.items() if name not in groups]
+    spare = cycle(spare or COLOURS.values())
+    for name, runs in groups.items():
+        if "reward" not in results[name]:
+            continue
+        colour = COLOURS.get(name) or next(spare)
+        reward, low, high = results[name]["reward"]
+        kl, left, right = results[name].get("kl", (0.0, 0.0, 0.0))     # SFT has no reference
+        height = [[reward - low], [high - reward]]
+        width = [[kl - left], [right - kl]]
+        axes.errorbar(kl, reward, height, width, color=colour, marker="o", capsize=3)
+        kls, rewards = track_of(runs)
+        axes.plot(kls, rewards, ".-", color=colour)
+        ends.append((reward, kl, name, colour))
+    return ends
+
+
+def draw_best(axes, curve):
+    """Draw the best possible reward at each KL that the picture shows; returns where the line ends."""
+    _, right = axes.get_xlim()
+    inside = [(row["kl"], row["reward"]) for row in curve if row["kl"] < right]
+    kls, rewards = zip(*sorted(inside))
+    axes.plot(kls, rewards, color="black", linestyle="--", linewidth=1, scalex=False)
+    return rewards[-1], kls[-1], "best possible", "black"
+
+
 def track_of(runs):
-    """The means over seeds of KL and reward at the steps that all runs have measured: (kls, rewards)."""
+    """(KLs, rewards): their means over seeds at each step at which all runs have measured both."""
     points = defaultdict(list)
-    for rows in runs:
-        for row in rows:
-            if row.get("kl") is not None and row.get("reward") is not None:
-                points[row["step"]].append((row["kl"], row["reward"]))
+    for evaluations in runs:
+        for evaluation in evaluations:
+            if "kl" in evaluation.figures and "reward" in evaluation.figures:
+                kl, _, _ = evaluation.figures["kl"]
+                reward, _, _ = evaluation.figures["reward"]
+                points[evaluation.step].append((kl, reward))
     kls, rewards = [], []
     for step in sorted(points):
-        if len(points[step]) < len(runs):
-            continue
-        step_kls, step_rewards = zip(*points[step])
-        kls.append(mean(step_kls))
-        rewards.append(mean(step_rewards))
+        if len(points[step]) == len(runs):
+            step_kls, step_rewards = zip(*points[step])
+            kls.append(mean(step_kls))
+            rewards.append(mean(step_rewards))
     return kls, rewards
 
 
-def write_labels(axes, labels):
-    """The lines' names on the right of a picture, a line's height apart."""
+def write_labels(axes, ends):
+    """Write the names of lines, which end at [(reward, kl, name, colour)], on the right of a picture. Names
+    are at least the height of a line of text apart."""
     bottom, top = axes.get_ylim()
     _, right = axes.get_xlim()
     line = 0.05 * (top - bottom)
     place = -math.inf
-    for reward, kl, name, colour in sorted(labels):
+    for reward, kl, name, colour in sorted(ends):
         place = max(reward, place + line)
         arrow = dict(arrowstyle="-", color=colour, linestyle=":", relpos=(0, 0.5))
         axes.annotate(name, (kl, reward), (right, place), color=colour, va="center", arrowprops=arrow,
@@ -271,40 +301,49 @@ def write_labels(axes, labels):
 # --- the comparison -----------------------------------------------------------------------------------------
 
 def compare(paths, out=None, show=0, best=None, curve=()):
-    """Print runs as a markdown table, and their last answers to the first `show` held-out prompts; write
-    figures to `out` and a picture beside it. best, curve: see `best_possible`."""
+    """Print finished runs as a markdown table, and their last answers to the first `show` held-out prompts.
+    Write the table's figures to `out`, and a picture beside it. best, curve: what `best_possible` returns."""
     found = read_runs(paths)
-    out = Path(out or next(iter(found)).parent / "results.json")
-    groups, results, seeds = groups_of(found), {}, {}
+    first_run, *_ = found
+    out = Path(out or first_run.parent / "results.json")
+    groups = groups_of(found)
+    results, seeds = {}, {}
     for name, runs in groups.items():
-        results[name] = {}
+        results[name] = results_of(runs, best)
         seeds[name] = len(runs)
-        last = [rows[-1] for rows in runs]
-        for column in COLUMNS:
-            figure = figure_of(column, last)
-            if figure:
-                results[name][column] = figure
-        if best and "objective" in results[name]:
-            value, low, high = results[name]["objective"]
-            top = best["best"]
-            results[name]["gap"] = top - value, top - high, top - low
     if len(found) == len(groups):
         seeds = None
     print_table(results, seeds)
     if show:
         print_samples({str(path): last_samples(path) for path in found}, show)
     write_figures(results, out)
-    plot(groups, results, curve, out.with_suffix(".png"))
+    picture = out.with_suffix(".png")
+    plot(groups, results, curve, picture)
     print("\n95 % intervals, as ± half or as [low, high]: over seeds (t) if there are several, else over "
-          f"prompts\nfigures in {out}, picture in {out.with_suffix('.png')}")
+          f"prompts\nfigures in {out}, picture in {picture}")
     if best:
         print(f"the best reward − β·KL at β {best['temperature']:g} is {best['best']:.3f} ± "
               f"{best['error']:.3f}, reward {best['reward']:.2f} at KL {best['kl']:.2f} (effective sample "
               f"size {best['effective']:.0f})")
 
 
+def results_of(runs, best):
+    """{name: figure} of the last evaluations of a group's runs, with the gap to the best possible if that is
+    known."""
+    last = [evaluations[-1] for evaluations in runs]
+    results = {}
+    for name in COLUMNS:
+        figure = figure_of(name, last)
+        if figure:
+            results[name] = figure
+    if best and "objective" in results:
+        value, low, high = results["objective"]
+        results["gap"] = best["best"] - value, best["best"] - high, best["best"] - low
+    return results
+
+
 def refuse_comparison(out):
-    """Raises InputError if the figures, or the picture beside them, cannot be written to these names."""
+    """Raises InputError if the figures cannot be written to `out`, or the picture beside it."""
     if out.suffix != ".json":
         raise InputError(f"--out {out}: want the name of a .json file; the picture stands beside it as .png")
     refuse_output(out, are_figures)
