@@ -33,7 +33,7 @@ from reward import drop_unscorable, load_reward
 
 @torch.no_grad()
 def response_logps(model, examples, responses, dtype):
-    """log π(y|x) of a response (ids) to each example's prompt, (n,)."""
+    """log π(y|x) of one response y (ids) to each example's prompt x, (n,)."""
     rows = []
     for example, ids in zip(examples, responses, strict=True):
         rows.append((example.prompt_ids, ids))
@@ -46,29 +46,33 @@ def response_logps(model, examples, responses, dtype):
 
 
 def log_ratios(policy, reference, examples, responses, dtype):
-    """log π(y|x) − log π_ref(y|x) of a response (ids) to each example's prompt, (n,)."""
-    ours = response_logps(policy, examples, responses, dtype)
-    return ours - response_logps(reference, examples, responses, dtype)
+    """log π(y|x) − log π_ref(y|x) of one response y (ids) to each example's prompt x, (n,)."""
+    policy_logps = response_logps(policy, examples, responses, dtype)
+    reference_logps = response_logps(reference, examples, responses, dtype)
+    return policy_logps - reference_logps
 
 
 def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
-    """Figures of a policy on held-out examples: ({name: (value, low, high)}, samples).
+    """Figures of a policy on held-out examples, {name: (value, low, high)}, and its samples.
 
-    reference, reward: None leaves out what they measure; so do examples without responses. Without a
-    reference, as in SFT, loss is −log π per token of the data's chosen responses. args: beta, dtype,
-    max_response_length, sample_batch_size, and the seed of the samples. KL is estimated from the samples, as
-    log π(y) − log π_ref(y) summed over y's tokens, in nats per response; the reward decides on wins over the
-    chosen responses."""
+    reference, reward: figures that need them are left out if they are None. Figures on the data's responses
+    are left out if the examples have none. Without a reference, as in SFT, loss is −log π per token of the
+    data's chosen responses. args: beta, dtype, max_response_length, sample_batch_size, and the seed of the
+    samples. KL is estimated from the samples, as log π(y) − log π_ref(y) summed over y's tokens, in nats per
+    response; the reward decides on wins over the chosen responses."""
+    prompts, prompt_ids = [], []
+    for example in examples:
+        prompts.append(example.prompt)
+        prompt_ids.append(example.prompt_ids)
     torch.manual_seed(seeded("held-out samples", args.seed))
     with computing_in(args.dtype, policy):
-        responses, finished = sample(policy, tokenizer, [example.prompt_ids for example in examples],
-                                     args.max_response_length, batch_size=args.sample_batch_size)
-    responses = [ids for ids, in responses]                 # one of each prompt
+        drawn, finished = sample(policy, tokenizer, prompt_ids, args.max_response_length,
+                                 batch_size=args.sample_batch_size)
+    responses = [ids for ids, in drawn]                     # one to each prompt
     texts = texts_of(examples, responses, tokenizer)
-    columns = pair_columns(policy, reference, examples, args)              # name: a number per example
+    columns = pair_columns(policy, reference, examples, args)              # {name: a number per example}
     if reference is not None:
         columns["kl"] = log_ratios(policy, reference, examples, responses, args.dtype).tolist()
-    prompts = [example.prompt for example in examples]
     if reward is not None:
         columns["reward"] = reward(prompts, texts)
     if reward is not None and reference is not None:
@@ -85,44 +89,46 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
     samples = []
     for prompt, text in zip(prompts, texts):
         samples.append({"prompt": prompt, "response": text})
-    for sample_, score in zip(samples, columns.get("reward", [])):
-        sample_["reward"] = score
+    for row, score in zip(samples, columns.get("reward", [])):
+        row["reward"] = score
     if reward is not None and examples[0].chosen is not None:
         figures.update(wins_over_chosen(examples, texts, columns["reward"], reward, tokenizer))
     return figures, samples
 
 
 def pair_columns(policy, reference, examples, args):
-    """{name: a number per example} of what is measured on the data's responses."""
+    """What is measured on the data's responses, {name: a number per example}."""
     if examples[0].chosen is None:
         return {}
     chosen_ids = [example.chosen_ids for example in examples]
-    if reference is None:                                   # nats per token, as in SFT
+    if reference is None:                                   # as in SFT, in nats per token
         logps = response_logps(policy, examples, chosen_ids, args.dtype)
-        lengths = torch.tensor([len(ids) for ids in chosen_ids])
+        lengths = torch.tensor(list(map(len, chosen_ids)))
         return {"loss": (-logps / lengths).tolist()}
     if examples[0].rejected is None:
         return {}
+    rejected_ids = [example.rejected_ids for example in examples]
     chosen = log_ratios(policy, reference, examples, chosen_ids, args.dtype)
-    rejected = log_ratios(policy, reference, examples, [example.rejected_ids for example in examples],
-                          args.dtype)
+    rejected = log_ratios(policy, reference, examples, rejected_ids, args.dtype)
     margin = args.beta * (chosen - rejected)
     return {"loss": (-F.logsigmoid(margin)).tolist(), "margin": margin.tolist(),
             "accuracy": prefers_chosen(margin).tolist()}
 
 
 def wins_over_chosen(examples, texts, rewards, reward, tokenizer):
-    """The win rates of the texts over the data's chosen responses, by the reward."""
-    opponents = texts_of(examples, [example.chosen_ids for example in examples], tokenizer)
-    prompts = [example.prompt for example in examples]
-    ours = torch.tensor(rewards)
-    theirs = torch.tensor(reward(prompts, opponents))
-    wins = prefers_chosen(ours - theirs).tolist()
+    """The rates at which the texts win over the data's chosen responses, by the reward."""
+    prompts, chosen_ids = [], []
+    for example in examples:
+        prompts.append(example.prompt)
+        chosen_ids.append(example.chosen_ids)
+    opponents = texts_of(examples, chosen_ids, tokenizer)
+    opponent_rewards = torch.tensor(reward(prompts, opponents))
+    wins = prefers_chosen(torch.tensor(rewards) - opponent_rewards).tolist()
     return win_figures(wins, texts, opponents)
 
 
 def texts_of(examples, responses, tokenizer):
-    """The texts of responses (ids), each to its example's prompt."""
+    """The texts of responses (ids), one to each example's prompt."""
     texts = []
     for example, ids in zip(examples, responses):
         texts.append(response_text(tokenizer, ids, example.prompt_ids))
@@ -137,9 +143,9 @@ DEFAULTS = dict(data=None, eval_data=None, prefer="better", reward=None, referen
 
 
 def find_run(path, options):
-    """(model directory or name, settings) of a run of sail.py, or of a checkpoint with the default settings;
-    the command line's options come first. What runs code comes from there alone: a run may be somebody
-    else's."""
+    """(model directory or name, settings) of a run of sail.py, or of a checkpoint, which has the default
+    settings. Options of the command line come first. Code that a run's args.json names is never executed; the
+    command line has to name it."""
     settings, model = dict(DEFAULTS), str(path)
     if Path(path, "args.json").is_file() and Path(path, "model").is_dir():
         model = str(Path(path, "model"))
@@ -158,7 +164,7 @@ def find_run(path, options):
 
 
 def refuse_replaced(path, reference):
-    """Raises InputError if the reference's files are others than the run started with."""
+    """Raises InputError if the reference's files have changed since the run started."""
     then = read_json(Path(path, "args.json")).get("reference_sha256")
     if then is not None and then != fingerprint_files(reference):
         raise InputError(f"{path}: the files of its reference {reference} have changed since; give it as "
@@ -185,7 +191,8 @@ def settings_of(file):
 
 
 def held_out_pairs(args, reward):
-    """(held-out pairs that the reward can score, counts of others). Raises InputError without any."""
+    """(held-out pairs that the reward can score, counts of those that it cannot). Raises InputError if there
+    is no held-out pair."""
     if args.data is None and args.eval_data is None:
         raise InputError("no data: the models are no runs of sail.py; name some with --data or --eval-data")
     _, held_out, _, _ = train_and_held_out(args.data or args.eval_data, args.eval_data, None, args.prefer)
@@ -195,36 +202,35 @@ def held_out_pairs(args, reward):
 
 
 def evaluate_models(options):
-    """Sample from the models of the command line, print a table of their figures, and write these into each
-    run's evaluated.json, or all into --out."""
+    """Sample from the models of the command line and print a table of their figures. Write the figures into
+    each run's evaluated.json, or all of them into --out."""
     if not options.models:
         raise InputError("no run or model directory among the arguments")
     if options.out:
         refuse_output(options.out, are_figures)
     runs = [find_run(path, options) for path in options.models]
-    names = [Path(path).name or path for path in options.models]
-    if len(set(names)) < len(names):
-        names = options.models
-    args = runs[0][1]                           # the same held-out pairs, lengths and seed for every model
-    references = [run.reference for _, run in runs if run.reference]
-    reference_name = (references + [runs[0][0]])[0]
-    lengths = args.max_prompt_length, args.max_response_length
+    first_model, args = runs[0]                 # the same held-out pairs, lengths and seed for every model
+    references = [settings.reference for _, settings in runs if settings.reference]
+    reference_name = first_model
+    if references:
+        reference_name = references[0]
     reward = None
     if args.reward:
         reward = load_reward(args.reward, args.trust_remote_code, args.date, args.dtype)
     held_out, unscorable = held_out_pairs(args, reward)
+    lengths = args.max_prompt_length, args.max_response_length
     loading = dict(trust_remote_code=args.trust_remote_code, lengths=lengths, date=args.date)
     reference, reference_tokenizer = load_frozen(reference_name, args.dtype, **loading)
     results, samples = {}, {}
-    for name, (model, _) in zip(names, runs):
+    for name, (model, _) in zip(names_of(options.models), runs):
         print(f"{name}: a response of up to {args.max_response_length} tokens to "
               f"{min(len(held_out), args.eval_limit)} prompts …")
         policy, tokenizer = load_frozen(model, args.dtype, **loading)
         if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
             raise InputError(f"{model} has another vocabulary than the reference {reference_name}")
-        rows = policy.get_input_embeddings().weight.shape[0]
-        examples, counts, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths, rows,
-                                     args.eval_limit)
+        vocabulary = policy.get_input_embeddings().weight.shape[0]
+        examples, counts, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths,
+                                     vocabulary, args.eval_limit)
         results[name], samples[name] = evaluate_policy(policy, reference, tokenizer, examples, reward, args)
         del policy                                         # before the next one is loaded
     print(f"\n{len(examples)} held-out pairs of {args.eval_data or args.data} "
@@ -233,25 +239,39 @@ def evaluate_models(options):
           f"responses; 95 % intervals over prompts, as ± half or as [low, high]{few(len(examples))}\n")
     print_table(results)
     print_samples(samples, options.show)
-    files = defaultdict(dict)
-    for name, path, (model, _) in zip(names, options.models, runs):
+    write_evaluated(results, options, runs)
+
+
+def names_of(paths):
+    """The names of the models in tables: the last parts of their paths, or the whole paths if two last parts
+    are alike."""
+    names = [Path(path).name or path for path in paths]
+    if len(set(names)) < len(names):
+        return paths
+    return names
+
+
+def write_evaluated(results, options, runs):
+    """Write all figures to --out. Without it, write those of a run to its evaluated.json, and those of models
+    that are no runs to evaluated.json in the working directory."""
+    by_file = defaultdict(dict)
+    for name, path, (model, _) in zip(results, options.models, runs):
+        file = Path("evaluated.json")
         if options.out:
             file = Path(options.out)
         elif Path(path, "model") == Path(model):
             file = Path(path, "evaluated.json")
-        else:
-            file = Path("evaluated.json")
-        files[file][name] = results[name]
-    for file, figures in files.items():
+        by_file[file][name] = results[name]
+    for file, figures in by_file.items():
         write_figures(figures, file)
-    print(f"\nfigures in {', '.join(map(str, files))}")
+    print(f"\nfigures in {', '.join(map(str, by_file))}")
 
 
 # --- the best possible --------------------------------------------------------------------------------------
 
 def best_possible(options):
-    """(the row at β, all rows) of `frontier`, by the first run's reference. InputError for too few
-    samples."""
+    """(the row at β, all rows) of `frontier`, by the first run that has a reference and a reward. Raises
+    InputError if there is none, or if the samples are too few."""
     runs = []
     for path in options.models:
         _, run = find_run(path, options)
@@ -260,6 +280,16 @@ def best_possible(options):
     if not runs:
         raise InputError("--frontier: no run has a reference and a reward")
     args = runs[0]
+    temperatures = [args.beta * 1.15 ** power for power in range(-12, 40)]
+    rows = frontier(reference_rewards(args, options.frontier), temperatures)
+    for row in rows:
+        if row["temperature"] == args.beta:
+            return row, rows
+    raise InputError(f"--frontier {options.frontier}: too few samples at β {args.beta:g}; give more")
+
+
+def reference_rewards(args, count):
+    """The rewards of `count` samples of a run's reference to each held-out prompt, a list for each prompt."""
     lengths = args.max_prompt_length, args.max_response_length
     reference, tokenizer = load_frozen(args.reference, args.dtype, trust_remote_code=args.trust_remote_code,
                                        lengths=lengths, date=args.date)
@@ -267,28 +297,23 @@ def best_possible(options):
     held_out, _ = held_out_pairs(args, reward)
     held_out, _, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, reference), *lengths,
                             limit=args.eval_limit)
-    by_prompt = {str(example.prompt): example for example in held_out}                 # each prompt once
+    by_prompt = {}
+    for example in held_out:                    # each prompt once
+        by_prompt[str(example.prompt)] = example
     examples = list(by_prompt.values())
     prompt_ids = [example.prompt_ids for example in examples]
     torch.manual_seed(seeded("frontier", args.seed))
     with computing_in(args.dtype, reference):
-        drawn, _ = sample(reference, tokenizer, prompt_ids, args.max_response_length, options.frontier,
-                          batch_size=1)
-    scores = []
+        drawn, _ = sample(reference, tokenizer, prompt_ids, args.max_response_length, count, batch_size=1)
+    rewards = []
     for example, responses in zip(examples, drawn):
-        same = [example] * len(responses)
-        texts = texts_of(same, responses, tokenizer)
-        scores.append(reward([each.prompt for each in same], texts))
-    temperatures = [args.beta * 1.15 ** power for power in range(-12, 40)]
-    rows = frontier(scores, temperatures)
-    for row in rows:
-        if row["temperature"] == args.beta:
-            return row, rows
-    raise InputError(f"--frontier {options.frontier}: too few samples at β {args.beta:g}; give more")
+        texts = texts_of([example] * count, responses, tokenizer)
+        rewards.append(reward([example.prompt] * count, texts))
+    return rewards
 
 
 def make_parser():
-    """The command line's."""
+    """The parser of the command line."""
     parser = Parser("Evaluate runs of sail.py, with their own settings, or any checkpoints.", " RUN …")
     add = parser.add_argument
     add("models", nargs="*", metavar="RUN", help="a run's or a checkpoint's directory, or a hub name")
