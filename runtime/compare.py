@@ -7,6 +7,7 @@ import json
 import math
 import operator
 import re
+import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass
 from itertools import cycle
@@ -119,6 +120,23 @@ COLUMNS = {"reward": "reward", "kl": "KL", "objective": "reward − β·KL", "ga
            "win_rate": "win rate", "lc_win_rate": "LC win rate", "length": "length"}
 
 
+# Sequences that a terminal obeys, by ECMA-48: strings up to their end, as titles and links; colours and moves
+# of the cursor; others. Each begins with an escape character or has a control character of its own.
+SEQUENCES = re.compile(r"(\x1b[]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]*(\x07|\x1b\\|\x9c)"
+                       r"|(\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+                       r"|\x1b[ -/]*[0-~]")
+
+
+def printable(text):
+    """The text without what would control a terminal: escape sequences, control characters but newline and
+    tab, and lone surrogates, which cannot be printed."""
+    kept = []
+    for character in SEQUENCES.sub("", text):
+        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs"):
+            kept.append(character)
+    return "".join(kept)
+
+
 def print_table(results, seeds=None):
     """Print results, {model: {name: figure}}, as a markdown table. seeds, {model: how many runs it has}, is
     a column of its own."""
@@ -130,7 +148,7 @@ def print_table(results, seeds=None):
     print(f"| | {' | '.join(heads)} |")
     print("|---|" + "---|" * len(heads))
     for model, figures in results.items():
-        cells = [model]
+        cells = [printable(model)]
         if seeds:
             cells.append(str(seeds[model]))
         for name in columns:
@@ -172,12 +190,12 @@ def print_samples(samples, count):
         prompt = rows[0]["prompt"]
         if isinstance(prompt, list):                       # of a dialogue, its last message
             prompt = prompt[-1]["content"]
-        print(f"\n>>> {prompt}")
+        print(f"\n>>> {printable(prompt)}")
         for model, row in zip(samples, rows):
-            print(f"--- {model}")
+            print(f"--- {printable(model)}")
             if "reward" in row:
                 print(f"(reward {row['reward']:.3f})")
-            print(row["response"])
+            print(printable(row["response"]))
 
 
 # --- the best possible --------------------------------------------------------------------------------------

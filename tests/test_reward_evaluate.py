@@ -572,6 +572,18 @@ def test_runs_without_a_reward_are_compared_in_what_they_have(tmp_path, capsys):
     assert "| dpo |  | 1.000 ± 0.100 |" in capsys.readouterr().out
 
 
+def test_texts_of_others_have_no_control_over_the_terminal(tmp_path, capsys):
+    hostile = ("\x1b[2Jred \x1b[31mtext\x1b[0m \x1b]0;a title\x07\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\ "
+               "\x1bPsixel\x1b\\\x1bc\x9b1mbell\x07 back\x08 up\rover \x00\x7f\ud800é\tt\n2nd line 👩‍🚀")
+    run = finished_run(tmp_path / "p\x1b[1mr", (5, 1.0, 2.0))
+    sample = {"step": 5, "prompt": [{"role": "user", "content": hostile}], "response": hostile}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    compare([run], show=1)
+    shown = capsys.readouterr().out
+    assert not set(shown) & {*map(chr, range(32)), *map(chr, range(127, 160)), "\ud800"} - {"\n", "\t"}
+    assert shown.count("red text link bell back upover é\tt\n2nd line 👩‍🚀") == 2 and "| pr |" in shown
+
+
 def test_a_model_with_another_vocabulary_than_the_reference_is_refused(monkeypatch, base, checkpoint,
                                                                        held_out):
     with pytest.raises(InputError, match="another vocabulary than the reference"):
