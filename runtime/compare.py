@@ -117,7 +117,8 @@ def figure_of(name, evaluations):
 
 # The figures of the tables, and their heads.
 COLUMNS = {"reward": "reward", "kl": "KL", "objective": "reward − β·KL", "gap": "below the best",
-           "win_rate": "win rate", "lc_win_rate": "LC win rate", "length": "length"}
+           "win_rate": "win rate", "lc_win_rate": "LC win rate", "length": "length",
+           "unfinished": "unfinished", "margin": "margin", "accuracy": "accuracy"}
 
 
 # Sequences that a terminal obeys, by ECMA-48: strings up to their end, as titles and links; colours and moves
@@ -325,13 +326,10 @@ def compare(paths, out=None, show=0, best=None, curve=()):
     first_run, *_ = found
     out = Path(out or first_run.parent / "results.json")
     groups = groups_of(found)
-    results, seeds = {}, {}
+    results = {}
     for name, runs in groups.items():
         results[name] = results_of(runs, best)
-        seeds[name] = len(runs)
-    if len(found) == len(groups):
-        seeds = None
-    print_table(results, seeds)
+    print_groups(groups, results)
     if show:
         print_samples({str(path): last_samples(path) for path in found}, show)
     write_figures(results, out)
@@ -345,15 +343,41 @@ def compare(paths, out=None, show=0, best=None, curve=()):
               f"size {best['effective']:.0f})")
 
 
+def print_groups(groups, results):
+    """Print the table of the groups' results. What their runs were before the first step is a row above the
+    first of the groups that began so."""
+    began = {}                                             # name: the figures at step 0
+    for name, runs in groups.items():
+        first = [evaluations[0] for evaluations in runs]
+        steps = [evaluation.step for evaluation in first]
+        if max(steps) == 0 and all(len(evaluations) > 1 for evaluations in runs):
+            began[name] = figures_of(first)
+    rows, seeds = {}, {}
+    for name, runs in groups.items():
+        if name in began:
+            alike = [other for other in began if began[other] == began[name]]
+            before = f"step 0 of {', '.join(alike)}"
+            rows[before], seeds[before] = began[name], len(runs)
+        rows[name], seeds[name] = results[name], len(runs)
+    if max(seeds.values()) == 1:
+        seeds = None
+    print_table(rows, seeds)
+
+
+def figures_of(evaluations):
+    """{name: figure} of the columns that all evaluations, one of each seed, have measured."""
+    figures = {}
+    for name in COLUMNS:
+        figure = figure_of(name, evaluations)
+        if figure:
+            figures[name] = figure
+    return figures
+
+
 def results_of(runs, best):
     """{name: figure} of the last evaluations of a group's runs, with the gap to the best possible if that is
     known."""
-    last = [evaluations[-1] for evaluations in runs]
-    results = {}
-    for name in COLUMNS:
-        figure = figure_of(name, last)
-        if figure:
-            results[name] = figure
+    results = figures_of([evaluations[-1] for evaluations in runs])
     if best and "objective" in results:
         value, low, high = results["objective"]
         results["gap"] = best["best"] - value, best["best"] - high, best["best"] - low

@@ -584,6 +584,36 @@ def test_texts_of_others_have_no_control_over_the_terminal(tmp_path, capsys):
     assert shown.count("red text link bell back upover é\tt\n2nd line 👩‍🚀") == 2 and "| pr |" in shown
 
 
+def table_of(text):
+    """The lines of a markdown table as {first cell: {head: cell}}."""
+    heads, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()
+                       if line.startswith("|")]
+    return {row[0]: dict(zip(heads, row)) for row in rows}
+
+
+def test_the_table_shows_what_may_hide_behind_a_reward(tmp_path, capsys):
+    run = finished_run(tmp_path / "pr", (5, 1.0, 2.0))
+    figures = {"unfinished": 0.25, "margin": 0.5, "accuracy": 0.75}
+    (run / "eval.jsonl").write_text(json.dumps({"step": 5, **figures}) + "\n")
+    compare([run])
+    assert table_of(capsys.readouterr().out)["pr"] == {
+        "": "pr", "unfinished": "0.250", "margin": "0.500", "accuracy": "0.750"}
+    assert json.loads((tmp_path / "results.json").read_text())["pr"]["margin"]["value"] == 0.5
+
+
+def test_the_model_as_it_was_is_a_row_before_the_runs_that_began_from_it(tmp_path, capsys):
+    runs = [finished_run(tmp_path / "sft", (5, 9.0, 9.0)),                       # was not evaluated before
+            finished_run(tmp_path / "dpo", (0, 0.0, 1.0), (5, 1.0, 2.0)),
+            finished_run(tmp_path / "pr", (0, 0.0, 1.0), (5, 2.0, 3.0)),
+            finished_run(tmp_path / "dp", (0, 0.0, 4.0), (5, 2.0, 5.0)),         # began elsewhere
+            finished_run(tmp_path / "pp", (0, 0.0, 6.0))]                        # took no step
+    compare(runs)
+    table = table_of(capsys.readouterr().out)
+    assert list(table) == ["sft", "step 0 of dpo, pr", "dpo", "pr", "step 0 of dp", "dp", "pp"]
+    assert table["step 0 of dpo, pr"]["reward"] == "1.000 [0.80, 1.30]" and table["step 0 of dp"]["KL"]
+    assert list(json.loads((tmp_path / "results.json").read_text())) == ["sft", "dpo", "pr", "dp", "pp"]
+
+
 def test_a_model_with_another_vocabulary_than_the_reference_is_refused(monkeypatch, base, checkpoint,
                                                                        held_out):
     with pytest.raises(InputError, match="another vocabulary than the reference"):
