@@ -270,21 +270,21 @@ def write_evaluated(results, options, runs):
 # --- the best possible --------------------------------------------------------------------------------------
 
 def best_possible(options):
-    """(the row at β, all rows) of `frontier`, by the first run that has a reference and a reward. Raises
-    InputError if there is none, or if the samples are too few."""
+    """(the row at β, all rows, the run's path) of `frontier`, by the first run that has a reference and a
+    reward. Raises InputError if there is none, or if the samples are too few."""
     runs = []
     for path in options.models:
         _, run = find_run(path, options)
         if run.reference and run.reward:
-            runs.append(run)
+            runs.append((Path(path), run))
     if not runs:
         raise InputError("--frontier: no run has a reference and a reward")
-    args = runs[0]
+    path, args = runs[0]
     temperatures = [args.beta * 1.15 ** power for power in range(-12, 40)]
     rows = frontier(reference_rewards(args, options.frontier), temperatures)
     for row in rows:
         if row["temperature"] == args.beta:
-            return row, rows
+            return row, rows, path
     raise InputError(f"--frontier {options.frontier}: too few samples at β {args.beta:g}; give more")
 
 

@@ -262,7 +262,7 @@ def below_the_best(rows, runs, samples=2000):
         ours = [row for row in rows if row["seed"] == seed]
         models = [runs / f"toy/{row['method']}-s{seed}" for row in ours
                   if row["world"] == "toy" and row["method"] != "sft"]
-        best, curve = best_possible(make_parser().parse_args(
+        best, curve, _ = best_possible(make_parser().parse_args(
             [*map(str, models), "--frontier", str(samples), "--seed", str(seed), "--reward",
              toy_settings("dpo")["reward"]]))
         kls, heights = zip(*sorted((point["kl"], point["reward"]) for point in curve))

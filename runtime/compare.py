@@ -1,15 +1,18 @@
 """Runs side by side: the table of their figures, the picture, the best that is possible.
 
-What a run has measured is read from its logs, eval.jsonl and samples.jsonl; no model is loaded here.
+What a run has measured is read from its logs, eval.jsonl and samples.jsonl; no model is loaded here. Figures
+stand in one table only if they were measured on the same reward, held-out pairs, lengths, β and reference.
 """
 import io
 import json
 import math
 import operator
+import os
 import re
+import textwrap
 import unicodedata
-from collections import defaultdict
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from statistics import mean
@@ -18,7 +21,7 @@ import torch
 
 from runtime.command_line import InputError
 from runtime.intervals import format_figure, over_seeds
-from runtime.run_directory import is_run_directory, refuse_output, write_bytes, write_text
+from runtime.run_directory import is_run_directory, read_json, refuse_output, write_bytes, write_text
 
 # --- what finished runs have measured -----------------------------------------------------------------------
 
@@ -85,22 +88,127 @@ def last_samples(path):
     return [row for row in rows if row["step"] == last_step]
 
 
-def groups_of(found):
-    """{name: a list of the evaluations of each run}. Runs are seeds of one group if their paths differ in the
-    ending -sN alone."""
-    by_variant = defaultdict(list)
-    for path, evaluations in found.items():
-        variant = re.sub(r"-s\d+$", "", str(path))
-        by_variant[Path(variant)].append(evaluations)
-    names = {variant.name for variant in by_variant}
-    groups = {}
-    for variant, runs in by_variant.items():
-        name = variant.name
-        if len(names) < len(by_variant):                   # two directories hold runs of one name
-            name = f"{variant.parent.name}/{name}"
-        groups[name] = runs
-    return groups
+# --- what may stand side by side ----------------------------------------------------------------------------
 
+MEASURED_ON = ("reward", "pairs", "lengths", "reference", "beta")
+
+
+@dataclass
+class Table:
+    """Groups of runs whose figures may stand side by side, since they were measured on the same."""
+    measured_on: dict[str, str | None]                                 # MEASURED_ON, in words
+    groups: dict[str, list] = field(default_factory=dict)              # name: the evaluations of each run
+    paths: list[Path] = field(default_factory=list)                    # of all runs
+
+
+def measured_on(path):
+    """What a run's figures were measured on, {what: words}, by its args.json. A thing that played no part is
+    None: a run without a reference, as SFT, has no KL and no margin, so β does not matter either."""
+    conditions = dict.fromkeys(MEASURED_ON)
+    if not (path / "args.json").is_file():
+        return conditions
+    args = defaultdict(lambda: None, read_json(path / "args.json"))
+    pairs = str(args["eval_data"] or args["data"])
+    if Path(pairs).exists():
+        pairs = os.path.relpath(pairs)                     # the same path in whatever way it was given
+    if args["eval_data"] is None:
+        pairs = f"{pairs}, one in twenty of {args['limit'] or 'all'} rows"
+    conditions["pairs"] = f"up to {args['eval_limit']} pairs of {pairs}"
+    if args["max_length"]:                                 # of a reward model
+        conditions["lengths"] = f"dialogues of up to {args['max_length']} tokens"
+    else:
+        conditions["lengths"] = (f"prompts of up to {args['max_prompt_length']} tokens, responses of up to "
+                                 f"{args['max_response_length']}")
+    if args["reward"]:
+        reward = with_fingerprint(args["reward"], args["reward_sha256"])
+        conditions["reward"] = f"reward {reward}"
+    if args["reference"]:
+        reference = with_fingerprint(args["reference"], args["reference_sha256"])
+        conditions["reference"] = f"reference {reference}"
+        conditions["beta"] = f"β {args['beta']}"
+    return conditions
+
+
+def with_fingerprint(source, sha256):
+    """The last two parts of a path or name, since a path may be given in several ways, and the beginning of
+    the files' SHA-256."""
+    parts = Path(str(source)).parts[-2:]
+    if ".py:" in parts[-1]:
+        parts = parts[-1:]
+    return f"{'/'.join(parts)} ({str(sha256)[:8]})"
+
+
+def groups_of(conditions):
+    """{name: paths of runs that are seeds of each other}, from {path: what it was measured on}. The paths of
+    seeds differ in the ending -sN alone, and they were measured on the same, except that each may have a
+    reference of its own."""
+    groups = defaultdict(list)
+    for path, words in conditions.items():
+        variant = Path(re.sub(r"-s\d+$", "", str(path)))
+        shared = {**words, "reference": None}
+        groups[variant, tuple(shared.values())].append(path)
+    times = Counter(variant for variant, _ in groups)
+    paths = []
+    for (variant, _), seeds in groups.items():
+        if times[variant] > 1:                             # these seeds were measured on unlike things
+            seed_names = ", ".join(path.name for path in seeds)
+            variant = variant.with_name(f"{variant.name} ({seed_names})")
+        paths.append(variant)
+    return dict(zip(short_names(paths), groups.values()))
+
+
+def short_names(paths):
+    """The last parts of paths, as many as tell them apart."""
+    names, length = [], 0
+    while len(set(names)) < len(paths):
+        length += 1
+        names = ["/".join(path.parts[-length:]) for path in paths]
+    return names
+
+
+def tables_of(found):
+    """The tables of the runs found, {path: evaluations}. Each group of seeds is in the first table whose runs
+    were measured on the same."""
+    conditions = {path: measured_on(path) for path in found}
+    tables = []
+    for name, paths in groups_of(conditions).items():
+        words = dict(conditions[paths[0]])
+        if words["reference"]:
+            references = {conditions[path]["reference"] for path in paths}
+            words["reference"] = ", ".join(sorted(references))
+        table = table_for(tables, words)
+        for what in MEASURED_ON:
+            table.measured_on[what] = table.measured_on[what] or words[what]
+        table.groups[name] = [found[path] for path in paths]
+        table.paths += paths
+    return tables
+
+
+def table_for(tables, words):
+    """The first table whose runs were measured on the same; a new one if there is none."""
+    for table in tables:
+        if are_alike(table.measured_on, words):
+            return table
+    table = Table(dict.fromkeys(MEASURED_ON))
+    tables.append(table)
+    return table
+
+
+def are_alike(first, second):
+    """Whether figures were measured on the same, apart from what played no part in one of the two."""
+    for what in MEASURED_ON:
+        if None not in (first[what], second[what]) and first[what] != second[what]:
+            return False
+    return True
+
+
+def heading_of(table):
+    """The line above a table: what its figures were measured on."""
+    words = filter(None, table.measured_on.values())
+    return printable(f"Measured on: {'; '.join(words) or 'unknown'}")
+
+
+# --- figures ------------------------------------------------------------------------------------------------
 
 def figure_of(name, evaluations):
     """(value, low, high) of one figure. Of one evaluation the interval is over prompts; of several, one of
@@ -119,7 +227,6 @@ def figure_of(name, evaluations):
 COLUMNS = {"reward": "reward", "kl": "KL", "objective": "reward − β·KL", "gap": "below the best",
            "win_rate": "win rate", "lc_win_rate": "LC win rate", "length": "length",
            "unfinished": "unfinished", "margin": "margin", "accuracy": "accuracy"}
-
 
 # Sequences that a terminal obeys, by ECMA-48: strings up to their end, as titles and links; colours and moves
 # of the cursor; others. Each begins with an escape character or has a control character of its own.
@@ -142,10 +249,13 @@ def print_table(results, seeds=None):
     """Print results, {model: {name: figure}}, as a markdown table. seeds, {model: how many runs it has}, is
     a column of its own."""
     measured = set().union(*results.values())
-    columns = [name for name in COLUMNS if name in measured]
-    heads = [COLUMNS[name] for name in columns]
+    columns, heads = [], []
     if seeds:
-        heads.insert(0, "runs")
+        heads.append("runs")
+    for name, head in COLUMNS.items():
+        if name in measured:
+            columns.append(name)
+            heads.append(head)
     print(f"| | {' | '.join(heads)} |")
     print("|---|" + "---|" * len(heads))
     for model, figures in results.items():
@@ -166,8 +276,11 @@ def write_figures(results, path):
     for model, figures in results.items():
         written[model] = {}
         for name, figure in figures.items():
-            value, low, high = [number if math.isfinite(number) else None for number in figure]
-            written[model][name] = {"value": value, "low": low, "high": high}
+            ends = dict(zip(("value", "low", "high"), figure))
+            for end in ends:
+                if not math.isfinite(ends[end]):
+                    ends[end] = None
+            written[model][name] = ends
     write_text(path, json.dumps(written, indent=1) + "\n")
 
 
@@ -237,20 +350,24 @@ COLOURS = dict(zip("sft dpo dp pp online-dpo pr pr-1 spin".split(),             
                    "#000000 #0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #7F7F7F".split()))
 
 
-def plot(groups, results, curve, path):
-    """Write a PNG of held-out reward against KL. A large point is where a run ends, or the mean of its seeds;
-    the line to it passes through the earlier evaluations. curve: rows of `frontier`."""
+def plot(tables, results, curve, best_run, path):
+    """Write a PNG of held-out reward against KL, a panel for each table. A large point is where a run ends,
+    or the mean of its seeds; the line to it passes through the earlier evaluations. The curve, rows of
+    `frontier`, is drawn in the panel of the run `best_run`."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.subplots()
-    labels = draw_groups(axes, groups, results)
-    axes.set_xlabel("KL(π‖π_ref), nats per response")
-    axes.set_ylabel("held-out reward")
-    if curve:
-        labels.append(draw_best(axes, curve))
-    write_labels(axes, labels)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    figure = Figure(figsize=(8 * len(tables), 5), layout="constrained")
+    panels = figure.subplots(1, len(tables), squeeze=False)
+    for axes, table in zip(panels[0], tables):
+        labels = draw_groups(axes, table.groups, results)
+        axes.set_xlabel("KL(π‖π_ref), nats per response")
+        axes.set_ylabel("held-out reward")
+        if len(tables) > 1:
+            axes.set_title(textwrap.fill(heading_of(table), 100), fontsize=8, parse_math=False)
+        if curve and best_run in table.paths:
+            labels.append(draw_best(axes, curve))
+        write_labels(axes, labels)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
     picture = io.BytesIO()
     figure.savefig(picture, dpi=130, format="png")
     write_bytes(path, picture.getvalue())
@@ -313,28 +430,36 @@ def write_labels(axes, ends):
     for reward, kl, name, colour in sorted(ends):
         place = max(reward, place + line)
         arrow = dict(arrowstyle="-", color=colour, linestyle=":", relpos=(0, 0.5))
-        axes.annotate(name, (kl, reward), (right, place), color=colour, va="center", arrowprops=arrow,
+        axes.annotate(printable(name), (kl, reward), (right, place), color=colour, va="center", arrowprops=arrow,
                       parse_math=False)
 
 
 # --- the comparison -----------------------------------------------------------------------------------------
 
-def compare(paths, out=None, show=0, best=None, curve=()):
-    """Print finished runs as a markdown table, and their last answers to the first `show` held-out prompts.
-    Write the table's figures to `out`, and a picture beside it. best, curve: what `best_possible` returns."""
+def compare(paths, out=None, show=0, best=None, curve=(), best_run=None):
+    """Print finished runs as markdown tables, one for those that were measured on the same, and their last
+    answers to the first `show` held-out prompts. Write the figures to `out`, and a picture beside it. best,
+    curve, best_run: what `best_possible` returns."""
     found = read_runs(paths)
+    tables = tables_of(found)
     first_run, *_ = found
     out = Path(out or first_run.parent / "results.json")
-    groups = groups_of(found)
     results = {}
-    for name, runs in groups.items():
-        results[name] = results_of(runs, best)
-    print_groups(groups, results)
-    if show:
-        print_samples({str(path): last_samples(path) for path in found}, show)
+    for nth, table in enumerate(tables):
+        best_here = None
+        if best_run in table.paths:
+            best_here = best
+        for name, runs in table.groups.items():
+            results[name] = results_of(runs, best_here)
+        if nth:
+            print()
+        print(f"{heading_of(table)}\n")
+        print_groups(table.groups, results)
+        if show:
+            print_samples({str(path): last_samples(path) for path in table.paths}, show)
     write_figures(results, out)
     picture = out.with_suffix(".png")
-    plot(groups, results, curve, picture)
+    plot(tables, results, curve, best_run, picture)
     print("\n95 % intervals, as ± half or as [low, high]: over seeds (t) if there are several, else over "
           f"prompts\nfigures in {out}, picture in {picture}")
     if best:
@@ -349,8 +474,8 @@ def print_groups(groups, results):
     began = {}                                             # name: the figures at step 0
     for name, runs in groups.items():
         first = [evaluations[0] for evaluations in runs]
-        steps = [evaluation.step for evaluation in first]
-        if max(steps) == 0 and all(len(evaluations) > 1 for evaluations in runs):
+        trained = min(map(len, runs)) > 1
+        if trained and max(evaluation.step for evaluation in first) == 0:
             began[name] = figures_of(first)
     rows, seeds = {}, {}
     for name, runs in groups.items():
