@@ -10,14 +10,16 @@ and the win rate against the data's chosen responses, a tie counting ½, raw and
 """
 from argparse import Namespace
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.command_line import InputError, Parser, command_line, format_counts, number, seeded
+from runtime.command_line import InputError, command_line, format_counts, seeded
 from runtime.compare import (
     are_figures, compare, frontier, print_samples, print_table, refuse_comparison, write_figures)
 from runtime.intervals import few, mean_of, prefers_chosen, share_of, win_figures
 from runtime.processes import computing_in, default_dtype, progress
 from runtime.run_directory import fingerprint_files, is_run_directory, read_json, refuse_output
+from runtime.settings import Objective, Parser, Settings, read_settings, setting
 from runtime.training import micro_batches
 
 import torch
@@ -87,9 +89,9 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
         else:
             figures[name] = mean_of(values)
     samples = []
-    for prompt, text in zip(prompts, texts):
+    for prompt, text in zip(prompts, texts, strict=True):
         samples.append({"prompt": prompt, "response": text})
-    for row, score in zip(samples, columns.get("reward", [])):
+    for row, score in zip(samples, columns.get("reward", []), strict=True):
         row["reward"] = score
     if reward is not None and examples[0].chosen is not None:
         figures.update(wins_over_chosen(examples, texts, columns["reward"], reward, tokenizer))
@@ -130,37 +132,43 @@ def wins_over_chosen(examples, texts, rewards, reward, tokenizer):
 def texts_of(examples, responses, tokenizer):
     """The texts of responses (ids), one to each example's prompt."""
     texts = []
-    for example, ids in zip(examples, responses):
+    for example, ids in zip(examples, responses, strict=True):
         texts.append(response_text(tokenizer, ids, example.prompt_ids))
     return texts
 
 
 # --- models of the command line -----------------------------------------------------------------------------
 
-DEFAULTS = dict(data=None, eval_data=None, prefer="better", reward=None, reference=None, beta=0.1,
-                max_prompt_length=512, max_response_length=512, dtype=default_dtype(), date=None,
-                sample_batch_size=64, trust_remote_code=False)
+@dataclass
+class Evaluated(Settings, Objective):
+    """How models are evaluated. What a run was trained with is the default for it, but for its seed."""
+    eval_limit: int = setting(256, "held-out pairs to evaluate on", low=1)
+    out: str | None = setting(None, "the figures as JSON (RUN/evaluated.json; --compare: results.json, and a "
+                                    "picture as .png, beside RUN)")
 
 
-def find_run(path, options):
+FLAGS = ("out", "data", "eval_data", "prefer", "reward", "reference", "beta", "max_prompt_length",
+         "max_response_length", "sample_batch_size", "eval_limit", "dtype", "seed", "trust_remote_code")
+OF_A_RUN = ("data", "eval_data", "prefer", "reward", "reference", "beta", "max_prompt_length",
+            "max_response_length", "sample_batch_size", "dtype", "date")
+
+
+def find_run(path, given):
     """(model directory or name, settings) of a run of sail.py, or of a checkpoint, which has the default
-    settings. Options of the command line come first. Code that a run's args.json names is never executed; the
-    command line has to name it."""
-    settings, model = dict(DEFAULTS), str(path)
+    settings. What is given on the command line comes first. Code that a run's args.json names is never
+    executed; the command line has to name it."""
+    saved, model = {"dtype": default_dtype()}, str(path)
     if Path(path, "args.json").is_file() and Path(path, "model").is_dir():
         model = str(Path(path, "model"))
-        settings.update(settings_of(Path(path, "args.json")))
+        saved.update(read_settings(Path(path, "args.json"), Evaluated, *OF_A_RUN))
     elif is_run_directory(Path(path)):
         raise InputError(f"{path} has no model yet; it is in training, or waits for --resume")
-    for name, value in vars(options).items():
-        if value is not None:
-            settings[name] = value
-    if ".py:" in (settings["reward"] or "") and options.reward is None:
-        raise InputError(f"{path}: its reward, {settings['reward']}, is code; it runs only if --reward names "
-                         "it")
-    if options.reference is None and settings["reference"]:
-        refuse_replaced(path, settings["reference"])
-    return model, Namespace(**settings)
+    settings = Evaluated(**{**saved, **given})
+    if ".py:" in (settings.reward or "") and "reward" not in given:
+        raise InputError(f"{path}: its reward, {settings.reward}, is code; it runs only if --reward names it")
+    if settings.reference and "reference" not in given:
+        refuse_replaced(path, settings.reference)
+    return model, settings
 
 
 def refuse_replaced(path, reference):
@@ -169,25 +177,6 @@ def refuse_replaced(path, reference):
     if then is not None and then != fingerprint_files(reference):
         raise InputError(f"{path}: the files of its reference {reference} have changed since; give it as "
                          "--reference to measure to what it is now")
-
-
-def settings_of(file):
-    """What a run's args.json says of DEFAULTS. It may have been edited, so the parser that takes such flags
-    checks it. Raises InputError for what that refuses."""
-    def refuse(message):
-        raise InputError(f"{file}: {message}")
-
-    saved, flags = read_json(file), []
-    for name in DEFAULTS:
-        if saved.get(name) is not None and name != "trust_remote_code":
-            flags.append(f"--{name.replace('_', '-')}={saved[name]}")
-    parser = make_parser()
-    parser.error = refuse
-    given = {}
-    for name, value in vars(parser.parse_args(flags)).items():
-        if name in DEFAULTS and value is not None:
-            given[name] = value
-    return given
 
 
 def held_out_pairs(args, reward):
@@ -201,14 +190,12 @@ def held_out_pairs(args, reward):
     return drop_unscorable(held_out, reward)
 
 
-def evaluate_models(options):
-    """Sample from the models of the command line and print a table of their figures. Write the figures into
-    each run's evaluated.json, or all of them into --out."""
-    if not options.models:
-        raise InputError("no run or model directory among the arguments")
-    if options.out:
-        refuse_output(options.out, are_figures)
-    runs = [find_run(path, options) for path in options.models]
+def evaluate_models(models, show, given):
+    """Sample from the models and print a table of their figures, and `show` answers of each. Write the
+    figures into each run's evaluated.json, or all of them into --out."""
+    if "out" in given:
+        refuse_output(given["out"], are_figures)
+    runs = [find_run(path, given) for path in models]
     first_model, args = runs[0]                 # the same held-out pairs, lengths and seed for every model
     references = [settings.reference for _, settings in runs if settings.reference]
     reference_name = first_model
@@ -222,7 +209,7 @@ def evaluate_models(options):
     loading = dict(trust_remote_code=args.trust_remote_code, lengths=lengths, date=args.date)
     reference, reference_tokenizer = load_frozen(reference_name, args.dtype, **loading)
     results, samples = {}, {}
-    for name, (model, _) in zip(names_of(options.models), runs):
+    for name, (model, _) in zip(names_of(models), runs, strict=True):
         print(f"{name}: a response of up to {args.max_response_length} tokens to "
               f"{min(len(held_out), args.eval_limit)} prompts …")
         policy, tokenizer = load_frozen(model, args.dtype, **loading)
@@ -238,8 +225,8 @@ def evaluate_models(options):
           f"reference {reference_name}, reward {args.reward}, which also decides on wins over the chosen "
           f"responses; 95 % intervals over prompts, as ± half or as [low, high]{few(len(examples))}\n")
     print_table(results)
-    print_samples(samples, options.show)
-    write_evaluated(results, options, runs)
+    print_samples(samples, show)
+    write_evaluated(results, models, runs, args.out)
 
 
 def names_of(paths):
@@ -251,14 +238,14 @@ def names_of(paths):
     return names
 
 
-def write_evaluated(results, options, runs):
-    """Write all figures to --out. Without it, write those of a run to its evaluated.json, and those of models
+def write_evaluated(results, models, runs, out):
+    """Write all figures to `out`. Without it, write those of a run to its evaluated.json, and those of models
     that are no runs to evaluated.json in the working directory."""
     by_file = defaultdict(dict)
-    for name, path, (model, _) in zip(results, options.models, runs):
+    for name, path, (model, _) in zip(results, models, runs, strict=True):
         file = Path("evaluated.json")
-        if options.out:
-            file = Path(options.out)
+        if out:
+            file = Path(out)
         elif Path(path, "model") == Path(model):
             file = Path(path, "evaluated.json")
         by_file[file][name] = results[name]
@@ -269,23 +256,23 @@ def write_evaluated(results, options, runs):
 
 # --- the best possible --------------------------------------------------------------------------------------
 
-def best_possible(options):
+def best_possible(models, samples, given):
     """(the row at β, all rows, the run's path) of `frontier`, by the first run that has a reference and a
     reward. Raises InputError if there is none, or if the samples are too few."""
     runs = []
-    for path in options.models:
-        _, run = find_run(path, options)
+    for path in models:
+        _, run = find_run(path, given)
         if run.reference and run.reward:
             runs.append((Path(path), run))
     if not runs:
         raise InputError("--frontier: no run has a reference and a reward")
     path, args = runs[0]
     temperatures = [args.beta * 1.15 ** power for power in range(-12, 40)]
-    rows = frontier(reference_rewards(args, options.frontier), temperatures)
+    rows = frontier(reference_rewards(args, samples), temperatures)
     for row in rows:
         if row["temperature"] == args.beta:
             return row, rows, path
-    raise InputError(f"--frontier {options.frontier}: too few samples at β {args.beta:g}; give more")
+    raise InputError(f"--frontier {samples}: too few samples at β {args.beta:g}; give more")
 
 
 def reference_rewards(args, count):
@@ -306,43 +293,43 @@ def reference_rewards(args, count):
     with computing_in(args.dtype, reference):
         drawn, _ = sample(reference, tokenizer, prompt_ids, args.max_response_length, count, batch_size=1)
     rewards = []
-    for example, responses in zip(examples, drawn):
+    for example, responses in zip(examples, drawn, strict=True):
         texts = texts_of([example] * count, responses, tokenizer)
         rewards.append(reward([example.prompt] * count, texts))
     return rewards
 
 
-def make_parser():
-    """The parser of the command line."""
-    parser = Parser("Evaluate runs of sail.py, with their own settings, or any checkpoints.", " RUN …")
+def parse_args(argv=None):
+    """(models, what they are to be used for, settings that were given) of a command line."""
+    parser = Parser("Evaluate runs of sail.py, with their own settings, or any checkpoints. Defaults in "
+                    "brackets.", " RUN …")
     add = parser.add_argument
     add("models", nargs="*", metavar="RUN", help="a run's or a checkpoint's directory, or a hub name")
-    add("--compare", action="store_true", help="only read what finished runs have measured, and draw it")
-    add("--out", help="the figures as JSON (RUN/evaluated.json; --compare: results.json, .png beside RUN)")
-    add("--show", type=number(int, 0), default=0, metavar="N", help="all answers to the first N prompts (0)")
-    parser.shared("--data", "--eval-data", "--prefer", "--max-prompt-length", "--max-response-length",
-                  "--sample-batch-size", "--date", "--seed", "--trust-remote-code")
-    parser.set_defaults(prefer=None, sample_batch_size=None, trust_remote_code=None)         # then the run's
-    add("--frontier", type=number(int, 100), metavar="N",
+    add("--compare", action="store_true", default=False,
+        help="only read what finished runs have measured, and draw it")
+    add("--show", type=int, default=0, metavar="N", help="all answers to the first N prompts (0)")
+    add("--frontier", type=int, default=0, metavar="N",
         help="with --compare: the best possible, from N samples of the reference to each held-out prompt")
-    add("--eval-limit", type=number(int, 1), default=256, help="held-out pairs (256)")
-    add("--reward", help="as in sail.py")
-    add("--reference", help="for KL, loss and margin (the first run's that has one, else the first model)")
-    add("--beta", type=number(float, 1e-9), help="as in sail.py")
-    add("--dtype", choices=["float32", "bfloat16"], help="as in sail.py")
-    return parser
+    parser.add_settings(Evaluated, *FLAGS)
+    given = vars(parser.parse_args(argv))
+    models = [path for path in given.pop("models") if not Path(path).is_file()]  # as runs/mine/results.json
+    if not models:
+        parser.error("want the directory of a run or a model")
+    task = Namespace(**{name: given.pop(name) for name in ("compare", "show", "frontier")})
+    if task.show < 0 or task.frontier and not (task.compare and task.frontier >= 100):
+        parser.error("argument --show: want 0 or more; --frontier: want 100 or more, with --compare")
+    return models, task, given
 
 
-def main():
+def main(argv=None):
     """`python evaluate.py RUN …`."""
-    args = make_parser().parse_args()
-    args.models = [path for path in args.models if not Path(path).is_file()]     # as runs/mine/results.json
-    if args.compare:
-        refuse_comparison(Path(args.out or Path(*args.models[:1]).parent / "results.json"))
-        best = best_possible(args) if args.frontier else ()
-        compare(args.models, args.out, args.show, *best)
-    else:
-        evaluate_models(args)
+    models, task, given = parse_args(argv)
+    if not task.compare:
+        return evaluate_models(models, task.show, given)
+    out = given.get("out")
+    refuse_comparison(Path(out or Path(models[0]).parent / "results.json"))
+    best = best_possible(models, task.frontier, given) if task.frontier else ()
+    compare(models, out, task.show, *best)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def groups_of(conditions):
             seed_names = ", ".join(path.name for path in seeds)
             variant = variant.with_name(f"{variant.name} ({seed_names})")
         paths.append(variant)
-    return dict(zip(short_names(paths), groups.values()))
+    return dict(zip(short_names(paths), groups.values(), strict=True))
 
 
 def short_names(paths):
@@ -276,7 +276,7 @@ def write_figures(results, path):
     for model, figures in results.items():
         written[model] = {}
         for name, figure in figures.items():
-            ends = dict(zip(("value", "low", "high"), figure))
+            ends = dict(zip(("value", "low", "high"), figure, strict=True))
             for end in ends:
                 if not math.isfinite(ends[end]):
                     ends[end] = None
@@ -299,13 +299,16 @@ def are_figures(text):
 def print_samples(samples, count):
     """Print the answers of all models, {model: rows of samples}, to the first `count` prompts, one prompt
     after the other."""
-    by_prompt = list(zip(*samples.values()))               # a row of each model
-    for rows in by_prompt[:count]:
+    kept = min(len(rows) for rows in samples.values())
+    if kept < count:
+        print(f"\nanswers to {kept} prompts are there, not to {count}")
+    by_prompt = zip(*(rows[:min(kept, count)] for rows in samples.values()), strict=True)     # a row of each
+    for rows in by_prompt:
         prompt = rows[0]["prompt"]
         if isinstance(prompt, list):                       # of a dialogue, its last message
             prompt = prompt[-1]["content"]
         print(f"\n>>> {printable(prompt)}")
-        for model, row in zip(samples, rows):
+        for model, row in zip(samples, rows, strict=True):
             print(f"--- {printable(model)}")
             if "reward" in row:
                 print(f"(reward {row['reward']:.3f})")
@@ -347,7 +350,7 @@ def frontier(rewards, temperatures):
 # --- the picture --------------------------------------------------------------------------------------------
 
 COLOURS = dict(zip("sft dpo dp pp online-dpo pr pr-1 spin".split(),                       # Okabe and Ito's
-                   "#000000 #0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #7F7F7F".split()))
+                   "#000000 #0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #7F7F7F".split(), strict=True))
 
 
 def plot(tables, results, curve, best_run, path):
@@ -357,7 +360,7 @@ def plot(tables, results, curve, best_run, path):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8 * len(tables), 5), layout="constrained")
     panels = figure.subplots(1, len(tables), squeeze=False)
-    for axes, table in zip(panels[0], tables):
+    for axes, table in zip(panels[0], tables, strict=True):
         labels = draw_groups(axes, table.groups, results)
         axes.set_xlabel("KL(π‖π_ref), nats per response")
         axes.set_ylabel("held-out reward")
@@ -397,7 +400,7 @@ def draw_best(axes, curve):
     """Draw the best possible reward at each KL that the picture shows; returns where the line ends."""
     _, right = axes.get_xlim()
     inside = [(row["kl"], row["reward"]) for row in curve if row["kl"] < right]
-    kls, rewards = zip(*sorted(inside))
+    kls, rewards = zip(*sorted(inside), strict=True)
     axes.plot(kls, rewards, color="black", linestyle="--", linewidth=1, scalex=False)
     return rewards[-1], kls[-1], "best possible", "black"
 
@@ -414,7 +417,7 @@ def track_of(runs):
     kls, rewards = [], []
     for step in sorted(points):
         if len(points[step]) == len(runs):
-            step_kls, step_rewards = zip(*points[step])
+            step_kls, step_rewards = zip(*points[step], strict=True)
             kls.append(mean(step_kls))
             rewards.append(mean(step_rewards))
     return kls, rewards
@@ -430,8 +433,8 @@ def write_labels(axes, ends):
     for reward, kl, name, colour in sorted(ends):
         place = max(reward, place + line)
         arrow = dict(arrowstyle="-", color=colour, linestyle=":", relpos=(0, 0.5))
-        axes.annotate(printable(name), (kl, reward), (right, place), color=colour, va="center", arrowprops=arrow,
-                      parse_math=False)
+        axes.annotate(printable(name), (kl, reward), (right, place), color=colour, va="center",
+                      arrowprops=arrow, parse_math=False)
 
 
 # --- the comparison -----------------------------------------------------------------------------------------
