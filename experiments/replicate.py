@@ -264,7 +264,7 @@ def below_the_best(rows, runs, samples=2000):
                   if row["world"] == "toy" and row["method"] != "sft"]
         best, curve, _ = best_possible([*map(str, models)], samples,
                                        {"seed": seed, "reward": toy_settings("dpo")["reward"]})
-        kls, heights = zip(*sorted((point["kl"], point["reward"]) for point in curve))
+        kls, heights = zip(*sorted((point["kl"], point["reward"]) for point in curve), strict=True)
         for row in ours:
             figures = row["figures"]
             figures["gap"] = [best["best"] - figures["objective"][0], None, None]

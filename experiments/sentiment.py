@@ -116,7 +116,8 @@ def draw_pairs(model, path, seed):
     rng, (texts, _) = random.Random(seed), beginnings()
     prompts = [texts[k % len(texts)] for k in range(PAIRS)]
     rows = []
-    for prompt, pair in zip(prompts, continuations(policy, tokenizer, prompts, 2, seeded("pairs", seed))):
+    drawn = continuations(policy, tokenizer, prompts, 2, seeded("pairs", seed))
+    for prompt, pair in zip(prompts, drawn, strict=True):
         better, worse = vader([prompt] * 2, pair)
         if rng.random() > 1 / (1 + math.exp(worse - better)):
             pair.reverse()
@@ -131,7 +132,7 @@ def best_of(policy, tokenizer):
     _, held_out = beginnings()
     rewards, judged = [], []
     for group in continuations(policy, tokenizer, held_out, BEST_OF, seeded("best of n")):
-        pairs = sorted(zip(vader(held_out, group), afinn(group)))
+        pairs = sorted(zip(vader(held_out, group), afinn(group), strict=True))
         rewards.append([reward for reward, _ in pairs])
         judged.append([judge for _, judge in pairs])
     rows = []
@@ -184,7 +185,7 @@ def draw(rows, best, path):
     panels = figure.subplots(1, 2)
     reach = np.linspace(0, 1.2 * max(row["figures"]["kl"][0] for row in rows), 100)
     colours = {**COLOURS, START: "#000000", "dpo-soft": "#E69F00"}
-    for axes, name in zip(panels, ("reward", "judge")):
+    for axes, name in zip(panels, ("reward", "judge"), strict=True):
         heights = np.interp(reach, [row["kl"] for row in best], [row[name] for row in best])
         axes.plot(reach, heights, "k--", label="best of n")
         for method, words in {START: "the model as it was", **WORDS}.items():
