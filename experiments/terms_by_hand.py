@@ -18,7 +18,7 @@ from sail import sail_loss
 
 BETA = 0.5
 logits = torch.tensor([0.4, -0.3, 0.1], dtype=torch.float64, requires_grad=True)
-reference = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()     # log π_ref(y|x) of the three responses
+reference = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()     # log π_ref(y|x) of each response
 logps = logits.log_softmax(0)                                            # log π(y|x)
 first, second = torch.cartesian_prod(torch.arange(3), torch.arange(3)).T     # all nine pairs (y1, y2)
 
