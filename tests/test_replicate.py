@@ -121,7 +121,7 @@ def test_rounds_go_on_from_the_last_ones_policy_and_are_measured_to_the_first(tm
 
 
 def test_the_toys_settings_that_are_spelled_out_are_those_of_the_toy():
-        data = toy_settings("dpo", "M")["data"]
+    data = toy_settings("dpo", "M")["data"]
     own, spelled = (vars(sail_args(f"{data} --variant dpo --model M --eval-every 15".split())) for data in (
         "--data toy", f"--data {data} {replicate.TOY}"))
     assert {**spelled, "out": own["out"], "toy": True, "reward": own["reward"]} == own
