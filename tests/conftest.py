@@ -101,7 +101,7 @@ def base(tmp_path_factory):
     from runtime.run_directory import write_rows
     from toy import grammar_pairs, toy_model
     path = tmp_path_factory.mktemp("base")
-    write_rows(path / "toy-pairs.jsonl", grammar_pairs())
+    write_rows(path / "toy-pairs.jsonl", grammar_pairs()[:60])
     model, tokenizer = toy_model(seed=5)
     model.config.tie_word_embeddings = True   # what trains, saves and resumes meets tied weights
     model.tie_weights()
