@@ -217,7 +217,8 @@ def heads_of(model):
 def copy_settings_of_rank_0(model):
     """Copy rank 0's attention setting and end tokens to the ranks that hold no weights."""
     attention = model.config.get_text_config()._attn_implementation
-    attention, model.generation_config = of_rank_0((attention, model.generation_config))
+    ends = getattr(model, "generation_config", None)                 # a classifier has none
+    attention, model.generation_config = of_rank_0((attention, ends))
     if attention == "packed":
         register_packing()
         model.set_attn_implementation("packed")

@@ -11,9 +11,10 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import torch
-from conftest import run_of, sail_args, tiny_model
+from conftest import as_settings, run_of, sail_args, tiny_model
 
 import generate
+import reward
 import sail
 from formats import Pair
 from runtime.processes import process_group, rank, share_of_process
@@ -77,6 +78,10 @@ def run_all(file, device):
 
     generate.sample, sail.make_optimizer = sampled, make_optimizer
     for arguments in json.loads(file.read_text()):
+        if "--train" in arguments:
+            flags, chosen = as_settings(arguments)
+            reward.train_reward(reward.parse_args(flags, **chosen))
+            continue
         args = sail_args(arguments)
 
         def recorded(policy, *inputs):
