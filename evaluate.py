@@ -91,8 +91,9 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
     samples = []
     for prompt, text in zip(prompts, texts, strict=True):
         samples.append({"prompt": prompt, "response": text})
-    for row, score in zip(samples, columns.get("reward", []), strict=True):
-        row["reward"] = score
+    if reward is not None:
+        for row, score in zip(samples, columns["reward"], strict=True):
+            row["reward"] = score
     if reward is not None and examples[0].chosen is not None:
         figures.update(wins_over_chosen(examples, texts, columns["reward"], reward, tokenizer))
     return figures, samples

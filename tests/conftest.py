@@ -21,16 +21,19 @@ TEMPLATE = ("{% for message in messages %}<|{{ message['role'] }}|>{{ message['c
 EOS, END, IDS = 1, 262, 263        # the tokenizer's own end token, the template's, how many ids a model needs
 
 
-def byte_tokenizer(template=None, bos=False):
-    """A byte-level tokenizer: any text, no unknown tokens. Ids 0–4 and the highest, 262, are special; 261
-    stands for nothing. It ends every text with EOS, as some do; an answer in TEMPLATE ends with another
-    token."""
+def byte_tokenizer(template=None, bos=False, gap=None):
+    """A byte-level tokenizer: any text, no unknown tokens. It ends every text with EOS, as some do. Ids 0–4
+    are special; so is, with a template or `gap`, the highest, 262, with which an answer in TEMPLATE ends, and
+    then 261 stands for nothing."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = ["<pad>", "<eos>", "<|user|>", "<|assistant|>", "<bos>"]
     vocab = {word: place for place, word in enumerate(words + alphabet)}
-    vocab["<|end|>"] = END
+    special = ["<|user|>", "<|assistant|>"]
+    if gap or gap is None and template is not None:
+        vocab["<|end|>"] = END
+        special.append("<|end|>")
     tokenizer = Tokenizer(models.BPE(vocab, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -38,7 +41,7 @@ def byte_tokenizer(template=None, bos=False):
         single="<bos> $A <eos>" if bos else "$A <eos>", special_tokens=[("<bos>", 4), ("<eos>", EOS)])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>",
                                    bos_token="<bos>" if bos else None,
-                                   additional_special_tokens=["<|user|>", "<|assistant|>", "<|end|>"])
+                                   additional_special_tokens=special)
     fast.chat_template = template
     return fast
 

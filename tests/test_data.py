@@ -287,9 +287,9 @@ def test_prompts_are_cut_from_the_left_and_responses_from_the_right_without_an_e
 def test_a_response_that_the_data_lack_has_no_ids():
     example, counts = encode_one(Pair("Q", None, None), byte_tokenizer(TEMPLATE))
     assert example.chosen_ids == example.rejected_ids == [] and counts["dropped"] == 0
-    assert byte_tokenizer().decode(example.prompt_ids) == "<|user|>Q<|end|><|assistant|>"
-    example, _ = encode_one(Pair("Q", "good", None), byte_tokenizer())
-    assert byte_tokenizer().decode(example.chosen_ids) == "good<eos>" and example.rejected_ids == []
+    assert byte_tokenizer(gap=True).decode(example.prompt_ids) == "<|user|>Q<|end|><|assistant|>"
+    example, _ = encode_one(Pair("Q", "good", None), byte_tokenizer(gap=True))
+    assert byte_tokenizer(gap=True).decode(example.chosen_ids) == "good<eos>" and example.rejected_ids == []
 
 
 def test_pairs_that_truncation_makes_equal_are_dropped_and_counted():

@@ -197,7 +197,7 @@ def test_each_prompt_gets_its_own_samples_whatever_the_batching():
 
 
 def test_ids_beyond_the_tokenizers_are_never_sampled():
-    model, tokenizer = tiny_model(vocab_size=2000), byte_tokenizer()
+    model, tokenizer = tiny_model(vocab_size=2000), byte_tokenizer(gap=True)
     prepare(model, tokenizer)
     torch.manual_seed(0)
     responses, _ = sample(model, tokenizer, [[5]], 8, num_responses=400)
@@ -222,7 +222,7 @@ def test_the_token_that_closes_an_answer_in_the_template_ends_it():
 
 
 def test_a_model_smaller_than_its_tokenizer_is_refused_only_where_an_id_that_occurs_has_no_row():
-    model, tokenizer = prepare(tiny_model(vocab_size=50), byte_tokenizer()), byte_tokenizer()
+    model, tokenizer = prepare(tiny_model(vocab_size=50), byte_tokenizer(gap=True)), byte_tokenizer(gap=True)
     known = Pair("!!", "!", "#")
     assert encode([known], tokenizer, {1}, 9, 9, rows=50)[0]
     assert model.get_output_embeddings().weight.shape[0] == 50
@@ -247,8 +247,8 @@ def test_the_command_line_writes_one_row_per_prompt(checkpoint, held_out, tmp_pa
 
 def test_a_response_is_called_finished_if_it_is(monkeypatch):
     monkeypatch.setattr(generate, "sample", lambda *_: ([[[70, 71]], [[70, 1]]], [[False], [True]]))
-    rows, _ = generate.answer(None, byte_tokenizer(), ["a", "b"], 1.0, SimpleNamespace(
-        max_prompt_length=8, max_response_length=2, sample_batch_size=2))
+    rows, _ = generate.answer(tiny_model(), byte_tokenizer(gap=True), ["a", "b"], 1.0, SimpleNamespace(
+        max_prompt_length=8, max_response_length=2, sample_batch_size=2, dtype="float32"))
     assert [row["finished"] for row in rows] == [False, True]
 
 
