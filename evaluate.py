@@ -313,7 +313,8 @@ def parse_args(argv=None):
         help="with --compare: the best possible, from N samples of the reference to each held-out prompt")
     parser.add_settings(Evaluated, *FLAGS)
     given = vars(parser.parse_args(argv))
-    models = [path for path in given.pop("models") if not Path(path).is_file()]  # as runs/mine/results.json
+    paths = given.pop("models", [])
+    models = [path for path in paths if not Path(path).is_file()]                # as runs/mine/results.json
     if not models:
         parser.error("want the directory of a run or a model")
     task = Namespace(**{name: given.pop(name) for name in ("compare", "show", "frontier")})
