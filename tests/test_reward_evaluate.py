@@ -21,6 +21,7 @@ from runtime.intervals import format_figure
 from evaluate import evaluate_policy
 from runtime.compare import compare, read_runs, tables_of, track_of
 from runtime.intervals import length_controlled, over_seeds, scaled_lengths, win_figures
+from runtime.run_directory import write_rows
 from generate import sample
 from sail import pair_logps
 from reward import label_by_preference, label_by_reward, load_preference, load_reward
@@ -63,7 +64,7 @@ def test_fresh_pairs_are_put_into_the_rewards_order_and_ties_are_a_half():
         ("bbb", [3], "a", [1]), ("ccc", [3], "d", [1]), ("ee", [2], "ff", [2])]
     assert [pair.preference for pair in pairs] == [1.0, 1.0, 0.5]
     assert [pair.rewards for pair in pairs] == [(3.0, 1.0), (3.0, 1.0), (2.0, 2.0)]
-    assert sail.count(pairs, sail_args([]))["ties"] == 1
+    assert sail.count(pairs, likelihood=False)["ties"] == 1
 
 
 def test_a_soft_preference_is_the_sigmoid_of_the_reward_difference():
@@ -130,9 +131,9 @@ def test_the_datas_pairs_are_relabelled_by_the_reward_with_the_probability_itsel
                        "--max-prompt-length", "20", "--max-response-length", "20"])
     seen, accumulate = [], sail.accumulate_gradients
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sail, "accumulate_gradients", lambda run, pairs, args: (
-            seen.extend(pairs), accumulate(run, pairs, args))[1])
-        sail.train(args, torch.device("cpu"))
+        patch.setattr(sail, "accumulate_gradients", lambda run, pairs, method: (
+            seen.extend(pairs), accumulate(run, pairs, method))[1])
+        sail.train(args)
     assert {(pair.chosen, pair.rejected, pair.on_policy, pair.self_labelled) for pair in seen} == {
         ("longer", "no", False, False)}
     assert [pair.preference for pair in seen] == pytest.approx([1 / (1 + math.exp(-0.5))] * len(seen))
@@ -453,8 +454,9 @@ def test_prompts_alone_have_reward_kl_and_lengths_and_no_other_figure(monkeypatc
 def run_of(path, base, **settings):
     """A run of sail.py as evaluate.py finds it: a model, and its settings."""
     shutil.copytree(base, path / "model")
+    write_rows(path / "pairs.jsonl", grammar_pairs()[:300])            # of which it holds some out
     (path / "args.json").write_text(json.dumps({
-        "data": f"{base}/toy-pairs.jsonl", "reward": None, "max_prompt_length": 8, "max_response_length": 24,
+        "data": f"{path}/pairs.jsonl", "reward": None, "max_prompt_length": 8, "max_response_length": 24,
         **settings}))
     return str(path)
 
@@ -712,4 +714,4 @@ def test_wins_are_counted_against_the_chosen_responses_each_to_its_prompt(tmp_pa
 
 @pytest.mark.parametrize("argv", [[], ["--compare"], [__file__]])
 def test_nothing_to_evaluate_is_one_line(argv, monkeypatch, capsys):
-    assert "among the arguments" in fails(evaluate.main, ["evaluate.py", *argv], monkeypatch, capsys)
+    assert "want the directory of a run or a model" in fails(evaluate.main, ["evaluate.py", *argv], monkeypatch, capsys)

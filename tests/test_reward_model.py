@@ -259,18 +259,19 @@ def test_a_start_that_cannot_be_trained_is_named(break_it, message, checkpoint, 
     (["--epochs", "0"], "--epochs: 0 is not in 1"),
     (["--learning-rate", "nan"], "--learning-rate: nan is not in"),
     (["--max-length", "many"], "invalid int value: 'many'")])
-def test_bad_flags_are_named(argv, message, monkeypatch, capsys):
-    argv = ["reward.py", "--train", "--model", "m", "--data", "d.jsonl", *argv]
+def test_bad_flags_are_named(argv, message, checkpoint, monkeypatch, capsys):
+    argv = ["reward.py", "--train", "--model", str(checkpoint), "--data", "d.jsonl", *argv]
     assert message in fails(reward.main, argv, monkeypatch, capsys)
 
 
-def test_a_loss_that_is_not_finite_stops_with_one_line_and_saves_nothing(checkpoint, pairs, tmp_path,
-                                                                         monkeypatch, capsys):
+def test_ten_losses_that_are_not_finite_stop_with_one_line_and_no_model(checkpoint, pairs, tmp_path,
+                                                                        monkeypatch, capsys):
     monkeypatch.setattr(reward, "bradley_terry_loss", lambda *sides: sides[0] * math.nan)
     argv = ["reward.py", "--train", "--model", str(checkpoint), "--data", pairs, "--out", str(tmp_path),
             "--batch-size", "4", "--limit", "60"]
-    assert "steps 1 to 10: loss or gradient not finite" in fails(reward.main, argv, monkeypatch, capsys)
-    assert not (tmp_path / "model").exists()
+    message = fails(reward.main, argv, monkeypatch, capsys)
+    assert "steps 1 to 10: loss or gradient not finite" in message
+    assert message.endswith("(step 10 is saved; --resume continues)") and not (tmp_path / "model").exists()
 
 
 def test_a_stopped_training_goes_on_as_if_unbroken(checkpoint, pairs, tmp_path, monkeypatch, capsys):
