@@ -19,7 +19,7 @@ from runtime.command_line import InputError, Parser, command_line, first_line, f
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from formats import BadRow, load_pairs, prompt_messages, split_system
+from formats import BadRow, format_unread, load_pairs, prompt_messages, split_system
 
 SIDES = ("chosen", "rejected")
 
@@ -324,7 +324,7 @@ def print_report(source, pairs, report):
     if report["altered"]:
         print(f"altered: {format_counts(report['altered'])}")
     if report["unread"]:
-        print(f"columns that nothing reads: {', '.join(report['unread'])}")
+        print(f"read by nothing: {format_unread(report['unread'])}")
 
 
 def print_as_tokens(pairs, tokenizer, limits):
