@@ -229,7 +229,7 @@ def encode_one(pair, tokenizer, prompt_limit=100, response_limit=100, end_ids=(1
 def test_without_a_template_strings_stay_and_messages_become_the_plain_dialogue():
     tokenizer = byte_tokenizer()
     assert render("Say: ", "yes", tokenizer) == ("Say: ", "yes")
-    head, tail = render(HH_PROMPT, " good", tokenizer)
+    head, tail = render(HH_PROMPT, "good", tokenizer)
     assert head + tail == HH + " good" and tail == " good"
 
 

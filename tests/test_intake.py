@@ -92,7 +92,7 @@ def test_an_answer_that_is_not_to_be_trained_drops_its_row(mark, tmp_path):
         good = json.loads(json.dumps(row).replace(json.dumps(mark)[1:-1], f'"{name}": null'))
         pairs, report = load(tmp_path, row, good)
         assert len(pairs) == 1 and report["dropped"] == reason and report["unread"] == {}
-    kept = answered(dict(Q, **mark), dict(FIRST[1], **mark), ASKED, **{name: 1})                # as it should be
+    kept = answered(dict(Q, **mark), dict(FIRST[1], **mark), ASKED, **{name: 1})         # as it should be
     assert load(tmp_path, kept)[1]["unread"] == {}
 
 

@@ -231,15 +231,15 @@ def test_a_prompt_that_ends_in_a_started_answer_is_continued():
 # --- white space
 
 @pytest.mark.parametrize("prompt", ["Q", [Q]])
-def test_white_space_around_a_response_gives_nothing_away_under_a_template(prompt):
+def test_white_space_around_a_response_is_content_under_a_template(prompt):
     tokenizer = byte_tokenizer(TEMPLATE)
     example, _ = encode_one(dict(prompt=prompt, chosen="good", rejected="  bad \n"), tokenizer)
     assert tokenizer.decode(example.chosen_ids) == "good<eos>"
-    assert tokenizer.decode(example.rejected_ids) == "bad<eos>"
+    assert tokenizer.decode(example.rejected_ids) == "  bad \n<eos>"
 
 
 def test_a_plain_dialogue_has_one_space_before_each_answer():
-    assert render([Q], "good")[1] == render([Q], " good")[1] == " good"
+    assert render([Q], "good")[1] == " good" and render([Q], "  good")[1] == "   good"
 
 
 # --- limits
