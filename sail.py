@@ -57,7 +57,7 @@ import torch.nn.functional as F
 
 from data import collate, encode, end_token_ids, length_table
 from evaluate import evaluate_policy
-from formats import Pair, train_and_held_out
+from formats import Pair, format_unread, train_and_held_out
 from generate import load_models, load_policy, roll_out, sequence_logps
 from reward import (
     Reward, drop_unscorable, label_by_preference, label_by_reward, load_preference, load_reward)
@@ -486,7 +486,7 @@ def load_data(args, device):
                              f"responses that --variant {args.variant} learns from (pp, pr and online-dpo do "
                              "without at --mix 1)")
     if report["unread"]:
-        print0(f"{args.data}: columns that nothing reads: {', '.join(report['unread'])}")
+        print0(f"{args.data}: read by nothing: {format_unread(report['unread'])}")
     reward = None
     if args.reward:
         reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
