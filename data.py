@@ -207,10 +207,12 @@ class Dialogue:
     def rewritten(self):
         """Whether the template leaves the text of a turn of the prompt out, or makes another text of it, as
         of thoughts in earlier answers."""
-        turns = []
-        if self.template:
-            turns = self.messages
-        return not all(turn["content"].strip() in self.head for turn in turns)
+        if not self.template:
+            return False
+        for turn in self.messages:
+            if turn["content"].strip() not in self.head:
+                return True
+        return False
 
 
 def plain_dialogue(messages):
@@ -435,7 +437,10 @@ def print_report(source, pairs, report):
         print(f"altered: {format_counts(report['altered'])}")
     if report["unread"]:
         print(f"read by nothing: {format_unread(report['unread'])}")
-    soft = [pair.preference for pair in pairs if pair.preference != 1]
+    soft = []
+    for pair in pairs:
+        if pair.preference != 1:
+            soft.append(pair.preference)
     if soft:
         print(f"soft labels: {len(soft)} pairs, P(chosen ≻ rejected) from {min(soft):.3g} to {max(soft):.3g}")
 

@@ -20,16 +20,17 @@ from statistics import mean
 
 from runtime.command_line import InputError, Parser, command_line, format_counts, number, seeded
 from runtime.intervals import few, format_figure, mean_of, over_seeds, prefers_chosen, share_of, win_figures
-from runtime.processes import computing_in, default_dtype, own_device, progress
+from runtime.processes import computing_in, default_dtype, progress
 from runtime.run_directory import (
     fingerprint_files, is_run_directory, read_json, refuse_output, write_bytes, write_text)
+from runtime.training import micro_batches
 
 import torch
 import torch.nn.functional as F
 
 from data import collate, encode, end_token_ids, response_text
 from formats import read_rows, train_and_held_out
-from generate import load_policy, sample, sequence_logps
+from generate import load_frozen, sample, sequence_logps
 from reward import drop_unscorable, load_reward
 
 # --- figures, each as (value, low, high) --------------------------------------------------------------------
@@ -38,16 +39,12 @@ from reward import drop_unscorable, load_reward
 @torch.no_grad()
 def response_logps(model, examples, responses, dtype):
     """log π(y|x) of a response (ids) to each example's prompt, (n,)."""
-    vocabulary = model.config.get_text_config().vocab_size
-    longest = max(map(len, responses))
-    batch_size = 2**26 // (longest * vocabulary)                       # logits of at most 256 MB
-    batch_size = max(1, min(32, batch_size))
-    prompts = [example.prompt_ids for example in examples]
-    starts = range(0, len(examples), batch_size)
+    rows = []
+    for example, ids in zip(examples, responses, strict=True):
+        rows.append((example.prompt_ids, ids))
     logps = []
-    for start in progress(starts, "scoring, batches"):
-        rows = slice(start, start + batch_size)
-        batch = collate(prompts[rows], responses[rows])
+    for micro in progress(micro_batches(rows, lambda row: len(row[1]), model, 32), "scoring, batches"):
+        batch = collate(*zip(*micro, strict=True))
         with computing_in(dtype, model):
             logps.append(sequence_logps(model, *batch))
     return torch.cat(logps).cpu()
@@ -281,24 +278,24 @@ def evaluate_models(options):
     references = [run.reference for _, run in runs if run.reference]
     reference_name = (references + [runs[0][0]])[0]
     lengths = args.max_prompt_length, args.max_response_length
-    device = own_device()
     reward = None
     if args.reward:
-        reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
+        reward = load_reward(args.reward, args.trust_remote_code, args.date, args.dtype)
     held_out, unscorable = held_out_pairs(args, reward)
-    loading = device, args.trust_remote_code, lengths, args.date
-    reference, reference_tokenizer = load_policy(reference_name, *loading)
+    loading = dict(trust_remote_code=args.trust_remote_code, lengths=lengths, date=args.date)
+    reference, reference_tokenizer = load_frozen(reference_name, args.dtype, **loading)
     results, samples = {}, {}
     for name, (model, _) in zip(names, runs):
         print(f"{name}: a response of up to {args.max_response_length} tokens to "
               f"{min(len(held_out), args.eval_limit)} prompts …")
-        policy, tokenizer = load_policy(model, *loading)
+        policy, tokenizer = load_frozen(model, args.dtype, **loading)
         if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
             raise InputError(f"{model} has another vocabulary than the reference {reference_name}")
         rows = policy.get_input_embeddings().weight.shape[0]
         examples, counts, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths, rows,
                                      args.eval_limit)
         results[name], samples[name] = evaluate_policy(policy, reference, tokenizer, examples, reward, args)
+        del policy                                         # before the next one is loaded
     print(f"\n{len(examples)} held-out pairs of {args.eval_data or args.data} "
           f"({format_counts(+counts + unscorable)}), "
           f"reference {reference_name}, reward {args.reward}, which also decides on wins over the chosen "
@@ -414,10 +411,10 @@ def best_possible(options):
     if not runs:
         raise InputError("--frontier: no run has a reference and a reward")
     args = runs[0]
-    device = own_device()
     lengths = args.max_prompt_length, args.max_response_length
-    reference, tokenizer = load_policy(args.reference, device, args.trust_remote_code, lengths, args.date)
-    reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
+    reference, tokenizer = load_frozen(args.reference, args.dtype, trust_remote_code=args.trust_remote_code,
+                                       lengths=lengths, date=args.date)
+    reward = load_reward(args.reward, args.trust_remote_code, args.date, args.dtype)
     held_out, _ = held_out_pairs(args, reward)
     held_out, _, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, reference), *lengths,
                             limit=args.eval_limit)
@@ -425,8 +422,9 @@ def best_possible(options):
     examples = list(by_prompt.values())
     prompt_ids = [example.prompt_ids for example in examples]
     torch.manual_seed(seeded("frontier", args.seed))
-    drawn, _ = sample(reference, tokenizer, prompt_ids, args.max_response_length, options.frontier,
-                      batch_size=1)
+    with computing_in(args.dtype, reference):
+        drawn, _ = sample(reference, tokenizer, prompt_ids, args.max_response_length, options.frontier,
+                          batch_size=1)
     scores = []
     for example, responses in zip(examples, drawn):
         same = [example] * len(responses)

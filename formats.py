@@ -68,7 +68,10 @@ class Reader:
     Raises BadRow if one of NOT_RENDERED is there. All other values that nobody reads are in `unread`."""
 
     def __init__(self, values, name="row"):
-        self.values, self.name, self.names_read, self.parts = values, name, set(), []
+        self.values = values
+        self.name = name
+        self.names_read = set()
+        self.parts = []
         for key in NOT_RENDERED:
             if values.get(key) not in EMPTY:
                 raise BadRow(f"{name} with {key}")
@@ -86,8 +89,9 @@ class Reader:
 
     def part(self, values, name):
         """A Reader of an object inside this row, which is called `name` in reports."""
-        self.parts.append(Reader(values, name))
-        return self.parts[-1]
+        part = Reader(values, name)
+        self.parts.append(part)
+        return part
 
     def unread(self):
         """The names of the values that were not read and are not empty. Inside a part they are PART.NAME."""
@@ -96,7 +100,8 @@ class Reader:
             if key not in self.names_read and value not in EMPTY:
                 names.add(key)
         for part in self.parts:
-            names.update(f"{part.name}.{key}" for key in part.unread())
+            for key in part.unread():
+                names.add(f"{part.name}.{key}")
         return names
 
 
@@ -234,7 +239,11 @@ def holds_messages(value):
     if isinstance(parsed, dict):
         parsed = [parsed]
     for turn in parsed:
-        if not isinstance(turn, dict) or not {"role", "from"} & {*turn} or not {"content", "value"} & {*turn}:
+        if not isinstance(turn, dict):
+            return False
+        if turn.keys().isdisjoint(("role", "from")):
+            return False
+        if turn.keys().isdisjoint(("content", "value")):
             return False
     return True
 
@@ -254,8 +263,11 @@ def split_system(messages):
 
 
 def stripped(messages):
-    """Copies of messages, for comparing them apart from outer white space."""
-    return [dict(message, content=message["content"].strip()) for message in messages]
+    """Pairs (role, text without outer white space) of messages, by which they are compared."""
+    pairs = []
+    for message in messages:
+        pairs.append((message["role"], message["content"].strip()))
+    return pairs
 
 
 def join_dialogues(first, second):
@@ -266,10 +278,12 @@ def join_dialogues(first, second):
     if system and second_system and stripped(system) != stripped(second_system):
         raise BadRow("two system turns")
     system = system or second_system
-    for start in range(len(second_turns) - len(turns) + 1):
-        if stripped(second_turns[start:start + len(turns)]) == stripped(turns):
+    texts, second_texts = stripped(turns), stripped(second_turns)
+    for start in range(len(second_texts) - len(texts) + 1):
+        end = start + len(texts)
+        if second_texts[start:end] == texts:
             return system + second_turns
-    if stripped(turns[-len(second_turns):]) == stripped(second_turns):
+    if texts[-len(second_texts):] == second_texts:
         return system + turns
     return system + turns + second_turns
 
@@ -303,7 +317,8 @@ def hh_messages(text):
         raise BadRow("not a '\\n\\nHuman: … \\n\\nAssistant: …' dialogue")
     messages = []
     for speaker, said in zip(turns[::2], turns[1::2]):
-        messages.append({"role": ROLES[speaker.lower()], "content": said})
+        role = ROLES[speaker.lower()]
+        messages.append({"role": role, "content": said})
     return messages
 
 
@@ -445,8 +460,10 @@ def soft_label(row, score_scale):
         return probability
     if score_scale is None or SCORE_COLUMNS[0] not in row:
         return 1.0
-    chosen, rejected = [number_in(row, column) for column in SCORE_COLUMNS]
-    return 0.5 + 0.5 * math.tanh((chosen - rejected) / score_scale / 2)               # σ, without overflow
+    chosen = number_in(row, SCORE_COLUMNS[0])
+    rejected = number_in(row, SCORE_COLUMNS[1])
+    margin = (chosen - rejected) / score_scale
+    return 0.5 + 0.5 * math.tanh(margin / 2)                          # σ(margin), without overflow
 
 
 def number_in(row, column):
@@ -465,15 +482,20 @@ def prompt_and_responses(row, form):
     values = [row.get(column) for column in form.needed]
     if form.compute is not None:
         return form.compute(row, *values)
-    if form.prompt is None:
-        return split_dialogues([form.convert(value, row, is_answer=True) for value in values])
-    prompt, *responses = values
+    prompt = None
+    if form.prompt is not None:
+        prompt = values.pop(0)
     if form.appended is not None and row.get(form.appended):
         prompt = "\n".join([prompt, row[form.appended]])
-    if isinstance(prompt, str) and HH_PROMPT.match(prompt):
-        responses = [after_hh_prompt(prompt, response) for response in responses]
+    responses = []
+    for value in values:
+        if isinstance(prompt, str) and HH_PROMPT.match(prompt):
+            value = after_hh_prompt(prompt, value)
+        response = form.convert(value, row, is_answer=True)
+        responses.append(response)
+    if form.prompt is None:
+        return split_dialogues(responses)
     prompt = form.convert(prompt, row)
-    responses = [form.convert(response, row, is_answer=True) for response in responses]
     if responses and all(isinstance(response, list) for response in responses):
         before, *responses = split_dialogues(responses)
         prompt = join_dialogues(prompt_messages(prompt), before)
@@ -679,7 +701,10 @@ def load_pairs(source, limit=None, prefer="better", score_scale=None):
 
 def format_unread(unread):
     """{'lang': 4} -> 'lang (4 rows)'."""
-    return ", ".join(f"{name} ({rows} rows)" for name, rows in unread.items()) or "none"
+    parts = []
+    for name, rows in unread.items():
+        parts.append(f"{name} ({rows} rows)")
+    return ", ".join(parts)
 
 
 def count_untrained_answers(pairs):
@@ -694,7 +719,10 @@ def count_untrained_answers(pairs):
 def remove_repeated_prompts(pairs):
     """If at least half of the pairs have responses that begin with the prompt, remove it from them, in place.
     Returns how many pairs were altered, or left as they are because they are fewer, by reason."""
-    repeating = [pair for pair in pairs if repeats_its_prompt(pair)]
+    repeating = []
+    for pair in pairs:
+        if repeats_its_prompt(pair):
+            repeating.append(pair)
     if 2 * len(repeating) < len(pairs):
         return +Counter({"prompts repeated in their responses, left in": len(repeating)})
     for pair in repeating:

@@ -9,19 +9,17 @@ scores these ids under the same softmax.
 Shapes: B rows, T tokens of prompt and response with padding, P of the prompt, V vocabulary, N scored tokens.
 """
 import copy
-import json
 import math
 from collections import Counter
-from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runtime.command_line import (
-    InputError, Parser, command_line, first_line, format_counts, number, seeded)
+from runtime.command_line import InputError, command_line, first_line, foreign, format_counts, seeded
 from runtime.packing import allow_packing, is_packed, packed_logits, register_packing
 from runtime.processes import (
-    computing_in, fails_together, gathered, of_rank_0, own_device, progress, rank, sent, shard)
+    computing_in, default_dtype, fails_together, gathered, of_rank_0, own_device, progress, rank, sent, shard)
 from runtime.run_directory import has_columns, refuse_output, write_rows
+from runtime.settings import Parser, Settings, flag_of, same_as, setting
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -32,77 +30,45 @@ from formats import BadRow, load_pairs
 # --- load and adapt -----------------------------------------------------------------------------------------
 
 
-def load_policy(name, device="cpu", trust_remote_code=False, lengths=(0, 0), date=None, whole=True):
-    """(model, tokenizer): a causal language model in float32 without dropout, of a directory (without the
-    network) or hub name. Ids that the tokenizer cannot produce get no probability, in sampling and scoring
-    alike. date: as in `load_tokenizer`. Not whole: modules without weights, on the meta device. Raises
-    InputError if there is nothing to load, or if the model has too few positions for `lengths`, of the
+def load_policy(name, trust_remote_code=False, lengths=(0, 0), date=None, whole=True):
+    """(model, tokenizer): a causal language model in float32 without dropout, on the CPU, of a directory
+    (without the network) or hub name. Ids that the tokenizer cannot produce get no probability, in sampling
+    and scoring alike. date: as in `load_tokenizer`. Not whole: modules without weights, on the meta device.
+    Raises InputError if there is nothing to load, or if the model has too few positions for `lengths`, of the
     prompt and of the response."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
     tokenizer = load_tokenizer(name, trust_remote_code, date=date)
-    if whole:
-        model = load_weights(AutoModelForCausalLM, name, trust_remote_code, dtype=torch.float32)
-    else:
-        device = "meta"
-        options = dict(trust_remote_code=trust_remote_code)
-        with foreign_files(name, "CausalLM"), torch.device(device):
-            config = AutoConfig.from_pretrained(name, local_files_only=Path(name).is_dir(), **options)
-            model = AutoModelForCausalLM.from_config(config, **options)
-    model = model.float().eval()
+    model = load_model(AutoModelForCausalLM, name, trust_remote_code, whole=whole)
     prepare(model, tokenizer, name)
     positions = positions_of(model)
     if sum(lengths) > positions:
         raise InputError(f"{name} takes {positions} tokens, --max-prompt-length {lengths[0]} and "
                          f"--max-response-length {lengths[1]} make more; lower them")
-    return model.to(device), tokenizer
+    return model, tokenizer
 
 
-def load_weights(auto_class, name, trust_remote_code=False, may_lack=frozenset(), **options):
-    """auto_class.from_pretrained(name), offline for a directory. Raises InputError if there is no such model,
-    or if weights are missing, but for those that it `may_lack`: transformers would make them up."""
+def load_model(auto_class, name, trust_remote_code=False, may_lack=frozenset(), whole=True, **options):
+    """auto_class.from_pretrained(name) in float32 and eval mode, offline for a directory; not whole: without
+    weights, on the meta device. Raises InputError if there is no such model, or if weights are missing, but
+    for those that it `may_lack`: transformers would make them up."""
+    from transformers import AutoConfig
     from transformers.utils import logging
     logging.set_verbosity_error()                   # its report of missing weights is told below, in one line
     logging.disable_progress_bar()
     kind = auto_class.__name__.removeprefix("AutoModelFor")
-    refuse_endless(name)
-    with foreign_files(name, kind):
-        model, loading = auto_class.from_pretrained(
-            name, trust_remote_code=trust_remote_code, local_files_only=Path(name).is_dir(),
-            output_loading_info=True, **options)
+    options.update(trust_remote_code=trust_remote_code, local_files_only=Path(name).is_dir())
+    if not whole:
+        with foreign(f"{name}: no model for {kind} to load"), torch.device("meta"):
+            config = AutoConfig.from_pretrained(name, **options)
+            return auto_class.from_config(config, trust_remote_code=trust_remote_code).float().eval()
+    with foreign(f"{name}: no model for {kind} to load"):
+        model, loading = auto_class.from_pretrained(name, output_loading_info=True, dtype=torch.float32,
+                                                    **options)
     lacking = loading["missing_keys"] - may_lack
     if lacking:
         raise InputError(f"{name}: as a model for {kind} it lacks weights, {', '.join(sorted(lacking)[:3])}; "
                          "want a trained one")
-    return model
-
-
-@contextmanager
-def foreign_files(name, kind):
-    """Around what loads a model: its files are somebody else's, from which anything can be raised."""
-    try:
-        yield
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{name}: no model for {kind} to load ({reason})") from None
-
-
-def refuse_endless(name):
-    """Raises InputError if the config.json of a directory asks for more layers than its weights have tensors:
-    to make them up could take hours."""
-    from safetensors import SafetensorError, safe_open
-    tensors = 0
-    try:
-        config = json.loads(Path(name, "config.json").read_text(encoding="utf-8"))
-        for file in Path(name).glob("*.safetensors"):
-            with safe_open(file, "pt") as opened:
-                tensors += len(opened.keys())
-        layers = [part.get("num_hidden_layers") for part in (config, config.get("text_config") or {})]
-    except (OSError, ValueError, AttributeError, SafetensorError):
-        return                                                         # whoever loads it says what is wrong
-    for number_of_layers in layers:
-        if tensors and isinstance(number_of_layers, int) and number_of_layers > tensors:
-            raise InputError(f"{name}: config.json has num_hidden_layers {number_of_layers}, and the weights "
-                             f"are {tensors} tensors in all")
+    return model.float().eval()
 
 
 def positions_of(model):
@@ -164,33 +130,25 @@ def try_out(model):
     sequence_logps(model, *collate(prompts, responses, model.device))
 
 
-def load_models(args, device):
-    """(policy, reference, tokenizer) as the flags of sail.py want them: adapted, sharded, on the device. The
-    reference is None for sft, and the policy without its adapter if it has one."""
-    models, tokenizer = load_parts(args, device)
-    if args.shard:
-        for model in models:
-            take_settings(model)
-            shard(model, device, args.dtype)
+def load_models(args):
+    """(policy, reference, tokenizer) of a run of sail.py, adapted and placed. The reference is None for sft,
+    and the policy without its adapter if it has one."""
+    models, tokenizer = load_parts(args)
+    place(models, args)
     policy, reference = models[0], None
     if len(models) == 2:
         reference = models[1]
     elif args.reference:
         reference = AdapterReference(policy)
-    if args.gradient_checkpointing:
-        policy.activation_checkpointing_enable({"use_reentrant": False})
     return policy, reference, tokenizer
 
 
 @fails_together
-def load_parts(args, device):
-    """([policy], tokenizer), or ([policy, reference], tokenizer) if the reference is a model of its own. For
-    shards, rank 0 has them whole on the CPU, the others without weights."""
-    options = dict(trust_remote_code=args.trust_remote_code, date=args.date,
+def load_parts(args):
+    """([policy], tokenizer), or ([policy, reference], tokenizer) if the reference is a model of its own, on
+    the CPU. For shards, rank 0 alone has the weights."""
+    options = dict(trust_remote_code=args.trust_remote_code, date=args.date, whole=has_weights(args),
                    lengths=(args.max_prompt_length, args.max_response_length))
-    if args.shard:
-        device = "cpu"
-        options["whole"] = rank() == 0
     policy, tokenizer = load_policy(args.model, **options)
     models = [policy]
     if args.reference == args.model and not args.lora:
@@ -202,28 +160,62 @@ def load_parts(args, device):
             raise InputError(f"--reference {args.reference} has another vocabulary than --model {args.model}")
     if args.lora:
         add_adapter(policy, args.lora, args.seed)
-    for model in models:
-        if args.dtype == "bfloat16":
-            hold_frozen_in_bfloat16(model)
-        if not args.shard:
-            model.to(device)
     return models, tokenizer
 
 
+def has_weights(settings):
+    """Whether this process loads a model's weights; with --shard, rank 0 does and hands out the parts."""
+    return rank() == 0 or not settings.shard
+
+
+@fails_together
+def place(models, settings):
+    """Put models, of which the first is trained, where they compute: on this process's device or, with
+    --shard, split over the processes; frozen linear layers in bfloat16 if that is the dtype."""
+    device = own_device()
+    for model in models:
+        if settings.dtype == "bfloat16":
+            hold_frozen_in_bfloat16(model)
+        if settings.shard:
+            copy_settings_of_rank_0(model)
+            shard(model, device, settings.dtype)
+        else:
+            model.to(device)
+    if settings.gradient_checkpointing:
+        models[0].activation_checkpointing_enable({"use_reentrant": False})
+
+
+def load_frozen(name, dtype, **options):
+    """`load_policy` of a model that is not trained, placed on this process's device."""
+    model, tokenizer = load_policy(name, **options)
+    model.requires_grad_(False)
+    if dtype == "bfloat16":
+        hold_frozen_in_bfloat16(model)
+    return model.to(own_device()), tokenizer
+
+
 def hold_frozen_in_bfloat16(model):
-    """Hold the frozen weights of linear layers in bfloat16, to which autocast would round them anew at each
-    forward: the same results in less memory. Not those that are the embedding's too, which it does not
-    round."""
-    embedding = model.get_input_embeddings().weight
+    """Hold the frozen weights of linear layers in bfloat16, to which autocast would round them at each
+    forward: the same results in less memory. The embedding, which autocast does not round, and a classifier's
+    head, whose scores would tie, stay in float32."""
+    kept = [model.get_input_embeddings().weight, *(head.weight for head in heads_of(model))]
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module.weight is not embedding:
+        if isinstance(module, torch.nn.Linear) and not any(module.weight is weight for weight in kept):
             if not module.weight.requires_grad:
                 module.to(torch.bfloat16)
 
 
-def take_settings(model):
-    """Give a model without weights what rank 0 has found out with its own: how attention computes, and what
-    ends a response."""
+def heads_of(model):
+    """The linear layers of a sequence classifier that make its logits; none of a language model."""
+    heads = []
+    for name, module in model.named_children():
+        if name in ("score", "classifier"):
+            heads += [layer for layer in module.modules() if isinstance(layer, torch.nn.Linear)]
+    return heads
+
+
+def copy_settings_of_rank_0(model):
+    """Copy rank 0's attention setting and end tokens to the ranks that hold no weights."""
     attention = model.config.get_text_config()._attn_implementation
     attention, model.generation_config = of_rank_0((attention, model.generation_config))
     if attention == "packed":
@@ -231,17 +223,21 @@ def take_settings(model):
         model.set_attn_implementation("packed")
 
 
-def add_adapter(policy, rank, seed=0):
-    """Make a fresh LoRA adapter (arXiv 2106.09685) all that is trained: of this rank, with alpha 2·rank, on
-    every linear layer but the output layer."""
+def add_adapter(model, rank, seed=0):
+    """Make a new LoRA adapter (arXiv 2106.09685) all that is trained, beside a classifier's head: of this
+    rank, with alpha 2·rank, on every linear layer but the output layer."""
     import peft
-    device = policy.device
-    policy.requires_grad_(False)
+    device = model.device
+    model.requires_grad_(False)
     torch.manual_seed(seeded("adapter", seed))
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM",
-                             base_model_name_or_path=policy.name_or_path)
-    peft.inject_adapter_in_model(config, policy)
-    policy.to(device)
+    heads = heads_of(model)
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
+                             task_type="SEQ_CLS" if heads else "CAUSAL_LM",
+                             base_model_name_or_path=model.name_or_path)
+    peft.inject_adapter_in_model(config, model)
+    for head in heads:
+        head.requires_grad_(True)
+    model.to(device)
 
 
 class AdapterReference:
@@ -267,30 +263,40 @@ class AdapterReference:
 
 # --- score --------------------------------------------------------------------------------------------------
 
-def sequence_logps(model, input_ids, attention_mask, response_mask, reference=None):
+def sequence_logps(model, input_ids, attention_mask, response_mask):
     """log π(y|x): the log-probabilities of a row's response tokens, summed; (B,), float32 at least.
 
     input_ids, attention_mask, response_mask: (B, T), padded on either side; response_mask is 1 on the
-    response's tokens, its end token included. On the CPU they make no GPU wait. With `reference`, a model
-    that is held fixed: (3, B), log π, log π_ref and RevKL, Σ_tokens KL(π_ref(·|context) ‖ π(·|context)),
-    exact over the vocabulary (arXiv 2606.31524)."""
-    device = next(model.parameters()).device
-    scored = response_mask[:, 1:].bool()                               # (B, T−1): place t predicts token t+1
-    tokens = sent(input_ids[:, 1:][scored], device)                    # (N,)
-    rows = sent(scored.nonzero()[:, 0], device)                        # (N,)
+    response's tokens, its end token included. On the CPU they make no GPU wait."""
+    rows, tokens = scored_tokens(model, input_ids, response_mask)
+    logps = response_logits(model, input_ids, attention_mask, response_mask).log_softmax(-1)          # (N, V)
+    return sum_rows(logps.gather(-1, tokens[:, None])[:, 0], rows, len(input_ids))
+
+
+def sequence_logps_and_revkl(model, reference, input_ids, attention_mask, response_mask):
+    """(log π, log π_ref, RevKL), (B,) each: RevKL is Σ_tokens KL(π_ref(·|context) ‖ π(·|context)), exact over
+    the vocabulary (arXiv 2606.31524). One forward of each model; no gradient through the reference."""
+    rows, tokens = scored_tokens(model, input_ids, response_mask)
     batch = input_ids, attention_mask, response_mask
     ours = response_logits(model, *batch).log_softmax(-1)              # (N, V)
-    terms = [ours.gather(-1, tokens[:, None])]                         # of (N, 1)
-    if reference is not None:
-        with torch.no_grad():
-            theirs = response_logits(reference, *batch).log_softmax(-1)
-        terms.append(theirs.gather(-1, tokens[:, None]))
-        terms.append((theirs.exp() * (theirs - ours)).sum(-1, keepdim=True))
-    terms = torch.cat(terms, -1)
-    sums = terms.new_zeros(len(input_ids), terms.shape[1]).index_add(0, rows, terms).T     # (1 or 3, B)
-    if reference is None:
-        return sums[0]
-    return sums
+    with torch.no_grad():
+        theirs = response_logits(reference, *batch).log_softmax(-1)    # (N, V)
+    our_logps = ours.gather(-1, tokens[:, None])[:, 0]                 # (N,)
+    their_logps = theirs.gather(-1, tokens[:, None])[:, 0]
+    revkl = (theirs.exp() * (theirs - ours)).sum(-1)
+    return tuple(sum_rows(values, rows, len(input_ids)) for values in (our_logps, their_logps, revkl))
+
+
+def scored_tokens(model, input_ids, response_mask):
+    """The rows and the ids of the response's tokens, one row after another, on the model's device: (N,)."""
+    device = next(model.parameters()).device
+    scored = response_mask[:, 1:].bool()                               # (B, T−1): place t predicts token t+1
+    return sent(scored.nonzero()[:, 0], device), sent(input_ids[:, 1:][scored], device)
+
+
+def sum_rows(values, rows, n):
+    """The sums of values (N,) over the tokens of each of n rows, (n,)."""
+    return values.new_zeros(n).index_add(0, rows, values)
 
 
 def response_logits(model, input_ids, attention_mask, response_mask):
@@ -414,6 +420,29 @@ def roll_out(policy, tokenizer, pairs, sides, args):
 
 # --- the command line ---------------------------------------------------------------------------------------
 
+@dataclass
+class Answers:
+    """The settings of generate.py."""
+    model: str | None = setting(None, "a directory or hub name")
+    data: str | None = setting(None, "a .jsonl, .json, .csv or .parquet file, or a hub name: its prompts")
+    out: str = setting("responses.jsonl", "JSON lines")
+    limit: int | None = setting(None, "answer the first N prompts only", low=1, metavar="N")
+    temperature: float = setting(1.0, "0: the likeliest token each time", low=0)
+    max_prompt_length: int = same_as(Settings, "max_prompt_length")
+    max_response_length: int = same_as(Settings, "max_response_length", default=128)
+    sample_batch_size: int = same_as(Settings, "sample_batch_size")
+    dtype: str | None = same_as(Settings, "dtype")
+    seed: int = same_as(Settings, "seed")
+    trust_remote_code: bool = same_as(Settings, "trust_remote_code")
+
+
+def load_answerer(args):
+    """(model, tokenizer) that answers in the dtype of the settings, which are completed."""
+    args.dtype = args.dtype or default_dtype()
+    return load_frozen(args.model, args.dtype, trust_remote_code=args.trust_remote_code,
+                       lengths=(args.max_prompt_length, args.max_response_length))
+
+
 def answer(model, tokenizer, prompts, temperature, args):
     """A response to each prompt that can be asked: ([{prompt, response, tokens, finished}], counts by reason
     of those that the chat template refuses, or that are too long). Raises InputError if none is left."""
@@ -428,8 +457,9 @@ def answer(model, tokenizer, prompts, temperature, args):
         prompt_ids.append(ids)
     if not asked:
         raise InputError(f"none of {len(prompts)} prompts can be asked: {format_counts(dropped)}")
-    responses, finished = sample(model, tokenizer, prompt_ids, args.max_response_length, 1, temperature,
-                                 args.sample_batch_size)
+    with computing_in(args.dtype, model):
+        responses, finished = sample(model, tokenizer, prompt_ids, args.max_response_length, 1, temperature,
+                                     args.sample_batch_size)
     rows = []
     for prompt, context, (ids,), (done,) in zip(asked, prompt_ids, responses, finished):
         text = response_text(tokenizer, ids, context)
@@ -439,22 +469,15 @@ def answer(model, tokenizer, prompts, temperature, args):
 
 def main():
     """`python generate.py --model M --data D --out FILE`."""
-    parser = Parser("Sample a response to each prompt of a data set.")
-    add = parser.add_argument
-    add("--model", required=True, help="a directory or hub name")
-    add("--out", default="responses.jsonl", help="JSON lines (responses.jsonl)")
-    add("--temperature", type=number(float, 0), default=1.0, help="0: the likeliest token each time (1)")
-    parser.shared("--data", "--limit", "--max-prompt-length", "--max-response-length",
-                  "--sample-batch-size", "--date", "--seed", "--trust-remote-code")
-    parser.set_defaults(max_prompt_length=512, max_response_length=128)
-    args = parser.parse_args()
-    if args.data is None:
-        parser.error("argument --data: want a file or a hub name")
+    parser = Parser("Sample a response to each prompt of a data set. Defaults in brackets.")
+    parser.add_settings(Answers)
+    args = Answers(**vars(parser.parse_args()))
+    for name in ("model", "data"):
+        if getattr(args, name) is None:
+            parser.error(f"argument {flag_of(name)}: want a file, a directory or a hub name")
     refuse_output(args.out, has_columns("prompt", "response"), args.data)
     pairs, report = load_pairs(args.data, args.limit)
-    device = own_device()
-    lengths = args.max_prompt_length, args.max_response_length
-    model, tokenizer = load_policy(args.model, device, args.trust_remote_code, lengths, args.date)
+    model, tokenizer = load_answerer(args)
     torch.manual_seed(seeded("answers", args.seed))
     rows, unasked = answer(model, tokenizer, [pair.prompt for pair in pairs], args.temperature, args)
     if unasked or report["dropped"]:

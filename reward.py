@@ -19,19 +19,22 @@ import sys
 import traceback
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
-from runtime.command_line import (
-    InputError, Parser, command_line, format_counts, number, seeded)
+from runtime.command_line import InputError, command_line, format_counts, seeded
 from runtime.intervals import mean_of, prefers_chosen, share_of
 from runtime.optimizer import make_optimizer, optimizer_step
-from runtime.processes import fails_together, own_device, print0, progress, sum_gradients
+from runtime.processes import (
+    all_sum, computing_in, default_dtype, fails_together, own_device, print0, process_group, progress,
+    share_of_process, sum_gradients, with_equal_counts, world_size)
 from runtime.run_directory import (
-    date_of, fingerprint, has_columns, refuse_inputs_inside, refuse_output, run_directory, write_directory,
-    write_rows)
-from runtime.training import steps, training
+    date_of, fingerprint, fingerprint_files, has_columns, refuse_inputs_inside, refuse_output, run_directory,
+    save_model, write_rows)
+from runtime.settings import Parser, Settings, flag_of, setting
+from runtime.training import micro_batches, steps, training
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +42,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from data import apply_template, length_table, load_tokenizer, render
 from formats import BadRow, read_rows, train_and_held_out
-from generate import load_weights
+from generate import (
+    add_adapter, has_weights, heads_of, hold_frozen_in_bfloat16, load_model, place, switch_dropout_off)
 
 # --- rewards ------------------------------------------------------------------------------------------------
 
@@ -75,22 +79,25 @@ def scores_of(name, function, prompts, *responses, low=-math.inf, high=math.inf)
     return scores
 
 
-def load_reward(name, device="cpu", trust_remote_code=False, date=None):
-    """The Reward called `name` (see the top of this file). date: as in `load_tokenizer`. Raises InputError if
-    there is nothing to load."""
+def load_reward(name, trust_remote_code=False, date=None, dtype="float32"):
+    """The Reward called `name` (see the top of this file), a classifier on this process's device. date: as in
+    `load_tokenizer`. Raises InputError if there is nothing to load."""
     if ".py:" in name:
         return Reward(name, load_function("reward", name))
     if name.endswith(".py"):
         raise InputError(f"reward {name}: which of its functions? want {name}:FUNCTION")
     model, _, ids_of = load_classifier(name, trust_remote_code, date=date)
-    model.to(device)
+    model.requires_grad_(False)
+    if dtype == "bfloat16":
+        hold_frozen_in_bfloat16(model)
+    model.to(own_device())
 
     def score(prompts, responses):
         rows = []
-        for prompt, response in zip(prompts, responses):
+        for prompt, response in zip(prompts, responses, strict=True):
             ids, _ = ids_of(prompt, response)
             rows.append(ids)
-        return classifier_scores(model, rows)
+        return classifier_scores(model, rows, dtype)
 
     return Reward(name, score, ids_of)
 
@@ -154,19 +161,20 @@ def load_function(what, name):
     return getattr(module, function)
 
 
-def load_classifier(name, trust_remote_code=False, max_length=None, date=None, **trainee):
-    """(model, tokenizer, ids_of) of a sequence classifier with one logit, in float32 and eval mode.
+def load_classifier(name, trust_remote_code=False, max_length=None, date=None, whole=True, **trainee):
+    """(model, tokenizer, ids_of) of a sequence classifier with one logit, on the CPU, in eval mode.
     ids_of(prompt, response) -> (the ids that it reads, in scoring and in training, whether they were cut):
     its own tokenizer and chat template render the dialogue, which loses tokens on the left if it is too long;
     BadRow if the template refuses it. trainee: num_labels of a classifier to be trained, which may be a
-    causal language model: its score head is then drawn."""
+    causal language model: its score head is then drawn. whole: see `load_model`."""
     from transformers import AutoModelForSequenceClassification
     tokenizer = load_tokenizer(name, trust_remote_code, ends=False, date=date)
     may_lack = {"score.weight"} if trainee else frozenset()
-    model = load_weights(AutoModelForSequenceClassification, name, trust_remote_code, may_lack,
-                         dtype=torch.float32, **trainee).eval()
+    model = load_model(AutoModelForSequenceClassification, name, trust_remote_code, may_lack, whole,
+                       **trainee)
     if model.config.num_labels != 1:
         raise InputError(f"{name}: has {model.config.num_labels} logits per response; want a model with one")
+    compute_heads_in_float32(model)
     rows = model.get_input_embeddings().weight.shape[0]
     tokenizer.truncation_side = "left"
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length or math.inf)      # saved with it
@@ -187,14 +195,25 @@ def load_classifier(name, trust_remote_code=False, max_length=None, date=None, *
     return model, tokenizer, ids_of
 
 
+def compute_heads_in_float32(model):
+    """Let the layers that make a classifier's logits compute in float32, also under autocast: scores that are
+    rounded to bfloat16 tie."""
+    def in_float32(forward, hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return forward(hidden.float())
+
+    for head in heads_of(model):
+        head.forward = partial(in_float32, head.forward)
+
+
 def dialogue_text(prompt, response, tokenizer):
-    """The whole dialogue as a reward model reads it, the response stripped, as samples are."""
+    """The whole dialogue as a reward model reads it."""
     messages = prompt
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
     if not tokenizer.chat_template:
         return "".join(render(messages, response))
-    return apply_template(tokenizer, messages + [{"role": "assistant", "content": response.strip()}])
+    return apply_template(tokenizer, messages + [{"role": "assistant", "content": response}])
 
 
 def classifier_logits(model, rows):
@@ -216,14 +235,14 @@ def classifier_logits(model, rows):
 
 
 @torch.no_grad()
-def classifier_scores(model, rows, batch_size=32):
+def classifier_scores(model, rows, dtype="float32"):
     """`classifier_logits` of any number of rows, as a list of floats; like lengths go together."""
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     scores = [0.0] * len(rows)
-    for first in progress(range(0, len(rows), batch_size), "scoring, batches"):
-        batch = order[first:first + batch_size]
-        logits = classifier_logits(model, [rows[row] for row in batch])
-        for row, value in zip(batch, logits.tolist()):
+    for batch in progress(micro_batches(order, lambda row: len(rows[row]), model), "scoring, batches"):
+        with computing_in(dtype, model):
+            logits = classifier_logits(model, [rows[row] for row in batch])
+        for row, value in zip(batch, logits.tolist(), strict=True):
             scores[row] = value
     return scores
 
@@ -325,13 +344,14 @@ def encode_for_reward(pairs, ids_of):
     return encoded, +counts, lengths
 
 
-def evaluate_reward(model, held_out):
+def evaluate_reward(model, held_out, dtype):
     """(figures, how many pairs they are of, no samples): accuracy, loss and margin on the held-out pairs of
     ids; None without any."""
     if not held_out:
         return None
-    chosen = torch.tensor(classifier_scores(model, [chosen for chosen, _ in held_out]))
-    rejected = torch.tensor(classifier_scores(model, [rejected for _, rejected in held_out]))
+    model.eval()
+    chosen = torch.tensor(classifier_scores(model, [chosen for chosen, _ in held_out], dtype))
+    rejected = torch.tensor(classifier_scores(model, [rejected for _, rejected in held_out], dtype))
     margin = chosen - rejected
     figures = {"accuracy": share_of(prefers_chosen(margin).tolist()),
                "loss": mean_of(bradley_terry_loss(chosen, rejected).tolist()),
@@ -340,77 +360,115 @@ def evaluate_reward(model, held_out):
 
 
 def reward_step(model, pairs, optimizer, scheduler, args):
-    """One optimizer step on pairs of ids, a few a forward; (its figures, whether it was finite)."""
-    losses, margins = [], []
-    for start in range(0, len(pairs), args.micro_batch_size):
-        micro = pairs[start:start + args.micro_batch_size]
+    """One optimizer step on this process's pairs of ids; (its figures over all processes, whether it was
+    finite)."""
+    model.train(args.gradient_checkpointing)               # which works in train mode only
+    totals = Counter(pairs=len(pairs), loss=0.0, accuracy=0.0, margin=0.0)
+    total = all_sum(Counter(pairs=len(pairs)), model.device)["pairs"]
+    micros = micro_batches(pairs, lambda pair: len(pair[0]) + len(pair[1]), model, args.micro_batch_size)
+    for micro, weight in with_equal_counts(micros, model):
         rows = [chosen for chosen, _ in micro] + [rejected for _, rejected in micro]
-        chosen, rejected = classifier_logits(model, rows).chunk(2)
-        loss = bradley_terry_loss(chosen, rejected)
-        (loss.sum() / len(pairs)).backward()
-        losses.append(loss.detach())
-        margins.append((chosen - rejected).detach())
+        with computing_in(args.dtype, model):
+            chosen, rejected = classifier_logits(model, rows).chunk(2)
+        losses = bradley_terry_loss(chosen, rejected)
+        (weight * losses.sum() / total).backward()
+        if weight:
+            margins = (chosen - rejected).detach()
+            totals.update(loss=losses.sum().item(), accuracy=prefers_chosen(margins).sum().item(),
+                          margin=margins.sum().item())
     sum_gradients(model)
-    loss, margins = torch.cat(losses).mean().item(), torch.cat(margins)
-    grad_norm, learning_rate, finite = optimizer_step(model, optimizer, scheduler, 1.0, loss)
-    return dict(loss=loss, accuracy=prefers_chosen(margins).mean().item(), margin=margins.mean().item(),
-                grad_norm=grad_norm, learning_rate=learning_rate), finite
+    totals = all_sum(totals, model.device)
+    figures = {name: totals[name] / total for name in ("loss", "accuracy", "margin")}
+    figures["grad_norm"], figures["learning_rate"], finite = optimizer_step(
+        model, optimizer, scheduler, args.max_grad_norm, figures["loss"])
+    return figures, finite
 
 
 def load_trainee(args):
-    """(model, tokenizer, ids_of) to be trained, in eval mode throughout: no dropout."""
+    """(model, tokenizer, ids_of) to be trained, without dropout, on the CPU."""
     torch.manual_seed(seeded("score head", args.seed))
     model, tokenizer, ids_of = load_classifier(args.model, args.trust_remote_code, args.max_length, args.date,
-                                               num_labels=1)
-    # Others that load the model need an id to pad with. Whichever it is, training sees the same one.
+                                               has_weights(args), num_labels=1)
+    switch_dropout_off(model)
+    # Whoever loads the model needs an id to pad with. Whichever it is, training sees the same one.
     for token in (0, tokenizer.eos_token_id, tokenizer.pad_token_id, model.config.pad_token_id):
         if token is not None:
             pad = token
     model.config.pad_token_id = pad
-    return model.to(own_device()), tokenizer, ids_of
+    if args.lora:
+        add_adapter(model, args.lora, args.seed)
+    return model, tokenizer, ids_of
 
 
-def train_reward(args):
-    """Train a reward model, and evaluate it on held-out pairs before and after; returns it. Raises InputError
-    on bad input, and if loss or gradient is not finite."""
+@fails_together
+def load_reward_data(args, ids_of):
+    """(training pairs of ids, held-out pairs of ids, counts of what was dropped or cut, lengths)."""
     train_pairs, held_out, report, _ = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
     for pair in (train_pairs[0], *held_out[:1]):
         if pair.chosen is None or pair.rejected is None:
             raise InputError(f"{args.eval_data or args.data}: a reward model needs pairs of responses "
                              "throughout")
-    out = Path(args.out or f"{run_directory(args.data)}-reward")
-    refuse_inputs_inside(out, {"--model": args.model, "--data": args.data, "--eval-data": args.eval_data})
-    args.date = args.date or date_of(out, args.resume)
-    model, tokenizer, ids_of = load_trainee(args)
     pairs, counts, lengths = encode_for_reward(train_pairs, ids_of)
-    held_out, _, _ = encode_for_reward(held_out, ids_of)
+    held_out, _, _ = encode_for_reward(held_out[:args.eval_limit], ids_of)
     if not pairs:
         raise InputError(f"{args.data}: no pair of {len(train_pairs)} can be told apart "
                          f"({format_counts(counts)})")
+    return pairs, held_out, report["dropped"] + counts, lengths
+
+
+def train_reward(args):
+    """Train a reward model, and evaluate it on held-out pairs before, on the way and after; returns it. Raises
+    InputError for bad input, and after ten steps in a row that are not finite."""
+    out = Path(args.out)
+    refuse_inputs_inside(out, {flag_of(name): getattr(args, name) for name in ("model", "data", "eval_data")})
+    args.date = args.date or date_of(out, args.resume)
+    model, tokenizer, ids_of = fails_together(load_trainee)(args)
+    pairs, held_out, counts, lengths = load_reward_data(args, ids_of)
+    place([model], args)
     generator = torch.Generator().manual_seed(seeded("reward model's order", args.seed))
-    order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(args.epochs)])
+    epochs = math.ceil(args.epochs if args.steps is None else args.steps * args.batch_size / len(pairs))
+    order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(epochs)])
+    order = order[:args.steps * args.batch_size if args.steps else int(args.epochs * len(pairs))]
     count = math.ceil(len(order) / args.batch_size)
     batches = order.tensor_split(count)                                # they differ by one at most
-    optimizer, scheduler = make_optimizer(model.parameters(), count, args.learning_rate)
-    args.data_sha256 = fingerprint([pairs, held_out])
-    def write(aside):
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-
-    with training(out, "reward", args, {}, model, optimizer, scheduler) as loop:
+    if len(batches[-1]) < world_size():
+        raise InputError(f"--batch-size: {len(batches[-1])} pairs a step are too few for {world_size()} "
+                         "processes; raise it")
+    optimizer, scheduler = make_optimizer(model.parameters(), count, args)
+    recorded = {**asdict(args), "data_sha256": fingerprint([pairs, held_out]),
+                "model_sha256": fingerprint_files(args.model)}
+    with training(out, "reward", args, recorded, {}, model, optimizer, scheduler) as loop:
         print0(f"{args.data}: {len(pairs)} pairs to train on, {len(held_out)} to evaluate on; dropped: "
-               f"{format_counts(report['dropped'] + counts)}\n{length_table(lengths, 'tokens')}\n"
+               f"{format_counts(counts)}\n{length_table(lengths, 'tokens')}\n"
                f"{count} steps of {len(batches[0])} -> {out}")
-        for step in steps(loop, count, lambda: evaluate_reward(model, held_out)):
-            batch = [pairs[place] for place in batches[step.number - 1].tolist()]
-            step.record, step.finite = reward_step(model, batch, optimizer, scheduler, args)
-            step.record = {"step": step.number, **step.record}
-        write_directory(out / "model", write)
-    print(f"saved {out}/model; sail.py --variant pr --reward {out}/model uses it")
+        for step in steps(loop, count, lambda: evaluate_reward(model, held_out, args.dtype)):
+            places, = share_of_process(batches[step.number - 1].tolist())
+            batch = [pairs[place] for place in places]
+            figures, step.finite = reward_step(model, batch, optimizer, scheduler, args)
+            step.record = {"step": step.number, **figures}
+        save_model(model, tokenizer, out, lambda: load_trainee(replace(args, lora=None))[0])
+    print0(f"saved {out}/model; sail.py --variant pr --reward {out}/model uses it")
     return model
 
 
 # --- the command line ---------------------------------------------------------------------------------------
+
+@dataclass
+class RewardSettings(Settings):
+    """The settings of reward.py. Without --train it uses the first two, `out`, `dtype` and
+    `trust_remote_code` alone."""
+    reward: str | None = setting(None, "FILE.py:FUNCTION, or a one-logit classifier, to score with")
+    responses: str = setting("responses.jsonl", "lines with prompt and response")
+    train: bool = setting(False, "train a reward model instead, with all that follows:")
+    max_length: int | None = setting(None, "tokens of a dialogue; cut from the left, also when served", low=1)
+    learning_rate: float = setting(1e-5, "after the warm-up", low=1e-12)
+    eval_limit: int = setting(1024, "held-out pairs to evaluate on", low=1)
+    out: str | None = setting(None, "FILE for the lines with their reward (scored.jsonl), or, with --train, "
+                                    "directory for logs and model (runs/DATA-reward)", may_change=True)
+    max_prompt_length: None = setting(None)                # these three are not a reward model's
+    max_response_length: None = setting(None)
+    sample_batch_size: None = setting(None)
+
 
 def score_file(args):
     """Write the rows of --responses with a `reward` each to --out."""
@@ -424,52 +482,40 @@ def score_file(args):
             break
     if not rows:
         raise InputError(f"{args.responses}: want lines with prompt and response, as generate.py writes them")
-    out = args.out or "scored.jsonl"
-    refuse_output(out, has_columns("prompt", "response", "reward"), args.responses)
-    device = own_device()
-    reward = load_reward(args.reward, device, args.trust_remote_code, args.date)
+    refuse_output(args.out, has_columns("prompt", "response", "reward"), args.responses)
+    reward = load_reward(args.reward, args.trust_remote_code, args.date, args.dtype)
     scores = reward(prompts, responses)
-    for row, score in zip(rows, scores):
+    for row, score in zip(rows, scores, strict=True):
         row["reward"] = score
-    write_rows(out, rows)
-    print(f"{len(rows)} responses scored in {out}: mean {sum(scores) / len(scores):.3f}, "
+    write_rows(args.out, rows)
+    print(f"{len(rows)} responses scored in {args.out}: mean {sum(scores) / len(scores):.3f}, "
           f"min {min(scores):.3f}, max {max(scores):.3f}")
 
 
-def parse_args(argv=None):
-    """The command line."""
-    parser = Parser("Score a file of responses, or train a reward model on pairs.")
-    add = parser.add_argument
-    add("--reward", help="FILE.py:FUNCTION, or a one-logit classifier, to score with")
-    add("--responses", default="responses.jsonl", help="lines with prompt and response (responses.jsonl)")
-    add("--out", help="the same lines with their reward (scored.jsonl); --train: directory of the model and "
-                      "its logs (runs/DATA-reward)")
-    add("--train", action="store_true", help="train a reward model instead:")
-    add("--model", help="what to train: a causal language model or a one-logit classifier")
-    add("--max-length", type=number(int, 1), help="tokens of a dialogue; cut from the left, also when served")
-    add("--epochs", type=number(int, 1), default=1, help="(1)")
-    add("--batch-size", type=number(int, 1), default=32, help="pairs per step (32)")
-    add("--learning-rate", type=number(float, 1e-12), default=1e-5, help="after a tenth of the steps (1e-5)")
-    parser.shared("--data", "--eval-data", "--prefer", "--limit", "--date", "--seed", "--trust-remote-code")
-    may_change = [
-        add("--micro-batch-size", type=number(int, 1), default=4, metavar="N", help="pairs per forward (4)"),
-        add("--save-every", type=number(int, 1), metavar="N", help="a checkpoint every N steps; two stay"),
-        add("--resume", action="store_true", help="continue from OUT's newest checkpoint, if any"),
-        add("--overwrite", action="store_true", help="replace an earlier run in OUT")]
-    parser.set_defaults(may_change=[flag.dest for flag in may_change] + ["may_change"], eval_every=100)
-    args = parser.parse_args(argv)
+def parse_args(argv=None, **chosen):
+    """The settings of a command line. chosen: settings that are no flags, by name."""
+    parser = Parser("Score a file of responses, or train a reward model on pairs. Defaults in brackets.")
+    parser.add_settings(RewardSettings)
+    given = {**vars(parser.parse_args(argv)), **chosen}
+    args = RewardSettings(**{"dtype": default_dtype(), **given})
     if args.train and not (args.model and args.data):
         parser.error("argument --train: needs --model and --data")
     if not args.train and not args.reward:
         parser.error("argument --reward: want FILE.py:FUNCTION or a classifier; or --train")
+    to_score, to_train = {"reward", "responses"}, {*given} - {"out", "dtype", "trust_remote_code", "train"}
+    for name in sorted(to_score & given.keys() if args.train else to_train - to_score):
+        parser.error(f"argument {flag_of(name)}: is not for {'training' if args.train else 'scoring'}")
+    if args.out is None:
+        args.out = f"{run_directory(args.data)}-reward" if args.train else "scored.jsonl"
     return args
 
 
-def main(argv=None):
-    """`python reward.py …`."""
-    args = parse_args(argv)
+def main(argv=None, **chosen):
+    """`python reward.py …`, alone or, with --train, under torchrun."""
+    args = parse_args(argv, **chosen)
     if args.train:
-        train_reward(args)
+        with process_group(args.shard):
+            train_reward(args)
     else:
         score_file(args)
 

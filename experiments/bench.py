@@ -100,11 +100,12 @@ def ours(row, folder):
     (folder / "pairs.jsonl").write_text("".join(
         json.dumps(pair) + "\n" for _, pair in sorted(zip(drawn, pairs), key=lambda each: each[0])))
     (folder / "one.jsonl").write_text(json.dumps(pairs[0]) + "\n")
+    mix = ["--mix", "1"] if route else []
     sail.main([
-        "--variant", row["variant"], "--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"),
+        "--variant", row["variant"], *mix, "--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"),
         "--eval-data", str(folder / "one.jsonl"), "--eval-limit", "1", "--eval-every", "0",
         "--reward", f"{__file__}:reward", "--steps", str(row["steps"]), "--batch-size", str(row["batch"]),
-        "--learning-rate", "1e-6", "--mix", str(route), "--max-prompt-length", str(row["prompt"]),
+        "--learning-rate", "1e-6", "--max-prompt-length", str(row["prompt"]),
         "--dtype", row["dtype"],
         "--max-response-length", str(row["new_tokens"] if row["variant"] in ("pp", "pr")
                                      else row["response"] or 192), "--out", str(folder / "run")])
@@ -256,6 +257,7 @@ def overheads(args):
 
     import sail
     from generate import prepare
+    from runtime.settings import Settings
     print("| update alone, same pairs | " + " | ".join(f"{variant}/dpo" for variant in VARIANTS[1:]) + " |\n"
           + "|---" * len(VARIANTS) + "|")
     for name in args.models:
@@ -263,10 +265,14 @@ def overheads(args):
         model, tokenizer = model_and_tokenizer(row)
         policy, rows = prepare(model, tokenizer), pairs_of(row)
         reference = copy.deepcopy(policy).requires_grad_(False)
-        settings = {variant: sail.parse_args(["--variant", variant, "--mix", "0.5", "--revkl-coef", "0"])
-                    for variant in VARIANTS}
-        optimizer, scheduler = sail.make_optimizer(policy.parameters(), 100, settings["dpo"].learning_rate)
-        run_ = sail.Run(policy, reference, tokenizer, None, [], [], policy.device)
+        methods = {}
+        for variant in VARIANTS:
+            declared = sail.VARIANTS[variant]
+            methods[variant] = sail.Method(variant, mix=0.5, response_coef=declared.response_coef,
+                                           label_coef=declared.label_coef)
+        settings = Settings(learning_rate=1e-6, dtype="float32")
+        optimizer, scheduler = sail.make_optimizer(policy.parameters(), 100, settings)
+        run_ = sail.Run(policy, reference, tokenizer, None, [], [], settings)
         run_.progress["baseline"] = -0.7
         seconds = {variant: [] for variant in VARIANTS}
         for step in range(args.steps):
@@ -278,7 +284,7 @@ def overheads(args):
                     pairs.append(sail.Pair("", "", "", ids[0], ids[1] + [EOS], ids[2] + [EOS],
                                            own.responses == "policy", own.label == "policy"))
                 started = time.perf_counter()
-                sail.accumulate_gradients(run_, pairs, settings[variant])
+                sail.accumulate_gradients(run_, pairs, methods[variant])
                 sail.optimizer_step(policy, optimizer, scheduler, 1.0, 0.0)
                 seconds[variant].append(time.perf_counter() - started)
         ratios = [[one / dpo for one, dpo in list(zip(seconds[variant], seconds["dpo"]))[2:]]

@@ -49,7 +49,7 @@ def estimate(config, processes=1, shard=False, lora=0, bytes_=2, prompts=8, resp
 
     bytes_: of the compute dtype. `prompts` prompts are answered at a time, with `responses` each. A step has
     several micro-batches of `pairs` pairs, and gradient checkpointing is on. prompt, response: tokens. One
-    pair of 512 + 512 tokens makes all the logits that sail.micro_batches allows a forward on a CPU, where
+    pair of 512 + 512 tokens makes all the logits that runtime/training.py allows a forward on a CPU, where
     the vocabulary has 65,536 words or more.
     """
     total, outside, layer, linear, adapter = sizes_of(config)

@@ -44,19 +44,19 @@ METHODS = {                                # name: (what it is, flags)
     "dp": ("SAIL-DP", "--variant dp"),
     "dp-control": ("SAIL-DP without T3", "--variant dp --label-coef 0"),
     "dp-revkl": ("SAIL-DP, RevKL 0.03", "--variant dp --revkl-coef 0.03"),
-    "dp-smoothing": ("SAIL-DP, label smoothing 0.1", "--variant dp --label-smoothing 0.1"),
+    "dp-smoothing": ("SAIL-DP, label smoothing 0.1", "--variant dp"),
     "dp-nll": ("SAIL-DP, NLL 0.1", "--variant dp --nll-coef 0.1"),
     "pp": ("SAIL-PP, RevKL 0.3", "--variant pp --revkl-coef 0.3"),
     "pp-control": ("DPO, RevKL 0.3", "--variant dpo --revkl-coef 0.3"),
     "pp-no-revkl": ("SAIL-PP without RevKL", "--variant pp --revkl-coef 0"),
     "online-dpo": ("online DPO, soft labels", "--variant online-dpo"),
-    "online-drawn": ("online DPO, drawn labels", "--variant online-dpo --label sampled"),
+    "online-drawn": ("online DPO, drawn labels", "--variant online-dpo"),
     "pr": ("SAIL-PR, T2 × 0.3", "--variant pr"),
     "pr-1": ("SAIL-PR, T2 × 1", "--variant pr --response-coef 1"),
     "ipo": ("IPO", "--variant dpo --loss-type ipo"),
     "hinge": ("DPO with a hinge", "--variant dpo --loss-type hinge"),
     "online-ipo": ("online IPO, soft labels", "--variant online-dpo --loss-type ipo"),
-    "few-fresh": ("online DPO, 4,500 labels drawn once", "--variant online-dpo --label sampled --steps 47")}
+    "few-fresh": ("online DPO, 4,500 labels drawn once", "--variant online-dpo --steps 47")}
 WORLDS = {                                 # name: (what it is, flags of its data, methods)
     "toy": ("18,000 pairs, mix 0.3 where there are own pairs", "--data toy",
             "dpo dpo-soft dpo-soft-0.3 online-dpo online-drawn pr pr-1 dp dp-control pp pp-control "
@@ -65,7 +65,7 @@ WORLDS = {                                 # name: (what it is, flags of its dat
                    "online-dpo online-drawn pr pr-1 online-ipo few-fresh"),
     "toy-flipped": ("18,000 pairs, 20 % of the labels flipped", "--data {folder}/flipped.jsonl {toy}",
                     "dpo dp dp-control online-dpo"),
-    "toy-quarter": ("4,500 pairs, seen four times", f"--data toy --limit {FEW_LABELS}",
+    "toy-quarter": ("4,500 pairs, seen four times", "--data toy",
                     "dpo dp dp-control dp-revkl dp-smoothing dp-nll"),
     "toy-model": ("own pairs only, labels of a reward model of 4,500 pairs",
                   "--data toy --mix 1 --reward {folder}/reward/model", "online-dpo"),
@@ -73,6 +73,9 @@ WORLDS = {                                 # name: (what it is, flags of its dat
     "toy-half": ("9,000 pairs, seen twice", "--data {folder}/half.jsonl {toy}", "dpo"),
     "toy-clear": ("the 9,000 pairs of the larger differences", "--data {folder}/clear.jsonl {toy}", "dpo"),
     "toy-other": ("18,000 pairs of another seed's model", "--data {other} {toy}", "dpo")}
+UNFLAGGED = {                              # settings that are no flags, by method or world
+    "dp-smoothing": dict(label_smoothing=0.1), "online-drawn": dict(label="sampled"),
+    "few-fresh": dict(label="sampled"), "toy-quarter": dict(limit=FEW_LABELS)}
 # What is compared: (question, (world, method), (world, its control)).
 COMPARED = (
     ("Soft labels for drawn ones, offline", ("toy", "dpo-soft"), ("toy", "dpo")),
@@ -114,27 +117,31 @@ PICTURE = (("toy", "sft"), ("toy", "dpo"), ("toy", "dpo-soft"), ("toy", "dp"), (
            ("toy-online", "online-dpo"), ("toy-online", "pr"))
 # What `--data toy` implies, spelled out for the pairs that come from a file.
 TOY = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in toy_settings("dpo").items()
-               if name not in ("data", "model"))
+               if name not in ("data", "model", "schedule"))
+SCHEDULE = dict(schedule=toy_settings("dpo")["schedule"])
 BETA = toy_settings("dpo")["beta"]
 
 
-def run(script, *flags):
-    """One command of the project, on one thread; InputError if it fails, which it has explained itself."""
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, flags)], stdout=subprocess.DEVNULL,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
+def run(script, *flags, **chosen):
+    """One command of the project, with settings that are no flags, on one thread; InputError if it fails,
+    which it has explained itself."""
+    flags = [str(flag) for flag in flags]
+    code = f"import {script}; {script}.command_line(lambda: {script}.main({flags}, **{chosen}))"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
     if done.returncode:
-        raise InputError(f"{script} {' '.join(map(str, flags))}: ended with status {done.returncode}")
+        raise InputError(f"{script}.py {' '.join(flags)}: ended with status {done.returncode}")
 
 
 def train(job):
     """One run of sail.py, unless it is there already."""
-    out, flags = job
+    out, flags, chosen = job
     if not (out / "model").is_dir():                                   # which is the last that a run writes
-        run("sail.py", *flags.split(), "--out", out)
+        run("sail", *flags.split(), "--out", out, **chosen)
 
 
 def train_all(jobs, at_a_time, name):
-    """All runs, (directory, flags) each, some at a time."""
+    """All runs, (directory, flags, settings that are no flags) each, some at a time."""
     with ThreadPoolExecutor(at_a_time) as pool:
         list(tqdm(pool.map(train, jobs), name, len(jobs)))
 
@@ -171,9 +178,9 @@ def write_data(model, folder):
     write_rows(folder / "half.jsonl", pairs[:len(pairs) // 2])
     write_rows(folder / "clear.jsonl", clear_pairs(pairs))
     if not (folder / "reward/model").is_dir():
-        run("reward.py", "--train", "--model", model, "--data", source, "--limit", FEW_LABELS, "--eval-data",
+        run("reward", "--train", "--model", model, "--data", source, "--eval-data",
             toy_settings("dpo")["eval_data"], "--learning-rate", 4e-4, "--epochs", 2, "--max-length", 32,
-            "--micro-batch-size", 32, "--overwrite", "--out", folder / "reward")
+            "--overwrite", "--out", folder / "reward", limit=FEW_LABELS)
 
 
 def train_rounds(runs, seed, model):
@@ -188,7 +195,7 @@ def train_rounds(runs, seed, model):
         if not pairs.is_file():
             draw_toy_pairs(str(policy), pairs, 18000 // ROUNDS, seed=k)
         train((out, f"--variant dpo --data {pairs} {TOY} --model {policy} --reference {model} --seed {seed} "
-                    f"--steps {round(STEPS / ROUNDS)} --eval-every 0 --eval-limit 1024"))
+                    f"--steps {round(STEPS / ROUNDS)} --eval-every 0 --eval-limit 1024", SCHEDULE))
         policy = out / "model"
 
 
@@ -198,7 +205,7 @@ def train_toys(runs, seeds, at_a_time, names):
     """SFT models, their data, and all runs of these worlds."""
     write_world()                                                      # the held-out prompts
     models = {seed: runs / f"toy/sft-s{seed}/model" for seed in seeds}
-    train_all([(model.parent, f"--variant sft --seed {seed} --eval-limit 1024")
+    train_all([(model.parent, f"--variant sft --seed {seed} --eval-limit 1024", {})
                for seed, model in models.items()], at_a_time, "sft")
     for seed, model in tqdm(models.items(), "data"):                   # before two runs at a time need them
         write_data(model, runs / f"data/s{seed}")
@@ -214,11 +221,13 @@ def train_toys(runs, seeds, at_a_time, names):
             source = data.format(folder=runs / f"data/s{seed}", toy=TOY, other=other)
             jobs += [(runs / f"{name}/{method}-s{seed}",
                       f"{source} --model {model} --seed {seed} --steps {STEPS} --eval-every {every} "
-                      f"--eval-limit 1024 {METHODS[method][1]}") for method in methods.split()]
+                      f"--eval-limit 1024 {METHODS[method][1]}",
+                      {**SCHEDULE, **UNFLAGGED.get(name, {}), **UNFLAGGED.get(method, {})})
+                     for method in methods.split()]
         train_all(jobs, at_a_time, name)
     by_model = sorted((runs / "toy-model").glob("*-s*"))
     if by_model:                                                       # they have seen no true reward yet
-        run("evaluate.py", *by_model, "--eval-limit", 1024, "--reward", toy_settings("dpo")["reward"],
+        run("evaluate", *by_model, "--eval-limit", 1024, "--reward", toy_settings("dpo")["reward"],
             "--out", runs / "toy-model/true.json")
 
 

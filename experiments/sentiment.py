@@ -263,7 +263,7 @@ def main():
                     f"{METHODS[method][1]} --model {base} --data {pairs} --eval-data {held_out} "
                     f"--seed {seed} --steps {STEPS} --batch-size 16 --learning-rate 1e-5 --beta {BETA} "
                     f"--max-prompt-length 128 --max-response-length {TOKENS} --eval-every 0 --eval-limit 1 "
-                    f"--reward {ROOT}/experiments/sentiment.py:vader") for method in args.methods],
+                    f"--reward {ROOT}/experiments/sentiment.py:vader", {}) for method in args.methods],
                   args.jobs, f"seed {seed}")
     best = args.runs / "best-of.jsonl"
     if not best.is_file():

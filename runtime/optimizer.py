@@ -6,18 +6,19 @@ import torch
 from runtime.processes import is_sharded
 
 
-def make_optimizer(parameters, steps, learning_rate, name="adamw", schedule="constant", warmup_steps=None):
+def make_optimizer(parameters, steps, settings):
     """(optimizer, scheduler): linear warm-up, over a tenth of the steps for None, then constant or cosine."""
-    if name == "rmsprop":
-        optimizer = torch.optim.RMSprop(parameters, learning_rate)
+    if settings.optimizer == "rmsprop":
+        optimizer = torch.optim.RMSprop(parameters, settings.learning_rate)
     else:
-        optimizer = torch.optim.AdamW(parameters, learning_rate, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(parameters, settings.learning_rate, weight_decay=0.0, fused=True)
+    warmup_steps = settings.warmup_steps
     if warmup_steps is None:
         warmup_steps = steps // 10
 
     def factor(done):
         warm_up = min(1, (done + 1) / max(1, warmup_steps))
-        if schedule == "cosine":
+        if settings.schedule == "cosine":
             return warm_up * (1 + math.cos(math.pi * done / steps)) / 2
         return warm_up
 

@@ -140,6 +140,16 @@ def of_all(value):
     return values
 
 
+def share_of_process(*lists):
+    """This process's share of each list; the shares of all lists together differ by one item at most."""
+    shares, before = [], 0
+    for items in lists:
+        first = (rank() - before) % world_size()
+        shares.append(items[first::world_size()])
+        before += len(items)
+    return shares
+
+
 def raise_together(problem=None, where=""):
     """Raise InputError(problem) on all processes if any of them has one. Without any, all have met here.
     Raises OSError, which says who is missing and where, if a process does not come."""

@@ -15,7 +15,6 @@ import socket
 import time
 import warnings
 from datetime import date
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from runtime.processes import fails_together, of_all, of_rank_0, print0, rank, w
 
 MODEL_FILES = (".safetensors", ".bin", ".py", ".json", ".jinja", ".model", ".txt")
 LOGS = ("metrics", "eval", "samples")
-NAMES = ("model", "adapter", "checkpoints", "tensorboard", "args.json", *[f"{name}.jsonl" for name in LOGS])
+NAMES = ("model", "adapter", "checkpoints", "args.json", *[f"{name}.jsonl" for name in LOGS])
 PRINTED = "loss margin accuracy reward kl response_length grad_norm learning_rate seconds".split()
 
 # --- files --------------------------------------------------------------------------------------------------
@@ -194,7 +193,7 @@ def wait_for(path, seconds=10):
 
 
 @fails_together
-def begin(out, args, progress, policy, optimizer, scheduler):
+def begin(out, args, recorded, progress, policy, optimizer, scheduler):
     """Begin a run in `out`, or with --resume continue it from its newest checkpoint: (lock, progress). Others
     are kept out for as long as the lock, a file, is open. Raises InputError if there is another run."""
     lock = lock_directory(out)                                         # first: all take part in what follows
@@ -202,21 +201,14 @@ def begin(out, args, progress, policy, optimizer, scheduler):
     checkpoint = of_rank_0(newest_checkpoint(out))
     continued = checkpoint and args.resume
     if continued:
-        progress = resume(checkpoint, args, policy, optimizer, scheduler)
+        progress = resume(checkpoint, recorded, policy, optimizer, scheduler)
     elif rank() == 0:
         refuse_earlier_run(out, args, checkpoint)
     if rank() == 0:
-        write_settings(out, args)                                      # from now on it is a run's
+        write_text(out / "args.json", json.dumps(recorded, indent=1) + "\n")    # from now on it is a run's
         if not continued:
             start_afresh(out, args)
-        if getattr(args, "tensorboard", False):
-            event_writer(out)
     return lock, progress
-
-
-def write_settings(out, args):
-    """Write args.json."""
-    write_text(out / "args.json", json.dumps(vars(args), indent=1) + "\n")
 
 
 @fails_together
@@ -280,7 +272,7 @@ def refuse_earlier_run(out, args, checkpoint):
 
 def start_afresh(out, args):
     """Take away what an earlier run left in `out`; without --overwrite its logs stay, as NAME.jsonl.old."""
-    for name in ("model", "adapter", "checkpoints", "tensorboard"):
+    for name in ("model", "adapter", "checkpoints"):
         remove(out / name)
     if args.resume:
         print0(f"--resume: {out} has no checkpoint, so this starts from the beginning")
@@ -293,16 +285,8 @@ def start_afresh(out, args):
         write_bytes(path, b"")
 
 
-@lru_cache
-def event_writer(out):
-    """The writer of TensorBoard's event files of a run."""
-    from torch.utils.tensorboard import SummaryWriter
-    return SummaryWriter(out / "tensorboard")
-
-
 def write_line(out, name, row):
-    """Append a row to out/name.jsonl, and its numbers to the event files if there are any; what is not a
-    finite number is written as null."""
+    """Append a row to out/name.jsonl; what is not a finite number is written as null."""
     if rank() != 0:
         return
     written = {}
@@ -312,11 +296,6 @@ def write_line(out, name, row):
         written[key] = value
     with open(out / f"{name}.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(written, ensure_ascii=False) + "\n")
-    if name != "samples" and (out / "tensorboard").is_dir():
-        for key, value in written.items():
-            if isinstance(value, (int, float)):
-                event_writer(out).add_scalar(f"{name}/{key}", value, written["step"])
-        event_writer(out).flush()
 
 
 def print_step(record, steps):
@@ -437,13 +416,13 @@ def finish_checkpoint(out, aside, path, progress):
         remove(old)
 
 
-def resume(path, args, policy, optimizer, scheduler):
+def resume(path, recorded, policy, optimizer, scheduler):
     """Continue from the checkpoint `path`: weights, optimizer, scheduler and logs as they were; returns the
     progress. Raises InputError if the data, or arguments other than `may_change`, have changed."""
     import torch.distributed.checkpoint as dcp
     out, progress = path.parents[1], read_progress(path)
     logs = progress.pop("logs")
-    refuse_changes(read_json(out / "args.json"), args, path)
+    refuse_changes(read_json(out / "args.json"), recorded, path)
     for name, size in logs.items():
         if (out / f"{name}.jsonl").stat().st_size < size:
             raise InputError(f"{out}/{name}.jsonl has lost lines since {path} was written; start afresh")
@@ -486,10 +465,10 @@ def read_progress(path):
     return progress
 
 
-def refuse_changes(before, args, path):
-    """Raises InputError if an argument of the run is another than it was, unless it may change."""
-    for name, value in vars(args).items():
-        if name in args.may_change or before.get(name) == value:
+def refuse_changes(before, recorded, path):
+    """Raises InputError if a setting or an input of the run has changed, unless it may."""
+    for name, value in recorded.items():
+        if name in recorded["may_change"] or before.get(name) == value:
             continue
         what = f"--{name.replace('_', '-')} has"
         if name == "data_sha256":
@@ -512,13 +491,21 @@ def save_model(policy, tokenizer, out, load_base):
     if rank() == 0:
         if hasattr(policy, "peft_config"):
             save_adapter(policy, state, out)
+            others = trained_beside_adapter(policy, state)
             policy, state = merged(load_base(), out / "adapter"), None
+            policy.load_state_dict(others, strict=False)
 
         def write(aside):
             policy.save_pretrained(aside, state_dict=state)
             tokenizer.save_pretrained(aside)
 
         write_directory(out / "model", write)
+
+
+def trained_beside_adapter(policy, state):
+    """The weights that were trained and are not the adapter's, as a classifier's head."""
+    names = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    return {name: state[name] for name in names if "lora_" not in name}
 
 
 def save_adapter(policy, state, out):

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from tqdm import tqdm
 from runtime.command_line import InputError, one_line, seeded
 from runtime.processes import (
     Interrupted, StopSignals, all_sum, fails_together, gathered, is_sharded, print0, rank, world_size)
-from runtime.run_directory import (
-    begin, log_figures, print_step, save_checkpoint, write_line)
+from runtime.run_directory import begin, log_figures, print_step, save_checkpoint, write_line
+from runtime.settings import flag_of, may_change
 
 
 @dataclass
@@ -41,12 +42,15 @@ class Step:
 
 
 @contextmanager
-def training(out, name, args, progress, model, optimizer, scheduler):
-    """The Loop of a run in `out`, begun, or with --resume continued. Inside, an InputError or an OSError, as of
-    a full disk, ends the run and saves the steps that were done. progress: what the caller adds to that of
-    every run."""
+def training(out, name, args, recorded, progress, model, optimizer, scheduler):
+    """The Loop of a run in `out`, begun, or with --resume continued. Inside, an InputError or an OSError, as
+    of a full disk, ends the run and saves the steps that were done.
+
+    recorded: what args.json holds, the settings and fingerprints of the inputs. progress: what the caller
+    adds to the progress of every run."""
     progress = dict(step=0, skipped=0, in_a_row=0, evaluated=-1, record=None, **progress)
-    lock, progress = begin(out, args, progress, model, optimizer, scheduler)
+    recorded = {**recorded, "may_change": [*may_change(args), "may_change"]}
+    lock, progress = begin(out, args, recorded, progress, model, optimizer, scheduler)
     with lock or nullcontext(), StopSignals() as stop:
         try:
             yield Loop(out, name, args, model, optimizer, progress, stop)
@@ -160,6 +164,38 @@ def evaluate_step(loop, evaluate):
     loop.progress["evaluated"] = step
 
 
+LOGITS = 3 * 2**24                        # of a forward on a CPU: 192 MB, several times
+
+
+@lru_cache
+def logits_at_once():
+    """How many logits, positions × vocabulary, a forward may make. On a GPU, where few rows are slow: as many
+    as fit, with their log-softmax and its gradients (12 bytes each), into a quarter of the memory that is
+    free before the first of them."""
+    if not torch.cuda.is_initialized():
+        return LOGITS
+    free, _ = torch.cuda.mem_get_info()
+    free += torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return max(LOGITS, free // 4 // 12)
+
+
+def micro_batches(items, tokens_of, model, size=None):
+    """The items, in order, in lists that a forward takes: at most `size` items with about as many tokens as
+    `logits_at_once` allows; an item that exceeds this stands alone. tokens_of: an item's number of scored
+    tokens."""
+    vocabulary = model.config.get_text_config().vocab_size
+    micros, logits, most = [[]], 0, logits_at_once()
+    for item in items:
+        more = tokens_of(item) * vocabulary
+        full = len(micros[-1]) == size or logits + more > most
+        if micros[-1] and full:
+            micros.append([])
+            logits = 0
+        micros[-1].append(item)
+        logits += more
+    return micros
+
+
 @fails_together
 def print_how_long(seconds, evaluation, steps_left, args, device):
     """After the first step, print how long the run will take, and, if that is long, what makes it shorter.
@@ -176,5 +212,5 @@ def print_how_long(seconds, evaluation, steps_left, args, device):
         for name in ("batch_size", "max_response_length", "max_prompt_length", "max_length", "eval_limit",
                      "eval_every"):
             if getattr(args, name, None):
-                flags.append(f"--{name.replace('_', '-')} ({getattr(args, name)})")
+                flags.append(f"{flag_of(name)} ({getattr(args, name)})")
         print0(f"for a shorter run: {', '.join(flags)}, --steps, --lora")

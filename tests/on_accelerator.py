@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import byte_tokenizer, run_of, tiny_model
+from conftest import IDS, byte_tokenizer, run_of, sail_args, sail_main, tiny_model
 from ranks import pairs_of
 
 pytest.importorskip("torch.utils.backend_registration", reason="this torch has no devices in Python")
@@ -27,7 +27,7 @@ def world(tmp_path_factory):
     path, tokenizer = tmp_path_factory.mktemp("world"), byte_tokenizer()
     torch.manual_seed(1)
     classifier = LlamaForSequenceClassification(LlamaConfig(
-        vocab_size=261, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=IDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_labels=1, eos_token_id=1, pad_token_id=0))
     models = dict(llama=tiny_model(), gpt2=tiny_model("gpt2", tie_word_embeddings=True), reward=classifier)
     for name, model in models.items():
@@ -42,7 +42,7 @@ def run(world, out, machine, monkeypatch, name, *more):
     """metrics.jsonl and the last line of eval.jsonl of a run on the machine, without what depends on time."""
     with machine as device:
         monkeypatch.setattr(runtime.processes, "own_device", lambda: device or torch.device("cpu"))
-        sail.main(["--model", str(world / name), "--data", str(world / "pairs.jsonl"), "--reward",
+        sail_main(["--model", str(world / name), "--data", str(world / "pairs.jsonl"), "--reward",
                    str(world / "reward"), "--batch-size", "6", "--micro-batch-size", "2", "--eval-every", "0",
                    "--eval-limit", "3", "--max-prompt-length", "12", "--max-response-length", "5",
                    "--learning-rate", "1e-3", "--steps", "2", "--out", str(out), *more])
@@ -97,7 +97,7 @@ def test_a_run_is_saved_and_continued(world, tmp_path, monkeypatch):
 @pytest.mark.parametrize("variant", ["sft", "dpo", "pp", "pr"])
 def test_no_micro_batch_makes_the_cpu_wait(variant):
     """A step waits for its gradient's norm, and for its metrics, all at once after the last micro-batch."""
-    args = sail.parse_args(["--variant", variant])
+    args = sail_args(["--variant", variant])
     args.micro_batch_size = 1
     offline, own = pairs_of(6, variant)
     with accelerator() as device:

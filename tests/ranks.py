@@ -11,13 +11,13 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import torch
-from conftest import run_of, tiny_model
+from conftest import run_of, sail_args, tiny_model
 
 import generate
 import sail
 from formats import Pair
 from runtime.processes import process_group, rank
-from sail import accumulate_gradients, parse_args, share_of_process
+from sail import accumulate_gradients, share_of_process
 
 
 def pairs_of(n, variant):
@@ -43,11 +43,11 @@ def pairs_of(n, variant):
 
 def batch_gradient(n, variant, micro_batch_size, label="expected"):
     """The gradient that sail.py's loop would step with, flattened, and the batch's summed metrics."""
-    args = parse_args(["--variant", variant, "--label", label])
+    args = sail_args(["--variant", variant, "--label", label])
     args.micro_batch_size = micro_batch_size
     run = run_of(tiny_model(seed=1), tiny_model(seed=2), -0.6)
-    offline, own = share_of_process(*pairs_of(n, variant))
-    totals = accumulate_gradients(run, offline + own, args)
+    data_pairs, variant_pairs = share_of_process(*pairs_of(n, variant))
+    totals = accumulate_gradients(run, data_pairs + variant_pairs, args)
     return torch.cat([p.grad.flatten() for p in run.policy.parameters()]), totals
 
 
@@ -78,7 +78,7 @@ def run_all(file, device):
 
     generate.sample, sail.make_optimizer = sampled, make_optimizer
     for arguments in json.loads(file.read_text()):
-        args = parse_args(arguments)
+        args = sail_args(arguments)
 
         def recorded(policy, *inputs):
             sizes.update(weights=own_bytes(policy.parameters()), packed=generate.is_packed(policy),
@@ -90,7 +90,7 @@ def run_all(file, device):
             return pairs
 
         sail.roll_out = recorded
-        sail.train(args, device)
+        sail.train(args)
         states = [value for state in optimizers[0].state.values() for value in state.values()]
         sizes["optimizer"] = own_bytes(states)
         Path(args.out, f"bytes-{rank()}.json").write_text(json.dumps(sizes))

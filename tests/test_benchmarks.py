@@ -82,7 +82,7 @@ def test_arena_hard_gets_the_rows_of_its_model_answers(checkpoint, tmp_path, mon
 
 
 @pytest.mark.parametrize("template, first, second", [
-    (TEMPLATE, "<|user|>Q1<eos><|assistant|>", "answer 0<eos><|user|>Q2<eos><|assistant|>"),
+    (TEMPLATE, "<|user|>Q1<|end|><|assistant|>", "answer 0<|end|><|user|>Q2<|end|><|assistant|>"),
     (None, "\n\nHuman: Q1\n\nAssistant:", " answer 0\n\nHuman: Q2\n\nAssistant:")])
 def test_the_second_turn_is_asked_after_the_models_own_answer_to_the_first(template, first, second, calls):
     answers([["Q1", "Q2"]], byte_tokenizer(template))
@@ -107,7 +107,7 @@ def test_a_question_that_does_not_fit_is_named(calls):
 def test_each_category_is_answered_at_fastchats_temperature(checkpoint, tmp_path, monkeypatch, calls):
     answer_file("MT-Bench", checkpoint, tmp_path, monkeypatch)
     for place, temperature in enumerate(CATEGORIES.values()):
-        assert [own for prompt, _, own in calls if f"ask {place}<eos>" in prompt] == [temperature] * 2
+        assert [own for prompt, _, own in calls if f"ask {place}<|end|>" in prompt] == [temperature] * 2
 
 
 @pytest.mark.parametrize("benchmark, given, temperature", [

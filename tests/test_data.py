@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from conftest import TEMPLATE, byte_tokenizer, pairs_of
+from conftest import END, EOS, TEMPLATE, byte_tokenizer, pairs_of
 
 import data
-from data import collate, encode, render
+from data import collate, encode, end_token_ids, render
 from formats import NO_TEXT, TOO_MANY_CELLS, Pair, load_pairs, read_rows, train_and_held_out
 from runtime.command_line import InputError
 from runtime.run_directory import write_rows
@@ -200,7 +200,7 @@ def test_the_limit_counts_kept_pairs(tmp_path):
 
 
 def test_held_out_prompts_are_never_trained_on(tmp_path):
-    rows = [dict(prompt=f"question {i // 3}", chosen="a", rejected=f"b{i}") for i in range(600)]
+    rows = [dict(prompt=f"question {i // 3}", chosen=f"a{i}", rejected=f"b{i}") for i in range(600)]
     train, held_out, *_ = train_and_held_out(write(tmp_path / "x.jsonl", rows))
     assert len(train) + len(held_out) == 600 and 5 < len(held_out) < 60
     assert not {pair.prompt for pair in train} & {pair.prompt for pair in held_out}
@@ -221,8 +221,8 @@ def test_the_toy_corpus_is_the_same_every_time_and_prefers_the_better_review():
 
 # --- text and tokens
 
-def encode_one(pair, tokenizer, prompt_limit=100, response_limit=100, end_ids=(1,)):
-    examples, counts, _ = encode([pair], tokenizer, set(end_ids), prompt_limit, response_limit)
+def encode_one(pair, tokenizer, prompt_limit=100, response_limit=100):
+    examples, counts, _ = encode([pair], tokenizer, end_token_ids(tokenizer), prompt_limit, response_limit)
     return examples[0], counts
 
 
@@ -239,13 +239,13 @@ def test_with_a_template_prompt_and_response_are_the_whole_render():
     whole = tokenizer.apply_chat_template([USER, GOOD], tokenize=True, return_dict=False)
     assert example.prompt_ids + example.chosen_ids == whole
     # one end token, the template's
-    assert example.chosen_ids.count(1) == 1 and example.chosen_ids[-1] == 1
+    assert example.chosen_ids.count(END) == 1 and example.chosen_ids[-1] == END and 1 not in whole
     assert 3 not in example.chosen_ids and example.prompt_ids[-1] == 3     # the header is in the prompt
 
 
 def test_a_template_without_generation_prompt_still_keeps_its_header_out_of_the_response():
     tokenizer = byte_tokenizer(TEMPLATE[:TEMPLATE.index("{% if add")])
-    assert render("Q", "good", tokenizer) == ("<|user|>Q<eos><|assistant|>", "good<eos>")
+    assert render("Q", "good", tokenizer) == ("<|user|>Q<|end|><|assistant|>", "good<|end|>")
     llama = byte_tokenizer("{% for m in messages %}{{ '[INST] ' + m.content + ' [/INST]' if m.role == 'user' "
                            "else ' ' + m.content + ' <eos>' }}{% endfor %}")
     assert render("Q", "good", llama) == ("[INST] Q [/INST]", " good <eos>")
@@ -266,26 +266,28 @@ def test_a_row_that_the_template_refuses_is_dropped():
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_bos_is_there_once_where_the_tokenizer_has_one_and_never_before_the_response(bos):
+    """EOS, with which the tokenizer ends every text, is there once too, after the response."""
     example, _ = encode_one(Pair("Q", "good", "bad"), byte_tokenizer(bos=bos))
-    assert (example.prompt_ids + example.chosen_ids).count(4) == int(bos)
+    whole = example.prompt_ids + example.chosen_ids
+    assert whole.count(4) == int(bos) and whole.count(EOS) == 1
     assert (None not in example.prompt_ids and example.chosen_ids[-1] == 1
             and 4 not in example.chosen_ids)
 
 
 def test_prompts_are_cut_from_the_left_and_responses_from_the_right_without_an_end_token():
     tokenizer = byte_tokenizer(bos=True)
-    pair = Pair("0123456789", "abcdefgh", "xy")
+    pair = Pair("0123456789", "abcdefgh", "wxyz")          # the last one, with its end token, just fits
     example, counts = encode_one(pair, tokenizer, 4, 5)
     assert tokenizer.decode(example.prompt_ids) == "<bos>789"
     assert (tokenizer.decode(example.chosen_ids) == "abcde"
-            and tokenizer.decode(example.rejected_ids) == "xy<eos>")
+            and tokenizer.decode(example.rejected_ids) == "wxyz<eos>")
     assert counts["truncated_prompts"] == 1 and counts["truncated_responses"] == 1 and counts["dropped"] == 0
 
 
 def test_a_response_that_the_data_lack_has_no_ids():
     example, counts = encode_one(Pair("Q", None, None), byte_tokenizer(TEMPLATE))
     assert example.chosen_ids == example.rejected_ids == [] and counts["dropped"] == 0
-    assert byte_tokenizer().decode(example.prompt_ids) == "<|user|>Q<eos><|assistant|>"
+    assert byte_tokenizer().decode(example.prompt_ids) == "<|user|>Q<|end|><|assistant|>"
     example, _ = encode_one(Pair("Q", "good", None), byte_tokenizer())
     assert byte_tokenizer().decode(example.chosen_ids) == "good<eos>" and example.rejected_ids == []
 

@@ -11,11 +11,11 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import run_of, tiny_model
+from conftest import run_of, sail_args, tiny_model
 
 import sail
 from formats import Pair
-from sail import accumulate_gradients, parse_args, preference_losses
+from sail import accumulate_gradients, preference_losses
 
 END, PROMPT, BETA, MARGIN = 0, [1, 1], 0.7, 0.3
 ROUTES = {"dpo": (0, 0, 0), "dp": (0, 0, 1), "pp": (1, 1, 1), "pr": (1, 1, 0)}
@@ -90,7 +90,7 @@ class World:
 
     def back_propagated(self, weighted_pairs, loss_type, baseline, label="expected", micro_batch_size=10**9):
         """Σ weight · (what the training step back-propagates for the pair), in micro-batches."""
-        args = parse_args(["--variant", "pr", "--beta", str(BETA), "--loss-type", loss_type, "--label", label,
+        args = sail_args(["--variant", "pr", "--beta", str(BETA), "--loss-type", loss_type, "--label", label,
                            "--target-margin", str(MARGIN if loss_type == "simpo" else 0),
                            "--response-coef", "1", "--label-coef", "1"])
         total = 0
@@ -177,8 +177,8 @@ def test_a_wrong_gradient_would_be_seen(world):
 
 
 def test_the_regularisers_add_their_gradient(world):
-    args = parse_args(["--variant", "pp", "--beta", str(BETA), "--nll-coef", "0.3", "--revkl-coef", "2"])
-    plain = parse_args(["--variant", "pp", "--beta", str(BETA), "--revkl-coef", "0"])
+    args = sail_args(["--variant", "pp", "--beta", str(BETA), "--nll-coef", "0.3", "--revkl-coef", "2"])
+    plain = sail_args(["--variant", "pp", "--beta", str(BETA), "--revkl-coef", "0"])
     pairs = [world.pair(i, j, route) for i, j, route in (
         (0, 9, "dpo"), (5, 3, "dp"), (7, 2, "pp"), (6, 1, "pr"), (4, 12, "dpo"))]
     pairs[4].samples = 1                                       # spin's: its chosen response is the data's
@@ -204,7 +204,7 @@ def test_the_regularisers_add_their_gradient(world):
 
 
 def test_the_accumulated_gradient_is_that_of_the_weighted_losses(world, monkeypatch):
-    args = parse_args(["--variant", "pr", "--beta", str(BETA)])
+    args = sail_args(["--variant", "pr", "--beta", str(BETA)])
     pairs = [world.pair(i, j, "pr") for i, j in ((0, 9), (5, 3), (7, 2), (4, 12))]
     losses, _ = preference_losses(world.policy, world.reference, pairs, args, -0.9)
     expected = flat_gradient((torch.tensor([2.0, 2.0, 2.0, 0.0]) * losses).sum() / 4, world.policy)
@@ -222,9 +222,9 @@ def test_label_smoothing_is_a_preference_of_one_minus_epsilon(world):
     pairs = [replace(world.pair(0, 9, "dpo"), preference=1.0),
              replace(world.pair(3, 4, "dpo"), preference=0.5)]
     smoothed = [replace(pairs[0], preference=0.9), pairs[1]]                            # a tie stays a tie
-    flag = parse_args(["--label-smoothing", "0.1"])
+    flag = sail_args(["--label-smoothing", "0.1"])
     one, _ = preference_losses(world.policy, world.reference, pairs, flag, 0.0)
-    other, _ = preference_losses(world.policy, world.reference, smoothed, parse_args([]), 0.0)
+    other, _ = preference_losses(world.policy, world.reference, smoothed, sail_args([]), 0.0)
     torch.testing.assert_close(one, other, rtol=1e-12, atol=0)
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import byte_tokenizer, tiny_model
+from conftest import as_settings, IDS, byte_tokenizer, sail_args, sail_main, tiny_model
 
 import data
 import generate
@@ -19,9 +19,13 @@ GOOD = {"prompt": "Q", "chosen": "good", "rejected": "bad"}
 
 def fails(main, argv, monkeypatch, capsys):
     """Run a script's main as its command line would; returns its one line of complaint."""
+    chosen = {}
+    if main in (sail.main, reward.main):
+        flags, chosen = as_settings(argv[1:])
+        argv = [argv[0], *flags]
     monkeypatch.setattr("sys.argv", argv)
     with pytest.raises(SystemExit) as stop:
-        data.command_line(main)
+        data.command_line(lambda: main(**chosen))
     errors = capsys.readouterr().err.strip().split("\n")
     assert stop.value.code == 2 and len(errors) == 1 and errors[0].startswith(f"{argv[0]}: error: "), errors
     return errors[0]
@@ -65,7 +69,6 @@ def test_bad_data_is_named(name, tmp_path, monkeypatch, capsys):
     (["--variant", "ppo"], "invalid choice: 'ppo'"), (["--mix", "1.2"], "--mix: 1.2 is not in 0 … 1"),
     (["--seed", "-1"], "--seed: -1 is not in"), (["--eval-every", "-1"], "--eval-every: -1 is not in"),
     (["--response-coef", "nan"], "--response-coef: nan is not in"),
-    (["--target-margin", "1"], "--target-margin: only simpo has one"),
     (["--resume", "--overwrite"], "--overwrite: deletes what --resume continues; give one of them"),
     (["--data", "x.jsonl", "--model", "m"], "--reward: pr needs one"),
     (["--data", "x.jsonl"], "--model: want a directory or hub name"),
@@ -78,7 +81,9 @@ def test_bad_flags_are_named(argv, message, monkeypatch, capsys):
 
 
 def write(path):
-    path.write_text("".join(json.dumps({**GOOD, "rejected": f"bad {i}"}) + "\n" for i in range(40)))
+    """A file of forty pairs, two to each prompt."""
+    rows = [dict(prompt=f"Q{i // 2}?", chosen=f"good {i}", rejected=f"bad {i}") for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
@@ -100,12 +105,19 @@ def test_bad_models_are_named(break_it, message, tmp_path, checkpoint, monkeypat
     assert message in fails(sail.main, argv, monkeypatch, capsys)
 
 
-def test_lengths_beyond_the_models_positions_are_named(tmp_path, checkpoint, monkeypatch, capsys):
-    argv = ["sail.py", "--variant", "dpo", "--model", str(checkpoint), "--data", write(tmp_path / "x.jsonl")]
-    assert "takes 256 tokens, --max-prompt-length 512" in fails(sail.main, argv, monkeypatch, capsys)
+@pytest.mark.parametrize("short", ["model", "reference"])
+def test_lengths_beyond_the_models_positions_are_named(short, tmp_path, checkpoint, monkeypatch, capsys):
+    longer = shutil.copytree(checkpoint, tmp_path / "longer")
+    tiny_model("tied", max_position_embeddings=1024).save_pretrained(longer)
+    names = {"model": longer, "reference": longer, short: checkpoint}
+    capsys.readouterr()                                                # saving has shown its progress
+    argv = ["sail.py", "--variant", "dpo", "--model", str(names["model"]), "--reference",
+            str(names["reference"]), "--data", write(tmp_path / "x.jsonl")]
+    message = fails(sail.main, argv, monkeypatch, capsys)
+    assert f"{checkpoint} takes 256 tokens, --max-prompt-length 512" in message
 
 
-BASE = dict(vocab_size=261, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+BASE = dict(vocab_size=IDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             bos_token_id=None, eos_token_id=1, pad_token_id=0)
 CACHE = r"lacks logits_to_keep, position_ids, or the usual cache, which scoring and sampling need \("
 
@@ -143,7 +155,7 @@ def byte_tokenizer_without_eos():
 @pytest.mark.parametrize("name, message", [
     ("absent.py:f", "no such file absent.py"), ("{here}/mine.py:absent", "defines no function absent"),
     ("no/such/classifier", "no tokenizer ("), ("{here}/mine.py:one", "returned 1 scores for"),
-    ("{here}/mine.py:nan", "nan,…; want a finite one each")])
+    ("{here}/mine.py:nan", "[nan, nan]…; want a finite one each")])
 def test_bad_rewards_are_named_and_what_was_written_stays(name, message, tmp_path, checkpoint, monkeypatch,
                                                           capsys):
     (tmp_path / "mine.py").write_text("def one(p, r): return [1.0]\n"
@@ -161,17 +173,22 @@ def test_prompts_over_the_limit_a_tokenizer_without_pad_and_one_without_template
     tokenizer.pad_token = None
     for part in (tiny_model(), tokenizer):
         part.save_pretrained(tmp_path / "model")
-    rows = [{"prompt": "long " * 90 + str(i), "chosen": "good", "rejected": f"bad {i}"} for i in range(40)]
+    rows = []
+    for i in range(40):                                    # their responses begin with the prompt
+        prompt = "long " * 90 + str(i // 2)
+        rows.append({"prompt": prompt, "chosen": f"{prompt} good {i}", "rejected": f"{prompt} bad"})
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "mine.py").write_text("def score(p, r): return [float(len(x)) for x in r]\n")
-    sail.main([
+    sail_main([
         "--model", str(tmp_path / "model"), "--data", str(tmp_path / "x.jsonl"), "--steps", "2",
         "--reward", f"{tmp_path}/mine.py:score", "--max-prompt-length", "16", "--mix", "0.5",
         "--max-response-length", "8", "--batch-size", "4", "--out", str(tmp_path / "out")])
     last = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
     counts = json.loads((tmp_path / "out/args.json").read_text())["data_counts"]
     assert counts["truncated_prompts"] > 30 and "dropped" not in counts and last["on_policy"] == 0.5
-    advice = capsys.readouterr().out.split("`")[1]        # its code runs only where it is named
+    said = capsys.readouterr().out
+    assert ", 40 prompts repeated in their responses, taken out\n" in said
+    advice = said.split("`")[1]                            # its code runs only where it is named
     assert advice == f"python evaluate.py {tmp_path}/out --reward {tmp_path}/mine.py:score"
 
 
@@ -199,7 +216,7 @@ def lacking(kind, variant, tmp_path, checkpoint):
     ("messages", "pp", ["--mix", "1"]), ("dialogues", "sft", []), ("dialogues", "spin", []),
     ("dialogues", "pp", ["--mix", "1"])])
 def test_rows_train_what_needs_no_more_than_they_have(kind, variant, more, tmp_path, checkpoint):
-    sail.main([*lacking(kind, variant, tmp_path, checkpoint)[1:], *more])
+    sail_main([*lacking(kind, variant, tmp_path, checkpoint)[1:], *more])
     rows = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in rows] == [0, 0] and all(row["loss"] > 0 for row in rows)
     assert rows[0]["on_policy"] == {"pr": 1.0, "pp": 1.0, "spin": 0.0, "sft": None}[variant]
@@ -222,7 +239,7 @@ def test_rows_that_lack_what_is_learned_from_are_named(kind, variant, more, mess
 
 def test_an_adapter_has_a_learning_rate_of_its_own():
     own = ["--data", "x.jsonl", "--model", "m"]
-    rate = {flags: sail.parse_args([*flags.split(), *own]).learning_rate for flags in
+    rate = {flags: sail_args([*flags.split(), *own]).learning_rate for flags in
             ("--variant dpo", "--variant dpo --lora 8", "--variant sft",
              "--variant dpo --lora 8 --learning-rate 0.5")}
     assert [*rate.values()] == [1e-6, 1e-5, 2e-5, 0.5]

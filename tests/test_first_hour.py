@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, sail_main
 from test_errors import fails
 from test_scale import rows_of
 
@@ -25,7 +25,7 @@ SHORT = ["--steps", "2", "--batch-size", "4", "--limit", "40", "--eval-limit", "
 def two_runs(base, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs")
     for variant in ("sft", "pr"):
-        sail.main(["--variant", variant, "--model", base, *SHORT, "--out", str(out / variant)])
+        sail_main(["--variant", variant, "--model", base, *SHORT, "--out", str(out / variant)])
     return out
 
 
@@ -34,7 +34,7 @@ def test_resume_with_nothing_to_resume_says_so_and_keeps_the_old_logs(two_runs, 
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     shutil.rmtree(out / "model")
     before = {name: (out / f"{name}.jsonl").read_bytes() for name in ("metrics", "eval", "samples")}
-    sail.main(["--variant", "pr", "--model", base, *SHORT, "--out", str(out), "--resume"])
+    sail_main(["--variant", "pr", "--model", base, *SHORT, "--out", str(out), "--resume"])
     said = capsys.readouterr().out
     assert "has no checkpoint, so this starts from the beginning" in said
     assert "metrics.jsonl of an earlier try stays as metrics.jsonl.old" in said
@@ -62,7 +62,7 @@ def test_the_held_out_loss_of_sft_is_that_of_its_training(two_runs, base, tmp_pa
             for i in range(4)]
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sail.main(["--variant", "sft", "--model", base, "--data", str(path), "--eval-data", str(path), "--steps",
+    sail_main(["--variant", "sft", "--model", base, "--data", str(path), "--eval-data", str(path), "--steps",
                "1", "--batch-size", "4", "--max-prompt-length", "20", "--max-response-length", "20", "--out",
                str(tmp_path / "run"), "--eval-every", "1"])
     held_out = rows_of(tmp_path / "run", "eval")[0]
@@ -73,9 +73,9 @@ def test_the_held_out_loss_of_sft_is_that_of_its_training(two_runs, base, tmp_pa
 
 
 def test_figures_of_few_prompts_say_that_they_are(base, tmp_path, capsys):
-    sail.main(["--variant", "dpo", "--model", base, *SHORT, "--out", str(tmp_path / "few")])
+    sail_main(["--variant", "dpo", "--model", base, *SHORT, "--out", str(tmp_path / "few")])
     assert "of 3 prompts only: the intervals are rough" in capsys.readouterr().out
-    sail.main(["--variant", "dpo", "--model", base, *SHORT, "--eval-limit", "20", "--out",
+    sail_main(["--variant", "dpo", "--model", base, *SHORT, "--eval-limit", "20", "--out",
                str(tmp_path / "run")])
     assert "the intervals are rough" not in capsys.readouterr().out
 
@@ -120,9 +120,9 @@ def test_columns_that_nothing_reads_are_said_before_training(base, tmp_path, cap
             for i in range(40)]
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sail.main(["--variant", "dpo", "--model", base, "--data", str(path), *SHORT, "--max-prompt-length", "9",
+    sail_main(["--variant", "dpo", "--model", base, "--data", str(path), *SHORT, "--max-prompt-length", "9",
                "--out", str(tmp_path / "run")])
-    assert f"{path}: columns that nothing reads: persona\n" in capsys.readouterr().out
+    assert f"{path}: read by nothing: persona (40 rows)\n" in capsys.readouterr().out
 
 
 def test_run_sh_gives_the_sft_flags_of_its_own(tmp_path):

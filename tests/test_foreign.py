@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, sail_args, sail_main, tiny_model
 from test_errors import fails
 
 import data
@@ -32,11 +32,15 @@ def files_of(path):
     return {file: file.read_bytes() for file in Path(path).rglob("*") if file.is_file()}
 
 
+def arguments(base):
+    return ["--model", base, "--reference", f"{base}/reference", *SHORT, "--save-every", "1"]
+
+
 @pytest.fixture(scope="module")
 def stopped(base, tmp_path_factory):
     """A run of two steps with a checkpoint of each."""
     out = tmp_path_factory.mktemp("stopped") / "run"
-    sail.main(["--model", base, *SHORT, "--save-every", "1", "--out", str(out)])
+    sail_main([*arguments(base), "--out", str(out)])
     return out
 
 
@@ -44,7 +48,7 @@ def stopped(base, tmp_path_factory):
 def run(base, stopped, tmp_path):
     """A copy of it, and its arguments."""
     out = shutil.copytree(stopped, tmp_path / "run")
-    return out, ["sail.py", "--model", base, *SHORT, "--save-every", "1", "--out", str(out)]
+    return out, ["sail.py", *arguments(base), "--out", str(out)]
 
 
 # --- a run's directory
@@ -80,7 +84,7 @@ def test_no_link_is_followed(name, run, tmp_path, monkeypatch, capsys):
 
 def test_a_lock_that_is_somebodys_file_keeps_its_text(base, tmp_path):
     (tmp_path / "lock").write_text("mine")
-    sail.main(["--model", base, *SHORT, "--out", str(tmp_path)])
+    sail_main(["--model", base, *SHORT, "--out", str(tmp_path)])
     assert (tmp_path / "lock").read_text() == "mine"
 
 
@@ -100,7 +104,7 @@ def test_logs_of_an_earlier_try_stay_unless_they_are_to_be_overwritten(tmp_path,
         out = tmp_path / str(overwrite)
         out.mkdir()
         (out / "metrics.jsonl").write_text("mine")
-        start_afresh(out, sail.parse_args(["--overwrite"] if overwrite else []))
+        start_afresh(out, sail_args(["--overwrite"] if overwrite else []))
         assert (out / "metrics.jsonl").read_text() == ""
         old = out / "metrics.jsonl.old"
         assert (old.read_text() if old.exists() else None) == left
@@ -177,9 +181,16 @@ def test_a_runs_directory_is_named_after_its_data(source, name):
 # --- models, rewards that were replaced
 
 def test_files_are_told_apart_by_their_bytes(tmp_path):
-    for name in ("model.safetensors", "config.json"):
+    names = ["model.safetensors", "pytorch_model.bin", "config.json", "chat_template.jinja", "merges.txt",
+             "tokenizer.model", "modeling.py"]
+    for name in names:
         (tmp_path / name).write_bytes(bytes(300_000))
-    before = fingerprint_files(str(tmp_path))
+    prints = [fingerprint_files(str(tmp_path))]
+    for name in names:
+        (tmp_path / name).write_bytes(bytes(299_999) + b"y")
+        prints.append(fingerprint_files(str(tmp_path)))
+    assert len({*prints}) == len(names) + 1
+    before = prints[-1]
     (tmp_path / "toy-pairs.jsonl").write_text("not of the model")
     assert fingerprint_files(str(tmp_path)) == before and fingerprint_files(None) is None
     for place in (0, 150_000, 299_999):
@@ -195,29 +206,42 @@ def test_files_are_told_apart_by_their_bytes(tmp_path):
     assert fingerprint_files(f"{code}:score") != before
 
 
-def test_a_model_that_was_replaced_is_not_continued(base, tmp_path, monkeypatch, capsys):
-    mine = shutil.copytree(base, tmp_path / "base")
-    argv = ["sail.py", "--model", str(mine), *SHORT, "--save-every", "1", "--out", str(tmp_path / "run")]
-    sail.main(argv[1:])
-    model, _ = generate.load_policy(str(mine))
+def replace(model):
+    """Other weights under the same name."""
+    policy, _ = generate.load_policy(str(model))
     with torch.no_grad():
-        next(model.parameters()).add_(0.1)
-    model.save_pretrained(mine)
+        next(policy.parameters()).add_(0.1)
+    policy.save_pretrained(model)
+
+
+@pytest.mark.parametrize("name", ["model", "reference", "reward"])
+def test_what_was_replaced_under_its_name_is_not_continued(name, run, base, tmp_path, monkeypatch, capsys):
+    _, argv = run
+    reward = tmp_path / "mine.py"
+    models = {"model": shutil.copytree(base, tmp_path / "base"), "reference": tmp_path / "base/reference"}
+    reward.write_text("def score(prompts, responses): return [0.0] * len(responses)")
+    argv += ["--model", str(models["model"]), "--reference", str(models["reference"]), "--reward",
+             f"{reward}:score"]
+    sail_main([*argv[1:], "--overwrite"])
+    if name == "reward":
+        reward.write_text("def score(prompts, responses): return [1.0] * len(responses)")
+    else:
+        replace(models[name])
     capsys.readouterr()
     message = fails(sail.main, [*argv, "--resume"], monkeypatch, capsys)
-    assert "the files of --model have changed since" in message
+    assert f"the files of --{name} have changed since" in message
 
 
 def test_a_reference_that_was_replaced_is_not_measured_to(base, tmp_path, monkeypatch, capsys):
-    mine = shutil.copytree(base, tmp_path / "base")
-    sail.main(["--model", str(mine), *SHORT, "--out", str(tmp_path / "run")])
-    model, _ = generate.load_policy(str(mine))
-    with torch.no_grad():
-        next(model.parameters()).add_(0.1)
-    model.save_pretrained(mine)
-    capsys.readouterr()
+    mine = shutil.copytree(f"{base}/reference", tmp_path / "reference")
+    sail_main(["--model", base, "--reference", str(mine), *SHORT, "--out", str(tmp_path / "run")])
     argv = ["evaluate.py", str(tmp_path / "run"), "--eval-limit", "2",
             "--reward", f"{toy.__file__}:toy_reward"]
+    monkeypatch.setattr("sys.argv", argv)
+    evaluate.main()                                                    # as it was
+    (tmp_path / "run/evaluated.json").unlink()
+    replace(mine)
+    capsys.readouterr()
     message = fails(evaluate.main, argv, monkeypatch, capsys)
     assert f"the files of its reference {mine} have changed since" in message
     monkeypatch.setattr("sys.argv", [*argv, "--reference", str(mine)])
@@ -332,5 +356,5 @@ def test_a_model_that_cannot_be_written_is_one_line_and_its_steps_stay(base, tmp
     assert not (tmp_path / "run/model").exists() and not (tmp_path / "run/model.writing").exists()
     monkeypatch.undo()
     gc.collect()                                                       # the lock, in the exception's frames
-    sail.main([*argv[1:], "--resume"])
+    sail_main([*argv[1:], "--resume"])
     assert (tmp_path / "run/model").is_dir()

@@ -1,24 +1,26 @@
 """The best that any policy can do, against the exact curve of a policy that can be enumerated."""
 import re
 
+import evaluate
 import pytest
 import sail
 import torch
-from conftest import TOY_REWARD
+from conftest import TOY_REWARD, sail_main
 from test_enumeration import World
 from test_reward_evaluate import run_evaluate
 
+from formats import read_rows
 from runtime.command_line import InputError
 from evaluate import frontier
 
-TEMPERATURES, SAMPLES = (0.4, 0.6, 1.0, 2.0), 800
+TEMPERATURES, SAMPLES, PROMPTS = (0.4, 0.6, 1.0, 2.0), 800, 9
 
 
 @pytest.fixture(scope="module")
 def world():
-    """(log π_ref of fifteen responses, their rewards to two prompts, (2, 15), log π of another policy)."""
+    """(log π_ref of fifteen responses, their rewards to the prompts, (P, 15), log π of another policy)."""
     made, generator = World(), torch.Generator().manual_seed(5)
-    return (made.reference_logps.detach(), torch.randn(2, 15, dtype=torch.float64, generator=generator),
+    return (made.reference_logps.detach(), torch.randn(PROMPTS, 15, dtype=torch.float64, generator=generator),
             made.logps.detach())
 
 
@@ -37,7 +39,8 @@ def test_the_estimate_equals_the_exact_curve_within_its_error(world):
     kls, heights = torch.tensor(fine, dtype=torch.float64).T
     generator, inside, tries = torch.Generator().manual_seed(0), {"best": 0, "height": 0}, 200
     for _ in range(tries):
-        drawn = torch.multinomial(reference.exp(), 2 * SAMPLES, True, generator=generator).view(2, SAMPLES)
+        drawn = torch.multinomial(reference.exp(), PROMPTS * SAMPLES, True, generator=generator)
+        drawn = drawn.view(PROMPTS, SAMPLES)
         for row, (_, _, best) in zip(frontier(rewards.gather(1, drawn), TEMPERATURES), exact, strict=True):
             place = (kls < row["kl"]).sum()                             # on a line through the fine curve
             share = (row["kl"] - kls[place - 1]) / (kls[place] - kls[place - 1])
@@ -50,8 +53,9 @@ def test_the_estimate_equals_the_exact_curve_within_its_error(world):
 
 def test_no_policy_lies_above_the_estimate_but_the_best_one_comes_near(world):
     reference, rewards, other = world
-    drawn = torch.multinomial(reference.exp(), 40000, True, generator=torch.Generator().manual_seed(1))
-    for row in frontier(rewards.gather(1, drawn.view(2, -1)), TEMPERATURES):
+    generator = torch.Generator().manual_seed(1)
+    drawn = torch.multinomial(reference.exp(), PROMPTS * 20000, True, generator=generator)
+    for row in frontier(rewards.gather(1, drawn.view(PROMPTS, -1)), TEMPERATURES):
         t, gaps = row["temperature"], []
         for logps in (reference, other, (reference + rewards / t).log_softmax(-1)):        # the last is π_t
             kl, reward = ((logps.exp() * value).sum(-1).mean() for value in (logps - reference, rewards))
@@ -67,12 +71,17 @@ def test_temperatures_that_leave_fewer_than_thirty_samples_are_left_out():
 
 
 def test_compare_sets_runs_beside_the_best_possible(base, held_out, tmp_path, monkeypatch, capsys):
-    sail.main(["--model", base, "--variant", "dpo", "--data", "toy", "--limit", "48", "--steps", "1",
+    sail_main(["--model", base, "--variant", "dpo", "--data", "toy", "--limit", "48", "--steps", "1",
                "--eval-limit", "32", "--beta", "4", "--out", str(tmp_path / "dpo")])
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
-    code = ["--compare", "--reward", TOY_REWARD, "--eval-data", held_out]
+    code = ["--compare", "--reward", TOY_REWARD, "--eval-data", held_out, "--eval-limit", "24"]
+    asked, sample = [], evaluate.sample
+    monkeypatch.setattr(evaluate, "sample", lambda *inputs, **more: (
+        asked.extend(map(tuple, inputs[2])), sample(*inputs, **more))[1])
     figures = run_evaluate(monkeypatch, "dpo", *code, "--frontier", "200")["dpo"]
+    prompts = {row["prompt"] for row in read_rows(held_out)[:24]}
+    assert len(asked) == len({*asked}) == len(prompts) < 20            # the prompts of 24 pairs, each once
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("| | reward | KL | reward − β·KL | below the best |")
     assert len(lines[0].split("|")) <= 10

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TEMPLATE, byte_tokenizer, tiny_model
+from conftest import END, EOS, IDS, TEMPLATE, byte_tokenizer, tiny_model
 from transformers import GenerationConfig
 
 import generate
-from data import collate, encode
+from data import collate, encode, response_text
 from runtime.command_line import InputError
 from data import end_token_ids
 from generate import load_policy, prepare, roll_out, sample
@@ -71,16 +71,18 @@ def test_at_temperature_0_each_token_is_the_likeliest_also_with_masked_ids_and_g
             assert response == logits.argmax(-1).tolist() and logits.abs().max() > 1e4
 
 
-def test_a_response_ends_with_its_first_end_token_or_is_counted_unfinished():
-    model, tokenizer = three_token_model()
+@pytest.mark.parametrize("ends", [{EOS}, {EOS, END}])
+def test_a_response_ends_with_its_first_end_token_or_is_counted_unfinished(ends):
+    """With the template's end token too, if there is one."""
+    model, tokenizer = three_token_model() if ends == {EOS} else (tiny_model(), byte_tokenizer(TEMPLATE))
     torch.manual_seed(1)
-    responses, finished = sample(model, tokenizer, [[2], [2, 2, 2]], 4, num_responses=50)
+    responses, finished = sample(model, tokenizer, [[2], [2, 2, 2]], 4, num_responses=50 * len(ends) ** 2)
     rows = [row for group in responses for row in group]
     done = [flag for group in finished for flag in group]
-    assert 0 < sum(done) < 100
+    assert 0 < sum(done) < len(done) and {row[-1] for row in rows} >= ends
     for row, flag in zip(rows, done):
-        assert row.count(1) == int(flag)
-        assert row[-1] == 1 if flag else len(row) == 4
+        assert sum(token in ends for token in row) == int(flag)
+        assert row[-1] in ends if flag else len(row) == 4
 
 
 def test_trained_ids_are_generated_ids_also_where_text_does_not_round_trip(monkeypatch):
@@ -101,7 +103,8 @@ def test_trained_ids_are_generated_ids_also_where_text_does_not_round_trip(monke
     trained = [rolled[1].chosen_ids, rolled[1].rejected_ids, rolled[0].chosen_ids, rolled[0].rejected_ids]
     assert trained == drawn and all(trained)
     # bytes that are not UTF-8
-    assert any(tokenizer(tokenizer.decode(ids))["input_ids"] != ids for ids in trained)
+    assert any(tokenizer(tokenizer.decode(ids), add_special_tokens=False)["input_ids"] != ids
+               for ids in trained)
     assert [pair.chosen_ids for pair in pairs] == [[1], [1]]                           # those are copies
     lengths = [len(trained[2] + trained[3]), len(trained[0] + trained[1])]
     assert [pair.sampled_tokens for pair in rolled] == lengths
@@ -117,7 +120,7 @@ def test_a_rollout_sees_the_logits_of_the_plain_forward(family, config):
     hook = model.register_forward_hook(lambda _, __, output: seen.append(output.logits[:, -1]))
     torch.manual_seed(0)
     prompts = [[5, 6, 7], [9], [11] * 20]
-    responses = generate.draw(model, prompts, torch.arange(0, 261, 7), 10, 3, 1.0)      # many end tokens
+    responses = generate.draw(model, prompts, torch.arange(0, IDS, 7), 10, 3, 1.0)      # many end tokens
     hook.remove()
     assert len({len(response) for response in responses}) > 3 and max(map(len, responses)) <= 10
     seen[0] = seen[0].repeat_interleave(3, 0)
@@ -134,7 +137,7 @@ def test_prompts_are_read_once_and_finished_responses_leave_the_batch():
     model.register_forward_pre_hook(lambda _, __, inputs: rows.append(tuple(inputs["input_ids"].shape)),
                                     with_kwargs=True)
     torch.manual_seed(0)
-    responses = generate.draw(model, [[5, 6, 7], [8]], torch.arange(0, 261, 7), 12, 4, 1.0)
+    responses = generate.draw(model, [[5, 6, 7], [8]], torch.arange(0, IDS, 7), 12, 4, 1.0)
     assert rows[0] == (2, 3)
     assert rows[1:] == [(sum(len(response) > step for response in responses), 1)
                         for step in range(1, max(map(len, responses)))]
@@ -186,7 +189,7 @@ def test_each_prompt_gets_its_own_samples_whatever_the_batching():
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
-        model.model.embed_tokens.weight.copy_(torch.randn(261, 32).sign() * 3)
+        model.model.embed_tokens.weight.copy_(torch.randn(IDS, 32).sign() * 3)
         model.lm_head.weight.copy_(model.model.embed_tokens.weight)
     prompts = [[50 + i] * (1 + i % 3) for i in range(7)]
     responses, _ = sample(model, tokenizer, prompts, 3, num_responses=2, batch_size=3)
@@ -196,8 +199,9 @@ def test_each_prompt_gets_its_own_samples_whatever_the_batching():
 def test_ids_beyond_the_tokenizers_are_never_sampled():
     model, tokenizer = tiny_model(vocab_size=2000), byte_tokenizer()
     prepare(model, tokenizer)
-    responses, _ = sample(model, tokenizer, [[5]], 8, num_responses=100)
-    assert max(max(row) for row in responses[0]) < 261
+    torch.manual_seed(0)
+    responses, _ = sample(model, tokenizer, [[5]], 8, num_responses=400)
+    assert max(max(row) for row in responses[0]) == IDS - 1
 
 
 def test_end_tokens_are_the_tokenizers_and_the_checkpoints_special_ones():
@@ -210,10 +214,11 @@ def test_end_tokens_are_the_tokenizers_and_the_checkpoints_special_ones():
 def test_the_token_that_closes_an_answer_in_the_template_ends_it():
     """As with Qwen's base models: the template closes with a special token that is not the tokenizer's
     EOS."""
-    tokenizer = byte_tokenizer(TEMPLATE.replace("<eos>", "<|user|>\\n"))
+    tokenizer = byte_tokenizer(TEMPLATE.replace("<|end|>", "<|end|>\\n"))
     end_ids = end_token_ids(tokenizer)
     examples, *_ = encode([Pair("Q", "good", "bad")], tokenizer, end_ids, 50, 50)
-    assert end_ids == {1, 2} and tokenizer.decode(examples[0].chosen_ids) == "good<|user|>"
+    assert end_ids == {EOS, END} and tokenizer.decode(examples[0].chosen_ids) == "good<|end|>"
+    assert response_text(tokenizer, examples[0].chosen_ids) == "good"
 
 
 def test_a_model_smaller_than_its_tokenizer_is_refused_only_where_an_id_that_occurs_has_no_row():
@@ -221,10 +226,11 @@ def test_a_model_smaller_than_its_tokenizer_is_refused_only_where_an_id_that_occ
     known = Pair("!!", "!", "#")
     assert encode([known], tokenizer, {1}, 9, 9, rows=50)[0]
     assert model.get_output_embeddings().weight.shape[0] == 50
-    with pytest.raises(InputError, match="the data hold 'z', id .*the model has only 50 ids"):
-        encode([known, replace(known, chosen="z")], tokenizer, {1}, 9, 9, rows=50)
+    for side in ("prompt", *SIDES):
+        with pytest.raises(InputError, match="the data hold 'z', id .*the model has only 50 ids"):
+            encode([known, replace(known, **{side: "z"})], tokenizer, {1}, 9, 9, rows=50)
     tokenizer.eos_token = "z"
-    with pytest.raises(InputError, match="261 ids, the model only 50, and an end token is among"):
+    with pytest.raises(InputError, match="263 ids, the model only 50, and an end token is among"):
         prepare(model, tokenizer)
 
 

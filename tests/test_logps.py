@@ -3,7 +3,7 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, byte_tokenizer, tiny_model
+from conftest import END, FAMILIES, IDS, byte_tokenizer, tiny_model
 
 import sail
 from data import collate
@@ -14,7 +14,8 @@ from formats import Pair
 from sail import micro_batches
 from sail import sequence_logps
 
-PACKED = [family for family in FAMILIES if family not in ("gemma2", "gemma3", "mistral")]  # with windows
+PARTIAL = ("gemma2", "gemma3", "mistral", "llama4")                  # attention is to a window, or to a chunk
+PACKED = [family for family in FAMILIES if family not in PARTIAL]
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16, 17]]
 RESPONSES = [[20, 21, 1], [30, 31, 32, 33, 34, 1], [0, 41]]  # the last holds the padding id 0 as a real token
 
@@ -93,11 +94,11 @@ def test_only_positions_that_predict_a_response_are_projected(packed):
     model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(tuple(logits.shape)))
     prompts, responses = [[5, 6, 7], [9, 10, 11, 12, 13]], [[20, 21, 1], [30, 1]]
     sequence_logps(model, *collate(prompts, responses))
-    assert seen == [(1, 5, 261) if packed else (2, 4, 261)]           # columns 2 to 5
+    assert seen == [(1, 5, IDS) if packed else (2, 4, IDS)]           # columns 2 to 5
 
 
 def test_micro_batches_keep_the_pairs_in_order_within_the_budget_of_logits(monkeypatch):
-    monkeypatch.setattr(sail, "logits_at_once", lambda: 20 * 261)
+    monkeypatch.setattr(sail, "logits_at_once", lambda: 20 * IDS)
     lengths = [4, 6, 3, 7, 5, 30, 1, 1]                                # of chosen and rejected together
     pairs = [Pair("", "", "", [], [1], [1] * (length - 1)) for length in lengths]
     micros = micro_batches(pairs, tiny_model())
@@ -145,7 +146,7 @@ def test_a_mask_with_gaps_is_packed_too():
 @pytest.mark.parametrize("why, family, config", [
     ("a sliding window", "qwen2", dict(use_sliding_window=True, sliding_window=8, max_window_layers=0)),
     ("not SDPA", "llama", dict(attn_implementation="eager")), ("windows in each layer", "mistral", {}),
-    ("windows in some layers", "gemma3", {})])
+    ("windows in some layers", "gemma3", {}), ("chunks in some layers", "llama4", {})])
 def test_models_that_cannot_be_packed_are_padded(why, family, config):
     model = tiny_model(family, **config)
     before = model.config._attn_implementation
@@ -173,7 +174,7 @@ def test_the_gradient_is_that_of_the_plain_forward():
 
 
 def test_half_precision_models_are_summed_in_float32():
-    model = tiny_model(vocab_size=261).bfloat16()
+    model = tiny_model().bfloat16()
     batch = collate(PROMPTS, RESPONSES)
     with torch.no_grad():
         ours = sequence_logps(model, *batch)
@@ -198,12 +199,12 @@ def test_two_forwards_in_train_mode_are_identical(family, dropouts):
 
 
 def test_ids_beyond_the_tokenizers_have_no_probability():
-    model = prepare(tiny_model(vocab_size=300), byte_tokenizer())        # 261 ids known
+    model, plain = prepare(tiny_model(vocab_size=300), byte_tokenizer()), tiny_model(vocab_size=300)
     with torch.no_grad():
-        logits = model(torch.tensor([[5, 6]])).logits
-        ours = sequence_logps(model, *collate([[5]], [[6]]))
-    assert logits.softmax(-1)[..., 261:].sum() == 0
-    assert ours.item() == pytest.approx(logits[0, 0, :261].log_softmax(-1)[6].item(), abs=1e-5)
+        masked, logits = (each(torch.tensor([[5, 6]])).logits for each in (model, plain))
+        ours = sequence_logps(model, *collate([[5]] * 2, [[6], [END]]))
+    assert masked.softmax(-1)[..., IDS:].sum() == 0
+    assert ours.tolist() == pytest.approx(logits[0, 0, :IDS].log_softmax(-1)[[6, END]].tolist(), abs=1e-5)
 
 
 def test_a_model_that_makes_all_logits_is_refused():

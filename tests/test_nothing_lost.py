@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TOY_REWARD
+from conftest import sail_main
 from test_errors import fails
 
 import evaluate
@@ -28,7 +28,7 @@ SHORT = ["--variant", "pr", "--mix", "0.5", "--batch-size", "4", "--limit", "40"
 def whole(base, tmp_path_factory):
     """The directory of a run of four steps that nothing has ended."""
     out = tmp_path_factory.mktemp("whole") / "run"
-    sail.main(["--model", base, *SHORT, "--steps", "4", "--eval-every", "2", "--out", str(out)])
+    sail_main(["--model", base, *SHORT, "--steps", "4", "--eval-every", "2", "--out", str(out)])
     return out
 
 
@@ -90,13 +90,13 @@ def test_a_reward_model_is_not_written_over_its_start(checkpoint, held_out, tmp_
 def test_a_file_that_is_named_like_something_unfinished_stays(name, base, tmp_path):
     (tmp_path / name).mkdir()
     (tmp_path / name / "mine").write_text("mine")
-    sail.main(["--model", base, *SHORT, "--steps", "1", "--out", str(tmp_path)])
+    sail_main(["--model", base, *SHORT, "--steps", "1", "--out", str(tmp_path)])
     assert (tmp_path / name / "mine").read_text() == "mine" and (tmp_path / "model").is_dir()
 
 
 def test_the_logs_of_each_earlier_try_stay(base, tmp_path):
     for nth in range(3):
-        sail.main(["--model", base, *SHORT, "--steps", "1", "--seed", str(nth), "--out", str(tmp_path)])
+        sail_main(["--model", base, *SHORT, "--steps", "1", "--seed", str(nth), "--out", str(tmp_path)])
         shutil.rmtree(tmp_path / "model")
     kept = sorted(path.name for path in tmp_path.glob("metrics.jsonl*"))
     assert kept == ["metrics.jsonl", "metrics.jsonl.2.old", "metrics.jsonl.old"]
@@ -105,14 +105,14 @@ def test_the_logs_of_each_earlier_try_stay(base, tmp_path):
 
 def test_a_backup_by_hard_links_keeps_the_logs_that_a_run_cuts_and_empties(base, tmp_path):
     argv = ["--model", base, *SHORT, "--steps", "2", "--save-every", "1", "--out", str(tmp_path / "run")]
-    sail.main(argv)
+    sail_main(argv)
     (tmp_path / "backup").mkdir()
     for name in ("metrics", "eval", "samples"):
         os.link(tmp_path / f"run/{name}.jsonl", tmp_path / f"backup/{name}.jsonl")
     before = files_of(tmp_path / "backup")
     shutil.rmtree(tmp_path / "run/checkpoints/2")
     for more in ("--resume", "--overwrite"):
-        sail.main([*argv, more])
+        sail_main([*argv, more])
         assert files_of(tmp_path / "backup") == before
 
 
@@ -164,7 +164,7 @@ def test_a_tokenizer_that_cannot_be_written_loses_no_step(base, tmp_path, monkey
         message = fails(sail.main, ["sail.py", *arguments(base, tmp_path)], patch, capsys)
     assert "model cannot be written (No space left on device (os error 28)) (step 4 is saved" in message
     assert sorted(path.name for path in tmp_path.glob("*model*")) == []
-    sail.main(arguments(base, tmp_path, "--resume"))
+    sail_main(arguments(base, tmp_path, "--resume"))
     assert (tmp_path / "model").is_dir()
 
 
@@ -184,7 +184,7 @@ def test_an_evaluation_that_failed_is_made_up(failing, base, whole, tmp_path, mo
         patch.setattr(sail, "evaluate_policy", evaluate_policy)
         message = fails(sail.main, ["sail.py", *arguments(base, tmp_path)], patch, capsys)
     assert f"(step {failing} is saved; --resume continues)" in message and not (tmp_path / "model").exists()
-    sail.main(arguments(base, tmp_path, "--resume"))
+    sail_main(arguments(base, tmp_path, "--resume"))
     assert same(tmp_path, whole)
 
 
@@ -204,7 +204,7 @@ def test_a_line_that_was_half_written_is_cut_off_and_written_whole_by_the_run_th
         patch.setattr(training, "write_line", write_line)
         message = fails(sail.main, ["sail.py", *arguments(base, tmp_path)], patch, capsys)
     assert "No space left on device (step 3 is saved; --resume continues)" in message
-    sail.main(arguments(base, tmp_path, "--resume"))
+    sail_main(arguments(base, tmp_path, "--resume"))
     assert same(tmp_path, whole)
 
 

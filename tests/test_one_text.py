@@ -181,11 +181,11 @@ def test_a_system_turn_that_the_template_leaves_out_is_counted():
 # --- end tokens
 
 @pytest.mark.parametrize("special", [False, True])
-@pytest.mark.parametrize("closing", ["<|end|>", "<|end|>\n", "\n<|end|>", " <|end|><eos>"])
+@pytest.mark.parametrize("closing", ["<|stop|>", "<|stop|>\n", "\n<|stop|>", " <|stop|><eos>"])
 def test_a_token_that_closes_an_answer_ends_it_everywhere(closing, special):
-    tokenizer = byte_tokenizer(TEMPLATE.replace("<eos>", closing))
-    tokenizer.add_tokens(["<|end|>"], special_tokens=special)
-    end, = tokenizer.convert_tokens_to_ids(["<|end|>"])
+    tokenizer = byte_tokenizer(TEMPLATE.replace("<|end|>", closing))
+    tokenizer.add_tokens(["<|stop|>"], special_tokens=special)
+    end, = tokenizer.convert_tokens_to_ids(["<|stop|>"])
     assert end_token_ids(tokenizer) == {1, end}                                        # as sampling does
     example, _ = encode_one(Pair("Q", "good", "bad"), tokenizer)
     assert example.chosen_ids[-1] == end and example.chosen_ids.count(end) == 1
@@ -193,7 +193,7 @@ def test_a_token_that_closes_an_answer_ends_it_everywhere(closing, special):
 
 
 def test_white_space_that_is_an_added_token_ends_nothing():
-    tokenizer = byte_tokenizer(TEMPLATE.replace("<eos>", "\n\n"))
+    tokenizer = byte_tokenizer(TEMPLATE.replace("<|end|>", "\n\n"))
     tokenizer.add_tokens(["\n\n"])
     assert end_token_ids(tokenizer) == {1}
 
@@ -244,7 +244,7 @@ def saved(tmp_path, template, beside=None):
     return str(tmp_path / "model")
 
 
-OTHER = TEMPLATE.replace("<eos>", "<eos>\n")
+OTHER = TEMPLATE.replace("<|end|>", "<|end|>\n")
 
 
 @pytest.mark.parametrize("own, beside, flag, used, said", [

@@ -2,9 +2,9 @@
 import json
 
 import pytest
-from conftest import TEMPLATE, byte_tokenizer, pairs_of
+from conftest import END, TEMPLATE, byte_tokenizer, pairs_of
 
-from data import Dialogue, encode, fitting_prompt, render
+from data import Dialogue, encode, end_token_ids, fitting_prompt, render
 from formats import NO_TEXT, Pair, load_pairs
 
 
@@ -36,7 +36,7 @@ def pair_of(row):
 
 def encode_one(pair, tokenizer, *limits):
     pair = pair if isinstance(pair, Pair) else pair_of(pair)
-    examples, counts, _ = encode([pair], tokenizer, {1}, *(limits or (100, 100)))
+    examples, counts, _ = encode([pair], tokenizer, end_token_ids(tokenizer), *(limits or (100, 100)))
     return examples[0], counts
 
 
@@ -198,7 +198,7 @@ THINKS = TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'].spl
 def test_an_answer_that_the_template_rewrites_drops_its_pair_by_that_reason():
     pairs = [dict(prompt="Q", chosen="<think>yes</think>A", rejected="<think>no</think>A"),
              dict(prompt="Q", chosen="A", rejected="<think>no</think>B"), PLAIN]
-    examples, counts, _ = encode(pairs_of(pairs), byte_tokenizer(THINKS), {1}, 90, 90)
+    examples, counts, _ = encode(pairs_of(pairs), byte_tokenizer(THINKS), {END}, 90, 90)
     assert len(examples) == 1
     assert counts["the chat template rewrites the answer"] == counts["dropped"] == 2
 
@@ -206,16 +206,16 @@ def test_an_answer_that_the_template_rewrites_drops_its_pair_by_that_reason():
 def test_a_template_that_adds_an_empty_block_of_thoughts_keeps_the_answers_own():
     adds = TEMPLATE.replace("{{ message['content'] }}", "{% if message['role'] == 'assistant' and '<think>' "
                             "not in message['content'] %}<think></think>{% endif %}{{ message['content'] }}")
-    assert render("Q", "A", byte_tokenizer(adds)) == ("<|user|>Q<eos><|assistant|>", "<think></think>A<eos>")
-    own = "<think>hm</think>A"
-    assert render("Q", own, byte_tokenizer(adds)) == ("<|user|>Q<eos><|assistant|>", f"{own}<eos>")
+    head, own = "<|user|>Q<|end|><|assistant|>", "<think>hm</think>A"
+    assert render("Q", "A", byte_tokenizer(adds)) == (head, "<think></think>A<|end|>")
+    assert render("Q", own, byte_tokenizer(adds)) == (head, f"{own}<|end|>")
 
 
 def test_one_row_that_the_template_refuses_leaves_the_others():
     strict = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
               + TEMPLATE)
     pairs = [PLAIN, dict(PLAIN, prompt=[SYSTEM, Q]), PLAIN]
-    examples, counts, _ = encode(pairs_of(pairs), byte_tokenizer(strict), {1}, 90, 90)
+    examples, counts, _ = encode(pairs_of(pairs), byte_tokenizer(strict), {END}, 90, 90)
     assert len(examples) == 2 and counts["refused by the chat template: no system turns"] == 1
 
 
@@ -223,8 +223,8 @@ def test_a_prompt_that_ends_in_a_started_answer_is_continued():
     tokenizer = byte_tokenizer(TEMPLATE)
     pair = dict(prompt=[Q, turn("assistant", "Once upon")], chosen=" a time", rejected=" no time")
     example, _ = encode_one(pair, tokenizer)
-    assert tokenizer.decode(example.prompt_ids) == "<|user|>Q<eos><|assistant|>Once upon"
-    assert tokenizer.decode(example.chosen_ids) == " a time<eos>"
+    assert tokenizer.decode(example.prompt_ids) == "<|user|>Q<|end|><|assistant|>Once upon"
+    assert tokenizer.decode(example.chosen_ids) == " a time<|end|>"
     assert render(pair["prompt"], " a time") == ("\n\nHuman: Q\n\nAssistant: Once upon", " a time")
 
 
@@ -234,8 +234,8 @@ def test_a_prompt_that_ends_in_a_started_answer_is_continued():
 def test_white_space_around_a_response_is_content_under_a_template(prompt):
     tokenizer = byte_tokenizer(TEMPLATE)
     example, _ = encode_one(dict(prompt=prompt, chosen="good", rejected="  bad \n"), tokenizer)
-    assert tokenizer.decode(example.chosen_ids) == "good<eos>"
-    assert tokenizer.decode(example.rejected_ids) == "  bad \n<eos>"
+    assert tokenizer.decode(example.chosen_ids) == "good<|end|>"
+    assert tokenizer.decode(example.rejected_ids) == "  bad \n<|end|>"
 
 
 def test_a_plain_dialogue_has_one_space_before_each_answer():
@@ -264,7 +264,7 @@ def test_too_long_a_dialogue_loses_its_oldest_turns_whole_and_keeps_the_system_t
 
 def test_a_dialogue_that_does_not_fit_without_its_older_turns_is_dropped():
     pairs = [dict(prompt=LONG, chosen="yes", rejected="no"), PLAIN, dict(PLAIN, prompt="d" * 50)]
-    examples, counts, lengths = encode(pairs_of(pairs), byte_tokenizer(TEMPLATE), {1}, 20, 9)
+    examples, counts, lengths = encode(pairs_of(pairs), byte_tokenizer(TEMPLATE), {END}, 20, 9)
     assert [example.prompt for example in examples] == ["Q0"]
     assert counts["prompt longer than --max-prompt-length"] == counts["dropped"] == 2
     assert max(lengths["prompt"]) > 60                                         # as they were before

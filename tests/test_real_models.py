@@ -5,11 +5,14 @@ from datetime import date
 
 import pytest
 import torch
-from conftest import TEMPLATE, byte_tokenizer, tiny_model
+from conftest import END, EOS, TEMPLATE, byte_tokenizer, sail_main, tiny_model
 from test_errors import fails
 from test_scale import largest_difference, rows_of, weights
 
+import data
+import evaluate
 import generate
+import reward
 import sail
 from data import encode, load_tokenizer, render, response_text
 from formats import BadRow, Pair
@@ -75,11 +78,11 @@ def test_a_parameter_that_gets_no_gradient_is_trained_around_saved_and_continued
 
     monkeypatch.setattr(generate, "load_policy", with_spare)
     argv = ["--variant", "dpo", "--model", base, *SHORT, *more]
-    sail.main([*argv, "--out", str(tmp_path / "whole")])
+    sail_main([*argv, "--out", str(tmp_path / "whole")])
     out = shutil.copytree(tmp_path / "whole", tmp_path / "broken")
     shutil.rmtree(out / "checkpoints/4")
     shutil.rmtree(out / "model")
-    sail.main([*argv, "--out", str(out), "--resume"])
+    sail_main([*argv, "--out", str(out), "--resume"])
     assert rows_of(out) == rows_of(tmp_path / "whole")
     assert largest_difference(weights(out / "model"), weights(tmp_path / "whole/model")) == 0
 
@@ -172,7 +175,7 @@ def test_a_row_that_the_reward_models_template_refuses_is_dropped_before_trainin
     rows = [{"prompt": "no" if i % 4 == 0 else f"q {i}", "chosen": "the soup", "rejected": "the tea"}
             for i in range(40)]
     out = tmp_path / "run"
-    sail.main(["--variant", "pr", "--model", base, "--data", write(tmp_path / "x.jsonl", rows), "--eval-data",
+    sail_main(["--variant", "pr", "--model", base, "--data", write(tmp_path / "x.jsonl", rows), "--eval-data",
                write(tmp_path / "y.jsonl", rows[:3]), "--reward", classifier, "--out", str(out), *SHORT,
                "--max-prompt-length", "40"])
     counts = json.loads((out / "args.json").read_text())["data_counts"]
@@ -184,8 +187,8 @@ def test_dialogues_that_a_reward_model_cuts_are_counted(checkpoint, tmp_path):
     model, tokenizer, _ = load_classifier(str(checkpoint), num_labels=1, max_length=12)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path)
-    pairs = [Pair("Q", "a", "b" * n) for n in (1, 30)]
-    assert drop_unscorable(pairs, load_reward(str(tmp_path)))[1] == {"dialogues_cut_for_the_reward_model": 1}
+    pairs = [Pair("Q", "a" * n, "b" * m) for n, m in ((1, 1), (1, 30), (30, 1), (30, 30))]
+    assert drop_unscorable(pairs, load_reward(str(tmp_path)))[1] == {"dialogues_cut_for_the_reward_model": 3}
 
 
 # --- clocks
@@ -215,11 +218,11 @@ def test_a_run_keeps_its_date_and_is_continued_on_another_day(tmp_path, checkpoi
 
     with monkeypatch.context() as patch:
         patch.setattr(run_directory, "date", Yesterday)
-        sail.main([*argv, "--out", str(tmp_path / "run")])
+        sail_main([*argv, "--out", str(tmp_path / "run")])
     assert json.loads((tmp_path / "run/args.json").read_text())["date"] == "2020-01-01"
     before = rows_of(tmp_path / "run")
     shutil.rmtree(tmp_path / "run/checkpoints/4")
-    sail.main([*argv, "--out", str(tmp_path / "run"), "--resume"])
+    sail_main([*argv, "--out", str(tmp_path / "run"), "--resume"])
     assert rows_of(tmp_path / "run") == before
     message = fails(sail.main, ["sail.py", *argv, "--out", str(tmp_path / "run"), "--resume", "--date",
                                 "2020-01-02"], monkeypatch, capsys)
@@ -228,14 +231,43 @@ def test_a_run_keeps_its_date_and_is_continued_on_another_day(tmp_path, checkpoi
                                                       capsys)
 
 
+def test_each_script_tells_all_its_models_the_date_and_whether_their_code_may_run(
+        classifier, checkpoint, tmp_path, monkeypatch):
+    seen, original = [], data.load_tokenizer
+
+    def watched(name, trust_remote_code=False, ends=True, date=None):
+        seen.append((trust_remote_code, date))
+        return original(name, trust_remote_code, ends, date)
+
+    for module in (data, generate, reward):
+        monkeypatch.setattr(module, "load_tokenizer", watched)
+    rows = [{"prompt": f"q {i // 2}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(8)]
+    pairs, out = write(tmp_path / "x.jsonl", rows), str(tmp_path / "run")
+    model, answers = ["--model", str(checkpoint)], str(tmp_path / "answers.jsonl")
+    lengths = ["--max-prompt-length", "40", "--max-response-length", "6"]
+    for main, loaded, argv in (
+            (sail.main, 2, [*model, "--data", pairs, "--eval-data", pairs, "--reward", classifier, *lengths,
+                            "--steps", "1", "--batch-size", "2", "--out", out]),
+            (evaluate.main, 3, [out, "--out", str(tmp_path / "figures.json")]),
+            (generate.main, 1, [*model, "--data", pairs, *lengths, "--out", answers]),
+            (reward.main, 1, ["--reward", classifier, "--responses", answers, "--out", answers]),
+            (reward.main, 1, ["--train", *model, "--data", pairs, "--eval-data", pairs, "--out",
+                              str(tmp_path / "rm")])):
+        monkeypatch.setattr("sys.argv", ["x.py", *argv, "--date", "2001-02-03", "--trust-remote-code"])
+        main()
+        assert seen == [(True, "2001-02-03")] * loaded, argv
+        seen.clear()
+
+
 # --- the text of a response
 
-def test_special_tokens_inside_a_response_stay_and_the_end_token_goes():
+@pytest.mark.parametrize("end", [EOS, END])
+def test_special_tokens_inside_a_response_stay_and_the_end_token_goes(end):
     tokenizer = byte_tokenizer()
-    ids = tokenizer("thought<|assistant|> Hello!<eos>")["input_ids"]
-    assert response_text(tokenizer, ids) == "thought<|assistant|> Hello!"
-    assert response_text(tokenizer, ids[:-1]) == "thought<|assistant|> Hello!"        # unfinished
-    assert response_text(tokenizer, []) == response_text(tokenizer, [1]) == ""
+    ids = tokenizer("thought<|assistant|> Hello!", add_special_tokens=False)["input_ids"]
+    assert response_text(tokenizer, [*ids, end]) == "thought<|assistant|> Hello!"
+    assert response_text(tokenizer, ids) == "thought<|assistant|> Hello!"             # unfinished
+    assert response_text(tokenizer, []) == response_text(tokenizer, [end]) == ""
 
 
 def test_a_tokenizer_that_can_parse_channels_says_what_the_answer_is():
@@ -246,16 +278,16 @@ def test_a_tokenizer_that_can_parse_channels_says_what_the_answer_is():
         "defaults": {"role": "assistant"},
         "fields": {"thinking": {"open": "<|channel|>analysis<|message|>", "close": "<|assistant|>"},
                    "content": {"open": "<|channel|>final<|message|>", "close": "<eos>"}}}
-    text = "<|channel|>analysis<|message|>The user greets.<|assistant|><|channel|>final<|message|>Hello!<eos>"
+    text = "<|channel|>analysis<|message|>The user greets.<|assistant|><|channel|>final<|message|>Hello!"
     assert response_text(tokenizer, tokenizer(text)["input_ids"]) == "Hello!"
     assert response_text(tokenizer, []) == ""
     tokenizer.response_template["fields"]["content"]["optional"] = False
-    assert response_text(tokenizer, tokenizer("no channel<eos>")["input_ids"]) == "no channel"
+    assert response_text(tokenizer, tokenizer("no channel")["input_ids"]) == "no channel"
 
 
 def test_white_space_around_a_response_is_of_its_text():
     tokenizer = byte_tokenizer()
-    assert response_text(tokenizer, tokenizer("\n a  b <eos>")["input_ids"]) == "\n a  b "
+    assert response_text(tokenizer, tokenizer("\n a  b ")["input_ids"]) == "\n a  b "
 
 
 # --- templates that cannot answer

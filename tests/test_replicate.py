@@ -4,6 +4,7 @@ import random
 from pathlib import Path
 
 import pytest
+from conftest import sail_args
 import replicate
 
 from toy import grammar_pairs, toy_reward, toy_settings
@@ -120,9 +121,8 @@ def test_rounds_go_on_from_the_last_ones_policy_and_are_measured_to_the_first(tm
 
 
 def test_the_toys_settings_that_are_spelled_out_are_those_of_the_toy():
-    from sail import parse_args
-    data = toy_settings("dpo", "M")["data"]
-    own, spelled = (vars(parse_args(f"{data} --variant dpo --model M --eval-every 15".split())) for data in (
+        data = toy_settings("dpo", "M")["data"]
+    own, spelled = (vars(sail_args(f"{data} --variant dpo --model M --eval-every 15".split())) for data in (
         "--data toy", f"--data {data} {replicate.TOY}"))
     assert {**spelled, "out": own["out"], "toy": True, "reward": own["reward"]} == own
 

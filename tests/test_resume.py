@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import TOY_REWARD
+from conftest import TOY_REWARD, sail_main
 from test_errors import fails
 from test_scale import largest_difference, rows_of, weights
 
@@ -22,17 +22,17 @@ import data
 import sail
 
 ROOT = Path(sail.__file__).parent
-COMMON = ["--variant", "pr", "--mix", "0.5", "--steps", "6", "--save-every", "2", "--batch-size", "6",
-          "--limit", "60", "--eval-limit", "4", "--eval-every", "3", "--max-response-length", "10"]
+COMMON = ["--variant", "pr", "--mix", "0.5", "--steps", "10", "--save-every", "4", "--batch-size", "4",
+          "--limit", "60", "--eval-limit", "4", "--eval-every", "5", "--max-response-length", "8"]
 
 
 def arguments(base, out, *more):
-    return ["--model", base, *COMMON, "--out", str(out), *more]
+    return ["--model", base, "--reference", f"{base}/reference", *COMMON, "--out", str(out), *more]
 
 
 def run(base, out, *more):
     gc.collect()                                   # the traceback of a run that failed holds its lock
-    sail.main(arguments(base, out, *more))
+    sail_main(arguments(base, out, *more))
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +45,12 @@ def unbroken(base, tmp_path_factory):
 
 @pytest.fixture
 def stopped(unbroken, tmp_path):
-    """The same as it was left in the middle of logging step 6, past its last checkpoint."""
+    """The same as it was left in the middle of logging step 10, past its last checkpoint."""
     out = shutil.copytree(unbroken, tmp_path / "stopped")
-    shutil.rmtree(out / "checkpoints/6")
+    shutil.rmtree(out / "checkpoints/10")
     shutil.rmtree(out / "model")
     lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (out / "metrics.jsonl").write_text("".join(lines[:5]) + '{"step": 6, "lo')
+    (out / "metrics.jsonl").write_text("".join(lines[:9]) + '{"step": 10, "lo')
     return out
 
 
@@ -62,7 +62,7 @@ def same(out, unbroken):
 
 
 def checkpoints(out):
-    return sorted(path.name for path in (out / "checkpoints").iterdir())
+    return sorted((path.name for path in (out / "checkpoints").iterdir()), key=int)
 
 
 def on_two_ranks(base, out, *more):
@@ -83,7 +83,7 @@ def fails_here(base, out, monkeypatch, capsys, *more):
 
 def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(base, stopped, unbroken):
     run(base, stopped, "--resume")
-    assert same(stopped, unbroken) and checkpoints(stopped) == ["4", "6"]
+    assert same(stopped, unbroken) and checkpoints(stopped) == ["8", "10"]
 
 
 @pytest.mark.parametrize("more", [
@@ -92,9 +92,10 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(base, stopped, unbrok
 def test_so_does_one_with_another_optimizer_an_adapter_or_shards(base, tmp_path, more):
     if "--lora" in more:
         pytest.importorskip("peft")
+        more = [*more, "--reference", base]                            # the policy without its adapter
     run(base, tmp_path / "whole", *more)
     out = shutil.copytree(tmp_path / "whole", tmp_path / "broken")
-    shutil.rmtree(out / "checkpoints/6")
+    shutil.rmtree(out / "checkpoints/10")
     shutil.rmtree(out / "model")
     run(base, out, *more, "--resume")
     assert rows_of(out) == rows_of(tmp_path / "whole")
@@ -153,35 +154,35 @@ def test_sigterm_saves_exits_cleanly_and_loses_nothing(base, tmp_path, monkeypat
 
 def test_a_checkpoint_that_is_not_renamed_yet_is_passed_over(base, unbroken, tmp_path, capsys):
     out = shutil.copytree(unbroken, tmp_path / "run")
-    (out / "checkpoints/6").rename(out / "checkpoints/6.writing")
+    (out / "checkpoints/10").rename(out / "checkpoints/10.writing")
     run(base, out, "--resume")
-    assert "continuing after step 4" in capsys.readouterr().out
-    assert same(out, unbroken) and checkpoints(out) == ["4", "6"]
+    assert "continuing after step 8" in capsys.readouterr().out
+    assert same(out, unbroken) and checkpoints(out) == ["8", "10"]
 
 
 @pytest.mark.parametrize("harm", [
     lambda file: file.write_bytes(b"\xff" * file.stat().st_size), lambda file: os.truncate(file, 1000),
     lambda file: file.unlink()], ids=["other bytes", "cut", "missing"])
 def test_a_checkpoint_that_cannot_be_read_is_named(base, stopped, harm, monkeypatch, capsys):
-    harm(next((stopped / "checkpoints/4").glob("*.safetensors")))
-    assert "checkpoints/4 cannot be read" in fails_here(base, stopped, monkeypatch, capsys, "--resume")
+    harm(next((stopped / "checkpoints/8").glob("*.safetensors")))
+    assert "checkpoints/8 cannot be read" in fails_here(base, stopped, monkeypatch, capsys, "--resume")
 
 
 def test_a_checkpoint_is_safetensors_and_json_and_nothing_is_unpickled(base, stopped, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("unpickled")
 
-    assert {path.suffix for path in (stopped / "checkpoints/4").iterdir()} == {".safetensors", ".json"}
+    assert {path.suffix for path in (stopped / "checkpoints/8").iterdir()} == {".safetensors", ".json"}
     for name in ("torch.load", "pickle.load", "pickle.loads", "pickle.Unpickler"):
         monkeypatch.setattr(name, refuse)
     run(base, stopped, "--resume")
-    assert checkpoints(stopped) == ["4", "6"]
+    assert checkpoints(stopped) == ["8", "10"]
 
 
 def test_checkpoints_are_not_overwritten_by_a_new_run(base, unbroken, tmp_path, monkeypatch, capsys):
     out = shutil.copytree(unbroken, tmp_path / "run")
     assert "--resume continues it" in fails_here(base, out, monkeypatch, capsys)
-    assert same(out, unbroken) and checkpoints(out) == ["4", "6"]
+    assert same(out, unbroken) and checkpoints(out) == ["8", "10"]
 
 
 # --- faults
@@ -194,9 +195,9 @@ def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(base, stopp
         message = fails_here(base, stopped, monkeypatch, capsys, "--resume")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert re.search(r"checkpoints/6 cannot be written \(.*File too large.*\); earlier checkpoints are "
+    assert re.search(r"checkpoints/10 cannot be written \(.*File too large.*\); earlier checkpoints are "
                      "untouched", message)
-    assert checkpoints(stopped) == ["4"]
+    assert checkpoints(stopped) == ["8"]
     run(base, stopped, "--resume")
     assert same(stopped, unbroken)
 
@@ -213,17 +214,17 @@ REWARD = """import os
 calls = []
 def score(prompts, responses):
     calls.append(1)
-    if os.path.exists({sick!r}) and len(calls) >= 5 and os.environ.get("RANK") in (None, "1"):
+    if os.path.exists({sick!r}) and len(calls) >= 5 and os.environ.get("RANK") in (None, {rank!r}):
         {harm}
     return [float(len(response)) for response in responses]
 """
 
 
-def failing_reward(tmp_path, harm):
-    """(the flags of a reward that fails in the fifth step as long as a file is there, of two ranks on the
-    second; the file)."""
+def failing_reward(tmp_path, harm, rank="1"):
+    """(the flags of a reward that does harm in the fifth step as long as a file is there, of two ranks on
+    this one; the file)."""
     sick, mine = tmp_path / "sick", tmp_path / "mine.py"
-    mine.write_text(REWARD.format(sick=str(sick), harm=harm))
+    mine.write_text(REWARD.format(sick=str(sick), harm=harm, rank=rank))
     sick.touch()
     return ["--reward", f"{mine}:score", "--eval-every", "0", "--save-every", "100"], sick
 
@@ -246,13 +247,19 @@ def test_a_reward_that_fails_stops_the_run_at_a_saved_step(base, tmp_path, monke
     assert same(tmp_path / "run", tmp_path / "whole")
 
 
-def test_a_reward_that_fails_on_one_rank_stops_all_with_one_line(base, tmp_path):
-    more, _ = failing_reward(tmp_path, "raise KeyError('mended')")
+@pytest.mark.parametrize("rank, harm, said, step", [
+    ("1", "raise KeyError('mended')", "KeyError: 'mended'", "4"),
+    ("0", "os.remove('LOG'); os.mkdir('LOG')", "metrics.jsonl: Is a directory", "5")],
+    ids=["reward", "log"])
+def test_what_fails_on_one_rank_stops_all_with_one_line_at_a_saved_step(base, tmp_path, rank, harm, said,
+                                                                        step):
+    """The log cannot be written after the fifth step, the reward fails before its end."""
+    more, _ = failing_reward(tmp_path, harm.replace("LOG", f"{tmp_path}/run/metrics.jsonl"), rank)
     finished = on_two_ranks(base, tmp_path / "run", *more)
     assert finished.returncode != 0 and finished.stderr.count("sail.py: error:") == 1
-    assert "KeyError: 'mended'" in finished.stderr and "(step 4 is saved" in finished.stderr
+    assert said in finished.stderr and f"(step {step} is saved" in finished.stderr
     assert 'sail.py", line' not in finished.stderr                     # no rank leaves a traceback
-    assert checkpoints(tmp_path / "run") == ["4"]
+    assert checkpoints(tmp_path / "run") == [step]
 
 
 def test_ten_losses_that_are_not_finite_stop_the_run_at_a_saved_step(base, tmp_path, monkeypatch, capsys):
@@ -267,8 +274,8 @@ def test_ten_losses_that_are_not_finite_stop_the_run_at_a_saved_step(base, tmp_p
 
 def test_data_that_changed_under_a_resume_are_named(base, tmp_path, monkeypatch, capsys):
     file = tmp_path / "mine.jsonl"
-    rows = [{"prompt": f"review the soup {i}", "chosen": "good .", "rejected": f"bad soup {'very ' * i}"}
-            for i in range(60)]
+    rows = [{"prompt": f"review the soup {i // 2}", "chosen": f"good {'very ' * (i % 3)}.",
+             "rejected": f"bad soup {'very ' * i}"} for i in range(60)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     more = ["--data", str(file), "--reward", TOY_REWARD, "--max-prompt-length", "8"]
     run(base, tmp_path / "run", *more)
@@ -287,5 +294,5 @@ def test_two_runs_do_not_share_a_directory(base, stopped, monkeypatch, capsys):
     with open(stopped / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         assert "is in use by another run" in fails_here(base, stopped, monkeypatch, capsys, "--resume")
-    assert checkpoints(stopped) == ["4"]
+    assert checkpoints(stopped) == ["8"]
     run(base, stopped, "--resume")                                     # the lock ends with its holder

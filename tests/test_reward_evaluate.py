@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOY_REWARD, byte_tokenizer, pairs_of
+from conftest import IDS, TOY_REWARD, byte_tokenizer, pairs_of, sail_args, sail_main
 from test_errors import fails
 
 import evaluate
@@ -24,7 +24,7 @@ from generate import sample
 from sail import pair_logps
 from reward import label_by_preference, label_by_reward, load_preference, load_reward
 from runtime.intervals import mean_of, share_of
-from sail import dpo_loss, parse_args
+from sail import dpo_loss
 from toy import grammar_pairs, toy_model, toy_reward
 
 
@@ -62,7 +62,7 @@ def test_fresh_pairs_are_put_into_the_rewards_order_and_ties_are_a_half():
         ("bbb", [3], "a", [1]), ("ccc", [3], "d", [1]), ("ee", [2], "ff", [2])]
     assert [pair.preference for pair in pairs] == [1.0, 1.0, 0.5]
     assert [pair.rewards for pair in pairs] == [(3.0, 1.0), (3.0, 1.0), (2.0, 2.0)]
-    assert sail.count(pairs, parse_args([]))["ties"] == 1
+    assert sail.count(pairs, sail_args([]))["ties"] == 1
 
 
 def test_a_soft_preference_is_the_sigmoid_of_the_reward_difference():
@@ -109,7 +109,7 @@ def test_a_run_with_a_preference_needs_no_reward_and_refuses_another_function_wh
             "--preference", f"{tmp_path}/mine.py:short", "--max-prompt-length", "40",
             "--max-response-length", "40", "--batch-size", "4", "--steps", "2", "--learning-rate", "1e-3",
             "--save-every", "1", "--out", f"{tmp_path}/out"]
-    sail.main(argv)
+    sail_main(argv)
     *_, last = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     assert last["margin"] > 0 and last["reward"] is None                 # the short ones are preferred now
     assert last["on_policy"] == 0 and last["rejected_logps"] < last["chosen_logps"]
@@ -123,7 +123,7 @@ def test_the_datas_pairs_are_relabelled_by_the_reward_with_the_probability_itsel
                                       "    return [len(response) / 8 for response in responses]\n")
     row = {"prompt": "q", "chosen": "no", "rejected": "longer"}
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
-    args = parse_args(["--variant", "relabelled-dpo", "--model", str(checkpoint), "--data",
+    args = sail_args(["--variant", "relabelled-dpo", "--model", str(checkpoint), "--data",
                        f"{tmp_path}/x.jsonl", "--eval-data", f"{tmp_path}/x.jsonl", "--reward",
                        f"{tmp_path}/mine.py:length", "--out", f"{tmp_path}/out", "--steps", "1",
                        "--max-prompt-length", "20", "--max-response-length", "20"])
@@ -195,7 +195,7 @@ def test_a_reward_file_may_have_dataclasses_with_postponed_annotations(tmp_path)
 def test_a_classifier_with_two_logits_is_refused(tmp_path):
     from transformers import LlamaConfig, LlamaForSequenceClassification
     LlamaForSequenceClassification(LlamaConfig(
-        vocab_size=261, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=IDS, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
         num_labels=2)).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(InputError, match="2 logits"):
@@ -330,9 +330,12 @@ def test_the_length_model_is_fitted_to_its_maximum():
         torch.sigmoid(weights[0]).item(), abs=2e-3)
 
 
-def test_the_interval_over_seeds_is_students():
-    assert over_seeds([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(     # t(0.975, 4) = 2.776
-        (3.0, 3 - 2.776 * (2.5 / 5) ** 0.5, 3 + 2.776 * (2.5 / 5) ** 0.5), abs=5e-3)
+@pytest.mark.parametrize("n, t", [(2, 12.706), (5, 2.776), (16, 2.131), (17, 2.120), (41, 2.021)])
+def test_the_interval_over_seeds_is_students(n, t):
+    """t: the 97.5 % quantile of n − 1 degrees of freedom. The numbers 1 … n have the variance n(n + 1)/12."""
+    mean, half = (n + 1) / 2, t * ((n + 1) / 12) ** 0.5
+    assert over_seeds([float(value) for value in range(1, n + 1)]) == pytest.approx(
+        (mean, mean - half, mean + half), abs=0.003 * half)
 
 
 @pytest.fixture(scope="module")
@@ -345,7 +348,7 @@ def evaluated():
     pairs = [Pair(f"how was the {noun} ?", f"the {noun} was good .", "the")
              for noun in ("soup", "tea", "cake") * 20]
     examples, *_ = encode(pairs, tokenizer, {tokenizer.eos_token_id}, 16, 16)
-    args = parse_args(["--variant", "dpo", "--beta", "0.2"])
+    args = sail_args(["--variant", "dpo", "--beta", "0.2"])
 
     def win_on_first_half(prompts, responses):         # data's responses score 0; samples 1, 0 (a tie) or −1
         win_on_first_half.calls += 1
@@ -376,7 +379,7 @@ def test_kl_is_positive_and_zero_against_itself(evaluated):
     policy, reference, examples, figures, _ = evaluated
     assert figures["kl"][0] > figures["kl"][1] > 0
     same, _ = evaluate_policy(policy, policy, toy_model()[1], examples[:8], None,
-                              parse_args(["--variant", "dpo"]))
+                              sail_args(["--variant", "dpo"]))
     assert (same["kl"][0] == 0 and same["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
             and "reward" not in same)
 
@@ -385,7 +388,7 @@ def test_kl_and_loss_are_of_each_examples_own_rows_in_its_place(monkeypatch):
     (policy, tokenizer), (reference, _) = toy_model(seed=1), toy_model(seed=2)
     pairs = pairs_of(grammar_pairs(held_out=True))[:70]
     examples, *_ = encode(pairs, tokenizer, {tokenizer.eos_token_id}, 16, 48)
-    args = parse_args(["--variant", "dpo", "--beta", "0.2", "--max-response-length", "48"])
+    args = sail_args(["--variant", "dpo", "--beta", "0.2", "--max-response-length", "48"])
     monkeypatch.setattr(evaluate, "mean_of", list)                     # each example's figure, not the mean
     figures, _ = evaluate_policy(policy, reference, tokenizer, examples, None, args)
     torch.manual_seed(seeded("held-out samples", 0))                   # the same samples again
@@ -411,8 +414,9 @@ def run_evaluate(monkeypatch, *argv):
 
 def test_models_are_evaluated_into_a_table_and_a_file(tmp_path, monkeypatch, capsys, base):
     monkeypatch.chdir(tmp_path)
-    for variant in ("sft", "dpo", "pr"):
-        sail.main(["--variant", variant, "--model", base, "--steps", "2", "--eval-limit", "4"])
+    other = f"{base}/reference"
+    for variant, more in (("sft", []), ("dpo", ["--reference", other]), ("pr", ["--reference", other])):
+        sail_main(["--variant", variant, "--model", base, "--steps", "2", "--eval-limit", "4", *more])
     row = json.loads((tmp_path / "runs/toy/pr/eval.jsonl").read_text().split("\n")[0])
     figures = {name for name in row if not name.endswith("_interval")} - {"step", "prompts"}
     assert {"kl", "reward", "lc_win_rate", "length", "loss"} <= figures
@@ -420,7 +424,7 @@ def test_models_are_evaluated_into_a_table_and_a_file(tmp_path, monkeypatch, cap
     results = run_evaluate(monkeypatch, "runs/toy/sft", "runs/toy/dpo", "runs/toy/pr", "--eval-limit", "8",
                            "--reward", TOY_REWARD)
     table = capsys.readouterr().out
-    assert list(results) == ["sft", "dpo", "pr"] and "win_rate" in table and f"reference {base}" in table
+    assert list(results) == ["sft", "dpo", "pr"] and "win_rate" in table and f"reference {other}" in table
     assert all(figure["low"] - 1e-9 <= figure["value"] <= figure["high"] + 1e-9
                for figures in results.values() for figure in figures.values())
     again = run_evaluate(monkeypatch, "figures.json", "runs/toy/dpo/model", "--eval-limit", "8", *SMALL,
@@ -569,8 +573,10 @@ def test_runs_without_a_reward_are_compared_in_what_they_have(tmp_path, capsys):
 
 def test_a_model_with_another_vocabulary_than_the_reference_is_refused(monkeypatch, base, checkpoint,
                                                                        held_out):
-    with pytest.raises(InputError, match="another vocabulary"):
+    with pytest.raises(InputError, match="another vocabulary than the reference"):
         run_evaluate(monkeypatch, base, checkpoint, "--eval-limit", "4", *SMALL, "--eval-data", held_out)
+    with pytest.raises(InputError, match="--reference .* has another vocabulary than --model"):
+        sail_main(["--variant", "dpo", "--model", base, "--reference", str(checkpoint)])
 
 
 # --- wins
@@ -591,7 +597,8 @@ def test_a_model_against_its_own_samples_wins_half_raw_and_length_controlled(tmp
         assert low < 0.5 < high and high - low < 0.2 and value != 0.5          # other samples, so no draw
 
 
-def test_wins_are_counted_against_the_chosen_responses_each_to_its_prompt(tmp_path, monkeypatch, base):
+def test_wins_are_counted_against_the_chosen_responses_each_to_its_prompt(tmp_path, monkeypatch, checkpoint):
+    """By their texts, without the token that ends them."""
     monkeypatch.chdir(tmp_path)
     Path("pairs.jsonl").write_text("".join(json.dumps(
         {"prompt": f"how was the {noun} ?", "chosen": noun, "rejected": "was"}) + "\n"
@@ -600,8 +607,8 @@ def test_wins_are_counted_against_the_chosen_responses_each_to_its_prompt(tmp_pa
     data = [response in prompt.split() for prompt, response in zip(prompts, responses)]
     return [0.5] * len(data) if all(data) else [float("tea" in prompt) for prompt in prompts]
 """)
-    figures, = run_evaluate(monkeypatch, base, "--eval-data", "pairs.jsonl", *SMALL, "--reward",
-                            "mine.py:score").values()
+    figures, = run_evaluate(monkeypatch, checkpoint, "--eval-data", "pairs.jsonl", "--max-prompt-length",
+                            "64", "--max-response-length", "24", "--reward", "mine.py:score").values()
     assert figures["win_rate"]["value"] == 0.25                        # 1 for tea, 0 for others, against 0.5
 
 

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEMPLATE, byte_tokenizer, tiny_model
+from conftest import IDS, TEMPLATE, as_settings, byte_tokenizer, sail_main, tiny_model
 from test_errors import fails
 from test_scale import rows_of
 
 import reward
-import sail
 from reward import load_classifier, load_reward
 from runtime.intervals import prefers_chosen
 from reward import bradley_terry_loss
@@ -29,19 +28,20 @@ def dialogue(turn):
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """A file of pairs, which a word tells apart, in prompts and responses of many lengths."""
+    """A file of pairs, two to each prompt, which a word tells apart, in prompts and responses of many
+    lengths."""
     path = tmp_path_factory.mktemp("pairs") / "pairs.jsonl"
-    return write(path, [{"prompt": f"{i}? " + "so " * (i % 7), "chosen": "yes" + "!" * (i % 5),
-                         "rejected": "no" + "!" * (i % 3)} for i in range(120)])
+    return write(path, [{"prompt": f"{i // 2}? " + "so " * (i // 2 % 7), "chosen": "yes" + "!" * (i % 5),
+                         "rejected": "no" + "!" * (i % 3)} for i in range(40, 160)])
 
 
 def trained(monkeypatch, model, pairs, out, *more):
     """What `reward.py --train` makes: the model as it was in memory."""
     models, train = [], reward.train_reward
     monkeypatch.setattr(reward, "train_reward", lambda args: models.append(train(args)))
-    monkeypatch.setattr("sys.argv", ["reward.py", "--train", "--model", str(model), "--data", pairs, "--out",
-                                     str(out), "--learning-rate", "3e-3", "--batch-size", "16", *more])
-    reward.main()
+    flags, chosen = as_settings(["--train", "--model", model, "--data", pairs, "--out", out,
+                                 "--learning-rate", "3e-3", "--batch-size", "16", *more])
+    reward.main(flags, **chosen)
     monkeypatch.setattr(reward, "train_reward", train)
     return models[0]
 
@@ -79,21 +79,21 @@ def test_training_learns_to_prefer_the_chosen_and_says_so(monkeypatch, checkpoin
         "step", "loss", "accuracy", "margin", "grad_norm", "learning_rate", "skipped", "seconds"}
     score = load_reward(str(tmp_path / "model"))
     assert score(["7? "], ["yes!"]) > score(["7? "], ["no!"])
-    assert f"eval {len(steps)} | accuracy 1.000 [0.57, 1.00] | loss " in capsys.readouterr().out
+    assert f"eval {len(steps)} | accuracy 1.000 [0.68, 1.00] | loss " in capsys.readouterr().out
     assert json.loads((tmp_path / "args.json").read_text())["learning_rate"] == 3e-3
 
 
-@pytest.mark.parametrize("template, pad, pad_id, kind", [
-    (TEMPLATE, "<pad>", 0, "llama"), (None, "<pad>", 0, "gpt2"), (TEMPLATE, "<eos>", 1, "gpt2"),
-    (TEMPLATE, None, 1, "llama")])
-def test_scores_served_equal_scores_trained_in_any_company(template, pad, pad_id, kind, monkeypatch, pairs,
-                                                           tmp_path):
-    tokenizer, model = byte_tokenizer(template), tiny_model(kind)
+@pytest.mark.parametrize("template, pad, pad_id, kind, positions, flags", [
+    (TEMPLATE, "<pad>", 0, "llama", 256, ["--max-length", "48"]), (None, "<pad>", 0, "gpt2", 48, []),
+    (TEMPLATE, "<eos>", 1, "gpt2", 256, ["--max-length", "48"]), (TEMPLATE, None, 1, "llama", 48, [])])
+def test_scores_served_equal_scores_trained_in_any_company(template, pad, pad_id, kind, positions, flags,
+                                                           monkeypatch, pairs, tmp_path):
+    """Dialogues are cut to 48 tokens, by the flag or because the model has no more positions."""
+    tokenizer, model = byte_tokenizer(template), tiny_model(kind, max_position_embeddings=positions)
     tokenizer.pad_token, model.config.pad_token_id = pad, None
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "base")
-    inside = trained(monkeypatch, tmp_path / "base", pairs, tmp_path / "out", "--limit", "40",
-                     "--max-length", "48")
+    inside = trained(monkeypatch, tmp_path / "base", pairs, tmp_path / "out", "--limit", "40", *flags)
     assert json.loads((tmp_path / "out/model/config.json").read_text())["pad_token_id"] == pad_id
     prompts = ["Q", dialogue("Q"), "other", "long " * 30, dialogue("Z")]
     responses = ["yes", " yes ", "a longer answer than that", "no way " * 9, "\0\0"]
@@ -110,21 +110,21 @@ def test_scores_served_equal_scores_trained_in_any_company(template, pad, pad_id
     assert len({round(value, 4) for value in scores}) >= 4
 
 
-def test_a_space_around_a_response_is_not_read_as_samples_have_none(checkpoint, tmp_path):
+def test_a_space_around_a_response_is_read_as_it_is_trained(checkpoint, tmp_path):
     path = shutil.copytree(checkpoint, tmp_path / "model")
     for template in (TEMPLATE, None):
         (path / "chat_template.jinja").unlink(missing_ok=True)
         byte_tokenizer(template).save_pretrained(path)
         _, tokenizer, ids_of = load_classifier(str(path), **TRAINEE)
         assert tokenizer.chat_template == template
-        assert ids_of("Q", " yes\n") == ids_of(dialogue("Q"), "yes") != ids_of("Q", "no")
+        assert ids_of("Q", "yes") == ids_of(dialogue("Q"), "yes") != ids_of("Q", " yes\n")
 
 
 def encoder(path):
     from transformers import BertConfig, BertForSequenceClassification
     torch.manual_seed(0)
     BertForSequenceClassification(BertConfig(
-        vocab_size=261, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=IDS, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_labels=1, max_position_embeddings=64, initializer_range=0.5)).save_pretrained(path)
 
 
@@ -220,7 +220,7 @@ def test_prompts_without_responses_are_refused(monkeypatch, checkpoint, pairs, t
 
 def test_sail_pr_runs_with_what_was_trained_as_its_reward(monkeypatch, base, tmp_path):
     trained(monkeypatch, base, f"{base}/toy-pairs.jsonl", tmp_path / "rm", "--limit", "64")
-    sail.main(["--variant", "pr", "--model", base, "--reward", str(tmp_path / "rm/model"), "--steps", "2",
+    sail_main(["--variant", "pr", "--model", base, "--reward", str(tmp_path / "rm/model"), "--steps", "2",
                "--eval-limit", "4", "--out", str(tmp_path / "pr")])
     assert all(math.isfinite(step["reward"]) for step in lines(tmp_path / "pr/metrics.jsonl"))
 
@@ -244,7 +244,7 @@ def two_logits(path):
      "is an adapter; merge it"),
     (lambda path: tiny_model(vocab_size=50).save_pretrained(path), "and the model only 50 ids"),
     (lambda path: byte_tokenizer("{{ raise_exception('no') }}").save_pretrained(path),
-     "no pair of 115 can be told apart (115 refused by the chat template: no)")],
+     "no pair of 112 can be told apart (112 refused by the chat template: no)")],
     ids=["missing weight", "no directory", "two logits", "adapter", "small vocabulary", "refusing template"])
 def test_a_start_that_cannot_be_trained_is_named(break_it, message, checkpoint, pairs, tmp_path, monkeypatch,
                                                  capsys):

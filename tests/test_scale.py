@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import byte_tokenizer, run_of, tiny_model
+from conftest import IDS, byte_tokenizer, run_of, sail_args, sail_main, tiny_model
 from memory import estimate, sizes_of
 from ranks import pairs_of
 from test_errors import fails
@@ -25,7 +25,7 @@ import sail
 from generate import AdapterReference, add_adapter, load_policy
 from formats import Pair
 from runtime.processes import gathered, process_group, shard, split_layers
-from sail import pair_logps, parse_args
+from sail import pair_logps
 
 ROOT = Path(sail.__file__).parent
 COMMON = ["--steps", "10", "--batch-size", "7", "--micro-batch-size", "3", "--limit", "60",
@@ -46,7 +46,7 @@ RUNS = {  # one launch of two ranks runs them all
 
 def run(base, out, *more):
     """Train in this process; returns metrics.jsonl as rows without their seconds."""
-    sail.main(["--model", base, *COMMON, "--out", str(out), *more])
+    sail_main(["--model", base, *COMMON, "--out", str(out), *more])
     return rows_of(out)
 
 
@@ -256,7 +256,7 @@ def test_the_adapter_reference_restores_the_policy_also_when_a_call_fails(base):
 
 def test_without_peft_one_line_says_what_to_install(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    args = parse_args(["--variant", "dpo", "--model", base, "--lora", "4", "--limit", "60"])
+    args = sail_args(["--variant", "dpo", "--model", base, "--lora", "4", "--limit", "60"])
     with pytest.raises(ModuleNotFoundError):
         sail.load_run(args, torch.device("cpu"))
 
@@ -327,11 +327,11 @@ class PeakBytes(TorchDispatchMode):
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_the_estimate_fits_the_measured_bytes_of_rollout_and_update(checkpointing, tmp_path):
     tokenizer = byte_tokenizer()
-    tokenizer.add_tokens([f"w{i}" for i in range(2000 - len(tokenizer))])
+    tokenizer.add_tokens([f"w{i}" for i in range(2000 - IDS)])
     tokenizer.save_pretrained(tmp_path)
     tiny_model(vocab_size=2000, hidden_size=128, intermediate_size=352, num_hidden_layers=6,
                max_position_embeddings=1024, initializer_range=0.02).save_pretrained(tmp_path)
-    args = parse_args(["--variant", "dpo", "--model", str(tmp_path)])
+    args = sail_args(["--variant", "dpo", "--model", str(tmp_path)])
     args.gradient_checkpointing = checkpointing
     policy, reference, tokenizer = generate.load_models(args, "cpu")
     optimizer, scheduler = sail.make_optimizer(policy.parameters(), 10, 1e-4)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import sail_main, sail_args
 from test_errors import fails
 
 import evaluate
@@ -25,11 +26,15 @@ SHORT = ["--variant", "pr", "--mix", "0.5", "--batch-size", "4", "--limit", "40"
          "--eval-every", "0", "--max-response-length", "6"]
 
 
+def arguments(base):
+    return ["--model", base, "--reference", f"{base}/reference", *SHORT, "--steps", "4", "--save-every", "2"]
+
+
 @pytest.fixture(scope="module")
 def finished(base, tmp_path_factory):
     """The directory of a run of four steps, with checkpoints after steps 2 and 4."""
     out = tmp_path_factory.mktemp("finished") / "run"
-    sail.main(["--model", base, *SHORT, "--steps", "4", "--save-every", "2", "--out", str(out)])
+    sail_main([*arguments(base), "--out", str(out)])
     return out
 
 
@@ -37,7 +42,7 @@ def finished(base, tmp_path_factory):
 def run(base, finished, tmp_path):
     """A copy of that run, and the arguments that made it."""
     out = shutil.copytree(finished, tmp_path / "run")
-    return out, ["--model", base, *SHORT, "--steps", "4", "--save-every", "2", "--out", str(out)]
+    return out, [*arguments(base), "--out", str(out)]
 
 
 def refused(argv, monkeypatch, capsys):
@@ -71,7 +76,7 @@ def test_overwrite_removes_the_old_run_as_a_whole_before_the_first_step(run, mon
         (out / name).mkdir()
     monkeypatch.setattr(sail, "training_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        sail.main([*argv, "--overwrite"])
+        sail_main([*argv, "--overwrite"])
     assert sorted(path.name for path in out.iterdir()) == ["args.json", "eval.jsonl", "lock", "metrics.jsonl",
                                                            "samples.jsonl"]
     assert rows_of(out) == []
@@ -84,13 +89,13 @@ def test_what_is_no_part_of_a_run_stays_in_its_directory(base, tmp_path, more):
     for name in ("notes.txt", "other/model/weights"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine")
-    sail.main(["--model", base, *SHORT, "--steps", "1", "--out", str(tmp_path), *more])
+    sail_main(["--model", base, *SHORT, "--steps", "1", "--out", str(tmp_path), *more])
     assert (tmp_path / "notes.txt").read_text() == (tmp_path / "other/model/weights").read_text() == "mine"
 
 
 def test_the_toys_sft_model_lies_where_run_sh_makes_it(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["sail.py"])
-    sft, pr = (sail.parse_args(["--variant", variant]) for variant in ("sft", "pr"))
+    sft, pr = (sail_args(["--variant", variant]) for variant in ("sft", "pr"))
     assert f"{sft.out}/model" == pr.model == "runs/toy/sft/model"
     script = (ROOT / "run.sh").read_text()
     assert 'source=toy' in script and '"$runs/sft/model"' in script
@@ -102,7 +107,7 @@ def test_an_interrupted_sft_of_the_toy_is_continued_by_the_run_that_needs_it(tmp
     started = []
     monkeypatch.setattr(sail, "train", lambda args, device: started.append((args.variant, args.resume)))
     monkeypatch.setattr(sail, "draw_toy_pairs", lambda *_: None)
-    sail.main(["--variant", "pr"])
+    sail_main(["--variant", "pr"])
     assert started == [("sft", True), ("pr", False)]
 
 
@@ -145,7 +150,7 @@ def test_a_run_that_sigterm_stopped_exits_with_0(run, monkeypatch):
 
     monkeypatch.setattr(sail, "training_step", step)
     with pytest.raises(SystemExit) as stop:
-        sail.main([*argv, "--overwrite"])
+        sail_main([*argv, "--overwrite"])
     assert stop.value.code == 0 and len(rows_of(out)) == 1 and (out / "checkpoints/1").is_dir()
 
 
@@ -212,13 +217,13 @@ def test_skipped_steps_leave_the_schedule_where_it_was_also_after_a_resume(run, 
         return losses * (math.nan if len(steps) in (2, 5) else 1), metrics
 
     monkeypatch.setattr(sail, "preference_losses", losses_of)
-    sail.main([*argv, "--overwrite"])
+    sail_main([*argv, "--overwrite"])
     rates = [row["learning_rate"] for row in rows_of(out)]
     assert rates == pytest.approx([1e-4, 2e-4, 2e-4, 3e-4, 4e-4, 4e-4, 5e-4, 6e-4])
     whole = rows_of(out)
     shutil.rmtree(out / "checkpoints/8")
     shutil.rmtree(out / "model")
-    sail.main([*argv, "--resume"])
+    sail_main([*argv, "--resume"])
     assert rows_of(out) == whole
 
 
@@ -257,7 +262,7 @@ def test_half_a_line_past_the_checkpoint_is_cut_off(run, finished):
     out, argv = run
     with open(out / "metrics.jsonl", "a") as log:
         log.write('{"step": 5, "lo')
-    sail.main([*argv, "--resume"])
+    sail_main([*argv, "--resume"])
     assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
 
 
@@ -288,7 +293,7 @@ def test_without_torch_each_script_says_in_one_line_what_to_type(tmp_path):
 
 
 def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_model_is(base, tmp_path, capsys):
-    sail.main(["--model", base, *SHORT, "--steps", "1", "--out", str(tmp_path / "run")])
+    sail_main(["--model", base, *SHORT, "--steps", "1", "--out", str(tmp_path / "run")])
     lines = capsys.readouterr().out.splitlines()
     size = sum(parameter.numel() for parameter in load_policy(base)[0].parameters())
     assert lines[0] == f"{base} on cpu in float32: {size:,} of {size:,} parameters are trained"
@@ -305,24 +310,6 @@ def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_mode
     assert lines[9] == "evaluating: a response of up to 6 tokens to each of 4 held-out prompts …"
     assert lines[-1].startswith(f"saved {tmp_path}/run/model; `python evaluate.py {tmp_path}/run --reward ")
 
-
-
-def test_tensorboard_gets_the_metrics_and_the_held_out_figures(base, tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    sail.main(["--model", base, *SHORT, "--steps", "2", "--out", str(tmp_path), "--tensorboard"])
-    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [point.step for point in events.Scalars("metrics/loss")] == [1, 2]
-    assert [point.value for point in events.Scalars("metrics/loss")] == pytest.approx(
-        [row["loss"] for row in rows_of(tmp_path)])
-    assert {"eval/reward", "eval/kl"} <= set(events.Tags()["scalars"])
-
-
-def test_tensorboard_without_the_package_is_named(base, tmp_path, monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    argv = ["--model", base, *SHORT, "--steps", "1", "--out", str(tmp_path), "--tensorboard"]
-    assert "needs a package: pip install tensorboard" in refused(argv, monkeypatch, capsys)
 
 
 def test_a_process_that_does_not_come_is_named_by_one_that_waited():

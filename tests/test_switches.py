@@ -7,17 +7,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run_of, tiny_model
+from conftest import TOY_REWARD, run_of, sail_args, sail_main, tiny_model
 from ranks import pairs_of
 
 import evaluate
 import generate
+import reward
 import sail
 from formats import Pair
 from generate import add_adapter, load_policy
+from runtime.command_line import InputError
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.run_directory import write_line, write_rows
-from sail import draw_pairs, parse_args, preference_losses, record_of
+from sail import draw_pairs, preference_losses, record_of
 from toy import toy_model
 
 SHORT = ["--batch-size", "4", "--limit", "40", "--eval-limit", "4", "--eval-every", "0",
@@ -27,13 +29,13 @@ CPU = torch.device("cpu")
 
 def train(base, out, *more):
     """Train for a few steps; returns metrics.jsonl."""
-    sail.main(["--model", base, *SHORT, "--out", str(out), *more])
+    sail_main(["--model", base, *SHORT, "--out", str(out), *more])
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses_of(*flags, variant="pr", draw=None):
     """preference_losses of six pairs, of which three take the variant's way: (losses, metrics, pairs)."""
-    args = parse_args(["--variant", variant, *flags])
+    args = sail_args(["--variant", variant, *flags])
     offline, own = pairs_of(6, variant)
     for pair in own:
         pair.preference = 0.7
@@ -69,15 +71,51 @@ def test_the_preference_of_a_step_is_soft_or_hard(kind, base, tmp_path, monkeypa
         assert p == (1.0 if kind == "hard" else pytest.approx(1 / (1 + math.exp(-difference))))
 
 
-def test_the_label_that_training_follows_is_the_preferred_one(base, tmp_path):
+@pytest.mark.parametrize("prefer, chosen", [("better", "good"), ("safer", "harmless")])
+def test_the_label_that_is_followed_is_the_preferred_one(prefer, chosen, base, tmp_path, monkeypatch):
+    """In training and on held-out pairs of another file, by every script that has the flag. So is --limit,
+    which is of the training pairs alone."""
     row = {"prompt": "Q", "response_0": "good", "response_1": "harmless", "better_response_id": 0,
            "safer_response_id": 1}
     file = tmp_path / "pku.jsonl"
     file.write_text("".join(json.dumps({**row, "prompt": f"Q{n}"}) + "\n" for n in range(40)))
-    for prefer, chosen in (("better", "good"), ("safer", "harmless")):
-        args = parse_args(["--variant", "dpo", "--model", base, "--data", str(file), "--prefer", prefer])
-        pairs, held_out, *_ = sail.load_data(args, CPU)
-        assert {pair.chosen for pair in pairs + held_out} == {chosen}
+    flags = ["--data", str(file), "--eval-data", str(file), "--prefer", prefer, "--limit", "30"]
+    by_sail = sail.load_data(sail_args(["--variant", "dpo", "--model", base, *flags]), CPU)[:2]
+    _, settings = evaluate.find_run(base, evaluate.make_parser().parse_args(flags[:-2]))
+    by_evaluate, _ = evaluate.held_out_pairs(settings, None)
+    by_reward = []
+    monkeypatch.setattr(reward, "encode_for_reward",
+                        lambda pairs, _: by_reward.append(pairs) or ([], Counter(), {}))
+    with pytest.raises(InputError, match="no pair of 30 can be told apart"):
+        reward.train_reward(reward.parse_args(["--train", "--model", base, *flags]))
+    read = [[pair.chosen for pair in pairs] for pairs in (*by_sail, by_evaluate, *by_reward)]
+    assert read == [[chosen] * n for n in (30, 40, 40, 30, 40)]
+
+
+def test_so_many_prompts_as_the_flag_says_are_answered_at_a_time(base, held_out, tmp_path, monkeypatch):
+    """In rollouts and evaluations of a run, by evaluate.py, which takes the run's number unless it has its
+    own, and by generate.py. Each model that is loaded has first answered two."""
+    seen, original = [], generate.draw
+
+    def watched(model, prompt_ids, *more):
+        seen.append(len(prompt_ids))
+        return original(model, prompt_ids, *more)
+
+    def numbers(main, *argv):
+        seen.clear()
+        monkeypatch.setattr("sys.argv", ["script.py", *argv])
+        main()
+        return list(seen)
+
+    monkeypatch.setattr(generate, "draw", watched)
+    train(base, tmp_path / "run", "--variant", "pr", "--mix", "1", "--steps", "1", "--sample-batch-size", "3")
+    assert seen == [2, 3, 1, 3, 1]
+    argv = [str(tmp_path / "run"), "--eval-limit", "4", "--reward", TOY_REWARD]
+    assert numbers(evaluate.main, *argv) == [2, 2, 3, 1]
+    assert numbers(evaluate.main, *argv, "--sample-batch-size", "4") == [2, 2, 4]
+    assert numbers(generate.main, "--model", base, "--data", held_out, "--limit", "4", "--sample-batch-size",
+                   "3", "--max-prompt-length", "8", "--max-response-length", "6", "--out",
+                   str(tmp_path / "responses.jsonl")) == [2, 3, 1]
 
 
 def test_the_anchor_adds_its_weight_times_the_reverse_kl():
@@ -87,8 +125,8 @@ def test_the_anchor_adds_its_weight_times_the_reverse_kl():
     wanted = 0.5 * measured["revkl"].item()
     assert added.min() > 1e-3 and added.mean().item() == pytest.approx(wanted, rel=1e-4)
     assert metrics["revkl"] == 0
-    assert parse_args(["--variant", "pp"]).revkl_coef == 0.3           # the toy's
-    assert parse_args(["--variant", "pp", "--data", "x.jsonl", "--model", "m"]).revkl_coef == 0
+    assert sail_args(["--variant", "pp"]).revkl_coef == 0.3           # the toy's
+    assert sail_args(["--variant", "pp", "--data", "x.jsonl", "--model", "m"]).revkl_coef == 0
 
 
 @pytest.mark.parametrize("kind", ["running", "none"])
@@ -160,7 +198,7 @@ def test_the_norm_to_clip_to_is_the_flags(base, tmp_path, monkeypatch):
 
 
 def test_sft_weighs_tokens_alike_not_pairs():
-    args = parse_args(["--variant", "sft"])
+    args = sail_args(["--variant", "sft"])
     pairs, _ = pairs_of(7, "dpo")
     assert len({len(pair.chosen_ids) for pair in pairs}) > 1
     policy = tiny_model(seed=1)
@@ -192,7 +230,7 @@ def test_a_steps_figures_are_means_over_what_they_are_of():
     totals = Counter(pairs=10, on_policy=4, self_labelled=5, offline=6, samples=8, sampled_tokens=40,
                      unfinished=2, reward=16.0, kl=2.0, nll=3.0, loss=7.0, label_reversed=1, ties=3,
                      tokens=99)
-    row = record_of(3, totals, parse_args(["--variant", "pr"]))
+    row = record_of(3, totals, sail_args(["--variant", "pr"]))
     wanted = dict(step=3, loss=0.7, kl=0.5, reward=2.0, response_length=5.0, unfinished=0.25, nll=0.5,
                   on_policy=0.4, self_labelled=0.5, label_reversed=0.2, ties=3, tokens=99)
     assert {name: row[name] for name in wanted} == pytest.approx(wanted)
@@ -204,7 +242,7 @@ def test_a_steps_sums_are_of_what_it_has_worked_on():
              Pair("", "", "", [1] * 4, [1], [1] * 7, rewards=(2.0, 0.5)),
              Pair("", "", "", [1], [1], [1], rewards=(3.0, 1.0))]
     for variant, tokens in (("sft", 2 + 3 + 4 + 1 + 2), ("pr", 2 * (2 + 4) + 3 + 1 + 5 + 7 + 4)):
-        totals = sail.count(pairs, parse_args(["--variant", variant]))
+        totals = sail.count(pairs, sail_args(["--variant", variant]))
         assert totals["tokens"] == tokens and totals["chosen_tokens"] == 5
         assert totals["ties"] == 1 and totals["reward"] == 8.5
 
@@ -215,23 +253,25 @@ def test_what_is_not_finite_is_written_as_null(tmp_path):
     assert row == dict(step=1, loss=None, kl=None, reward=0.5)
 
 
-def test_rows_that_were_dropped_from_either_file_are_counted_by_reason_and_in_all(base, tmp_path):
-    good = [dict(prompt=f"Q{n}", chosen="a", rejected="b") for n in range(3)]
+def test_rows_that_were_dropped_from_either_file_or_altered_are_counted_by_reason_and_in_all(base, tmp_path):
+    good = [dict(prompt=f"Q{n}", chosen=f"Q{n} a", rejected=f"Q{n} b") for n in range(3)]
     bad = [dict(prompt="Q", chosen="a", rejected="a"), dict(prompt="", chosen="a", rejected="b"),
            dict(prompt="Q", chosen="", rejected="b")]
     write_rows(tmp_path / "train.jsonl", good + bad)
     write_rows(tmp_path / "held-out.jsonl", good + bad[:1])
-    args = parse_args(["--variant", "dpo", "--model", base, "--data", str(tmp_path / "train.jsonl"),
+    args = sail_args(["--variant", "dpo", "--model", base, "--data", str(tmp_path / "train.jsonl"),
                        "--eval-data", str(tmp_path / "held-out.jsonl")])
     train, held_out, _, counts, held_out_counts = sail.load_data(args, CPU)
     assert len(train) == len(held_out) == 3
-    assert counts == {"dropped": 3, "chosen equals rejected": 1, "empty prompt": 1, "empty response": 1}
-    assert held_out_counts == {"dropped": 1, "chosen equals rejected": 1}
+    altered = {"prompts repeated in their responses, taken out": 3}
+    assert counts == {"dropped": 3, "chosen equals rejected": 1, "empty prompt": 1, "empty response": 1,
+                      **altered}
+    assert held_out_counts == {"dropped": 1, "chosen equals rejected": 1, **altered}
 
 
 def test_the_held_out_loss_of_sft_is_per_token(base):
     policy, tokenizer = load_policy(base)
-    args = parse_args(["--variant", "sft", "--max-response-length", "4"])
+    args = sail_args(["--variant", "sft", "--max-response-length", "4"])
     pairs = [Pair("Q", "a", None, [5, 6], [7, 8, 9, 1]), Pair("Q", "b", None, [5, 6], [7])]
     figures, _ = evaluate.evaluate_policy(policy, None, tokenizer, pairs, None, args)
     with torch.no_grad():
@@ -244,7 +284,7 @@ def test_held_out_figures_are_what_their_names_say(base, monkeypatch):
     reference, _ = load_policy(base)
     with torch.no_grad():
         policy.get_output_embeddings().weight.mul_(1.5)
-    args = parse_args(["--variant", "dpo", "--beta", "0.7"])
+    args = sail_args(["--variant", "dpo", "--beta", "0.7"])
     pairs, _ = pairs_of(8, "dpo")
     for pair in pairs:
         pair.prompt, pair.chosen, pair.rejected = "Q", "a", "b"
@@ -290,7 +330,7 @@ def test_other_held_out_pairs_are_other_data(base, held_out, tmp_path):
 # --- seeds
 
 def test_every_step_draws_its_labels_anew():
-    args = parse_args(["--variant", "dp"])
+    args = sail_args(["--variant", "dp"])
     examples, _ = pairs_of(8, "dpo")
     draws = [[pair.label_draw for side in draw_pairs(examples, step, args, 8, 2) for pair in side]
              for step in (1, 2)]
@@ -301,7 +341,7 @@ def test_the_seed_is_that_of_the_held_out_samples(base, held_out):
     policy, tokenizer = load_policy(base)
 
     def samples(seed):
-        args = parse_args(["--variant", "sft", "--seed", seed, "--max-response-length", "8"])
+        args = sail_args(["--variant", "sft", "--seed", seed, "--max-response-length", "8"])
         pairs = [Pair("Q", None, None, [5, 6]) for _ in range(4)]
         _, rows = evaluate.evaluate_policy(policy, None, tokenizer, pairs, None, args)
         return [row["response"] for row in rows]

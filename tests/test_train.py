@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import sail_args, sail_main, tiny_model
 from ranks import batch_gradient, pairs_of
+from test_scale import rows_of
 
 import sail
 from runtime.command_line import seeded
@@ -19,18 +20,17 @@ from generate import load_policy
 from formats import Pair
 from runtime.packing import allow_packing
 from runtime.processes import own_device
-from sail import draw_pairs, parse_args, plan
-from toy import toy_model
+from sail import draw_pairs, plan
+from toy import write_world
 
 ROOT = Path(sail.__file__).parent
+COMMON = ["--steps", "3", "--batch-size", "10", "--limit", "60", "--eval-limit", "4"]
 
 
 def run(base, out, *more):
     """Train on the toy for a few steps; returns metrics.jsonl as rows without their seconds."""
-    sail.main(["--model", base, "--steps", "3", "--batch-size", "10", "--limit", "60",
-                      "--out", str(out), "--eval-limit", "4", *more])
-    return [{key: value for key, value in json.loads(line).items() if not key.startswith("seconds")}
-            for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    sail_main(["--model", base, *COMMON, "--out", str(out), *more])
+    return rows_of(out)
 
 
 # --- budget and batches
@@ -43,7 +43,7 @@ def numbered(n):
 @pytest.mark.parametrize("mix", [0.0, 0.1, 0.3, 1 / 3, 0.7, 0.99])
 @pytest.mark.parametrize("n, epochs", [(7, 1), (100, 3), (33, 2.5)])
 def test_every_offline_pair_is_seen_epochs_times_whatever_the_mix(n, epochs, mix):
-    args = parse_args(["--variant", "dp", "--mix", str(mix), "--epochs", str(epochs), "--batch-size", "10"])
+    args = sail_args(["--variant", "dp", "--mix", str(mix), "--epochs", str(epochs), "--batch-size", "10"])
     total, steps = plan(n, args)
     batches, offline, own = [], [], []
     for step in range(1, steps + 1):
@@ -60,7 +60,7 @@ def test_every_offline_pair_is_seen_epochs_times_whatever_the_mix(n, epochs, mix
 
 
 def test_mix_one_is_epochs_of_the_prompts_on_the_variants_route():
-    args = parse_args(["--variant", "pr", "--mix", "1", "--epochs", "2", "--batch-size", "10"])
+    args = sail_args(["--variant", "pr", "--mix", "1", "--epochs", "2", "--batch-size", "10"])
     total, steps = plan(25, args)
     assert (total, steps) == (50, 5)
     drawn = [draw_pairs(numbered(25), step, args, 50, 5) for step in range(1, 6)]
@@ -71,7 +71,7 @@ def test_mix_one_is_epochs_of_the_prompts_on_the_variants_route():
 
 def test_the_epochs_are_shuffled_differently_and_by_the_seed():
     def ids(seed):
-        args = parse_args(["--variant", "dpo", "--epochs", "2", "--batch-size", "50", "--seed", str(seed)])
+        args = sail_args(["--variant", "dpo", "--epochs", "2", "--batch-size", "50", "--seed", str(seed)])
         return [pair.prompt for step in (1, 2) for pair in draw_pairs(numbered(50), step, args, 100, 2)[0]]
 
     assert ids(0) == ids(0) != ids(1) and ids(0)[:50] != ids(0)[50:] and ids(0) != sorted(ids(0))
@@ -129,7 +129,7 @@ def test_any_two_of_purpose_seed_step_and_rank_give_different_streams():
 
 def test_the_order_and_the_label_draws_are_of_the_seed_also_of_those_that_32_bits_confuse():
     def drawn(seed):
-        args = parse_args(["--variant", "dp", "--seed", str(seed)])
+        args = sail_args(["--variant", "dp", "--seed", str(seed)])
         offline, own = draw_pairs(numbered(50), 1, args, 50, 1)
         return tuple(pair.prompt for pair in offline + own), tuple(pair.label_draw for pair in offline + own)
 
@@ -288,7 +288,7 @@ def test_the_baseline_follows_the_utility_of_past_fresh_pairs(base, tmp_path, mo
 
 
 def test_the_logged_kl_is_the_mean_log_ratio_of_the_fresh_responses():
-    args = parse_args(["--variant", "pr"])
+    args = sail_args(["--variant", "pr"])
     offline, fresh = pairs_of(6, "pr")
     pairs = offline + fresh
     policy, reference = tiny_model(seed=1), tiny_model(seed=2)
@@ -300,7 +300,7 @@ def test_the_logged_kl_is_the_mean_log_ratio_of_the_fresh_responses():
 def test_nll_is_that_of_the_datas_chosen_responses_and_not_of_pairs_on_the_variants_route():
     """As neither a self-labelled pair nor a sampled response is one that the data prefers."""
     for variant in ("dp", "pr"):
-        args = parse_args(["--variant", variant, "--nll-coef", "0.5"])
+        args = sail_args(["--variant", variant, "--nll-coef", "0.5"])
         offline, own = pairs_of(6, variant)
         pairs, models = offline + own, (tiny_model(seed=1), tiny_model(seed=2))
         losses, metrics = sail.preference_losses(*models, pairs, args, baseline=0.0)
@@ -314,37 +314,43 @@ def test_nll_is_that_of_the_datas_chosen_responses_and_not_of_pairs_on_the_varia
         assert metrics["nll"].item() == pytest.approx(sum(nll) / 6, rel=1e-4)
 
 
-def launched(base, out, *more):
-    """The same run as run(), on two ranks of torchrun."""
+FRESH = ["--batch-size", "7", "--variant", "pr", "--mix", "1", "--max-response-length", "12"]
+RUNS = {**{variant: ["--batch-size", "7", "--variant", variant, "--learning-rate", "1e-3"]
+           for variant in ("sft", "dp")}, "pr": FRESH, "pr again": FRESH}
+
+
+@pytest.fixture(scope="module")
+def on_two_ranks(base, tmp_path_factory):
+    """The directory with the results of RUNS, on two ranks of torchrun, in one launch."""
+    path = tmp_path_factory.mktemp("ranks")
+    write_world()
+    arguments = [["--model", base, *COMMON, *more, "--out", str(path / name)] for name, more in RUNS.items()]
+    (path / "runs.json").write_text(json.dumps(arguments))
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                    ROOT / "sail.py", "--model", base, "--steps", "3", "--batch-size", "7", "--limit", "60",
-                    "--out", out, "--eval-limit", "4", *more], check=True, timeout=200,
+                    ROOT / "tests/ranks.py", "runs", path / "runs.json"], check=True, timeout=200,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
+    return path
 
 
 @pytest.mark.parametrize("variant", ["sft", "dp"])
-def test_a_run_on_two_ranks_is_that_of_one_process(base, tmp_path, variant):
-    more = ["--variant", variant, "--learning-rate", "1e-3"]
-    alone = run(base, tmp_path / "one", *more, "--batch-size", "7", "--micro-batch-size", "2")
-    for one, two in zip(alone, launched(base, tmp_path / "two", *more), strict=True):
+def test_a_run_on_two_ranks_is_that_of_one_process(base, on_two_ranks, tmp_path, variant):
+    alone = run(base, tmp_path, *RUNS[variant], "--micro-batch-size", "2")
+    for one, two in zip(alone, rows_of(on_two_ranks / variant), strict=True):
         measured = {key: value for key, value in one.items() if value is not None}
         assert (set(two) == set(one)
                 and {key: two[key] for key in measured} == pytest.approx(measured, rel=1e-3, abs=1e-5))
 
 
-def test_ranks_draw_different_samples_and_a_rerun_repeats_them(base, tmp_path):
-    more = ["--variant", "pr", "--mix", "1", "--max-response-length", "12"]
-    rows = launched(base, tmp_path / "two", *more)
-    assert rows == launched(base, tmp_path / "again", *more)
-    assert rows[0]["reward"] != run(base, tmp_path / "one", *more, "--batch-size", "7")[0]["reward"]
+def test_ranks_draw_different_samples_and_a_rerun_repeats_them(base, on_two_ranks, tmp_path):
+    rows = rows_of(on_two_ranks / "pr")
+    assert rows == rows_of(on_two_ranks / "pr again")
+    assert rows[0]["reward"] != run(base, tmp_path, *FRESH)[0]["reward"]
 
 
 def test_the_gradient_is_that_of_the_mean_loss(base, tmp_path):
     more = ["--variant", "dp", "--reference", base, "--steps", "1", "--batch-size", "10", "--limit", "60"]
     row = run(base, tmp_path, *more)[0]
-    args = parse_args(["--model", base, *more])
+    args = sail_args(["--model", base, *more])
     loaded, *_ = sail.load_run(args, torch.device("cpu"))
     offline, own = draw_pairs(loaded.examples, 1, args, 10, 1)
     losses, _ = sail.preference_losses(loaded.policy, loaded.reference, offline + own, args, 0.0)
@@ -354,12 +360,13 @@ def test_the_gradient_is_that_of_the_mean_loss(base, tmp_path):
             and row["loss"] == pytest.approx(losses.mean().item()))
 
 
-def test_another_reference_is_used_and_never_moves(base, tmp_path):
-    other = tmp_path / "other"
-    for part in toy_model(seed=6):
-        part.save_pretrained(other)
+@pytest.mark.parametrize("more", [[], ["--lora", "4"]], ids=["whole", "lora"])
+def test_another_reference_is_used_and_never_moves(base, tmp_path, more):
+    if more:
+        pytest.importorskip("peft")
+    other = Path(base, "reference")
     before = {path.name: path.read_bytes() for path in other.iterdir()}
-    rows = run(base, tmp_path / "run", "--variant", "dpo", "--reference", str(other))
+    rows = run(base, tmp_path / "run", "--variant", "dpo", "--reference", str(other), *more)
     assert rows[0]["loss"] != pytest.approx(math.log(2), abs=1e-4)
     assert before == {path.name: path.read_bytes() for path in other.iterdir()}
 

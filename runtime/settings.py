@@ -1,0 +1,164 @@
+"""Settings: declared once, as fields of a dataclass, from which flags, checks and args.json follow.
+
+A field is made by `setting`, with its default, its help and its range; its type is the annotation. `Parser`
+turns fields into flags, `read_settings` reads them back from a run's args.json. A field without help is no
+flag: a study sets it, as in sail.main(flags, warmup_steps=0).
+"""
+import argparse
+import dataclasses
+import math
+import sys
+import typing
+from dataclasses import dataclass, fields
+
+from runtime.command_line import InputError
+from runtime.run_directory import read_json
+
+
+def setting(default, help=None, low=-math.inf, high=math.inf, choices=None, metavar=None, may_change=False):
+    """A field of a dataclass of settings. low, high: the range of a number. metavar: how the help names a
+    value. may_change: whether --resume may give it another value."""
+    declared = dict(help=help, low=low, high=high, choices=choices, metavar=metavar, may_change=may_change)
+    return dataclasses.field(default=default, metadata=declared)
+
+
+def same_as(cls, name, **changes):
+    """The field of this name of another dataclass of settings, with a default of its own if one is given."""
+    field, = (field for field in fields(cls) if field.name == name)
+    return setting(**{"default": field.default, **field.metadata, **changes})
+
+
+def flag_of(name):
+    """max_length -> --max-length."""
+    return "--" + name.replace("_", "-")
+
+
+def kind_of(cls, name):
+    """The type of a field's value: int, float, str or bool, also where None is allowed."""
+    annotation = typing.get_type_hints(cls)[name]
+    kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
+    return kinds[0] if kinds else annotation
+
+
+def converter(cls, field):
+    """A function from a text to the field's value; it raises ArgumentTypeError for one out of range."""
+    kind, declared = kind_of(cls, field.name), field.metadata
+
+    def convert(text):
+        value = kind(text)
+        low, high = declared["low"], declared["high"]
+        if kind in (int, float) and not (low <= value <= high and math.isfinite(value)):
+            raise argparse.ArgumentTypeError(f"{text} is not in {low:g} … {high:g}")
+        if declared["choices"] and value not in declared["choices"]:
+            known = ", ".join(declared["choices"])
+            raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {known})")
+        return value
+
+    convert.__name__ = kind.__name__                     # argparse names it where `text` is no such number
+    return convert
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with short help, one-line errors and flags from settings. `parse_args` returns only what was
+    given: the defaults are the dataclass's. A flag may be written with _ as well as with -."""
+
+    def __init__(self, description, arguments=""):
+        super().__init__(description=description, usage=f"%(prog)s [flags]{arguments}", allow_abbrev=False,
+                         argument_default=argparse.SUPPRESS,
+                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=35))
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+    def add_settings(self, cls, *names, title=None, **helps):
+        """Add flags for these fields of a dataclass, all of them for none; helps: {field: its help here}."""
+        add = self.add_argument_group(title).add_argument if title else self.add_argument
+        for field in fields(cls):
+            declared = field.metadata
+            if declared["help"] is None or names and field.name not in names:
+                continue
+            help = helps.get(field.name, declared["help"])
+            if kind_of(cls, field.name) is bool:
+                add(flag_of(field.name), action="store_true", help=help)
+                continue
+            if field.default is not None and field.name not in helps:
+                help += f" ({field.default})"
+            help = help.replace("%", "%%")
+            metavar = declared["metavar"]
+            if declared["choices"]:
+                metavar = f"{{{','.join(declared['choices'])}}}"
+            add(flag_of(field.name), type=converter(cls, field), metavar=metavar, help=help)
+
+    def parse_known_args(self, args=None, namespace=None):
+        words = []
+        for word in sys.argv[1:] if args is None else args:
+            if word.startswith("--"):
+                flag, equals, value = word.partition("=")
+                word = flag.replace("_", "-") + equals + value
+            words.append(word)
+        return super().parse_known_args(words, namespace)
+
+
+def read_settings(file, cls, *names):
+    """{name: value} of those of these fields that a run's args.json holds. It may have been edited: raises
+    InputError for a value that no flag accepts."""
+    saved, settings = read_json(file), {}
+    for field in fields(cls):
+        value = saved.get(field.name)
+        if value is None or field.name not in names:
+            continue
+        try:
+            settings[field.name] = converter(cls, field)(str(value))
+        except (argparse.ArgumentTypeError, ValueError) as error:
+            raise InputError(f"{file}: argument {flag_of(field.name)}: {error}; no run has written "
+                             "this") from None
+    return settings
+
+
+TOKENS = dict(low=1, metavar="N")
+
+
+@dataclass
+class Settings:
+    """What a training run works on, how long, on what machine, and where it writes. Fields without a help
+    are no flags."""
+    # models and data
+    model: str | None = setting(None, "a directory or hub name")
+    lora: int | None = setting(None, "train a LoRA adapter of this rank (needs peft)", low=1, metavar="RANK")
+    data: str | None = setting(None, "a .jsonl, .json, .csv or .parquet file, or a hub name")
+    eval_data: str | None = setting(None, "held-out pairs (one prompt in twenty of --data)")
+    prefer: str = setting("better", "label of PKU-SafeRLHF", choices=("better", "safer"))
+    max_prompt_length: int = setting(512, "tokens; longer prompts lose their oldest turns", **TOKENS)
+    max_response_length: int = setting(512, "tokens; longer responses are cut on the right", **TOKENS)
+    seed: int = setting(0, "random seed", low=0, metavar="N")
+    trust_remote_code: bool = setting(False, "run code that comes with a hub model")
+    # optimisation
+    epochs: float = setting(1.0, "times each pair of the data is seen", low=1e-12)
+    steps: int | None = setting(None, "optimizer steps, instead of --epochs", low=1)
+    batch_size: int = setting(32, "pairs per step, over all processes", low=1)
+    learning_rate: float | None = setting(None, "after the warm-up, a tenth of all steps", low=1e-12)
+    dtype: str | None = setting(None, "to compute in (bfloat16 on a GPU that has it)",
+                                choices=("float32", "bfloat16"))
+    sample_batch_size: int = setting(64, "prompts answered at a time", low=1, metavar="N")
+    eval_every: int = setting(100, "steps between evaluations; 0: at the end alone", low=0, metavar="N")
+    eval_limit: int = setting(128, "held-out pairs to evaluate on", low=1, metavar="N")
+    optimizer: str = setting("adamw", choices=("adamw", "rmsprop"))
+    schedule: str = setting("constant", choices=("constant", "cosine"))          # after the warm-up
+    warmup_steps: int | None = setting(None, low=0)                              # None: a tenth of all steps
+    max_grad_norm: float = setting(1.0, low=1e-12)
+    limit: int | None = setting(None, low=1)                                     # the first N pairs alone
+    date: str | None = setting(None)            # what a chat template that asks for the date is told
+    # memory, speed, output
+    micro_batch_size: int | None = setting(None, low=1, may_change=True)         # None: what memory allows
+    gradient_checkpointing: bool = setting(False, "compute activations twice, keep fewer", may_change=True)
+    shard: bool = setting(False, "split model and optimizer over the processes (FSDP2)", may_change=True)
+    out: str | None = setting(None, "directory for logs and model", may_change=True)
+    save_every: int | None = setting(None, "a checkpoint every N steps; two stay", low=1, metavar="N",
+                                     may_change=True)
+    resume: bool = setting(False, "continue from OUT's newest checkpoint, if any", may_change=True)
+    overwrite: bool = setting(False, "delete an earlier run in OUT before starting", may_change=True)
+
+
+def may_change(settings):
+    """The names of the settings that may have another value when a run is continued."""
+    return [field.name for field in fields(settings) if field.metadata["may_change"]]
