@@ -363,7 +363,7 @@ def draw(model, prompt_ids, end_ids, max_response_length, num_responses, tempera
     what = f"responses to {len(prompt_ids)} prompts, tokens"
     for length in progress(range(1, max_response_length + 1), what):
         tokens = draw_tokens(logits, temperature)                                                   # (B, 1)
-        for response, token in zip(going, tokens[:, 0].tolist()):
+        for response, token in zip(going, tokens[:, 0].tolist(), strict=True):
             response.append(token)
         going_on = (~torch.isin(tokens[:, 0], end_ids)).nonzero()[:, 0]
         if not len(going_on) or length == max_response_length:
@@ -408,9 +408,9 @@ def roll_out(policy, tokenizer, pairs, sides, args):
         responses, finished = sample(policy, tokenizer, prompts, args.max_response_length, len(sides),
                                      batch_size=args.sample_batch_size)
     sampled = []
-    for pair, ids_of_sides, done in zip(pairs, responses, finished):
+    for pair, ids_of_sides, done in zip(pairs, responses, finished, strict=True):
         new = {"preference": 1.0}                                      # the data's was of another response
-        for side, ids in zip(sides, ids_of_sides):
+        for side, ids in zip(sides, ids_of_sides, strict=True):
             new[f"{side}_ids"] = ids
             new[side] = response_text(tokenizer, ids, pair.prompt_ids)
         sampled.append(replace(pair, **new, samples=len(sides), sampled_tokens=sum(map(len, ids_of_sides)),
@@ -461,7 +461,7 @@ def answer(model, tokenizer, prompts, temperature, args):
         responses, finished = sample(model, tokenizer, prompt_ids, args.max_response_length, 1, temperature,
                                      args.sample_batch_size)
     rows = []
-    for prompt, context, (ids,), (done,) in zip(asked, prompt_ids, responses, finished):
+    for prompt, context, (ids,), (done,) in zip(asked, prompt_ids, responses, finished, strict=True):
         text = response_text(tokenizer, ids, context)
         rows.append(dict(prompt=prompt, response=text, tokens=len(ids), finished=done))
     return rows, dropped

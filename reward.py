@@ -280,7 +280,7 @@ def label_by_reward(pairs, reward, preference="hard"):
     prompts = [pair.prompt for pair in pairs]
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     scores = reward(prompts + prompts, responses)
-    for pair, chosen, rejected in zip(pairs, scores[:len(pairs)], scores[len(pairs):]):
+    for pair, chosen, rejected in zip(pairs, scores[:len(pairs)], scores[len(pairs):], strict=True):
         if rejected > chosen:
             chosen, rejected = rejected, chosen
             swap_responses(pair)
@@ -302,7 +302,7 @@ def label_by_preference(pairs, preference):
     prompts = [pair.prompt for pair in pairs]
     firsts = [pair.chosen for pair in pairs]
     seconds = [pair.rejected for pair in pairs]
-    for pair, probability in zip(pairs, preference(prompts, firsts, seconds)):
+    for pair, probability in zip(pairs, preference(prompts, firsts, seconds), strict=True):
         if probability < 0.5:
             probability = 1 - probability
             swap_responses(pair)
@@ -417,7 +417,7 @@ def load_reward_data(args, ids_of):
 
 
 def train_reward(args):
-    """Train a reward model, and evaluate it on held-out pairs before, on the way and after; returns it. Raises
+    """Train a reward model, evaluate it on held-out pairs before, on the way and after, and return it. Raises
     InputError for bad input, and after ten steps in a row that are not finite."""
     out = Path(args.out)
     refuse_inputs_inside(out, {flag_of(name): getattr(args, name) for name in ("model", "data", "eval_data")})

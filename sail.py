@@ -52,7 +52,7 @@ from runtime.processes import (
     share_of_process, sum_gradients, with_equal_counts, world_size)
 from runtime.run_directory import (
     date_of, fingerprint, fingerprint_files, refuse_inputs_inside, run_directory, save_model)
-from runtime.settings import Parser, Settings, flag_of, setting
+from runtime.settings import Objective, Parser, Settings, flag_of, setting
 from runtime.training import micro_batches, steps, training
 
 import torch
@@ -214,7 +214,7 @@ class Variant:
     def unused(self):
         """The settings that have no effect on this variant."""
         if self.likelihood:
-            return {each.name for each in fields(Method)} - {"variant", "reward"}
+            return {each.name for each in fields(Method)} - {"variant", "reward"}      # which evaluates
         unused = set()
         if self.responses == self.label == "data":
             unused.add("mix")
@@ -248,17 +248,15 @@ LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "simpo", "orpo")       
 
 
 @dataclass
-class Method:
-    """What a run optimises. Fields without a help are no flags; studies set them."""
+class Method(Objective):
+    """What a run optimises: the objective's reward, reference and β, and how. Fields without a help are no
+    flags; studies set them."""
     variant: str = setting("pr", "who responds, and who labels", choices=tuple(VARIANTS))
-    reference: str | None = setting(None, "what KL is measured to (--model as it starts)")
-    reward: str | None = setting(None, "FILE.py:FUNCTION, or a one-logit classifier")
-    preference: str = setting("soft", "a reward's P(chosen ≻ rejected): σ(reward difference), 1, or your "
-                                      "function's", metavar="{soft,hard,FILE.py:FUNCTION}")
     mix: float | None = setting(None, f"share of the variant's pairs ({defaults_of('mix')})", low=0, high=1)
     response_coef: float | None = setting(None, f"weight of T2 ({defaults_of('response_coef')})", low=0)
     label_coef: float | None = setting(None, f"weight of T3 ({defaults_of('label_coef')})", low=0)
-    beta: float = setting(0.1, "weight of the KL penalty; toy 0.5", low=1e-12)
+    preference: str = setting("soft", "a reward's P(chosen ≻ rejected): σ(reward difference), 1, or your "
+                                      "function's", metavar="{soft,hard,FILE.py:FUNCTION}")
     loss_type: str = setting("sigmoid", "the utility f", choices=LOSS_TYPES)
     nll_coef: float = setting(0.0, "weight of −log π per token of the data's chosen responses", low=0)
     revkl_coef: float = setting(0.0, "weight of KL(π_ref‖π) per token; toy pp 0.3", low=0)

@@ -56,13 +56,13 @@ def toy_reward(prompts, responses):
         raise InputError("reward toy: scores reviews of the toy's nouns; name the reward of your data with "
                          "--reward")
     scores = []
-    for prompt, response in zip(prompts, responses):
+    for prompt, response in zip(prompts, responses, strict=True):
         words = response.split()
         topic = set(prompt.split()) & set(NOUNS)
         nouns = set(words) & set(NOUNS)
         described = [word for word in words if word in ADJECTIVES or word in ADVERBS]
         opinions = []
-        for before, word in zip([""] + words, words):
+        for before, word in zip([""] + words, words, strict=False):
             if word in ADJECTIVES:
                 opinions.append(ADJECTIVES[word] * ADVERBS.get(before, 1.0))
         score = sum(opinions[:2])
@@ -116,7 +116,7 @@ def draw_toy_pairs(model, path, count=18000, seed=0):
     prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     responses, _ = sample(policy, tokenizer, prompt_ids, DEFAULTS["max_response_length"], 2, batch_size=512)
     rows = []
-    for prompt, ids in zip(prompts, responses):
+    for prompt, ids in zip(prompts, responses, strict=True):
         first, second = (response_text(tokenizer, each) for each in ids)
         rows.append(toy_pair(rng, prompt, first, second))
     write_rows(path, rows)

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +55,7 @@ def pairs_of(row):
     for _ in range(row["steps"] * row["batch"]):
         text = [" ".join(f"w{rng.randrange(words)}" for _ in range(size)) for size in (
             row["prompt"], rng.randint(*lengths) - 1, rng.randint(*lengths) - 1)]
-        rows.append(dict(zip(("prompt", "chosen", "rejected"), (text[0], " " + text[1], " " + text[2]))))
+        rows.append({"prompt": text[0], "chosen": " " + text[1], "rejected": " " + text[2]})
     return rows
 
 
@@ -98,11 +99,13 @@ def ours(row, folder):
     pairs = pairs_of(row)
     drawn = sail.order_of(len(pairs), 0, bool(route), 0)        # so that it draws in file order
     (folder / "pairs.jsonl").write_text("".join(
-        json.dumps(pair) + "\n" for _, pair in sorted(zip(drawn, pairs), key=lambda each: each[0])))
+        json.dumps(pair) + "\n"
+        for _, pair in sorted(zip(drawn, pairs, strict=True), key=lambda each: each[0])))
     (folder / "one.jsonl").write_text(json.dumps(pairs[0]) + "\n")
     mix = ["--mix", "1"] if route else []
     sail.main([
-        "--variant", row["variant"], *mix, "--model", str(folder / "model"), "--data", str(folder / "pairs.jsonl"),
+        "--variant", row["variant"], *mix, "--model", str(folder / "model"),
+        "--data", str(folder / "pairs.jsonl"),
         "--eval-data", str(folder / "one.jsonl"), "--eval-limit", "1", "--eval-every", "0",
         "--reward", f"{__file__}:reward", "--steps", str(row["steps"]), "--batch-size", str(row["batch"]),
         "--learning-rate", "1e-6", "--max-prompt-length", str(row["prompt"]),
@@ -170,7 +173,7 @@ def trl(row, folder):
             **settings), train_dataset=Dataset.from_list([{"prompt": pair["prompt"]} for pair in pairs]),
             processing_class=tokenizer, callbacks=[Clock()])
     trainer.train()
-    return dict(seconds=[end - start for start, end in zip(ends, ends[1:])], tokens=seen["tokens"],
+    return dict(seconds=[end - start for start, end in pairwise(ends)], tokens=seen["tokens"],
                 generation=seen["generation"] or [0.0] * row["steps"], scoring=[0.0] * row["steps"])
 
 
@@ -211,8 +214,9 @@ def line_of(name, rounds, peers):
              f"{sum(sum(row['tokens']) for row in rounds) / sum(seconds):,.0f}",
              f"{median([row['gigabytes'] for row in rounds]):.2f}"]
     if peers:
-        ratios = [median(peer["seconds"]) / median(row["seconds"]) for row, peer in zip(rounds, peers)]
-        memory = [row["gigabytes"] / peer["gigabytes"] for row, peer in zip(rounds, peers)]
+        ratios = [median(peer["seconds"]) / median(row["seconds"])
+                  for row, peer in zip(rounds, peers, strict=True)]
+        memory = [row["gigabytes"] / peer["gigabytes"] for row, peer in zip(rounds, peers, strict=True)]
         cells += [f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})", f"{median(memory):.2f}"]
     else:
         cells += ["", ""]
@@ -287,7 +291,7 @@ def overheads(args):
                 sail.accumulate_gradients(run_, pairs, methods[variant])
                 sail.optimizer_step(policy, optimizer, scheduler, 1.0, 0.0)
                 seconds[variant].append(time.perf_counter() - started)
-        ratios = [[one / dpo for one, dpo in list(zip(seconds[variant], seconds["dpo"]))[2:]]
+        ratios = [[one / dpo for one, dpo in list(zip(seconds[variant], seconds["dpo"], strict=True))[2:]]
                   for variant in VARIANTS[1:]]
         print(f"| {name} | " + " | ".join("{1:.3f} ({0:.3f}–{2:.3f})".format(*statistics.quantiles(each, n=4))
                                           for each in ratios) + " |", flush=True)

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 import uuid
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
@@ -18,10 +19,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from formats import read_rows
-from runtime.command_line import command_line, format_counts, InputError, number, Parser, seeded
-from runtime.processes import own_device
+from generate import Answers, answer, load_answerer
+from runtime.command_line import InputError, command_line, format_counts, seeded
 from runtime.run_directory import has_columns, refuse_output, write_rows, write_text
-from generate import answer, load_policy
+from runtime.settings import Parser, flag_of, setting
 
 BENCHMARKS = {  # name: the columns that identify its questions; the last one holds what is asked
     "MT-Bench": "question_id category turns", "Arena-Hard": "uid category prompt",
@@ -42,7 +43,7 @@ def load_questions(source, limit=None):
                          f"questions; want one of: {known}")
     *others, asked = BENCHMARKS[name].split()
     turns = [row.get(asked) if name == "MT-Bench" else [row.get(asked)] for row in rows]
-    for nth, (row, texts) in enumerate(zip(rows, turns), 1):
+    for nth, (row, texts) in enumerate(zip(rows, turns, strict=True), 1):
         complete = isinstance(texts, list) and len(texts) == 1 + (name == "MT-Bench")
         if (not complete or None in map(row.get, others)
                 or not all(isinstance(text, str) and text.strip() for text in texts)):
@@ -74,8 +75,8 @@ def answer_benchmark(model, tokenizer, benchmark, rows, turns, args):
     _, *above, name = Path(os.path.abspath(args.model)).parts
     name = "-".join(above[-2:]) or name if name == "model" else name   # runs/toy/pr/model is toy-pr
     dialogues = [[] for _ in rows]
-    for texts in zip(*turns):
-        for dialogue, text in zip(dialogues, texts):
+    for texts in zip(*turns, strict=True):
+        for dialogue, text in zip(dialogues, texts, strict=True):
             dialogue.append({"role": "user", "content": text})
         prompts = dialogues if benchmark == "MT-Bench" else texts      # one turn: as in training data
         for temperature in sorted(set(temperatures)):
@@ -84,24 +85,30 @@ def answer_benchmark(model, tokenizer, benchmark, rows, turns, args):
             answers, dropped = answer(model, tokenizer, asked, temperature, args)
             if dropped:
                 raise InputError(f"questions that cannot be asked: {format_counts(dropped)}")
-            for place, row in zip(places, answers):
+            for place, row in zip(places, answers, strict=True):
                 dialogues[place].append({"role": "assistant", "content": row["response"]})
     return [answer_row(benchmark, row, [turn["content"] for turn in dialogue[1::2]], name)
-            for row, dialogue in zip(rows, dialogues)]
+            for row, dialogue in zip(rows, dialogues, strict=True)]
 
 
-def main():
+@dataclass
+class Questions(Answers):
+    """The settings of benchmarks.py."""
+    questions: str | None = setting(None, "a file of AlpacaEval, MT-Bench or Arena-Hard")
+    out: str | None = setting(None, "the benchmark's answer file")
+    temperature: float | None = setting(None, "0: the likeliest token each time (1; for MT-Bench, FastChat's "
+                                              "for each category)", low=0)
+    data: None = setting(None)
+
+
+def main(argv=None):
     """`python experiments/benchmarks.py --model M --questions Q --out FILE`."""
-    parser = Parser("Answer a benchmark's questions.")
-    parser.add_argument("--model", required=True, help="a Hugging Face directory or name")
-    parser.add_argument("--questions", required=True, help="a file of AlpacaEval, MT-Bench or Arena-Hard")
-    parser.add_argument("--out", required=True, help="the benchmark's answer file")
-    parser.add_argument("--temperature", type=number(float, 0), help="0: the likeliest token each time "
-                        "(default: 1; for MT-Bench, FastChat's for each category)")
-    parser.shared("--sample-batch-size")
-    parser.shared("--limit", "--max-prompt-length", "--max-response-length", "--seed", "--trust-remote-code")
-    parser.set_defaults(max_prompt_length=512, max_response_length=128)
-    args = parser.parse_args()
+    parser = Parser("Answer a benchmark's questions. Defaults in brackets.")
+    parser.add_settings(Questions)
+    args = Questions(**vars(parser.parse_args(argv)))
+    for name in ("model", "questions", "out"):
+        if getattr(args, name) is None:
+            parser.error(f"argument {flag_of(name)}: is needed")
     benchmark, rows, turns = load_questions(args.questions, args.limit)
     if (Path(args.out).suffix == ".json") != (benchmark == "AlpacaEval"):
         raise InputError(f"--out {args.out}: {benchmark}'s judge wants a file that ends in "
@@ -109,8 +116,7 @@ def main():
     own = {"MT-Bench": has_columns("question_id", "answer_id"), "Arena-Hard": has_columns("uid", "ans_id"),
            "AlpacaEval": lambda text: text.startswith('[\n {\n  "dataset": ')}
     refuse_output(args.out, own[benchmark], args.questions)
-    lengths = args.max_prompt_length, args.max_response_length
-    model, tokenizer = load_policy(args.model, own_device(), args.trust_remote_code, lengths)
+    model, tokenizer = load_answerer(args)
     torch.manual_seed(seeded("answers", args.seed))
     rows = answer_benchmark(model, tokenizer, benchmark, rows, turns, args)
     if benchmark == "AlpacaEval":

@@ -26,10 +26,9 @@ from tqdm import tqdm
 
 from data import render
 from formats import read_rows
-from runtime.command_line import command_line, first_line, InputError, Parser
-from runtime.intervals import format_figure
-from runtime.intervals import win_figures
-from runtime.intervals import share_of
+from runtime.command_line import InputError, command_line, first_line
+from runtime.intervals import format_figure, share_of, win_figures
+from runtime.settings import Parser
 
 class Verdict(NamedTuple):
     """win: 1.0 for ours, 0.0 for theirs, 0.5 for a tie. flipped: the two orders disagreed; unparsable: an
@@ -87,9 +86,10 @@ def load_judge(url, model, template="helpful", verdicts="verdicts.jsonl", timeou
 
     def judge(prompts, ours, theirs):
         asked = [[question_of(template, prompt, *order) for order in ((one, other), (other, one))]
-                 for prompt, one, other in zip(prompts, ours, theirs)]
+                 for prompt, one, other in zip(prompts, ours, theirs, strict=True)]
         keys = {question: hashlib.sha256(json.dumps([model, question]).encode()).hexdigest()
-                for pair, one, other in zip(asked, ours, theirs) if one != other for question in pair}
+                for pair, one, other in zip(asked, ours, theirs, strict=True) if one != other
+                for question in pair}
         with open_verdicts(verdicts) as (file, marks), ThreadPoolExecutor(8) as pool:
             waiting = {pool.submit(ask, question): question
                        for question in keys if keys[question] not in marks}
@@ -156,7 +156,8 @@ def open_verdicts(path):
             marks = {row["key"]: last_mark(row["answer"]) for row in map(json.loads, lines)}
         except (ValueError, KeyError, TypeError):
             marks = None
-        if marks is None or half and not re.match(rb'\{"key": "[0-9a-f]{0,64}($|", "model": ")', half):
+        is_ours = re.match(rb'\{"key": "[0-9a-f]{1,64}($|", "model": ")', half)
+        if marks is None or half and not (is_ours or marks and b'{"key": "'.startswith(half)):
             raise InputError(f"{path}: not a file of verdicts; --verdicts wants a new one, or its own")
         file.truncate(sum(len(line) + 1 for line in lines))
         yield file, marks
@@ -182,7 +183,7 @@ def main():
                          f"{args.ours}")
     judge = load_judge(args.url, args.model, args.template, args.verdicts)
     ours, theirs = ([row["response"] for row in rows] for rows in (ours, theirs))
-    wins, flipped, unparsable = zip(*judge(prompts, ours, theirs))
+    wins, flipped, unparsable = zip(*judge(prompts, ours, theirs), strict=True)
     figures = {**win_figures(wins, ours, theirs), "flipped": share_of(flipped),
                "unparsable": share_of(unparsable)}
     for name, figure in figures.items():

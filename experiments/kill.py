@@ -88,7 +88,8 @@ def trial(ranks, out, base, seed):
             f"status {resumed.returncode}")
     what += f"; the other rank: {survivor}" if ranks > 1 else ""
     assert "line" not in survivor, killed.stderr                       # no traceback
-    assert (killed.returncode == 0) == (number == signal.SIGHUP) and resumed.returncode == 0, what + resumed.stderr
+    saved = killed.returncode == 0
+    assert saved == (number == signal.SIGHUP) and resumed.returncode == 0, what + resumed.stderr
     return what
 
 

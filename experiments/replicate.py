@@ -28,7 +28,7 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from formats import read_rows
-from evaluate import best_possible, make_parser
+from evaluate import best_possible
 from runtime.command_line import InputError, command_line, seeded
 from runtime.intervals import over_seeds
 from runtime.run_directory import read_json, write_rows
@@ -262,10 +262,9 @@ def below_the_best(rows, runs, samples=2000):
         ours = [row for row in rows if row["seed"] == seed]
         models = [runs / f"toy/{row['method']}-s{seed}" for row in ours
                   if row["world"] == "toy" and row["method"] != "sft"]
-        best, curve = best_possible(make_parser().parse_args(
-            [*map(str, models), "--frontier", str(samples), "--seed", str(seed), "--reward",
-             toy_settings("dpo")["reward"]]))
-        kls, heights = zip(*sorted((point["kl"], point["reward"]) for point in curve))
+        best, curve, _ = best_possible([*map(str, models)], samples,
+                                       {"seed": seed, "reward": toy_settings("dpo")["reward"]})
+        kls, heights = zip(*sorted((point["kl"], point["reward"]) for point in curve), strict=True)
         for row in ours:
             figures = row["figures"]
             figures["gap"] = [best["best"] - figures["objective"][0], None, None]

@@ -27,10 +27,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 from data import encode, end_token_ids, load_tokenizer
 from formats import Pair, read_rows
-from evaluate import COLOURS, evaluate_policy
+from evaluate import evaluate_policy
 from generate import load_policy, sample
 from replicate import compared, table, train_all
 from runtime.command_line import command_line, seeded
+from runtime.compare import COLOURS
 from runtime.run_directory import read_json, write_directory, write_rows, write_text
 
 OPENINGS = (
@@ -115,7 +116,8 @@ def draw_pairs(model, path, seed):
     rng, (texts, _) = random.Random(seed), beginnings()
     prompts = [texts[k % len(texts)] for k in range(PAIRS)]
     rows = []
-    for prompt, pair in zip(prompts, continuations(policy, tokenizer, prompts, 2, seeded("pairs", seed))):
+    drawn = continuations(policy, tokenizer, prompts, 2, seeded("pairs", seed))
+    for prompt, pair in zip(prompts, drawn, strict=True):
         better, worse = vader([prompt] * 2, pair)
         if rng.random() > 1 / (1 + math.exp(worse - better)):
             pair.reverse()
@@ -130,7 +132,7 @@ def best_of(policy, tokenizer):
     _, held_out = beginnings()
     rewards, judged = [], []
     for group in continuations(policy, tokenizer, held_out, BEST_OF, seeded("best of n")):
-        pairs = sorted(zip(vader(held_out, group), afinn(group)))
+        pairs = sorted(zip(vader(held_out, group), afinn(group), strict=True))
         rewards.append([reward for reward, _ in pairs])
         judged.append([judge for _, judge in pairs])
     rows = []
@@ -183,7 +185,7 @@ def draw(rows, best, path):
     panels = figure.subplots(1, 2)
     reach = np.linspace(0, 1.2 * max(row["figures"]["kl"][0] for row in rows), 100)
     colours = {**COLOURS, START: "#000000", "dpo-soft": "#E69F00"}
-    for axes, name in zip(panels, ("reward", "judge")):
+    for axes, name in zip(panels, ("reward", "judge"), strict=True):
         heights = np.interp(reach, [row["kl"] for row in best], [row[name] for row in best])
         axes.plot(reach, heights, "k--", label="best of n")
         for method, words in {START: "the model as it was", **WORDS}.items():

@@ -4,7 +4,7 @@
 
 J is the sum over all pairs of P(responses) · P(label) · f, so the product rule gives three terms: T1
 differentiates f, T2 differentiates P(responses), T3 differentiates P(label), and each holds the other two
-factors fixed. T1 is 0 here: the policy's own label already has the probability σ(u) that f = log σ(u) asks for.
+factors fixed. T1 is 0 here: the policy's own label has the probability σ(u) that f = log σ(u) asks for.
 """
 import sys
 from pathlib import Path
@@ -18,11 +18,11 @@ from sail import sail_loss
 
 BETA = 0.5
 logits = torch.tensor([0.4, -0.3, 0.1], dtype=torch.float64, requires_grad=True)
-reference = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()     # log π_ref(y|x) of the three responses
+reference = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()     # log π_ref(y|x) of each response
 logps = logits.log_softmax(0)                                            # log π(y|x)
-first, second = torch.cartesian_prod(torch.arange(3), torch.arange(3)).T         # all nine pairs (y1, y2)
+first, second = torch.cartesian_prod(torch.arange(3), torch.arange(3)).T     # all nine pairs (y1, y2)
 
-# Each factor of J, for every pair with y1 as the winner; by symmetry the other label gives the same again.
+# The factors of J, for every pair with y1 as the winner; by symmetry the other label gives the same again.
 u = BETA * ((logps - reference)[first] - (logps - reference)[second])
 responses = logps[first].exp() * logps[second].exp()                     # P(y1, y2): the policy writes both
 label = torch.sigmoid(u)                                                 # P(y1 ≻ y2): the policy labels
@@ -49,4 +49,5 @@ if __name__ == "__main__":
     for name, value in (("T1, through f", T1), ("T2, through P(responses)", T2), ("T3, through P(label)", T3),
                         ("T1 + T2 + T3", T1 + T2 + T3), ("the gradient of J", gradient(J)),
                         ("what sail_loss gives", from_loss)):
-        print(f"{name:26}" + "".join(f"{number:12.8f}" for number in (value.round(decimals=8) + 0.0).tolist()))
+        numbers = (value.round(decimals=8) + 0.0).tolist()               # + 0.0: no negative zero
+        print(f"{name:26}" + "".join(f"{number:12.8f}" for number in numbers))

@@ -2,10 +2,13 @@
 
 Scripts import it before torch: a missing package and Ctrl-C are then one line, also before their main runs.
 """
+import signal
 import sys
 from pathlib import Path
 
-from runtime.command_line import show_in_one_line
+from runtime.command_line import end_interrupted, show_missing_package
 
 if Path(sys.argv[0]).resolve().parent == Path(__file__).resolve().parents[1]:      # one of our scripts runs
-    sys.excepthook = show_in_one_line
+    sys.excepthook = show_missing_package
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_interrupted)      # an import may swallow Python's KeyboardInterrupt

@@ -78,11 +78,12 @@ SHARED = {
 def command_line(main):
     """Run a script's `main`; bad input, a file that fails, or an optional package that is not there, becomes
     one line on stderr and exit status 2. Ctrl-C becomes one line and exit status 130."""
+    if signal.getsignal(signal.SIGINT) is end_interrupted:               # all is imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
-    except KeyboardInterrupt as interrupt:
-        show_in_one_line(KeyboardInterrupt, interrupt, None)
-        sys.exit(130)
+    except KeyboardInterrupt:
+        end_interrupted()
     except (InputError, OSError, ModuleNotFoundError) as error:
         # InputError is raised by all processes alike, and one speaks; other errors may be one's own.
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):
@@ -92,17 +93,20 @@ def command_line(main):
         sys.exit(2)
 
 
-def show_in_one_line(kind, error, trace):
-    """A sys.excepthook that shows Ctrl-C and a missing package in one line, and all else as Python does."""
+def show_missing_package(kind, error, trace):
+    """A sys.excepthook that shows a missing package in one line, and all else as Python does."""
+    if not issubclass(kind, ModuleNotFoundError):
+        return sys.__excepthook__(kind, error, trace)
     script = Path(sys.argv[0]).name
-    if issubclass(kind, KeyboardInterrupt):
-        if os.environ.get("RANK", "0") == "0":
-            print(f"{script}: interrupted", file=sys.stderr)
-    elif issubclass(kind, ModuleNotFoundError):
-        print(f"{script}: error: {error}: pip install -r requirements.txt, or run ./run.sh", file=sys.stderr)
-        sys.exit(2)
-    else:
-        sys.__excepthook__(kind, error, trace)
+    print(f"{script}: error: {error}: pip install -r requirements.txt, or run ./run.sh", file=sys.stderr)
+    sys.exit(2)
+
+
+def end_interrupted(*_):
+    """A handler of SIGINT that ends the process at once, with one line."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, f"{Path(sys.argv[0]).name}: interrupted\n".encode())
+    os._exit(130)
 
 
 def is_open(stream):

@@ -102,7 +102,7 @@ def length_controlled(verdicts, lengths):
 def scaled_lengths(ours, theirs):
     """tanh(difference / its root mean square) of the texts' lengths in characters: (n,), within ±1."""
     differences = []
-    for our_text, their_text in zip(ours, theirs):
+    for our_text, their_text in zip(ours, theirs, strict=True):
         differences.append(len(our_text) - len(their_text))
     difference = torch.tensor(differences).float()
     root_mean_square = difference.square().mean().sqrt()

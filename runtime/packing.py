@@ -58,7 +58,7 @@ def pack(input_ids, attention_mask, response_mask, device):
 def first_with_prompt(input_ids, prompt):
     """For each row, the first row with the same prompt: (B,)."""
     rows, first = {}, []
-    for row, (ids, in_prompt) in enumerate(zip(input_ids, prompt)):
+    for row, (ids, in_prompt) in enumerate(zip(input_ids, prompt, strict=True)):
         key = tuple(ids[in_prompt].tolist())
         rows.setdefault(key, row)
         first.append(rows[key])
@@ -69,7 +69,7 @@ def grids_of(places, real, n):
     """How attention lays out one row of n tokens again as rows, like lengths together in grids: (the token of
     each place in the grids, the grids' shapes, for each token a place in the grids)."""
     rows = []
-    for place, is_token in zip(places, real):
+    for place, is_token in zip(places, real, strict=True):
         rows.append(place[is_token])
     rows.sort(key=len, reverse=True)
     grids = []

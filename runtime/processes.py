@@ -187,7 +187,7 @@ def all_sum(totals, device):
     names = sorted(totals)
     values = torch.tensor([float(totals[name]) for name in names], dtype=torch.float64, device=device)
     dist.all_reduce(values)
-    return Counter(dict(zip(names, values.tolist())))
+    return Counter(dict(zip(names, values.tolist(), strict=True)))
 
 
 def sum_gradients(model):

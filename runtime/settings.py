@@ -115,6 +115,14 @@ def read_settings(file, cls, *names):
     return settings
 
 
+@dataclass
+class Objective:
+    """reward − β·KL(π‖π_ref): what a policy is trained for, and measured by."""
+    reward: str | None = setting(None, "FILE.py:FUNCTION, or a one-logit classifier")
+    reference: str | None = setting(None, "what KL is measured to (the model as training starts)")
+    beta: float = setting(0.1, "weight of the KL penalty", low=1e-12)
+
+
 TOKENS = dict(low=1, metavar="N")
 
 

@@ -101,7 +101,7 @@ def base(tmp_path_factory):
     from runtime.run_directory import write_rows
     from toy import grammar_pairs, toy_model
     path = tmp_path_factory.mktemp("base")
-    write_rows(path / "toy-pairs.jsonl", grammar_pairs())
+    write_rows(path / "toy-pairs.jsonl", grammar_pairs()[:60])
     model, tokenizer = toy_model(seed=5)
     model.config.tie_word_embeddings = True   # what trains, saves and resumes meets tied weights
     model.tie_weights()
@@ -128,11 +128,13 @@ TOY_REWARD = f"{ROOT}/toy.py:toy_reward"
 def as_settings(words):
     """(flags, settings that are no flags) of arguments in which the latter are written like flags, too."""
     from reward import RewardSettings
-    from runtime.settings import converter, flag_of
+    from runtime.settings import converter, flag_of, kind_of
     from sail import Arguments
     hidden = {}
-    for cls in (RewardSettings, Arguments):
-        hidden |= {flag_of(each.name): (cls, each) for each in fields(cls) if each.metadata["help"] is None}
+    for cls in (RewardSettings, Arguments):                # a reward model's settings have some set aside
+        for each in fields(cls):
+            if each.metadata["help"] is None and kind_of(cls, each.name) is not type(None):
+                hidden[flag_of(each.name)] = cls, each
     flags, chosen, words = [], {}, iter(map(str, words))
     for word in words:
         if word in hidden:

@@ -13,6 +13,8 @@ if not hasattr(torch.utils.backend_registration, "_setup_privateuseone_for_pytho
     pytest.skip("this torch has no devices in Python", allow_module_level=True)
 
 import evaluate
+import generate
+import reward
 import runtime.processes
 import sail
 from accelerator import accelerator, syncs
@@ -41,11 +43,14 @@ def world(tmp_path_factory):
 def run(world, out, machine, monkeypatch, name, *more):
     """metrics.jsonl and the last line of eval.jsonl of a run on the machine, without what depends on time."""
     with machine as device:
-        monkeypatch.setattr(runtime.processes, "own_device", lambda: device or torch.device("cpu"))
+        for module in (runtime.processes, generate, reward):
+            monkeypatch.setattr(module, "own_device", lambda: device or torch.device("cpu"))
+        syncs.clear()
         sail_main(["--model", str(world / name), "--data", str(world / "pairs.jsonl"), "--reward",
                    str(world / "reward"), "--batch-size", "6", "--micro-batch-size", "2", "--eval-every", "0",
                    "--eval-limit", "3", "--max-prompt-length", "12", "--max-response-length", "5",
                    "--learning-rate", "1e-3", "--steps", "2", "--out", str(out), *more])
+    assert bool(syncs) == (device is not None)                         # it was the machine that computed
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     rows.append(json.loads((out / "eval.jsonl").read_text().splitlines()[-1]))
     return [{key: value for key, value in row.items() if not key.startswith("seconds")} for row in rows]
@@ -54,7 +59,7 @@ def run(world, out, machine, monkeypatch, name, *more):
 @pytest.mark.parametrize("name, flags", [
     ("llama", ["--variant", "sft"]),
     ("gpt2", ["--variant", "dpo", "--optimizer", "rmsprop"]),
-    ("gpt2", ["--variant", "dp", "--label", "sampled"]),
+    ("gpt2", ["--variant", "relabelled-dpo", "--label", "sampled"]),
     ("llama", ["--variant", "dp", "--lora", "2"]),
     ("llama", ["--variant", "pp", "--mix", "0.5", "--revkl-coef", "0.3"]),
     ("gpt2", ["--variant", "pr", "--mix", "0.7", "--gradient-checkpointing"]),
@@ -98,13 +103,12 @@ def test_a_run_is_saved_and_continued(world, tmp_path, monkeypatch):
 def test_no_micro_batch_makes_the_cpu_wait(variant):
     """A step waits for its gradient's norm, and for its metrics, all at once after the last micro-batch."""
     args = sail_args(["--variant", variant])
-    args.micro_batch_size = 1
-    offline, own = pairs_of(6, variant)
+    data_pairs, variant_pairs = pairs_of(6, variant)
     with accelerator() as device:
         policy, reference = (allow_packing(tiny_model(seed=seed)).to(device) for seed in (1, 2))
-        run = run_of(policy, reference, -0.6)
+        run = run_of(policy, reference, -0.6, micro_batch_size=1)
         syncs.clear()
-        sail.accumulate_gradients(run, offline + own, args)
+        sail.accumulate_gradients(run, data_pairs + variant_pairs, args)
     assert list(syncs.values()) == [1] and "torch.stack" in list(syncs)[0]
 
 

@@ -16,36 +16,35 @@ from conftest import run_of, sail_args, tiny_model
 import generate
 import sail
 from formats import Pair
-from runtime.processes import process_group, rank
-from sail import accumulate_gradients, share_of_process
+from runtime.processes import process_group, rank, share_of_process
+from sail import accumulate_gradients
 
 
 def pairs_of(n, variant):
-    """(offline, own): n pairs of random tokens, every second on the variant's way, as after rolling out and
-    labelling."""
+    """(pairs of the data, pairs on the variant's way): n pairs of random tokens in turn, as after rolling out
+    and labelling."""
     generator = torch.Generator().manual_seed(7)
 
     def ids(longest):
         length = int(torch.randint(1, longest, (), generator=generator))
         return torch.randint(5, 261, (length,), generator=generator).tolist()
 
-    variant, offline, own = sail.VARIANTS[variant], [], []
+    variant, data_pairs, variant_pairs = sail.VARIANTS[variant], [], []
     for k in range(n):
         pair = Pair("", "", "", ids(6), ids(9), ids(9), label_draw=0.3 + 0.05 * k)
         if k % 2 == 0:
             pair.on_policy, pair.self_labelled = variant.responses == "policy", variant.label == "policy"
             pair.preference = 0.5 if pair.on_policy and k == 2 else 1.0
-            own.append(pair)
+            variant_pairs.append(pair)
         else:
-            offline.append(pair)
-    return offline, own
+            data_pairs.append(pair)
+    return data_pairs, variant_pairs
 
 
 def batch_gradient(n, variant, micro_batch_size, label="expected"):
     """The gradient that sail.py's loop would step with, flattened, and the batch's summed metrics."""
     args = sail_args(["--variant", variant, "--label", label])
-    args.micro_batch_size = micro_batch_size
-    run = run_of(tiny_model(seed=1), tiny_model(seed=2), -0.6)
+    run = run_of(tiny_model(seed=1), tiny_model(seed=2), -0.6, micro_batch_size=micro_batch_size)
     data_pairs, variant_pairs = share_of_process(*pairs_of(n, variant))
     totals = accumulate_gradients(run, data_pairs + variant_pairs, args)
     return torch.cat([p.grad.flatten() for p in run.policy.parameters()]), totals
@@ -54,7 +53,7 @@ def batch_gradient(n, variant, micro_batch_size, label="expected"):
 def write_gradients(file, device):
     results = {}
     for variant, n, label in (("dpo", 8, "expected"), ("dpo", 7, "expected"), ("dp", 8, "expected"),
-                              ("dp", 7, "expected"), ("dp", 7, "sampled"), ("pr", 7, "expected")):
+                              ("dp", 7, "expected"), ("pr", 7, "sampled"), ("pr", 7, "expected")):
         gradient, totals = batch_gradient(n, variant, 2, label)
         results[f"{variant} {n} {label}"] = gradient.tolist(), totals
     if rank() == 0:

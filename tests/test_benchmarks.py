@@ -4,6 +4,7 @@ from argparse import Namespace
 
 import benchmarks
 import pytest
+import torch
 from conftest import TEMPLATE, byte_tokenizer
 from test_errors import fails
 
@@ -19,6 +20,7 @@ QUESTIONS = {
                  for i, category in enumerate(CATEGORIES)],
     "Arena-Hard": [{"uid": f"4{i}e5", "category": "hard", "prompt": f"ask {i} é\u2028"} for i in range(3)],
     "AlpacaEval": [{"instruction": f"ask {i}", "output": "theirs", "dataset": "koala"} for i in range(3)]}
+MODEL = torch.nn.Linear(1, 1)                      # in the tests whose `sample` is a stand-in
 
 
 def write(path, rows):
@@ -41,9 +43,9 @@ def answer_file(benchmark, model, tmp_path, monkeypatch, *more):
 def answers(turns, tokenizer, benchmark="MT-Bench", limit=200, model="m", temperature=None):
     """The rows of the answers to these turns."""
     args = Namespace(model=model, temperature=temperature, max_prompt_length=limit, max_response_length=8,
-                     sample_batch_size=64)
+                     sample_batch_size=64, dtype="float32")
     rows = QUESTIONS[benchmark][:len(turns)]
-    return benchmarks.answer_benchmark(None, tokenizer, benchmark, rows, turns, args)
+    return benchmarks.answer_benchmark(MODEL, tokenizer, benchmark, rows, turns, args)
 
 
 @pytest.fixture

@@ -17,13 +17,14 @@ import sail
 from formats import Pair
 from sail import accumulate_gradients, preference_losses
 
-END, PROMPT, BETA, MARGIN = 0, [1, 1], 0.7, 0.3
+END, PROMPT, BETA = 0, [1, 1], 0.7
 ROUTES = {"dpo": (0, 0, 0), "dp": (0, 0, 1), "pp": (1, 1, 1), "pr": (1, 1, 0)}
 UTILITIES = {                                    # f(u), typed from the papers, not from sail.py
     "sigmoid": lambda u: -torch.log(1 + torch.exp(-u)),
+    "sigmoid_norm": lambda u: -torch.log(1 + torch.exp(-u)),
     "ipo": lambda u: -(u / BETA - 1 / (2 * BETA)) ** 2,
     "hinge": lambda u: torch.where(u < 1, u - 1, 0.0),
-    "simpo": lambda u: -torch.log(1 + torch.exp(MARGIN - u)),
+    "simpo": lambda u: -torch.log(1 + torch.exp(BETA / 2 - u)),
     "orpo": lambda u: -torch.log(1 + torch.exp(-u))}
 
 
@@ -61,9 +62,10 @@ class World:
 
     def margin(self, loss_type):
         """u of every pair, (R, R)."""
-        mean = self.logps / torch.tensor([len(y) for y in self.responses])
-        implicit = {"simpo": BETA * mean, "orpo": torch.log(mean.exp() / (1 - mean.exp()))}.get(
-            loss_type, BETA * (self.logps - self.reference_logps))
+        lengths = torch.tensor([len(y) for y in self.responses])
+        mean, log_ratio = self.logps / lengths, self.logps - self.reference_logps
+        implicit = {"simpo": BETA * mean, "orpo": torch.log(mean.exp() / (1 - mean.exp())),
+                    "sigmoid_norm": BETA * log_ratio / lengths}.get(loss_type, BETA * log_ratio)
         return implicit[:, None] - implicit[None, :]
 
     def pair_probability(self, route):
@@ -90,9 +92,8 @@ class World:
 
     def back_propagated(self, weighted_pairs, loss_type, baseline, label="expected", micro_batch_size=10**9):
         """Σ weight · (what the training step back-propagates for the pair), in micro-batches."""
-        args = sail_args(["--variant", "pr", "--beta", str(BETA), "--loss-type", loss_type, "--label", label,
-                           "--target-margin", str(MARGIN if loss_type == "simpo" else 0),
-                           "--response-coef", "1", "--label-coef", "1"])
+        args = sail_args(["--variant", "pr", "--beta", str(BETA), "--loss-type", loss_type, "--label", label])
+        args.response_coef = args.label_coef = 1.0
         total = 0
         for start in range(0, len(weighted_pairs), micro_batch_size):
             weights, pairs = zip(*weighted_pairs[start:start + micro_batch_size])
@@ -143,7 +144,7 @@ def test_the_expected_gradient_is_that_of_the_objective(world, route, loss_type)
 
 
 @pytest.mark.parametrize("loss_type", UTILITIES)
-@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("route", ["dpo", "pr"])
 def test_a_drawn_label_has_the_same_expected_gradient(world, route, loss_type):
     exact, probability = world.exact_gradient(route, loss_type), world.pair_probability(route)
     label = world.label_probability(route, loss_type)

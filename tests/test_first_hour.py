@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,8 @@ from test_scale import rows_of
 import evaluate
 import generate
 import sail
+from runtime.processes import StopSignals
+from runtime.training import print_how_long
 
 ROOT = Path(sail.__file__).parent
 SHORT = ["--steps", "2", "--batch-size", "4", "--limit", "40", "--eval-limit", "3",
@@ -43,16 +46,15 @@ def test_resume_with_nothing_to_resume_says_so_and_keeps_the_old_logs(two_runs, 
 
 
 def test_a_signal_is_acknowledged_at_once(capfd):
-    import signal
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    try:
-        stopped = sail.stop_signals()
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stopped == [130]
-        assert "SIGINT: stopping after this step; again: at once, without saving" in capfd.readouterr().err
-    finally:
-        signal.signal(signal.SIGINT, before[0])
-        signal.signal(signal.SIGTERM, before[1])
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 0)):
+        with StopSignals() as stop:
+            assert stop.exit_status is None
+            os.kill(os.getpid(), number)
+            assert stop.exit_status == status
+        said = capfd.readouterr().err
+        assert f"{number.name}: saving after this step; again: ending at once, without saving" in said
+    assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
 def test_the_held_out_loss_of_sft_is_that_of_its_training(two_runs, base, tmp_path):
@@ -108,7 +110,7 @@ def test_an_adapter_directory_is_named_as_one(held_out, tmp_path, monkeypatch, c
 def test_a_long_run_says_which_flags_make_it_shorter(seconds, device, told, capsys):
     args = SimpleNamespace(eval_every=10, batch_size=31, max_response_length=512, max_prompt_length=512,
                            eval_limit=128)
-    sail.print_how_long(seconds, 30.0, 40, args, torch.device(device))
+    print_how_long(seconds, 30.0, 40, args, torch.device(device))
     said = capsys.readouterr().out
     minutes = (40 * seconds + 4 * 30) / 60
     assert f"about {minutes:.0f} min to go" in said

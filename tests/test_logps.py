@@ -5,14 +5,14 @@ import pytest
 import torch
 from conftest import END, FAMILIES, IDS, byte_tokenizer, tiny_model
 
-import sail
 from data import collate
-from runtime.command_line import InputError
-from generate import prepare
-from runtime.packing import allow_packing
 from formats import Pair
-from sail import micro_batches
-from sail import sequence_logps
+from generate import prepare, sequence_logps, sequence_logps_and_revkl
+from runtime import training
+from runtime.command_line import InputError
+from runtime.packing import allow_packing
+from runtime.training import micro_batches
+from sail import response_tokens
 
 PARTIAL = ("gemma2", "gemma3", "mistral", "llama4")                  # attention is to a window, or to a chunk
 PACKED = [family for family in FAMILIES if family not in PARTIAL]
@@ -98,10 +98,10 @@ def test_only_positions_that_predict_a_response_are_projected(packed):
 
 
 def test_micro_batches_keep_the_pairs_in_order_within_the_budget_of_logits(monkeypatch):
-    monkeypatch.setattr(sail, "logits_at_once", lambda: 20 * IDS)
+    monkeypatch.setattr(training, "logits_at_once", lambda: 20 * IDS)
     lengths = [4, 6, 3, 7, 5, 30, 1, 1]                                # of chosen and rejected together
     pairs = [Pair("", "", "", [], [1], [1] * (length - 1)) for length in lengths]
-    micros = micro_batches(pairs, tiny_model())
+    micros = micro_batches(pairs, response_tokens, tiny_model())
     assert [[len(pair.rejected_ids) + 1 for pair in micro] for micro in micros] == [
         [4, 6, 3, 7], [5], [30], [1, 1]]
     assert [pair for micro in micros for pair in micro] == pairs
@@ -109,7 +109,7 @@ def test_micro_batches_keep_the_pairs_in_order_within_the_budget_of_logits(monke
 
 def test_a_micro_batch_has_at_most_the_given_number_of_pairs():
     pairs = [Pair("", "", "", [], [1], [2])] * 7
-    assert [len(micro) for micro in micro_batches(pairs, tiny_model(), 3)] == [3, 3, 1]
+    assert [len(micro) for micro in micro_batches(pairs, response_tokens, tiny_model(), 3)] == [3, 3, 1]
 
 
 SHARED = [[5, 6, 7], [9], [5, 6, 7], [11, 12, 13, 14, 15, 16, 17] * 9, [5, 6, 7]]      # three share a prompt
@@ -253,7 +253,7 @@ def test_revkl_and_both_log_probs_come_from_one_forward_of_each_model(family, mo
     for model in (policy, reference):
         model.register_forward_hook(lambda module, *_: calls.append(module))
     batch = collate(PROMPTS, RESPONSES)
-    ours, theirs, revkl = sequence_logps(policy, *batch, reference)
+    ours, theirs, revkl = sequence_logps_and_revkl(policy, reference, *batch)
     assert calls == [policy, reference]
     torch.testing.assert_close(ours, sequence_logps(policy, *batch))
     torch.testing.assert_close(theirs, sequence_logps(reference, *batch))
@@ -271,5 +271,5 @@ def test_revkl_and_both_log_probs_come_from_one_forward_of_each_model(family, mo
 
 def test_revkl_is_zero_at_the_reference():
     model = tiny_model().double()
-    _, _, revkl = sequence_logps(model, *collate(PROMPTS, RESPONSES), copy.deepcopy(model))
+    _, _, revkl = sequence_logps_and_revkl(model, copy.deepcopy(model), *collate(PROMPTS, RESPONSES))
     assert revkl.abs().max() < 1e-12

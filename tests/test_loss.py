@@ -10,9 +10,10 @@ import sail
 from sail import dpo_loss, sail_loss, utility
 
 K, BETA = 4, 0.5
-LOSS_TYPES = ["sigmoid", "ipo", "hinge"]
+LOSS_TYPES = ["sigmoid", "sigmoid_norm", "ipo", "hinge"]
 ROUTES = {"dpo": (False, False), "dp": (False, True), "pp": (True, True), "pr": (True, False)}
 PAIRS = torch.tensor(list(itertools.product(range(K), range(K))))                    # every (y1, y2), (K², 2)
+TOKENS = torch.tensor([2, 1, 5, 3])                                                  # of each response
 
 
 def softmax_policy(n=K, seed=0):
@@ -24,12 +25,18 @@ def softmax_policy(n=K, seed=0):
     return logits.requires_grad_(), reference.log_softmax(0), preference, data / data.sum()
 
 
+def margins(ratio, loss_type="sigmoid"):
+    """u of every pair, (K, K), of the responses' log-ratios."""
+    if loss_type == "sigmoid_norm":
+        ratio = ratio / TOKENS[:len(ratio)]
+    return BETA * (ratio[:, None] - ratio[None, :])
+
+
 def exact_objective(route, logits, reference, preference, data, loss_type):
     """J, summed over every pair of responses and both labels; autograd gives its whole gradient."""
     on_policy, self_labelled = ROUTES[route]
     logps = logits.log_softmax(0)
-    ratio = logps - reference
-    u = BETA * (ratio[:, None] - ratio[None, :])
+    u = margins(logps - reference, loss_type)
     pair = (logps[:, None] + logps[None, :]).exp() if on_policy else data
     label = torch.sigmoid(u) if self_labelled else preference
     return (pair * (label * utility(u, BETA, loss_type) + (1 - label) * utility(-u, BETA, loss_type))).sum()
@@ -41,7 +48,7 @@ def call(route, logits, reference, preference, pairs=PAIRS, **options):
     logps, first, second = logits.log_softmax(0), pairs[:, 0], pairs[:, 1]
     flags = torch.full((len(pairs),), on_policy), torch.full((len(pairs),), self_labelled)
     return sail_loss(logps[first], logps[second], reference[first], reference[second],
-                     preference[first, second], *flags,
+                     preference[first, second], *flags, lengths=TOKENS[pairs.T],
                      **{"beta": BETA, "response_coef": 1.0, "label_coef": 1.0, **options})
 
 
@@ -68,17 +75,13 @@ def test_the_expected_gradient_is_that_of_the_objective(route, baseline, loss_ty
     torch.testing.assert_close(estimate, exact, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("route", ["dp", "pp", "pr"])
+@pytest.mark.parametrize("route", ["dpo", "pr"])
 def test_a_drawn_label_gives_the_same_gradient_on_average(route):
     logits, reference, preference, data = softmax_policy(seed=1)
-    _, self_labelled = ROUTES[route]
-    ratio = logits.detach().log_softmax(0) - reference
-    p = torch.sigmoid(BETA * (ratio[:, None] - ratio[None, :])) if self_labelled else preference
-    p, weights = p[PAIRS[:, 0], PAIRS[:, 1]], pair_weights(route, logits, data)
+    p, weights = preference[PAIRS[:, 0], PAIRS[:, 1]], pair_weights(route, logits, data)
     total = 0
-    for draw, chance in ((0.0, p), (1 - 1e-12, 1 - p)):          # label 1 has probability p, label 0 the rest
-        losses, _ = call(route, logits, reference, preference, baseline=-0.7,
-                         label_draws=torch.full((len(PAIRS),), draw, dtype=torch.float64))
+    for label, chance in ((1.0, p), (0.0, 1 - p)):
+        losses, _ = call(route, logits, reference, torch.full_like(preference, label), baseline=-0.7)
         total = total - (weights * chance * losses).sum()
     exact = gradient(exact_objective(route, logits, reference, preference, data, "sigmoid"), logits)
     torch.testing.assert_close(gradient(total, logits), exact, rtol=0, atol=1e-10)
@@ -124,7 +127,8 @@ def test_a_pair_worth_exactly_the_baseline_has_no_T2():
 def test_a_single_on_policy_pair_has_the_indifferent_utility_as_baseline(loss_type):
     logits, reference, preference, _ = softmax_policy()
     alone, _ = call("pr", logits, reference, preference, PAIRS[1:2], loss_type=loss_type)
-    f_zero = {"sigmoid": -math.log(2), "ipo": -1 / (4 * BETA**2), "hinge": -1.0}[loss_type]
+    f_zero = {"sigmoid": -math.log(2), "sigmoid_norm": -math.log(2), "ipo": -1 / (4 * BETA**2),
+              "hinge": -1.0}[loss_type]
     given, _ = call("pr", logits, reference, preference, PAIRS[1:2], loss_type=loss_type, baseline=f_zero)
     torch.testing.assert_close(gradient(alone.sum(), logits), gradient(given.sum(), logits))
 
@@ -135,8 +139,7 @@ def test_the_loss_has_the_value_of_the_utility_whatever_the_coefficients(route, 
     logits, reference, preference, _ = softmax_policy()
     losses, metrics = call(route, logits, reference, preference, loss_type=loss_type, response_coef=3.0,
                            label_coef=2.0)
-    ratio = (logits.log_softmax(0) - reference).detach()
-    u = BETA * (ratio[PAIRS[:, 0]] - ratio[PAIRS[:, 1]])
+    u = margins((logits.log_softmax(0) - reference).detach(), loss_type)[PAIRS[:, 0], PAIRS[:, 1]]
     p = torch.sigmoid(u) if ROUTES[route][1] else preference[PAIRS[:, 0], PAIRS[:, 1]]
     expected = -(p * utility(u, BETA, loss_type) + (1 - p) * utility(-u, BETA, loss_type))
     torch.testing.assert_close(losses.detach(), expected, rtol=0, atol=1e-12)
@@ -148,6 +151,11 @@ def test_the_utilities_have_their_published_values():
     u = torch.tensor([0.4, -2.0], dtype=torch.float64)
     assert utility(u, 0.1, "sigmoid").tolist() == pytest.approx(
         [math.log(1 / (1 + math.exp(-x))) for x in (0.4, -2)])
+    for loss_type in ("sigmoid_norm", "orpo"):
+        assert torch.equal(utility(u, 0.1, loss_type), utility(u, 0.1, "sigmoid"))
+    for beta, options, target in ((0.1, {}, 0.05), (2.0, {}, 1.0), (2.0, dict(target_margin=0.0), 0.0)):
+        assert utility(u, beta, "simpo", **options).tolist() == pytest.approx(
+            [math.log(1 / (1 + math.exp(target - x))) for x in (0.4, -2)])
     assert utility(u, 0.1, "ipo").tolist() == pytest.approx([-(4 - 5) ** 2, -(-20 - 5) ** 2])
     assert utility(u, 0.1, "hinge").tolist() == pytest.approx([-0.6, -3.0])
     with pytest.raises(ValueError):
@@ -159,10 +167,12 @@ def test_without_flags_it_is_dpo_exactly(loss_type):
     torch.manual_seed(0)
     ours = [torch.randn(5, requires_grad=True) for _ in range(2)]
     theirs = [torch.randn(5) for _ in range(2)]
-    plain = -utility(0.3 * ((ours[0] - theirs[0]) - (ours[1] - theirs[1])), 0.3, loss_type)
+    lengths = torch.randint(1, 9, (2, 5)) if loss_type == "sigmoid_norm" else torch.ones(2, 5)
+    plain = -utility(0.3 * ((ours[0] - theirs[0]) / lengths[0] - (ours[1] - theirs[1]) / lengths[1]), 0.3,
+                     loss_type)
     if loss_type == "sigmoid":
         plain = dpo_loss(*ours, *theirs, beta=0.3)
-    sail_losses, _ = sail_loss(*ours, *theirs, beta=0.3, loss_type=loss_type)
+    sail_losses, _ = sail_loss(*ours, *theirs, beta=0.3, loss_type=loss_type, lengths=lengths)
     assert torch.equal(plain, sail_losses)
     for one, other in zip(torch.autograd.grad(plain.sum(), ours),
                           torch.autograd.grad(sail_losses.sum(), ours)):
@@ -224,7 +234,7 @@ def test_relabelling_alone_teaches_nothing_and_T3_is_the_negative_entropy():
                                atol=1e-12)
 
 
-def test_without_coefficients_they_are_those_that_the_flags_recommend():
+def test_without_coefficients_every_term_counts_in_full():
     columns = [*torch.randn(4, 5, generator=torch.Generator().manual_seed(6)).double()]
     columns[0].requires_grad_()
     flagged = torch.ones(5)
@@ -234,8 +244,10 @@ def test_without_coefficients_they_are_those_that_the_flags_recommend():
         return torch.autograd.grad(losses.sum(), columns[0])[0]
 
     pr, dp = sail.VARIANTS["pr"].response_coef, sail.VARIANTS["dp"].label_coef
-    assert (pr, dp) == (0.3, 0.2) and not torch.equal(gradients(), gradients(response_coef=1.0))
-    assert torch.equal(gradients(), gradients(response_coef=pr, label_coef=dp))
+    assert (pr, dp) == (0.3, 0.2)                                      # the flags' are the authors'
+    assert not torch.equal(gradients(), gradients(response_coef=pr))
+    assert not torch.equal(gradients(), gradients(label_coef=dp))
+    assert torch.equal(gradients(), gradients(response_coef=1.0, label_coef=1.0))
 
 
 def test_the_coefficients_scale_their_term_and_nothing_else():
@@ -275,22 +287,23 @@ def test_the_metrics_equal_a_hand_computed_example():
 def test_a_certain_response_has_a_finite_loss_and_gradient(loss_type, sides):
     """Of probability 1 its odds are infinite."""
     logps, lengths = torch.tensor(sides, requires_grad=True), torch.ones(1)
-    losses, _ = sail_loss(logps[:1], logps[1:], lengths, lengths, loss_type=loss_type, chosen_lengths=lengths,
-                          rejected_lengths=lengths)
+    losses, _ = sail_loss(logps[:1], logps[1:], lengths, lengths, loss_type=loss_type,
+                          lengths=torch.ones(2, 1))
     assert losses.isfinite().all() and gradient(losses.sum(), logps).isfinite().all()
 
 
-@pytest.mark.parametrize("loss_type", ["sigmoid", "ipo", "hinge", "simpo", "orpo"])
+@pytest.mark.parametrize("loss_type", [*LOSS_TYPES, "simpo", "orpo"])
 def test_the_loss_can_be_pasted(loss_type):
     """Its source and what it calls run where nothing but torch is imported, with the same numbers."""
-    functions = map(inspect.getsource, (sail.utility, sail.sail_loss, sail.sail_metrics))
+    functions = map(inspect.getsource, (sail.margin, sail.log_odds, sail.utility, sail.mean_of_others,
+                                        sail.sail_loss, sail.sail_metrics))
     namespace = {}
     exec("\n\n".join(["import torch", "import torch.nn.functional as F", *functions]), namespace)
     logits, reference, *_ = softmax_policy()
     logps = logits.log_softmax(0)
     columns = [logps[PAIRS[:, 0]], logps[PAIRS[:, 1]], reference[PAIRS[:, 0]], reference[PAIRS[:, 1]]]
     flags = torch.arange(len(PAIRS)) % 2 == 0, torch.arange(len(PAIRS)) % 3 == 0
-    options = dict(loss_type=loss_type, chosen_lengths=PAIRS[:, 0] + 1, rejected_lengths=PAIRS[:, 1] + 1)
+    options = dict(loss_type=loss_type, lengths=TOKENS[PAIRS.T])
     ours, metrics = sail_loss(*columns, None, *flags, **options)
     pasted, pasted_metrics = namespace["sail_loss"](*columns, None, *flags, **options)
     assert torch.equal(ours, pasted) and metrics == pasted_metrics

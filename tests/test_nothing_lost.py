@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import sail_main
+from conftest import TOY_REWARD, sail_main
 from test_errors import fails
 
 import evaluate
@@ -20,7 +20,7 @@ from reward import scores_of
 from runtime.processes import StopSignals
 
 ROOT = Path(sail.__file__).parent
-SHORT = ["--variant", "pr", "--mix", "0.5", "--batch-size", "4", "--limit", "40", "--eval-limit", "4",
+SHORT = ["--variant", "pr", "--mix", "0.5", "--batch-size", "4", "--eval-limit", "4",
          "--eval-every", "0", "--max-response-length", "6"]
 
 
@@ -72,7 +72,7 @@ def test_an_input_in_the_directory_of_the_run_is_refused_with_both_paths(
         shutil.copy(ROOT / "toy.py" if flag == "--reward" else held_out, inside)
     before = files_of(out)
     value = f"{inside}:toy_reward" if flag == "--reward" else str(inside)
-    argv = ["sail.py", *arguments(base, out, "--variant", "dpo", flag, value, more)]
+    argv = ["sail.py", *arguments(base, out, "--reward", TOY_REWARD, flag, value, more)]
     message = fails(sail.main, argv, monkeypatch, capsys)
     assert f"{flag} {inside} lies in --out {out}" in message and files_of(out) == before
 
@@ -236,25 +236,25 @@ def run_mine(base, out, at, harm, *more, sick=True):
     mine.write_text(MINE.replace("AT", str(at)).replace("HARM", harm))
     command = [sys.executable, ROOT / "sail.py", *arguments(base, out, "--reward", f"{mine}:score", *more)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SICK": "1" if sick else ""}
-    return subprocess.run(command, text=True, capture_output=True, timeout=100, env=environment)
+    return subprocess.run(command, text=True, capture_output=True, timeout=50, env=environment)
 
 
-@pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 0), ("SIGHUP", 0)])
-@pytest.mark.parametrize("at, reached", [(3, 1), (5, 2)], ids=["in a step", "in an evaluation"])
+@pytest.mark.parametrize("name, status, at, reached", [
+    ("SIGHUP", 0, 4, 2), ("SIGTERM", 0, 5, 2), ("SIGINT", 130, 5, 2)],
+    ids=["in a step", "in an evaluation", "in an evaluation"])
 def test_a_signal_saves_before_any_evaluation_and_ends_one(name, status, at, reached, base, tmp_path):
-    out, harm = tmp_path / "run", f"os.kill(os.getpid(), signal.{name}); time.sleep(8 * ({at} == 5))"
-    started = time.time()
-    done = run_mine(base, out, at, harm)
+    out, harm = tmp_path / "run", f"os.kill(os.getpid(), signal.{name}); time.sleep(60 * ({at} == 5))"
+    done = run_mine(base, out, at, harm)                               # 60 s would be too many for it
     assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
     assert f"stopped after step {reached}, which is saved; --resume continues" in done.stdout
-    assert [row["step"] for row in logs(out) if "prompts" in row] == [0]
-    assert time.time() - started < 60 and not (out / "model").exists()
-    assert run_mine(base, out, at, harm, "--resume", sick=False).returncode == 0
-    assert run_mine(base, tmp_path / "whole", at, harm, sick=False).returncode == 0
+    assert [row["step"] for row in logs(out) if "prompts" in row] == [0] and not (out / "model").exists()
+    more = ["--reward", f"{tmp_path}/mine.py:score"]
+    sail_main(arguments(base, out, *more, "--resume"))
+    sail_main(arguments(base, tmp_path / "whole", *more))
     assert same(out, tmp_path / "whole")
 
 
-@pytest.mark.parametrize("first, second", [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")])
+@pytest.mark.parametrize("first, second", [("SIGINT", "SIGINT"), ("SIGHUP", "SIGTERM")])
 def test_a_second_signal_ends_the_process_at_once(first, second, base, tmp_path):
     harm = f"os.kill(os.getpid(), signal.{first}); os.kill(os.getpid(), signal.{second}); time.sleep(60)"
     done = run_mine(base, tmp_path / "run", 3, harm)
@@ -276,7 +276,7 @@ def test_a_child_process_of_a_reward_can_be_terminated(base, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("seconds", [0.5, 2.5])
+@pytest.mark.parametrize("seconds", [0.6, 3.5])
 def test_ctrl_c_while_a_command_loads_is_one_line(seconds, base, tmp_path):
     command = [sys.executable, ROOT / "sail.py", *arguments(base, tmp_path / "run")]
     with subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -4,9 +4,9 @@ import random
 from pathlib import Path
 
 import pytest
-from conftest import sail_args
 import replicate
 
+from sail import parse_args
 from toy import grammar_pairs, toy_reward, toy_settings
 
 ROOT = Path(replicate.__file__).parent
@@ -113,18 +113,20 @@ def test_rounds_go_on_from_the_last_ones_policy_and_are_measured_to_the_first(tm
                         lambda model, path, count, seed: drawn.append((model, count, seed)))
     monkeypatch.setattr(replicate, "train", trained.append)
     replicate.train_rounds(tmp_path, 5, "SFT")
-    outs = [f"{out}/model" for out, _ in trained]
+    outs = [f"{out}/model" for out, *_ in trained]
     assert drawn == [(model, 3600, k) for k, model in enumerate(["SFT", *outs[:-1]])]
     assert outs[-1] == f"{tmp_path}/toy-rounds/dpo-s5/model" and len(outs) == 5
-    for (_, flags), (model, _, _) in zip(trained, drawn):
+    for (_, flags, chosen), (model, _, _) in zip(trained, drawn):
+        assert chosen == {"schedule": "cosine"}
         assert f"--model {model} --reference SFT " in flags
 
 
 def test_the_toys_settings_that_are_spelled_out_are_those_of_the_toy():
-        data = toy_settings("dpo", "M")["data"]
-    own, spelled = (vars(sail_args(f"{data} --variant dpo --model M --eval-every 15".split())) for data in (
-        "--data toy", f"--data {data} {replicate.TOY}"))
-    assert {**spelled, "out": own["out"], "toy": True, "reward": own["reward"]} == own
+    data = toy_settings("dpo", "M")["data"]
+    flags = "--variant dpo --model M".split()
+    own = vars(parse_args([*flags, "--data", "toy"]))
+    spelled = vars(parse_args([*flags, "--data", data, *replicate.TOY.split()], **replicate.SCHEDULE))
+    assert {**spelled, "out": own["out"], "reward": own["reward"]} == own
 
 
 def test_the_picture_shows_at_most_seven_methods():
@@ -136,7 +138,8 @@ def test_the_picture_shows_at_most_seven_methods():
 
 def test_a_runs_reward_is_set_beside_the_highest_at_its_kl(tmp_path, monkeypatch):
     curve = [{"kl": 0.0, "reward": 1.0}, {"kl": 2.0, "reward": 3.0}]
-    monkeypatch.setattr(replicate, "best_possible", lambda options: ({"best": 2.25 + options.seed}, curve))
+    monkeypatch.setattr(replicate, "best_possible",
+                        lambda options: ({"best": 2.25 + options.seed}, curve, "runs/dpo"))
 
     def run(name, kl, reward, objective):
         finished_run(tmp_path / name, (2, kl, reward), objective=objective, objective_interval=[0.0, 9.0])

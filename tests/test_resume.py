@@ -14,7 +14,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import TOY_REWARD, sail_main
+from conftest import TOY_REWARD, as_settings, sail_main
 from test_errors import fails
 from test_scale import largest_difference, rows_of, weights
 
@@ -68,8 +68,8 @@ def checkpoints(out):
 def on_two_ranks(base, out, *more):
     """The finished process of the command line on two ranks."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    return subprocess.run([*start, ROOT / "sail.py", *arguments(base, out, *more)], text=True,
-                          capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    flags, _ = as_settings(arguments(base, out, *more))                # a process has no other settings
+    return subprocess.run([*start, ROOT / "sail.py", *flags], text=True, capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def fails_here(base, out, monkeypatch, capsys, *more):
@@ -234,9 +234,9 @@ def failing_reward(tmp_path, harm, rank="1"):
     ("return [float('nan')] * len(responses)", "want a finite one each")], ids=["raises", "nan"])
 def test_a_reward_that_fails_stops_the_run_at_a_saved_step(base, tmp_path, monkeypatch, capsys, harm, said):
     more, sick = failing_reward(tmp_path, harm)
-    monkeypatch.setattr("sys.argv", ["sail.py", *arguments(base, tmp_path / "run", *more)])
+    monkeypatch.setattr("sys.argv", ["sail.py"])
     with pytest.raises(SystemExit):
-        data.command_line(sail.main)
+        data.command_line(lambda: sail_main(arguments(base, tmp_path / "run", *more)))
     *above, message = capsys.readouterr().err.strip().split("\n")
     assert message.startswith("sail.py: error: reward ") and "mine.py:score: " in message and said in message
     assert message.endswith("(step 4 is saved; --resume continues)")

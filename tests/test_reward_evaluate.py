@@ -18,7 +18,8 @@ from data import encode
 from formats import Pair
 from runtime.command_line import command_line, InputError, seeded
 from runtime.intervals import format_figure
-from evaluate import compare, evaluate_policy
+from evaluate import evaluate_policy
+from runtime.compare import compare, read_runs, tables_of, track_of
 from runtime.intervals import length_controlled, over_seeds, scaled_lengths, win_figures
 from generate import sample
 from sail import pair_logps
@@ -540,7 +541,7 @@ def test_finished_runs_are_compared_with_their_seeds_together(tmp_path, capsys):
     assert results["pr"]["reward"] == pytest.approx(
         {"value": 2.5, "low": 2.5 - 12.71 * 0.5, "high": 2.5 + 12.71 * 0.5})
     lines = capsys.readouterr().out.splitlines()
-    assert "| pr | 2 | 2.500 ± 6.355 | 1.500 ± 6.355 |" in lines and lines[1].startswith("|---|")
+    assert "| pr | 2 | 2.500 ± 6.355 | 1.500 ± 6.355 |" in lines and lines[3].startswith("|---|")
     assert "| dpo | 1 | 1.000 [0.80, 1.30] | 3.000 ± 0.100 |" in lines
     assert (tmp_path / "out" / "results.png").read_bytes()[:4] == b"\x89PNG"
     compare([runs[2], finished_run(tmp_path / "other" / "dpo", (5, 1.0, 1.0))], tmp_path / "two.json")
@@ -552,8 +553,8 @@ def test_finished_runs_are_compared_with_their_seeds_together(tmp_path, capsys):
 def test_a_track_goes_through_the_steps_that_all_seeds_have_measured(tmp_path):
     runs = [finished_run(tmp_path / "pr-s9", (0, 0.0, 1.0), (5, 1.0, 2.0), (7, 9.0, 9.0)),
             finished_run(tmp_path / "pr-s10", (0, 0.0, 0.0), (5, 2.0, 3.0))]
-    (name, seeds), = evaluate.groups_of(evaluate.read_runs(runs)).items()
-    assert name == "pr" and evaluate.track_of(seeds) == ([0.0, 1.5], [0.5, 2.5])
+    table, = tables_of(read_runs(runs))
+    assert list(table.groups) == ["pr"] and track_of(table.groups["pr"]) == ([0.0, 1.5], [0.5, 2.5])
 
 
 def test_seeds_without_a_common_step_are_compared_at_their_ends(tmp_path, capsys):
@@ -569,6 +570,103 @@ def test_runs_without_a_reward_are_compared_in_what_they_have(tmp_path, capsys):
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["dpo"]) == ["kl"] and list(results["pr"]) == ["reward", "kl"]
     assert "| dpo |  | 1.000 ± 0.100 |" in capsys.readouterr().out
+
+
+def test_texts_of_others_have_no_control_over_the_terminal(tmp_path, capsys):
+    hostile = ("\x1b[2Jred \x1b[31mtext\x1b[0m \x1b]0;a title\x07\x1b]8;;http://x\x1b\\link\x1b]8;;\x1b\\ "
+               "\x1bPsixel\x1b\\\x1bc\x9b1mbell\x07 back\x08 up\rover \x00\x7f\ud800é\tt\n2nd line 👩‍🚀")
+    run = finished_run(tmp_path / "p\x1b[1mr", (5, 1.0, 2.0))
+    sample = {"step": 5, "prompt": [{"role": "user", "content": hostile}], "response": hostile}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    compare([run], show=1)
+    shown = capsys.readouterr().out
+    assert not set(shown) & {*map(chr, range(32)), *map(chr, range(127, 160)), "\ud800"} - {"\n", "\t"}
+    assert shown.count("red text link bell back upover é\tt\n2nd line 👩‍🚀") == 2 and "| pr |" in shown
+
+
+def table_of(text):
+    """The lines of a markdown table as {first cell: {head: cell}}."""
+    heads, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()
+                       if line.startswith("|")]
+    return {row[0]: dict(zip(heads, row)) for row in rows}
+
+
+def test_the_table_shows_what_may_hide_behind_a_reward(tmp_path, capsys):
+    run = finished_run(tmp_path / "pr", (5, 1.0, 2.0))
+    figures = {"unfinished": 0.25, "margin": 0.5, "accuracy": 0.75}
+    (run / "eval.jsonl").write_text(json.dumps({"step": 5, **figures}) + "\n")
+    compare([run])
+    assert table_of(capsys.readouterr().out)["pr"] == {
+        "": "pr", "unfinished": "0.250", "margin": "0.500", "accuracy": "0.750"}
+    assert json.loads((tmp_path / "results.json").read_text())["pr"]["margin"]["value"] == 0.5
+
+
+def test_the_model_as_it_was_is_a_row_before_the_runs_that_began_from_it(tmp_path, capsys):
+    runs = [finished_run(tmp_path / "sft", (5, 9.0, 9.0)),                       # was not evaluated before
+            finished_run(tmp_path / "dpo", (0, 0.0, 1.0), (5, 1.0, 2.0)),
+            finished_run(tmp_path / "pr", (0, 0.0, 1.0), (5, 2.0, 3.0)),
+            finished_run(tmp_path / "dp", (0, 0.0, 4.0), (5, 2.0, 5.0)),         # began elsewhere
+            finished_run(tmp_path / "pp", (0, 0.0, 6.0))]                        # took no step
+    compare(runs)
+    table = table_of(capsys.readouterr().out)
+    assert list(table) == ["sft", "step 0 of dpo, pr", "dpo", "pr", "step 0 of dp", "dp", "pp"]
+    assert table["step 0 of dpo, pr"]["reward"] == "1.000 [0.80, 1.30]" and table["step 0 of dp"]["KL"]
+    assert list(json.loads((tmp_path / "results.json").read_text())) == ["sft", "dpo", "pr", "dp", "pp"]
+
+
+SETTINGS = {"reward": "mine.py:score", "reward_sha256": "1" * 64, "data": "x", "eval_data": "y",
+            "eval_limit": 8, "max_prompt_length": 8, "max_response_length": 24, "reference": "sft/model", "beta": 0.1,
+            "reference_sha256": "2" * 64}
+
+
+def run_measured_on(path, **other):
+    """A finished run whose figures were measured on SETTINGS, or on others."""
+    run = finished_run(path, (5, 1.0, 2.0))
+    (run / "args.json").write_text(json.dumps({**SETTINGS, **other}))
+    return run
+
+
+@pytest.mark.parametrize("other", [
+    dict(reward="mine.py:other"), dict(reward_sha256="3" * 64), dict(eval_data="z"), dict(eval_data=None),
+    dict(eval_limit=9), dict(max_prompt_length=9), dict(max_response_length=9), dict(reference="dpo/model"),
+    dict(reference_sha256="3" * 64), dict(beta=0.2)])
+def test_figures_of_unlike_things_are_in_tables_and_panels_of_their_own(other, tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axes, text, **_: drawn.append(text))
+    runs = [run_measured_on(tmp_path / "sft", reference=None, beta=7.0, reference_sha256=None)]     # has no KL
+    runs += [run_measured_on(tmp_path / "dpo", data="its own"), run_measured_on(tmp_path / "pr", **other),
+             run_measured_on(tmp_path / "dp", **other)]
+    compare(runs)
+    shown = capsys.readouterr().out.splitlines()
+    heads = [nth for nth, line in enumerate(shown) if line.startswith("Measured on: ")]
+    assert len(heads) == len(drawn) == 2 and shown[heads[0]] != shown[heads[1]]
+    first, second = ["\n".join(part) for part in (shown[heads[0]:heads[1]], shown[heads[1]:])]
+    assert list(table_of(first)) == ["sft", "dpo"] and list(table_of(second)) == ["pr", "dp"]
+    assert shown[heads[0]] == (
+        "Measured on: reward mine.py:score (11111111); up to 8 pairs of y; prompts of up to 8 tokens, responses "
+        "of up to 24; reference sft/model (22222222); β 0.1")
+
+
+def test_seeds_that_were_measured_on_unlike_things_are_no_seeds_of_each_other(tmp_path, capsys):
+    compare([run_measured_on(tmp_path / "pr-s0"), run_measured_on(tmp_path / "pr-s1", reward="mine.py:other"),
+             run_measured_on(tmp_path / "pr-s2")])
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results) == ["pr (pr-s0, pr-s2)", "pr (pr-s1)"]
+    assert capsys.readouterr().out.count("Measured on") == 2
+
+
+def test_runs_of_one_name_are_told_apart_by_as_much_of_their_paths_as_that_takes(tmp_path):
+    compare([run_measured_on(tmp_path / name) for name in ("a/x/dpo", "b/x/dpo")], tmp_path / "results.json")
+    assert list(json.loads((tmp_path / "results.json").read_text())) == ["a/x/dpo", "b/x/dpo"]
+
+
+def test_the_seeds_of_a_method_may_have_a_reference_each(tmp_path, capsys):
+    runs = [run_measured_on(tmp_path / f"{name}-s{seed}", reference=f"sft-s{seed}/model")
+            for name in ("dpo", "pr") for seed in (0, 1)]
+    compare(runs)
+    shown = capsys.readouterr().out
+    assert shown.count("Measured on") == 1 and {"dpo", "pr"} == {*table_of(shown)}
+    assert "sft-s0/model (22222222), reference sft-s1/model (22222222); β 0.1" in shown
 
 
 def test_a_model_with_another_vocabulary_than_the_reference_is_refused(monkeypatch, base, checkpoint,

@@ -22,10 +22,11 @@ from transformers import GenerationConfig
 
 import generate
 import sail
-from generate import AdapterReference, add_adapter, load_policy
 from formats import Pair
-from runtime.processes import gathered, process_group, shard, split_layers
-from sail import pair_logps
+from generate import AdapterReference, add_adapter, load_policy, sequence_logps_and_revkl
+from runtime.processes import computing_in, gathered, process_group, shard, split_layers
+from runtime.settings import Settings
+from sail import collate_pairs, pair_logps
 
 ROOT = Path(sail.__file__).parent
 COMMON = ["--steps", "10", "--batch-size", "7", "--micro-batch-size", "3", "--limit", "60",
@@ -258,7 +259,7 @@ def test_without_peft_one_line_says_what_to_install(base, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     args = sail_args(["--variant", "dpo", "--model", base, "--lora", "4", "--limit", "60"])
     with pytest.raises(ModuleNotFoundError):
-        sail.load_run(args, torch.device("cpu"))
+        sail.load_run(args)
 
 
 def test_an_adapter_is_refused_as_a_model(adapted, tmp_path):
@@ -333,17 +334,18 @@ def test_the_estimate_fits_the_measured_bytes_of_rollout_and_update(checkpointin
                max_position_embeddings=1024, initializer_range=0.02).save_pretrained(tmp_path)
     args = sail_args(["--variant", "dpo", "--model", str(tmp_path)])
     args.gradient_checkpointing = checkpointing
-    policy, reference, tokenizer = generate.load_models(args, "cpu")
-    optimizer, scheduler = sail.make_optimizer(policy.parameters(), 10, 1e-4)
+    policy, reference, tokenizer = generate.load_models(args)
+    optimizer, scheduler = sail.make_optimizer(policy.parameters(), 10, Settings(learning_rate=1e-4))
+    run = run_of(policy, reference, -0.6, micro_batch_size=1)
+    run.settings.gradient_checkpointing = checkpointing
 
     def ids(length):
         return torch.randint(5, 2000, (length,)).tolist()
 
     pairs = [Pair("", "", "", ids(64), ids(64), ids(64)) for _ in range(4)]
-    args.micro_batch_size = 1
 
     def update():
-        sail.accumulate_gradients(run_of(policy, reference, -0.6), pairs, args)
+        sail.accumulate_gradients(run, pairs, args)
         sail.optimizer_step(policy, optimizer, scheduler, 1.0, 0.0)
 
     policy.train()
@@ -431,7 +433,8 @@ def test_an_adapter_on_a_base_in_bfloat16_has_the_gradients_of_one_in_float32(fa
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.data.fill_(0.01)
-        logps = pair_logps(model, pairs, "bfloat16", AdapterReference(model))
+        with computing_in("bfloat16", model):
+            logps = torch.stack(sequence_logps_and_revkl(model, AdapterReference(model), *collate_pairs(pairs)))
         logps.sum().backward()
         found.append([logps.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}

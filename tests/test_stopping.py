@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import sail_main, sail_args
+from conftest import as_settings, sail_args, sail_main
 from test_errors import fails
 
 import evaluate
@@ -24,6 +24,9 @@ from runtime.run_directory import fingerprint, write_text
 ROOT = Path(sail.__file__).parent
 SHORT = ["--variant", "pr", "--mix", "0.5", "--batch-size", "4", "--limit", "40", "--eval-limit", "4",
          "--eval-every", "0", "--max-response-length", "6"]
+
+
+FLAGS = as_settings(SHORT)[0]                      # for a process of its own, which has no other settings
 
 
 def arguments(base):
@@ -72,8 +75,7 @@ def test_a_finished_run_is_refused_with_what_to_type_and_stays(run, monkeypatch,
 def test_overwrite_removes_the_old_run_as_a_whole_before_the_first_step(run, monkeypatch, capsys):
     """Killed early, it leaves no model that --compare could take for the new run's."""
     out, argv = run
-    for name in ("adapter", "tensorboard"):
-        (out / name).mkdir()
+    (out / "adapter").mkdir()
     monkeypatch.setattr(sail, "training_step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         sail_main([*argv, "--overwrite"])
@@ -105,7 +107,7 @@ def test_an_interrupted_sft_of_the_toy_is_continued_by_the_run_that_needs_it(tmp
     """It left a checkpoint and no model."""
     monkeypatch.chdir(tmp_path)
     started = []
-    monkeypatch.setattr(sail, "train", lambda args, device: started.append((args.variant, args.resume)))
+    monkeypatch.setattr(sail, "train", lambda args: started.append((args.variant, args.resume)))
     monkeypatch.setattr(sail, "draw_toy_pairs", lambda *_: None)
     sail_main(["--variant", "pr"])
     assert started == [("sft", True), ("pr", False)]
@@ -121,7 +123,7 @@ def interrupted(base, out, *more):
                     "    for _ in range(1 + ('TWICE' in os.environ)):\n"
                     "        if len(calls) == 2: os.kill(os.getpid(), signal.SIGINT)\n"
                     "    return [float(len(r)) for r in responses]\n")
-    return [sys.executable, ROOT / "sail.py", "--model", base, *SHORT, "--steps", "50", "--reward",
+    return [sys.executable, ROOT / "sail.py", "--model", base, *FLAGS, "--steps", "50", "--reward",
             f"{mine}:score", "--out", str(out), *more]
 
 
@@ -161,7 +163,7 @@ def test_a_step_longer_than_torchruns_patience_is_lost(patience, saved, base, tm
     mine.write_text(f"import pathlib, time\ndef score(prompts, responses):\n    pathlib.Path({str(began)!r})"
                     ".touch()\n    time.sleep(8)\n    return [float(len(r)) for r in responses]\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1",
-              "--shutdown-timeout", patience, ROOT / "sail.py", "--model", base, *SHORT, "--steps", "50",
+              "--shutdown-timeout", patience, ROOT / "sail.py", "--model", base, *FLAGS, "--steps", "50",
               "--eval-limit", "1", "--reward", f"{mine}:score", "--out", tmp_path / "run"]
     with subprocess.Popen(launch, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while not began.exists():
@@ -288,7 +290,7 @@ def test_without_torch_each_script_says_in_one_line_what_to_type(tmp_path):
     for name in ("sail", "data", "generate"):
         done = subprocess.run([sys.executable, ROOT / f"{name}.py", "--help"], text=True, capture_output=True,
                               env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=60)
-        assert done.returncode == 1 and done.stderr == (
+        assert done.returncode == 2 and done.stderr == (
             f"{name}.py: error: No module named 'torch': pip install -r requirements.txt, or run ./run.sh\n")
 
 
@@ -303,8 +305,7 @@ def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_mode
     assert lines[4].startswith(" rejected: tokens median ")
     assert re.fullmatch(r"runs/toy/world/held-out.jsonl: 4 pairs to evaluate on; \d truncated_responses",
                         lines[5])
-    assert lines[6] == ("pr: 2 offline pairs + 2 on the variant's way = 4 pairs, 1 steps of 4 -> "
-                        f"{tmp_path}/run")
+    assert lines[6] == f"pr: 2 pairs from the data, 2 generated; 1 steps of 4 -> {tmp_path}/run"
     assert lines[7].startswith("step 1/1 | loss ")
     assert re.fullmatch(r"the first step took [\d.]+ s: about 0 s to go", lines[8])
     assert lines[9] == "evaluating: a response of up to 6 tokens to each of 4 held-out prompts …"

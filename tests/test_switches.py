@@ -19,12 +19,12 @@ from generate import add_adapter, load_policy
 from runtime.command_line import InputError
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.run_directory import write_line, write_rows
+from runtime.settings import Settings
 from sail import draw_pairs, preference_losses, record_of
 from toy import toy_model
 
 SHORT = ["--batch-size", "4", "--limit", "40", "--eval-limit", "4", "--eval-every", "0",
          "--max-prompt-length", "8", "--max-response-length", "6"]
-CPU = torch.device("cpu")
 
 
 def train(base, out, *more):
@@ -36,11 +36,11 @@ def train(base, out, *more):
 def losses_of(*flags, variant="pr", draw=None):
     """preference_losses of six pairs, of which three take the variant's way: (losses, metrics, pairs)."""
     args = sail_args(["--variant", variant, *flags])
-    offline, own = pairs_of(6, variant)
-    for pair in own:
+    data_pairs, variant_pairs = pairs_of(6, variant)
+    for pair in variant_pairs:
         pair.preference = 0.7
         pair.label_draw = draw
-    pairs = offline + own
+    pairs = data_pairs + variant_pairs
     return *preference_losses(tiny_model(seed=1), tiny_model(seed=2), pairs, args, baseline=0.0), pairs
 
 
@@ -59,9 +59,9 @@ def test_a_sampled_label_is_the_one_that_its_draw_says():
 def test_the_preference_of_a_step_is_soft_or_hard(kind, base, tmp_path, monkeypatch):
     seen, original = [], sail.accumulate_gradients
 
-    def watched(run, pairs, args):
+    def watched(run, pairs, method):
         seen.extend((pair.preference, pair.rewards) for pair in pairs)
-        return original(run, pairs, args)
+        return original(run, pairs, method)
 
     monkeypatch.setattr(sail, "accumulate_gradients", watched)
     train(base, tmp_path, "--variant", "online-dpo", "--mix", "1", "--steps", "2", "--preference", kind)
@@ -73,21 +73,21 @@ def test_the_preference_of_a_step_is_soft_or_hard(kind, base, tmp_path, monkeypa
 
 @pytest.mark.parametrize("prefer, chosen", [("better", "good"), ("safer", "harmless")])
 def test_the_label_that_is_followed_is_the_preferred_one(prefer, chosen, base, tmp_path, monkeypatch):
-    """In training and on held-out pairs of another file, by every script that has the flag. So is --limit,
+    """In training and on held-out pairs of another file, by every script that has the flag. So is the limit,
     which is of the training pairs alone."""
     row = {"prompt": "Q", "response_0": "good", "response_1": "harmless", "better_response_id": 0,
            "safer_response_id": 1}
     file = tmp_path / "pku.jsonl"
     file.write_text("".join(json.dumps({**row, "prompt": f"Q{n}"}) + "\n" for n in range(40)))
-    flags = ["--data", str(file), "--eval-data", str(file), "--prefer", prefer, "--limit", "30"]
-    by_sail = sail.load_data(sail_args(["--variant", "dpo", "--model", base, *flags]), CPU)[:2]
-    _, settings = evaluate.find_run(base, evaluate.make_parser().parse_args(flags[:-2]))
+    flags = ["--data", str(file), "--eval-data", str(file), "--prefer", prefer]
+    by_sail = sail.load_data(sail.parse_args(["--variant", "dpo", "--model", base, *flags], limit=30))[:2]
+    _, settings = evaluate.find_run(base, evaluate.make_parser().parse_args(flags))
     by_evaluate, _ = evaluate.held_out_pairs(settings, None)
     by_reward = []
     monkeypatch.setattr(reward, "encode_for_reward",
                         lambda pairs, _: by_reward.append(pairs) or ([], Counter(), {}))
     with pytest.raises(InputError, match="no pair of 30 can be told apart"):
-        reward.train_reward(reward.parse_args(["--train", "--model", base, *flags]))
+        reward.train_reward(reward.parse_args(["--train", "--model", base, *flags], limit=30))
     read = [[pair.chosen for pair in pairs] for pairs in (*by_sail, by_evaluate, *by_reward)]
     assert read == [[chosen] * n for n in (30, 40, 40, 30, 40)]
 
@@ -133,9 +133,9 @@ def test_the_anchor_adds_its_weight_times_the_reverse_kl():
 def test_the_baseline_is_of_the_past_or_nothing(kind, base, tmp_path, monkeypatch):
     seen, original = [], sail.preference_losses
 
-    def watched(policy, reference, pairs, args, baseline):
+    def watched(policy, reference, pairs, method, baseline, dtype):
         seen.append(baseline)
-        return original(policy, reference, pairs, args, baseline)
+        return original(policy, reference, pairs, method, baseline, dtype)
 
     monkeypatch.setattr(sail, "preference_losses", watched)
     train(base, tmp_path, "--variant", "pr", "--mix", "1", "--steps", "3", "--learning-rate", "1e-2",
@@ -148,7 +148,7 @@ def test_the_baseline_is_of_the_past_or_nothing(kind, base, tmp_path, monkeypatc
 def test_the_optimizer_is_the_one_that_was_asked_for():
     parameter = torch.nn.Parameter(torch.ones(3))
     for name, kind in (("adamw", torch.optim.AdamW), ("rmsprop", torch.optim.RMSprop)):
-        optimizer, _ = make_optimizer([parameter], 10, 1.0, name)
+        optimizer, _ = make_optimizer([parameter], 10, Settings(learning_rate=1.0, optimizer=name))
         assert type(optimizer) is kind and optimizer.param_groups[0]["weight_decay"] == 0
 
 
@@ -164,7 +164,7 @@ def test_the_loop_takes_its_optimizer_and_schedule_from_the_flags(base, tmp_path
 
 
 def test_a_tenth_of_the_steps_warms_up():
-    optimizer, scheduler = make_optimizer([torch.nn.Parameter(torch.ones(1))], 40, 1.0)
+    optimizer, scheduler = make_optimizer([torch.nn.Parameter(torch.ones(1))], 40, Settings(learning_rate=1.0))
     rates = []
     for _ in range(6):
         rates.append(scheduler.get_last_lr()[0])
@@ -206,7 +206,7 @@ def test_sft_weighs_tokens_alike_not_pairs():
     sail.accumulate_gradients(run, pairs, args)
     reached = torch.cat([p.grad.flatten() for p in policy.parameters()])
     policy.zero_grad()
-    losses, _ = sail.sft_losses(policy, pairs, args)
+    losses, _ = sail.sft_losses(policy, pairs)
     (losses.sum() / sum(len(pair.chosen_ids) for pair in pairs)).backward()
     torch.testing.assert_close(reached, torch.cat([p.grad.flatten() for p in policy.parameters()]))
 
@@ -230,9 +230,9 @@ def test_a_steps_figures_are_means_over_what_they_are_of():
     totals = Counter(pairs=10, on_policy=4, self_labelled=5, offline=6, samples=8, sampled_tokens=40,
                      unfinished=2, reward=16.0, kl=2.0, nll=3.0, loss=7.0, label_reversed=1, ties=3,
                      tokens=99)
-    row = record_of(3, totals, sail_args(["--variant", "pr"]))
+    row = record_of(3, totals, sail_args(["--variant", "pr"]), {"grad_norm": 2.5})
     wanted = dict(step=3, loss=0.7, kl=0.5, reward=2.0, response_length=5.0, unfinished=0.25, nll=0.5,
-                  on_policy=0.4, self_labelled=0.5, label_reversed=0.2, ties=3, tokens=99)
+                  on_policy=0.4, self_labelled=0.5, label_reversed=0.2, ties=3, tokens=99, grad_norm=2.5)
     assert {name: row[name] for name in wanted} == pytest.approx(wanted)
 
 
@@ -241,8 +241,8 @@ def test_a_steps_sums_are_of_what_it_has_worked_on():
     pairs = [Pair("", "", "", [1] * 2, [1] * 3, [1] * 5, rewards=(1.0, 1.0)),
              Pair("", "", "", [1] * 4, [1], [1] * 7, rewards=(2.0, 0.5)),
              Pair("", "", "", [1], [1], [1], rewards=(3.0, 1.0))]
-    for variant, tokens in (("sft", 2 + 3 + 4 + 1 + 2), ("pr", 2 * (2 + 4) + 3 + 1 + 5 + 7 + 4)):
-        totals = sail.count(pairs, sail_args(["--variant", variant]))
+    for likelihood, tokens in ((True, 2 + 3 + 4 + 1 + 2), (False, 2 * (2 + 4) + 3 + 1 + 5 + 7 + 4)):
+        totals = sail.count(pairs, likelihood)
         assert totals["tokens"] == tokens and totals["chosen_tokens"] == 5
         assert totals["ties"] == 1 and totals["reward"] == 8.5
 
@@ -261,7 +261,7 @@ def test_rows_that_were_dropped_from_either_file_or_altered_are_counted_by_reaso
     write_rows(tmp_path / "held-out.jsonl", good + bad[:1])
     args = sail_args(["--variant", "dpo", "--model", base, "--data", str(tmp_path / "train.jsonl"),
                        "--eval-data", str(tmp_path / "held-out.jsonl")])
-    train, held_out, _, counts, held_out_counts = sail.load_data(args, CPU)
+    train, held_out, _, counts, held_out_counts = sail.load_data(args)
     assert len(train) == len(held_out) == 3
     altered = {"prompts repeated in their responses, taken out": 3}
     assert counts == {"dropped": 3, "chosen equals rejected": 1, "empty prompt": 1, "empty response": 1,
@@ -275,7 +275,7 @@ def test_the_held_out_loss_of_sft_is_per_token(base):
     pairs = [Pair("Q", "a", None, [5, 6], [7, 8, 9, 1]), Pair("Q", "b", None, [5, 6], [7])]
     figures, _ = evaluate.evaluate_policy(policy, None, tokenizer, pairs, None, args)
     with torch.no_grad():
-        losses, _ = sail.sft_losses(policy, pairs, args)
+        losses, _ = sail.sft_losses(policy, pairs)
     assert figures["loss"][0] == pytest.approx((losses[0] / 4 + losses[1]).item() / 2)
 
 
@@ -332,7 +332,7 @@ def test_other_held_out_pairs_are_other_data(base, held_out, tmp_path):
 def test_every_step_draws_its_labels_anew():
     args = sail_args(["--variant", "dp"])
     examples, _ = pairs_of(8, "dpo")
-    draws = [[pair.label_draw for side in draw_pairs(examples, step, args, 8, 2) for pair in side]
+    draws = [[pair.label_draw for side in draw_pairs(examples, step, 8, 2, args, args.seed) for pair in side]
              for step in (1, 2)]
     assert len({*draws[0], *draws[1]}) == 8
 
@@ -385,8 +385,8 @@ def test_every_forward_computes_in_the_dtype_of_the_run(dtype, base, tmp_path, m
     """Policy and reference; in rollout, scoring, evaluation and SFT."""
     seen, original = [], generate.load_parts
 
-    def watched(args, device):
-        models, tokenizer = original(args, device)
+    def watched(args):
+        models, tokenizer = original(args)
         for place, model in enumerate(models):
             model.register_forward_pre_hook(
                 lambda *_, place=place: seen.append((place, torch.is_autocast_enabled("cpu"))))

@@ -15,12 +15,13 @@ from ranks import batch_gradient, pairs_of
 from test_scale import rows_of
 
 import sail
-from runtime.command_line import seeded
-from generate import load_policy
 from formats import Pair
+from generate import load_policy
+from runtime import processes
+from runtime.command_line import seeded
 from runtime.packing import allow_packing
-from runtime.processes import own_device
-from sail import draw_pairs, plan
+from runtime.processes import own_device, share_of_process
+from sail import Method, draw_pairs, plan
 from toy import write_world
 
 ROOT = Path(sail.__file__).parent
@@ -44,49 +45,50 @@ def numbered(n):
 @pytest.mark.parametrize("n, epochs", [(7, 1), (100, 3), (33, 2.5)])
 def test_every_offline_pair_is_seen_epochs_times_whatever_the_mix(n, epochs, mix):
     args = sail_args(["--variant", "dp", "--mix", str(mix), "--epochs", str(epochs), "--batch-size", "10"])
-    total, steps = plan(n, args)
-    batches, offline, own = [], [], []
-    for step in range(1, steps + 1):
-        data, ours = draw_pairs(numbered(n), step, args, total, steps)
-        assert not any(pair.self_labelled for pair in data) and all(pair.self_labelled for pair in ours)
-        offline += [pair.prompt for pair in data]
-        own += [pair.prompt for pair in ours]
-        batches.append(data + ours)
-    assert len(offline) == int(epochs * n) and len(offline) + len(own) == total
-    assert (sorted(offline[:n]) == list(range(n)) and sorted(own[:n]) == list(range(n))[:len(own)]
-            or len(own) < n)
+    total, count = plan(n, args.mix, args)
+    batches, seen, on_the_way = [], [], []
+    for step in range(1, count + 1):
+        data_pairs, variant_pairs = draw_pairs(numbered(n), step, total, count, args, args.seed)
+        assert not any(pair.self_labelled for pair in data_pairs)
+        assert all(pair.self_labelled for pair in variant_pairs)
+        seen += [pair.prompt for pair in data_pairs]
+        on_the_way += [pair.prompt for pair in variant_pairs]
+        batches.append(data_pairs + variant_pairs)
+    assert len(seen) == int(epochs * n) and len(seen) + len(on_the_way) == total
+    assert (sorted(seen[:n]) == list(range(n)) and sorted(on_the_way[:n]) == list(range(n))[:len(on_the_way)]
+            or len(on_the_way) < n)
     assert max(map(len, batches)) <= 10 and max(map(len, batches)) - min(map(len, batches)) <= 1
     assert total == pytest.approx(int(epochs * n) / (1 - mix), abs=1 / (1 - mix))
 
 
 def test_mix_one_is_epochs_of_the_prompts_on_the_variants_route():
     args = sail_args(["--variant", "pr", "--mix", "1", "--epochs", "2", "--batch-size", "10"])
-    total, steps = plan(25, args)
-    assert (total, steps) == (50, 5)
-    drawn = [draw_pairs(numbered(25), step, args, 50, 5) for step in range(1, 6)]
-    pairs = [pair for offline, own in drawn for pair in own]
-    assert all(pair.on_policy for pair in pairs) and not any(offline for offline, _ in drawn)
+    assert plan(25, args.mix, args) == (50, 5)
+    drawn = [draw_pairs(numbered(25), step, 50, 5, args, args.seed) for step in range(1, 6)]
+    pairs = [pair for _, variant_pairs in drawn for pair in variant_pairs]
+    assert all(pair.on_policy for pair in pairs) and not any(data_pairs for data_pairs, _ in drawn)
     assert sorted(pair.prompt for pair in pairs[:25]) == list(range(25))
 
 
 def test_the_epochs_are_shuffled_differently_and_by_the_seed():
     def ids(seed):
-        args = sail_args(["--variant", "dpo", "--epochs", "2", "--batch-size", "50", "--seed", str(seed)])
-        return [pair.prompt for step in (1, 2) for pair in draw_pairs(numbered(50), step, args, 100, 2)[0]]
+        drawn = [draw_pairs(numbered(50), step, 100, 2, Method("dpo", mix=0.0), seed) for step in (1, 2)]
+        return [pair.prompt for data_pairs, _ in drawn for pair in data_pairs]
 
     assert ids(0) == ids(0) != ids(1) and ids(0)[:50] != ids(0)[50:] and ids(0) != sorted(ids(0))
     assert sail.order_of(50, 0, True, 0) != sail.order_of(50, 0, False, 0)
 
 
-@pytest.mark.parametrize("offline, own", [(3, 1), (4, 2), (5, 0), (0, 7), (2, 3)])
-def test_every_pair_of_a_step_is_of_one_process_and_the_shares_are_even(offline, own, monkeypatch):
-    monkeypatch.setattr(sail, "world_size", lambda: 3)
-    shares = []
+@pytest.mark.parametrize("from_data, on_the_way", [(3, 1), (4, 2), (5, 0), (0, 7), (2, 3)])
+def test_every_pair_of_a_step_is_of_one_process_and_the_shares_are_even(from_data, on_the_way, monkeypatch):
+    monkeypatch.setattr(processes, "world_size", lambda: 3)
+    kinds, shares = ([*range(from_data)], [*range(100, 100 + on_the_way)]), []
     for rank in range(3):
-        monkeypatch.setattr(sail, "rank", lambda: rank)
-        theirs, ours = sail.share_of_process(list(range(offline)), list(range(100, 100 + own)))
-        shares.append(theirs + ours)
-    assert sorted(sum(shares, [])) == [*range(offline), *range(100, 100 + own)]
+        monkeypatch.setattr(processes, "rank", lambda: rank)
+        data_pairs, variant_pairs = share_of_process(*kinds)
+        assert {*data_pairs} <= {*kinds[0]} and {*variant_pairs} <= {*kinds[1]}
+        shares.append(data_pairs + variant_pairs)
+    assert sorted(sum(shares, [])) == kinds[0] + kinds[1]
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
@@ -129,9 +131,9 @@ def test_any_two_of_purpose_seed_step_and_rank_give_different_streams():
 
 def test_the_order_and_the_label_draws_are_of_the_seed_also_of_those_that_32_bits_confuse():
     def drawn(seed):
-        args = sail_args(["--variant", "dp", "--seed", str(seed)])
-        offline, own = draw_pairs(numbered(50), 1, args, 50, 1)
-        return tuple(pair.prompt for pair in offline + own), tuple(pair.label_draw for pair in offline + own)
+        data_pairs, variant_pairs = draw_pairs(numbered(50), 1, 50, 1, Method("dp", mix=0.4), seed)
+        pairs = data_pairs + variant_pairs
+        return tuple(pair.prompt for pair in pairs), tuple(pair.label_draw for pair in pairs)
 
     orders, draws = zip(*map(drawn, [0, 4, 2048, 2**32, 2**40]))
     assert len({*orders}) == len({*draws}) == 5
@@ -220,8 +222,9 @@ def test_iterative_dpo_fully_online_soft_labels_drawn_labels_and_another_optimiz
     ("--variant dpo --loss-type hinge --nll-coef 0.1", 1.0),
     ("--variant dpo --loss-type ipo --beta 0.5", 1.0),
     ("--variant dpo --label-smoothing 0.1", math.log(2)), ("--variant spin", math.log(2)),
-    ("--variant dpo --loss-type simpo --beta 2 --target-margin 1", None),
-    ("--variant dpo --loss-type orpo --nll-coef 10", None), ("--variant pp --revkl-coef 0.5", math.log(2)),
+    ("--variant dpo --loss-type simpo --beta 2", None),
+    ("--variant dpo --loss-type orpo --nll-coef 10", None),
+    ("--variant pp --revkl-coef 0.5 --loss-type sigmoid_norm", math.log(2)),
     ("--variant pr --mix 1", math.log(2))])
 def test_the_named_special_cases_run(base, tmp_path, flags, first_loss):
     rows = run(base, tmp_path, *flags.split(), "--max-response-length", "8")
@@ -253,9 +256,6 @@ def test_the_warm_up_is_linear_and_then_constant(base, tmp_path):
 
 
 def test_non_finite_gradients_are_skipped_counted_and_stop_the_run_after_ten(base, tmp_path, monkeypatch):
-    class Stop(Exception):
-        pass
-
     def poisoned(*args, **options):
         losses, metrics = original(*args, **options)
         return losses * math.nan, metrics
@@ -273,8 +273,8 @@ def test_non_finite_gradients_are_skipped_counted_and_stop_the_run_after_ten(bas
 def test_the_baseline_follows_the_utility_of_past_fresh_pairs(base, tmp_path, monkeypatch):
     seen = []
 
-    def watched(policy, reference, pairs, args, baseline):
-        losses, metrics = original(policy, reference, pairs, args, baseline)
+    def watched(policy, reference, pairs, method, baseline, dtype):
+        losses, metrics = original(policy, reference, pairs, method, baseline, dtype)
         seen.append((baseline, -(metrics["on_policy_loss"] / metrics["on_policy"]).item()))
         return losses, metrics
 
@@ -289,8 +289,8 @@ def test_the_baseline_follows_the_utility_of_past_fresh_pairs(base, tmp_path, mo
 
 def test_the_logged_kl_is_the_mean_log_ratio_of_the_fresh_responses():
     args = sail_args(["--variant", "pr"])
-    offline, fresh = pairs_of(6, "pr")
-    pairs = offline + fresh
+    data_pairs, fresh = pairs_of(6, "pr")
+    pairs = data_pairs + fresh
     policy, reference = tiny_model(seed=1), tiny_model(seed=2)
     _, metrics = sail.preference_losses(policy, reference, pairs, args, baseline=0.0)
     ours, theirs = sail.pair_logps(policy, fresh), sail.pair_logps(reference, fresh)
@@ -301,8 +301,8 @@ def test_nll_is_that_of_the_datas_chosen_responses_and_not_of_pairs_on_the_varia
     """As neither a self-labelled pair nor a sampled response is one that the data prefers."""
     for variant in ("dp", "pr"):
         args = sail_args(["--variant", variant, "--nll-coef", "0.5"])
-        offline, own = pairs_of(6, variant)
-        pairs, models = offline + own, (tiny_model(seed=1), tiny_model(seed=2))
+        data_pairs, variant_pairs = pairs_of(6, variant)
+        pairs, models = data_pairs + variant_pairs, (tiny_model(seed=1), tiny_model(seed=2))
         losses, metrics = sail.preference_losses(*models, pairs, args, baseline=0.0)
         args.nll_coef = 0.0
         plain, _ = sail.preference_losses(*models, pairs, args, baseline=0.0)
@@ -351,9 +351,9 @@ def test_the_gradient_is_that_of_the_mean_loss(base, tmp_path):
     more = ["--variant", "dp", "--reference", base, "--steps", "1", "--batch-size", "10", "--limit", "60"]
     row = run(base, tmp_path, *more)[0]
     args = sail_args(["--model", base, *more])
-    loaded, *_ = sail.load_run(args, torch.device("cpu"))
-    offline, own = draw_pairs(loaded.examples, 1, args, 10, 1)
-    losses, _ = sail.preference_losses(loaded.policy, loaded.reference, offline + own, args, 0.0)
+    loaded, *_ = sail.load_run(args)
+    data_pairs, variant_pairs = draw_pairs(loaded.examples, 1, 10, 1, args, args.seed)
+    losses, _ = sail.preference_losses(loaded.policy, loaded.reference, data_pairs + variant_pairs, args, 0.0)
     losses.mean().backward()
     norm = torch.stack([p.grad.norm() for p in loaded.policy.parameters()]).norm().item()
     assert (row["grad_norm"] == pytest.approx(norm, rel=1e-4)

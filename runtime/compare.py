@@ -1,0 +1,522 @@
+"""Runs side by side: the table of their figures, the picture, the best that is possible.
+
+What a run has measured is read from its logs, eval.jsonl and samples.jsonl; no model is loaded here. Figures
+stand in one table only if they were measured on the same reward, held-out pairs, lengths, β and reference.
+"""
+import io
+import json
+import math
+import operator
+import os
+import re
+import textwrap
+import unicodedata
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from runtime.command_line import InputError
+from runtime.intervals import format_figure, over_seeds
+from runtime.run_directory import is_run_directory, read_json, refuse_output, write_bytes, write_text
+
+# --- what finished runs have measured -----------------------------------------------------------------------
+
+@dataclass
+class Evaluation:
+    """What a run has measured on held-out data after a step: a row of eval.jsonl."""
+    step: int
+    figures: dict[str, tuple[float, float, float]]         # (value, low, high) of each that was measured
+
+
+def evaluation_of(row):
+    """The Evaluation in a row of eval.jsonl, {"step": 5, NAME: value, "NAME_interval": [low, high], …}, where
+    numbers and intervals may be null. Raises KeyError, TypeError or ValueError for another row."""
+    figures = {}
+    for name, value in row.items():
+        if name != "step" and not name.endswith("_interval") and value is not None:
+            low, high = row.get(f"{name}_interval") or (None, None)
+            figures[name] = float_of(value), float_of(low), float_of(high)
+    return Evaluation(operator.index(row["step"]), figures)
+
+
+def float_of(value):
+    """A number of a log as a float; null is nan. Raises TypeError for a value that is no number."""
+    if value is None:
+        return math.nan
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
+
+
+def read_log(path, convert):
+    """The rows of a run's log, convert(object) for the JSON object on each line. Raises InputError for a line
+    that no run has written."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(convert(dict(json.loads(line))))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path}:{number}: a run has not written this ({error})") from None
+    return rows
+
+
+def read_runs(paths):
+    """{path: evaluations} of the finished runs of sail.py among the paths. Raises InputError without any."""
+    runs = {}
+    for path in map(Path, paths):
+        if (path / "model").is_dir() and (path / "eval.jsonl").is_file():
+            evaluations = read_log(path / "eval.jsonl", evaluation_of)
+            if evaluations:
+                runs[path] = evaluations
+        elif is_run_directory(path):
+            print(f"{path} is left out: it has no model, or no held-out figures, yet")
+    if not runs:
+        raise InputError("--compare: no finished run with held-out figures among the arguments")
+    return runs
+
+
+def last_samples(path):
+    """The rows of samples.jsonl that a run's last evaluation has written."""
+    rows = read_log(path / "samples.jsonl", dict)
+    last_step = rows[-1]["step"]
+    return [row for row in rows if row["step"] == last_step]
+
+
+# --- what may stand side by side ----------------------------------------------------------------------------
+
+MEASURED_ON = ("reward", "pairs", "lengths", "reference", "beta")
+
+
+@dataclass
+class Table:
+    """Groups of runs whose figures may stand side by side, since they were measured on the same."""
+    measured_on: dict[str, str | None]                                 # MEASURED_ON, in words
+    groups: dict[str, list] = field(default_factory=dict)              # name: the evaluations of each run
+    paths: list[Path] = field(default_factory=list)                    # of all runs
+
+
+def measured_on(path):
+    """What a run's figures were measured on, {what: words}, by its args.json. A thing that played no part is
+    None: a run without a reference, as SFT, has no KL and no margin, so β does not matter either."""
+    conditions = dict.fromkeys(MEASURED_ON)
+    if not (path / "args.json").is_file():
+        return conditions
+    args = defaultdict(lambda: None, read_json(path / "args.json"))
+    pairs = str(args["eval_data"] or args["data"])
+    if Path(pairs).exists():
+        pairs = os.path.relpath(pairs)                     # the same path in whatever way it was given
+    if args["eval_data"] is None:
+        pairs = f"{pairs}, one in twenty of {args['limit'] or 'all'} rows"
+    conditions["pairs"] = f"up to {args['eval_limit']} pairs of {pairs}"
+    if args["max_length"]:                                 # of a reward model
+        conditions["lengths"] = f"dialogues of up to {args['max_length']} tokens"
+    else:
+        conditions["lengths"] = (f"prompts of up to {args['max_prompt_length']} tokens, responses of up to "
+                                 f"{args['max_response_length']}")
+    if args["reward"]:
+        reward = with_fingerprint(args["reward"], args["reward_sha256"])
+        conditions["reward"] = f"reward {reward}"
+    if args["reference"]:
+        reference = with_fingerprint(args["reference"], args["reference_sha256"])
+        conditions["reference"] = f"reference {reference}"
+        conditions["beta"] = f"β {args['beta']}"
+    return conditions
+
+
+def with_fingerprint(source, sha256):
+    """The last two parts of a path or name, since a path may be given in several ways, and the beginning of
+    the files' SHA-256."""
+    parts = Path(str(source)).parts[-2:]
+    if ".py:" in parts[-1]:
+        parts = parts[-1:]
+    return f"{'/'.join(parts)} ({str(sha256)[:8]})"
+
+
+def groups_of(conditions):
+    """{name: paths of runs that are seeds of each other}, from {path: what it was measured on}. The paths of
+    seeds differ in the ending -sN alone, and they were measured on the same, except that each may have a
+    reference of its own."""
+    groups = defaultdict(list)
+    for path, words in conditions.items():
+        variant = Path(re.sub(r"-s\d+$", "", str(path)))
+        shared = {**words, "reference": None}
+        groups[variant, tuple(shared.values())].append(path)
+    times = Counter(variant for variant, _ in groups)
+    paths = []
+    for (variant, _), seeds in groups.items():
+        if times[variant] > 1:                             # these seeds were measured on unlike things
+            seed_names = ", ".join(path.name for path in seeds)
+            variant = variant.with_name(f"{variant.name} ({seed_names})")
+        paths.append(variant)
+    return dict(zip(short_names(paths), groups.values(), strict=True))
+
+
+def short_names(paths):
+    """The last parts of paths, as many as tell them apart."""
+    names, length = [], 0
+    while len(set(names)) < len(paths):
+        length += 1
+        names = ["/".join(path.parts[-length:]) for path in paths]
+    return names
+
+
+def tables_of(found):
+    """The tables of the runs found, {path: evaluations}. Each group of seeds is in the first table whose runs
+    were measured on the same."""
+    conditions = {path: measured_on(path) for path in found}
+    tables = []
+    for name, paths in groups_of(conditions).items():
+        words = dict(conditions[paths[0]])
+        if words["reference"]:
+            references = {conditions[path]["reference"] for path in paths}
+            words["reference"] = ", ".join(sorted(references))
+        table = table_for(tables, words)
+        for what in MEASURED_ON:
+            table.measured_on[what] = table.measured_on[what] or words[what]
+        table.groups[name] = [found[path] for path in paths]
+        table.paths += paths
+    return tables
+
+
+def table_for(tables, words):
+    """The first table whose runs were measured on the same; a new one if there is none."""
+    for table in tables:
+        if are_alike(table.measured_on, words):
+            return table
+    table = Table(dict.fromkeys(MEASURED_ON))
+    tables.append(table)
+    return table
+
+
+def are_alike(first, second):
+    """Whether figures were measured on the same, apart from what played no part in one of the two."""
+    for what in MEASURED_ON:
+        if None not in (first[what], second[what]) and first[what] != second[what]:
+            return False
+    return True
+
+
+def heading_of(table):
+    """The line above a table: what its figures were measured on."""
+    words = filter(None, table.measured_on.values())
+    return printable(f"Measured on: {'; '.join(words) or 'unknown'}")
+
+
+# --- figures ------------------------------------------------------------------------------------------------
+
+def figure_of(name, evaluations):
+    """(value, low, high) of one figure. Of one evaluation the interval is over prompts; of several, one of
+    each seed, it is over seeds. None if one of them has not measured it."""
+    figures = [evaluation.figures.get(name) for evaluation in evaluations]
+    if None in figures:
+        return None
+    if len(figures) == 1:
+        return figures[0]
+    return over_seeds([value for value, _, _ in figures])
+
+
+# --- tables, files ------------------------------------------------------------------------------------------
+
+# The figures of the tables, and their heads.
+COLUMNS = {"reward": "reward", "kl": "KL", "objective": "reward − β·KL", "gap": "below the best",
+           "win_rate": "win rate", "lc_win_rate": "LC win rate", "length": "length",
+           "unfinished": "unfinished", "margin": "margin", "accuracy": "accuracy"}
+
+# Sequences that a terminal obeys, by ECMA-48: strings up to their end, as titles and links; colours and moves
+# of the cursor; others. Each begins with an escape character or has a control character of its own.
+SEQUENCES = re.compile(r"(\x1b[]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]*(\x07|\x1b\\|\x9c)"
+                       r"|(\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
+                       r"|\x1b[ -/]*[0-~]")
+
+
+def printable(text):
+    """The text without what would control a terminal: escape sequences, control characters but newline and
+    tab, and lone surrogates, which cannot be printed."""
+    kept = []
+    for character in SEQUENCES.sub("", text):
+        if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs"):
+            kept.append(character)
+    return "".join(kept)
+
+
+def print_table(results, seeds=None):
+    """Print results, {model: {name: figure}}, as a markdown table. seeds, {model: how many runs it has}, is
+    a column of its own."""
+    measured = set().union(*results.values())
+    columns, heads = [], []
+    if seeds:
+        heads.append("runs")
+    for name, head in COLUMNS.items():
+        if name in measured:
+            columns.append(name)
+            heads.append(head)
+    print(f"| | {' | '.join(heads)} |")
+    print("|---|" + "---|" * len(heads))
+    for model, figures in results.items():
+        cells = [printable(model)]
+        if seeds:
+            cells.append(str(seeds[model]))
+        for name in columns:
+            if name in figures:
+                cells.append(format_figure(*figures[name]))
+            else:
+                cells.append("")
+        print(f"| {' | '.join(cells)} |")
+
+
+def write_figures(results, path):
+    """Write {model: {name: {value, low, high}}} as JSON. Numbers that are not finite are null."""
+    written = {}
+    for model, figures in results.items():
+        written[model] = {}
+        for name, figure in figures.items():
+            ends = dict(zip(("value", "low", "high"), figure, strict=True))
+            for end in ends:
+                if not math.isfinite(ends[end]):
+                    ends[end] = None
+            written[model][name] = ends
+    write_text(path, json.dumps(written, indent=1) + "\n")
+
+
+def are_figures(text):
+    """Whether `write_figures` has written this text."""
+    try:
+        for figures in json.loads(text).values():
+            for figure in figures.values():
+                if {*figure} != {"value", "low", "high"}:
+                    return False
+    except (ValueError, TypeError, AttributeError):
+        return False
+    return True
+
+
+def print_samples(samples, count):
+    """Print the answers of all models, {model: rows of samples}, to the first `count` prompts, one prompt
+    after the other."""
+    kept = min(len(rows) for rows in samples.values())
+    if kept < count:
+        print(f"\nanswers to {kept} prompts are there, not to {count}")
+    by_prompt = zip(*(rows[:min(kept, count)] for rows in samples.values()), strict=True)     # a row of each
+    for rows in by_prompt:
+        prompt = rows[0]["prompt"]
+        if isinstance(prompt, list):                       # of a dialogue, its last message
+            prompt = prompt[-1]["content"]
+        print(f"\n>>> {printable(prompt)}")
+        for model, row in zip(samples, rows, strict=True):
+            print(f"--- {printable(model)}")
+            if "reward" in row:
+                print(f"(reward {row['reward']:.3f})")
+            print(printable(row["response"]))
+
+
+# --- the best possible --------------------------------------------------------------------------------------
+
+def frontier(rewards, temperatures):
+    """The best that any policy can do, from the rewards of samples of the reference, (P prompts, n samples):
+    for each temperature t the policy π_t ∝ π_ref·exp(r/t), which has the highest reward of all policies of
+    its KL.
+
+    The samples are weighted by exp(r/t), self-normalised importance sampling. Rows: kl in nats per response;
+    reward; best, the highest reward − t·KL, which is t·log E_ref exp(r/t); error, half the 95 % interval of
+    `best` and of the curve's height at that KL; effective, the smallest effective sample size (Σw)²/Σw² of a
+    prompt. A row with an effective sample size below 30 is left out."""
+    rewards = torch.as_tensor(rewards, dtype=torch.float64)
+    prompts, n = rewards.shape
+    rows = []
+    for t in temperatures:
+        scaled = rewards / t
+        weights = scaled.softmax(-1)                                                       # (P, n)
+        effective = 1 / weights.square().sum(-1)                                           # (P,)
+        poorest = effective.min().item()
+        if poorest < 30:
+            continue
+        reward = (weights * rewards).sum(-1)
+        log_mean = scaled.logsumexp(-1) - math.log(n)          # of exp(r/t)
+        variance = 1 / effective - 1 / n
+        row = {"temperature": t, "reward": reward.mean().item(), "best": t * log_mean.mean().item()}
+        row["kl"] = (row["reward"] - row["best"]) / t
+        row["error"] = 1.96 * t * variance.sum().sqrt().item() / prompts
+        row["effective"] = poorest
+        rows.append(row)
+    return rows
+
+
+# --- the picture --------------------------------------------------------------------------------------------
+
+COLOURS = dict(zip("sft dpo dp pp online-dpo pr pr-1 spin".split(),                       # Okabe and Ito's
+                   "#000000 #0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #7F7F7F".split(), strict=True))
+
+
+def plot(tables, results, curve, best_run, path):
+    """Write a PNG of held-out reward against KL, a panel for each table. A large point is where a run ends,
+    or the mean of its seeds; the line to it passes through the earlier evaluations. The curve, rows of
+    `frontier`, is drawn in the panel of the run `best_run`."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(8 * len(tables), 5), layout="constrained")
+    panels = figure.subplots(1, len(tables), squeeze=False)
+    for axes, table in zip(panels[0], tables, strict=True):
+        labels = draw_groups(axes, table.groups, results)
+        axes.set_xlabel("KL(π‖π_ref), nats per response")
+        axes.set_ylabel("held-out reward")
+        if len(tables) > 1:
+            axes.set_title(textwrap.fill(heading_of(table), 100), fontsize=8, parse_math=False)
+        if curve and best_run in table.paths:
+            labels.append(draw_best(axes, curve))
+        write_labels(axes, labels)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=130, format="png")
+    write_bytes(path, picture.getvalue())
+
+
+def draw_groups(axes, groups, results):
+    """Draw each group that has a reward; returns where their lines end, [(reward, kl, name, colour)]."""
+    ends = []
+    spare = [colour for name, colour in COLOURS.items() if name not in groups]
+    spare = cycle(spare or COLOURS.values())
+    for name, runs in groups.items():
+        if "reward" not in results[name]:
+            continue
+        colour = COLOURS.get(name) or next(spare)
+        reward, low, high = results[name]["reward"]
+        kl, left, right = results[name].get("kl", (0.0, 0.0, 0.0))     # SFT has no reference
+        height = [[reward - low], [high - reward]]
+        width = [[kl - left], [right - kl]]
+        axes.errorbar(kl, reward, height, width, color=colour, marker="o", capsize=3)
+        kls, rewards = track_of(runs)
+        axes.plot(kls, rewards, ".-", color=colour)
+        ends.append((reward, kl, name, colour))
+    return ends
+
+
+def draw_best(axes, curve):
+    """Draw the best possible reward at each KL that the picture shows; returns where the line ends."""
+    _, right = axes.get_xlim()
+    inside = [(row["kl"], row["reward"]) for row in curve if row["kl"] < right]
+    kls, rewards = zip(*sorted(inside), strict=True)
+    axes.plot(kls, rewards, color="black", linestyle="--", linewidth=1, scalex=False)
+    return rewards[-1], kls[-1], "best possible", "black"
+
+
+def track_of(runs):
+    """(KLs, rewards): their means over seeds at each step at which all runs have measured both."""
+    points = defaultdict(list)
+    for evaluations in runs:
+        for evaluation in evaluations:
+            if "kl" in evaluation.figures and "reward" in evaluation.figures:
+                kl, _, _ = evaluation.figures["kl"]
+                reward, _, _ = evaluation.figures["reward"]
+                points[evaluation.step].append((kl, reward))
+    kls, rewards = [], []
+    for step in sorted(points):
+        if len(points[step]) == len(runs):
+            step_kls, step_rewards = zip(*points[step], strict=True)
+            kls.append(mean(step_kls))
+            rewards.append(mean(step_rewards))
+    return kls, rewards
+
+
+def write_labels(axes, ends):
+    """Write the names of lines, which end at [(reward, kl, name, colour)], on the right of a picture. Names
+    are at least the height of a line of text apart."""
+    bottom, top = axes.get_ylim()
+    _, right = axes.get_xlim()
+    line = 0.05 * (top - bottom)
+    place = -math.inf
+    for reward, kl, name, colour in sorted(ends):
+        place = max(reward, place + line)
+        arrow = dict(arrowstyle="-", color=colour, linestyle=":", relpos=(0, 0.5))
+        axes.annotate(printable(name), (kl, reward), (right, place), color=colour, va="center",
+                      arrowprops=arrow, parse_math=False)
+
+
+# --- the comparison -----------------------------------------------------------------------------------------
+
+def compare(paths, out=None, show=0, best=None, curve=(), best_run=None):
+    """Print finished runs as markdown tables, one for those that were measured on the same, and their last
+    answers to the first `show` held-out prompts. Write the figures to `out`, and a picture beside it. best,
+    curve, best_run: what `best_possible` returns."""
+    found = read_runs(paths)
+    tables = tables_of(found)
+    first_run, *_ = found
+    out = Path(out or first_run.parent / "results.json")
+    results = {}
+    for nth, table in enumerate(tables):
+        best_here = None
+        if best_run in table.paths:
+            best_here = best
+        for name, runs in table.groups.items():
+            results[name] = results_of(runs, best_here)
+        if nth:
+            print()
+        print(f"{heading_of(table)}\n")
+        print_groups(table.groups, results)
+        if show:
+            print_samples({str(path): last_samples(path) for path in table.paths}, show)
+    write_figures(results, out)
+    picture = out.with_suffix(".png")
+    plot(tables, results, curve, best_run, picture)
+    print("\n95 % intervals, as ± half or as [low, high]: over seeds (t) if there are several, else over "
+          f"prompts\nfigures in {out}, picture in {picture}")
+    if best:
+        print(f"the best reward − β·KL at β {best['temperature']:g} is {best['best']:.3f} ± "
+              f"{best['error']:.3f}, reward {best['reward']:.2f} at KL {best['kl']:.2f} (effective sample "
+              f"size {best['effective']:.0f})")
+
+
+def print_groups(groups, results):
+    """Print the table of the groups' results. What their runs were before the first step is a row above the
+    first of the groups that began so."""
+    began = {}                                             # name: the figures at step 0
+    for name, runs in groups.items():
+        first = [evaluations[0] for evaluations in runs]
+        trained = min(map(len, runs)) > 1
+        if trained and max(evaluation.step for evaluation in first) == 0:
+            began[name] = figures_of(first)
+    rows, seeds = {}, {}
+    for name, runs in groups.items():
+        if name in began:
+            alike = [other for other in began if began[other] == began[name]]
+            before = f"step 0 of {', '.join(alike)}"
+            rows[before], seeds[before] = began[name], len(runs)
+        rows[name], seeds[name] = results[name], len(runs)
+    if max(seeds.values()) == 1:
+        seeds = None
+    print_table(rows, seeds)
+
+
+def figures_of(evaluations):
+    """{name: figure} of the columns that all evaluations, one of each seed, have measured."""
+    figures = {}
+    for name in COLUMNS:
+        figure = figure_of(name, evaluations)
+        if figure:
+            figures[name] = figure
+    return figures
+
+
+def results_of(runs, best):
+    """{name: figure} of the last evaluations of a group's runs, with the gap to the best possible if that is
+    known."""
+    results = figures_of([evaluations[-1] for evaluations in runs])
+    if best and "objective" in results:
+        value, low, high = results["objective"]
+        results["gap"] = best["best"] - value, best["best"] - high, best["best"] - low
+    return results
+
+
+def refuse_comparison(out):
+    """Raises InputError if the figures cannot be written to `out`, or the picture beside it."""
+    if out.suffix != ".json":
+        raise InputError(f"--out {out}: want the name of a .json file; the picture stands beside it as .png")
+    refuse_output(out, are_figures)
+    picture = out.with_suffix(".png")
+    if picture.exists() and not out.exists():
+        raise InputError(f"{picture} is there without figures of --compare beside it; give another --out")
