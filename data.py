@@ -6,28 +6,35 @@
 How a pair becomes text:
   - the tokenizer has a chat template: the template renders it (a string counts as one user message);
   - it has none: strings stay as they are; messages become "\\n\\nHuman: …\\n\\nAssistant:", as in hh-rlhf.
+
+`encode` replaces a pair's texts by the texts of its token ids, which `response_text` makes, so that whatever
+reads a text reads what is trained, and no more.
 """
+import json
 import math
 import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import date
+from functools import lru_cache
 from pathlib import Path
 
-from runtime.command_line import InputError, Parser, command_line, first_line, format_counts, time_limit
+from runtime.command_line import (
+    InputError, Parser, command_line, first_line, foreign, format_counts, number, time_limit)
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from formats import BadRow, load_pairs, prompt_messages, split_system
+from formats import BadRow, format_unread, load_pairs, prompt_messages, split_system
 
 SIDES = ("chosen", "rejected")
 
 # --- text to tokens -----------------------------------------------------------------------------------------
 
-def load_tokenizer(name, trust_remote_code=False, ends=True, date=None):
+def load_tokenizer(name, trust_remote_code=False, ends=True, date=None, chat_template=None):
     """The tokenizer of a directory or hub name. date: what a chat template that asks for today is told, as
-    YYYY-MM-DD; None: today. Raises InputError if there is none, or it has no EOS."""
+    YYYY-MM-DD; None: today. chat_template: as in `set_chat_template`. Raises InputError if there is no
+    tokenizer, or it has no EOS."""
     from transformers import AutoTokenizer
     if Path(name, "adapter_config.json").is_file():
         raise InputError(f"{name} is an adapter; merge it into its base first, as OUT/model of sail.py is")
@@ -39,26 +46,80 @@ def load_tokenizer(name, trust_remote_code=False, ends=True, date=None):
     if ends and tokenizer.eos_token_id is None:
         raise InputError(f"{name}: its tokenizer has no end-of-sequence token; tokenizer_config.json sets it")
     tokenizer.template_date = date
+    set_chat_template(tokenizer, name, chat_template)
     return tokenizer
 
 
+def set_chat_template(tokenizer, name, chat_template):
+    """Set the chat template of a tokenizer, and its `template_name`, which says where it is from.
+
+    chat_template: a file, which is used in place of the tokenizer's own; "none" for no template; None for the
+    tokenizer's own, or that in chat_template.json beside it, which processors of pictures have."""
+    from transformers.utils import cached_file
+    tokenizer.template_name = "the tokenizer's own"
+    if chat_template is None and not tokenizer.chat_template:
+        with foreign(f"{name}: its files cannot be read"):
+            chat_template = cached_file(
+                name, "chat_template.json", _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False)
+    if chat_template is None and tokenizer.chat_template:
+        return
+    if chat_template in (None, "none"):
+        tokenizer.chat_template, tokenizer.template_name = None, "none"
+        return
+    with foreign(f"{chat_template}: no chat template"):
+        text = Path(chat_template).read_text(encoding="utf-8")
+        if Path(chat_template).suffix == ".json":
+            text = json.loads(text)["chat_template"]
+    tokenizer.chat_template, tokenizer.template_name = text, str(chat_template)
+
+
+@dataclass
+class Frame:
+    """What a tokenizer puts around every answer, as a plain question shows it."""
+    opening: str | None      # the text between the question and the answer; None if the template refuses it
+    filler: str              # what the template itself writes at the start of the answer
+    end_ids: set             # the EOS, and the token that closes the answer
+    marks: re.Pattern        # matches the special tokens, which structure a dialogue and occur in no message
+
+
+def frame_of(tokenizer):
+    """The Frame of a tokenizer, found once for each of its states."""
+    return find_frame(tokenizer, str(tokenizer.chat_template), len(tokenizer), tokenizer.eos_token_id)
+
+
+@lru_cache(maxsize=8)
+def find_frame(tokenizer, template, size, eos_id):
+    """`frame_of` a tokenizer that has this template, number of tokens and EOS."""
+    added, end_ids = tokenizer.added_tokens_decoder, {eos_id}
+    opening, filler = None, ""
+    try:
+        dialogue = Dialogue([{"role": "user", "content": "question"}], tokenizer)
+    except BadRow:
+        pass                                             # a template that refuses this dialogue tells nothing
+    else:
+        opening, filler = dialogue.head.rpartition("question")[2], dialogue.filler
+        for token in tokenizer(dialogue.closing, add_special_tokens=False)["input_ids"]:
+            if token in added and added[token].content.strip():
+                end_ids.add(token)
+                break
+    marks = []
+    for token, written in added.items():
+        if written.special or token in end_ids:
+            marks.append(re.escape(written.content))
+    return Frame(opening, filler, end_ids, re.compile("|".join(marks) or "(?!)"))
+
+
 def end_token_ids(tokenizer, model=None):
-    """The ids that end a response: the tokenizer's EOS, the special token with which the chat template closes
-    an answer, and those of generation_config that are special: a config's default id may be any word."""
-    special, ids = tokenizer.added_tokens_decoder, {tokenizer.eos_token_id}
-    if tokenizer.chat_template:
-        try:
-            closing = Dialogue("question", tokenizer).closing
-            tokens = tokenizer(closing, add_special_tokens=False)["input_ids"]
-            ids.update([token for token in tokens if token in special and special[token].special][:1])
-        except BadRow:
-            pass                                         # a template that refuses this dialogue tells nothing
+    """The ids that end a response: the tokenizer's EOS, the token with which the chat template closes an
+    answer, and those of generation_config that are added tokens: a config's default id may be any word."""
+    ids = set(frame_of(tokenizer).end_ids)
     if model is None:
         return ids
     extra = model.generation_config.eos_token_id
     if not isinstance(extra, list):
         extra = [extra]
-    return ids | {token for token in extra if token in special}
+    return ids | {token for token in extra if token in tokenizer.added_tokens_decoder}
 
 
 def without_clock(template, day):
@@ -88,7 +149,8 @@ class Dialogue:
     """A prompt as text, and what the chat template puts around its answer.
 
     head: the text of the prompt, up to where a response begins, as the policy is given it for sampling.
-    filler: what the template itself writes before an answer, as an empty block of thoughts; mostly "".
+    filler: what is written before an answer that is not of it: the template's empty block of thoughts, the
+    space after "Assistant:"; mostly "".
     closing: what it writes after an answer. Both are found once, with an answer that occurs in no text.
     A prompt that ends in an assistant's message is an answer that was started, and is continued."""
 
@@ -99,6 +161,8 @@ class Dialogue:
             self.head = prompt
             if not isinstance(prompt, str):
                 self.head = plain_dialogue(prompt)
+                if not self.started:
+                    self.filler = " "
             return
         self.messages = prompt_messages(prompt)
         marker = "xANSWERx"
@@ -128,19 +192,27 @@ class Dialogue:
         return apply_template(self.tokenizer, messages + [{"role": "assistant", "content": answer}])
 
     def tail(self, response):
-        """The text that follows `head`: the response, with what the template writes around it. Raises BadRow
-        where the template makes another text of the response."""
+        """The text that follows `head`: the response, with what is written around it. Raises BadRow where the
+        template makes another text of the response, apart from outer white space."""
         if not self.template:
-            between = isinstance(self.messages, list) and not self.started
-            if between:
-                return " " + response.strip()
-            return response
-        answer = response.rstrip() if self.started else response.strip()
-        whole = self.answered_by(answer)
-        for filler in (self.filler, ""):                 # none where the answer brings its own
-            if whole == self.head + filler + answer + self.closing:
-                return filler + answer + self.closing
-        raise BadRow("the chat template rewrites the answer")
+            return self.filler + response
+        whole = self.answered_by(response)
+        answer = whole[len(self.head):len(whole) - len(self.closing)]
+        if whole != self.head + answer + self.closing:
+            raise BadRow("the chat template rewrites the answer")
+        if answer.removeprefix(self.filler).strip() != response.strip():       # it may bring its own filler
+            raise BadRow("the chat template rewrites the answer")
+        return answer + self.closing
+
+    def rewritten(self):
+        """Whether the template leaves the text of a turn of the prompt out, or makes another text of it, as
+        of thoughts in earlier answers."""
+        if not self.template:
+            return False
+        for turn in self.messages:
+            if turn["content"].strip() not in self.head:
+                return True
+        return False
 
 
 def plain_dialogue(messages):
@@ -171,9 +243,14 @@ def token_ids(text, tokenizer):
 def fitting_prompt(prompt, tokenizer, limit, lengths=None):
     """(Dialogue, its ids, those that are left within `limit`); the whole prompt's length goes to `lengths`.
 
-    A text without turns is cut from the left, but for a BOS token. A dialogue loses whole turns, the oldest
+    Raises BadRow if the prompt holds tokens that a chat template writes, as one that is templated already. A
+    text without turns is cut from the left, but for a BOS token. A dialogue loses whole turns, the oldest
     first, never its system turn, and begins with a user's. Raises BadRow where what is left is too long."""
     dialogue = Dialogue(prompt, tokenizer)
+    if dialogue.template:
+        for turn in dialogue.messages:
+            if frame_of(tokenizer).marks.search(turn["content"]):
+                raise BadRow("prompt that holds special tokens, as one that is templated already")
     ids = token_ids(dialogue.head, tokenizer)
     if not ids:
         raise BadRow("prompt without tokens")
@@ -195,13 +272,13 @@ def fitting_prompt(prompt, tokenizer, limit, lengths=None):
 
 
 def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length, rows=math.inf, limit=None):
-    """(copies of the pairs with their ids, counts, lengths).
+    """(copies of the pairs with their ids, and with the texts of these ids, counts, lengths).
 
     Both responses follow the same prompt ids; one that the data lacks has no ids. One longer than
     max_response_length is cut from the right, and then has no end token. counts: what was cut, pairs with an
-    end token in their text, which cuts them, and rows dropped. lengths: {side: tokens before cutting, of each
-    row that could be rendered}. limit: stop after so many. Raises InputError if the model, of `rows` ids,
-    lacks one that occurs."""
+    end token in their text, which cuts them, what the template rewrites, and rows dropped. lengths: {side:
+    tokens before cutting, of each row that could be rendered}. limit: stop after so many. Raises InputError
+    if the model, of `rows` ids, lacks one that occurs."""
     encoded, counts = [], Counter(dropped=0)
     lengths = {"prompt": [], "chosen": [], "rejected": []}
     for pair in pairs:
@@ -221,18 +298,26 @@ def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length, ro
         counts.update(changes)
         encoded.append(done)
     if not encoded:
+        advice = ""
+        if frame_of(tokenizer).opening is None:
+            advice = "; the chat template refuses every plain dialogue, and --chat-template names another"
         raise InputError(f"none of {len(pairs)} pairs has anything to learn as tokens: "
-                         f"{format_counts(+counts)}")
+                         f"{format_counts(+counts)}{advice}")
     return encoded, counts, lengths
 
 
 def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length, lengths):
-    """(a copy of the pair with its ids, what was changed, by reason) of `encode`, which adds to `lengths`."""
+    """(a copy of the pair with its ids and their texts, what was changed, by reason) of `encode`, which adds
+    to `lengths`."""
     dialogue, uncut, prompt_ids = fitting_prompt(pair.prompt, tokenizer, max_prompt_length, lengths)
-    changes = Counter(truncated_prompts=lengths["prompt"][-1] > len(prompt_ids), truncated_responses=0,
-                      end_token_in_text=0, prompt_merges_with_response=0)
+    cut = lengths["prompt"][-1] > len(prompt_ids)
+    changes = Counter(truncated_prompts=cut, truncated_responses=0, end_token_in_text=0,
+                      prompt_merges_with_response=0, turns_rewritten_by_the_template=dialogue.rewritten(),
+                      answers_stripped_by_the_template=0)
     ends = tokenizer.convert_ids_to_tokens(sorted(end_ids))
-    ids_of = {"chosen": [], "rejected": []}
+    new = {"prompt": pair.prompt, "prompt_ids": prompt_ids, "chosen_ids": [], "rejected_ids": []}
+    if cut:
+        new["prompt"] = prompt_left(pair.prompt, dialogue, prompt_ids)
     for side in SIDES:
         response = getattr(pair, side)
         if response is None:
@@ -246,14 +331,23 @@ def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length
             changes["prompt_merges_with_response"] += 1
         ids = up_to_end(ids, tokenizer.eos_token_id, end_ids)
         lengths[side].append(len(ids))
-        ids_of[side] = ids[:max_response_length]
+        new[f"{side}_ids"] = ids[:max_response_length]
+        new[side] = response_text(tokenizer, new[f"{side}_ids"], prompt_ids)
         changes["truncated_responses"] += len(ids) > max_response_length
         changes["end_token_in_text"] |= any(end in response for end in ends)
-    if ids_of["chosen"] and ids_of["chosen"] == ids_of["rejected"]:
+        changes["answers_stripped_by_the_template"] += response not in text
+    if new["chosen_ids"] and new["chosen_ids"] == new["rejected_ids"]:
         raise BadRow("same tokens in both responses")
-    encoded = replace(pair, prompt_ids=prompt_ids, chosen_ids=ids_of["chosen"],
-                      rejected_ids=ids_of["rejected"])
-    return encoded, changes
+    return replace(pair, **new), changes
+
+
+def prompt_left(prompt, dialogue, ids):
+    """What is left of a prompt that was cut: the messages of its shorter dialogue, or the text of its ids."""
+    if not isinstance(prompt, str):
+        return dialogue.messages
+    if ids[0] == dialogue.tokenizer.bos_token_id:
+        ids = ids[1:]
+    return dialogue.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
 def up_to_end(ids, eos_id, end_ids):
@@ -265,18 +359,36 @@ def up_to_end(ids, eos_id, end_ids):
 
 
 def response_text(tokenizer, ids, prompt_ids=()):
-    """What a reward, a judge and a reader see of a response: its text without the end token and outer white
-    space. A tokenizer that comes with a `response_template`, for models which write in channels, says what of
-    it is the answer. Without one, or if the response has not that form, special tokens inside it stay."""
+    """What a reward, a judge and a reader see of a response to a prompt: its text without the end token, and
+    without the filler that the chat template itself writes at its start. White space is content.
+
+    A tokenizer that comes with a `response_template`, for models which write in channels, says what of it is
+    the answer. Without one, or if the response has not that form, special tokens inside it stay."""
+    ids, prompt_ids, frame = list(ids), list(prompt_ids), frame_of(tokenizer)
     if ids and getattr(tokenizer, "response_template", None):
         try:
-            message = tokenizer.parse_response(list(ids), prefix=list(prompt_ids))
-            return (message.get("content") or "").strip()
+            return tokenizer.parse_response(ids, prefix=prompt_ids).get("content") or ""
         except ValueError:
             pass                                         # shown as it was written
-    if ids and ids[-1] in tokenizer.all_special_ids:
+    if ids and (ids[-1] in frame.end_ids or ids[-1] in tokenizer.all_special_ids):
         ids = ids[:-1]
-    return tokenizer.decode(ids).strip()
+    text = text_after(tokenizer, ids, prompt_ids)
+    prompt = tokenizer.decode(prompt_ids, clean_up_tokenization_spaces=False)
+    if frame.opening is None or not prompt.endswith(frame.opening):
+        return text                                      # it continues a text or a started answer
+    if frame.filler.startswith(text):
+        return ""                                        # it was cut inside the filler
+    return text.removeprefix(frame.filler)
+
+
+def text_after(tokenizer, ids, before):
+    """The text of ids that follow others. Of ids alone, a sentencepiece tokenizer drops the first space."""
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    if not ids or not before or not tokenizer.convert_ids_to_tokens(ids[0]).startswith("▁"):
+        return text
+    last = tokenizer.decode(before[-1:], clean_up_tokenization_spaces=False)
+    both = tokenizer.decode(before[-1:] + ids, clean_up_tokenization_spaces=False)
+    return both.removeprefix(last)
 
 
 def collate(prompts, responses, device="cpu"):
@@ -324,11 +436,18 @@ def print_report(source, pairs, report):
     if report["altered"]:
         print(f"altered: {format_counts(report['altered'])}")
     if report["unread"]:
-        print(f"columns that nothing reads: {', '.join(report['unread'])}")
+        print(f"read by nothing: {format_unread(report['unread'])}")
+    soft = []
+    for pair in pairs:
+        if pair.preference != 1:
+            soft.append(pair.preference)
+    if soft:
+        print(f"soft labels: {len(soft)} pairs, P(chosen ≻ rejected) from {min(soft):.3g} to {max(soft):.3g}")
 
 
 def print_as_tokens(pairs, tokenizer, limits):
     """What `encode` makes of the pairs; two of them as the model sees them."""
+    print(f"chat template: {tokenizer.template_name}")
     encoded, counts, lengths = encode(pairs, tokenizer, end_token_ids(tokenizer), *limits)
     print(f"{len(encoded)} encoded; {format_counts(+counts)}")
     prompt_limit, response_limit = limits
@@ -371,13 +490,20 @@ def main():
     parser = Parser("Show what a preference data set holds and how it will be read.", " SOURCE")
     parser.add_argument("source", metavar="SOURCE", help="a file or OWNER/NAME[/CONFIG][:SPLIT]")
     parser.add_argument("--model", help="a directory or hub name: count and render in its tokens")
+    parser.add_argument("--chat-template", metavar="FILE",
+                        help="a template in place of the tokenizer's, or none")
+    parser.add_argument("--score-scale", metavar="S", type=number(float, 1e-9),
+                        help="soft labels σ((score_chosen − score_rejected) / S)")
     parser.shared("--prefer", "--limit", "--max-prompt-length", "--max-response-length", "--date")
     args = parser.parse_args()
-    pairs, report = load_pairs(args.source, args.limit, args.prefer)
+    if args.chat_template and not args.model:
+        parser.error("argument --chat-template: it renders in the tokens of a --model")
+    pairs, report = load_pairs(args.source, args.limit, args.prefer, args.score_scale)
     print_report(args.source, pairs, report)
     if args.model:
         limits = args.max_prompt_length or 512, args.max_response_length or 512
-        print_as_tokens(pairs, load_tokenizer(args.model, date=args.date), limits)
+        tokenizer = load_tokenizer(args.model, date=args.date, chat_template=args.chat_template)
+        print_as_tokens(pairs, tokenizer, limits)
     else:
         print_as_text(pairs)
 

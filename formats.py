@@ -1,10 +1,12 @@
 """A file becomes pairs of texts: FORMATS declares each format once, `load_pairs` reads the rows.
 
-A source is a .jsonl, .json, .csv or .parquet file, or a hub name written OWNER/NAME[/CONFIG][:SPLIT]. Its
-columns tell the format. Fully online runs need prompts alone; sft needs dialogues alone.
+A source is a .jsonl, .json or .csv file, which may be packed as .gz, a .parquet file, or a hub name written
+OWNER/NAME[/CONFIG][:SPLIT]. Its columns tell the format. Fully online runs need prompts alone; sft needs
+dialogues alone.
 """
 import ast
 import csv
+import gzip
 import io
 import json
 import math
@@ -39,7 +41,7 @@ class Pair:
     samples: int = 0                         # how many of the two responses were sampled
     sampled_tokens: int = 0                  # their length
     unfinished: int = 0                      # how many of them have no end token
-    # of `reward.label_by_reward`
+    # of the data's soft labels, or of `reward.label_by_reward`
     preference: float = 1.0                  # P(chosen ≻ rejected)
     rewards: tuple = ()                      # of chosen, of rejected
 
@@ -49,7 +51,59 @@ class BadRow(ValueError):
 
 
 NO_TEXT, TIE = "null or malformed text", "no preference between the responses"
-TOO_MANY_CELLS = "row with more cells than the header"     # also the name under which csv stores such cells
+TOO_MANY_CELLS = "more cells than the header"              # the name under which csv stores such cells
+
+# --- what was read of a row ---------------------------------------------------------------------------------
+
+EMPTY = (None, "", "[]", [], {})                                       # values that say nothing
+# A row or a message that holds one of these would mean something else without it.
+NOT_RENDERED = ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "reasoning_content",
+                "reasoning", "thinking", "images", "image", "audio", "audios", "video", "videos", "documents",
+                TOO_MANY_CELLS)
+
+
+class Reader:
+    """A row, or an object inside it such as a message, that keeps account of which values were read.
+
+    Raises BadRow if one of NOT_RENDERED is there. All other values that nobody reads are in `unread`."""
+
+    def __init__(self, values, name="row"):
+        self.values = values
+        self.name = name
+        self.names_read = set()
+        self.parts = []
+        for key in NOT_RENDERED:
+            if values.get(key) not in EMPTY:
+                raise BadRow(f"{name} with {key}")
+
+    def __contains__(self, key):
+        return key in self.values
+
+    def __getitem__(self, key):
+        self.names_read.add(key)
+        return self.values[key]
+
+    def get(self, key):
+        self.names_read.add(key)
+        return self.values.get(key)
+
+    def part(self, values, name):
+        """A Reader of an object inside this row, which is called `name` in reports."""
+        part = Reader(values, name)
+        self.parts.append(part)
+        return part
+
+    def unread(self):
+        """The names of the values that were not read and are not empty. Inside a part they are PART.NAME."""
+        names = set()
+        for key, value in self.values.items():
+            if key not in self.names_read and value not in EMPTY:
+                names.add(key)
+        for part in self.parts:
+            for key in part.unread():
+                names.add(f"{part.name}.{key}")
+        return names
+
 
 # --- messages -----------------------------------------------------------------------------------------------
 
@@ -59,45 +113,62 @@ ROLES = {"user": "user", "human": "user", "prompter": "user",
          "system": "system", "developer": "system"}
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")         # each holds the text of a system turn
 HISTORY_COLUMN = "history"                                             # holds the turns before the prompt
-# A row or a message that holds one of these cannot be rendered whole.
-NOT_RENDERED = ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "reasoning_content",
-                "reasoning", "thinking", "images", "image", "audio", "audios", "video", "videos", "documents")
-COMMON_COLUMNS = (*SYSTEM_COLUMNS, HISTORY_COLUMN, *NOT_RENDERED)      # every format reads these
-EMPTY = (None, "", "[]", [], {})                                       # values that say nothing
+TRAINING_MARKS = ("weight", "loss_weight", "train", "training", "trainable", "loss")       # of a message
+SPELLINGS = {True: ("1", "1.0", "true"), False: ("0", "0.0", "false")}
+MESSAGE = re.compile(r"\s*(\[\s*)?\{\s*['\"](role|content|from|value)['\"]\s*:")          # begins like one
+HAS_ROLE = re.compile(r"\s*(\[\s*)?\{.*['\"](role|from)['\"]\s*:", re.DOTALL)
+HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant): ?")
+HH_DIALOGUE = re.compile(r"\n\nHuman:.*\n\nAssistant:", re.DOTALL)
+HH_PROMPT = re.compile(r"\s*Human:.*\n\nAssistant:\s*\Z", re.DOTALL)
 
 
-def as_messages(turns):
-    """The messages {role, content} of a dialogue, whose roles become system, user and assistant.
+def as_messages(turns, row, is_answer=False):
+    """The messages {role, content} of a dialogue in a row, whose roles become system, user and assistant.
 
     The dialogue is a list of turns, a single turn, or a string that holds one of these as JSON. A turn has
-    the keys role and content, or from and value, and its text may be divided into typed parts. Raises BadRow
-    if a turn holds something that cannot be rendered."""
+    the keys role and content, or from and value, and its text may be divided into typed parts. is_answer: the
+    last turn is to be trained. Raises BadRow if a turn holds something that cannot be rendered."""
     turns = parse_literal(turns)
     if isinstance(turns, dict):
         turns = [turns]
     messages = []
-    for turn in turns:
-        refuse_not_rendered(turn, "message")
-        role = turn.get("role") or turn.get("from")
-        content = turn.get("content", turn.get("value"))
+    for nth, turn in enumerate(turns, 1):
+        message = row.part(turn, "message")
+        role = message.get("role") or message.get("from")
+        content = message.get("content")
+        if content is None:
+            content = message.get("value")
         if isinstance(content, list):
-            content = join_parts(content)
+            content = join_parts(content, message)
         if not isinstance(role, str) or not isinstance(content, str):
             raise BadRow(NO_TEXT)
         if role.strip().lower() not in ROLES:
             raise BadRow(f"message of the role {role[:20]!r}")
+        read_training_marks(message, is_answer and nth == len(turns))
         messages.append({"role": ROLES[role.strip().lower()], "content": content})
     return messages
 
 
-def join_parts(parts):
+def join_parts(parts, message):
     """The text of a message that is divided into parts {type: "text", text or value}."""
     texts = []
-    for part in parts:
+    for each in parts:
+        part = message.part(each, "part")
         if part["type"] != "text":
             raise BadRow("message part that is not text")
         texts.append(part.get("text") or part["value"])
     return "".join(texts)
+
+
+def read_training_marks(message, is_trained):
+    """Read the marks that say of a message whether it is trained, where they agree with what is done to it.
+    Raises BadRow if an answer is marked as not to be trained. Other marks stay unread."""
+    for mark in TRAINING_MARKS:
+        value = str(message.values.get(mark)).lower()
+        if is_trained and value in SPELLINGS[False]:
+            raise BadRow(f"answer that is not to be trained, by its {mark}")
+        if value in SPELLINGS[is_trained]:
+            message.get(mark)
 
 
 def parse_literal(value):
@@ -105,9 +176,11 @@ def parse_literal(value):
     not a string is returned unchanged. Raises BadRow for any other string."""
     if not isinstance(value, str):
         return value
-    for parse in (json.loads, ast.literal_eval):
+    for parse in (parse_json, ast.literal_eval):
         try:
             parsed = parse(value)
+        except BadRow:
+            raise
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
         if isinstance(parsed, (list, dict)):
@@ -115,21 +188,64 @@ def parse_literal(value):
     raise BadRow("a dialogue in a string that is no JSON")
 
 
-def text_or_messages(value):
-    """The value of a column that holds either a text or messages. A string counts as messages only if it
-    begins like a message in JSON; any other string is a text."""
-    if isinstance(value, (list, dict)):
-        return as_messages(value)
-    if isinstance(value, str) and re.match(r"\s*(\[\s*)?\{\s*['\"](role|content|from|value)['\"]\s*:", value):
-        return as_messages(value)
+def parse_json(text):
+    """What a JSON text holds. Raises BadRow if an object has a name twice, of which json.loads drops one."""
+    return json.loads(text, object_pairs_hook=object_of)
+
+
+def object_of(pairs):
+    """The dict of an object's pairs (name, value)."""
+    repeated = first_repeated(name for name, _ in pairs)
+    if repeated is not None:
+        raise BadRow(f"the name {repeated!r} stands twice in an object")
+    return dict(pairs)
+
+
+def first_repeated(names):
+    """The first of the names that has occurred before; None if each occurs once."""
+    seen = set()
+    for name in names:
+        if name in seen:
+            return name
+        seen.add(name)
+    return None
+
+
+def text_or_messages(value, row, is_answer=False):
+    """The value of a column that holds either a text or messages. A string holds messages if it is the JSON
+    of messages, or a dialogue or an open prompt of hh-rlhf; any other string is a text."""
+    if isinstance(value, (list, dict)) or holds_messages(value):
+        return as_messages(value, row, is_answer)
+    if not isinstance(value, str):
+        return value
+    if is_answer and HH_DIALOGUE.match(value):
+        return hh_messages(value)
+    if not is_answer and (HH_DIALOGUE.match(value) or HH_PROMPT.match(value)):
+        messages = hh_messages(value)
+        if not messages[-1]["content"].strip():                       # "Assistant:" opens the response
+            messages.pop()
+        return messages
     return value
 
 
-def refuse_not_rendered(record, what):
-    """Raise BadRow if a row or a message has a value in one of NOT_RENDERED."""
-    for name in NOT_RENDERED:
-        if record.get(name) not in EMPTY:
-            raise BadRow(f"{what} with {name}")
+def holds_messages(value):
+    """Whether a value is a string that holds messages as JSON. A broken one counts if it begins like them."""
+    if not isinstance(value, str) or not HAS_ROLE.match(value):
+        return False
+    try:
+        parsed = parse_literal(value)
+    except BadRow:
+        return MESSAGE.match(value) is not None
+    if isinstance(parsed, dict):
+        parsed = [parsed]
+    for turn in parsed:
+        if not isinstance(turn, dict):
+            return False
+        if turn.keys().isdisjoint(("role", "from")):
+            return False
+        if turn.keys().isdisjoint(("content", "value")):
+            return False
+    return True
 
 
 def prompt_messages(prompt):
@@ -146,11 +262,30 @@ def split_system(messages):
     return [], messages
 
 
-def only_system(first, second):
-    """The system turn of a dialogue made of two, each given as a list that holds its system turn, if any."""
-    if first and second and first != second:
+def stripped(messages):
+    """Pairs (role, text without outer white space) of messages, by which they are compared."""
+    pairs = []
+    for message in messages:
+        pairs.append((message["role"], message["content"].strip()))
+    return pairs
+
+
+def join_dialogues(first, second):
+    """The messages of two dialogues, of which the second follows the first. Where one of them repeats the
+    other, its turns stand once: the first may be part of the second, and the second may end the first."""
+    system, turns = split_system(first)
+    second_system, second_turns = split_system(second)
+    if system and second_system and stripped(system) != stripped(second_system):
         raise BadRow("two system turns")
-    return first or second
+    system = system or second_system
+    texts, second_texts = stripped(turns), stripped(second_turns)
+    for start in range(len(second_texts) - len(texts) + 1):
+        end = start + len(texts)
+        if second_texts[start:end] == texts:
+            return system + second_turns
+    if texts[-len(second_texts):] == second_texts:
+        return system + turns
+    return system + turns + second_turns
 
 
 def split_dialogues(dialogues):
@@ -168,57 +303,60 @@ def split_dialogues(dialogues):
 def split_dialogue(dialogue):
     """(prompt messages, last response) of a whole dialogue, given as messages or as a string of hh-rlhf."""
     if isinstance(dialogue, str):
-        return split_hh_dialogue(dialogue)
+        dialogue = hh_messages(dialogue)
     if dialogue[-1]["role"] != "assistant":
         raise BadRow("last message is not the assistant's")
     return dialogue[:-1], dialogue[-1]["content"]
 
 
-def split_hh_dialogue(text):
-    """`split_dialogue` for a string of hh-rlhf, whose response follows the last "Assistant:"."""
-    prompt, _, response = text.rpartition("\n\nAssistant:")
-    start, *turns = re.split(r"\n\n(Human|Assistant):", prompt)       # speaker, text, speaker, text, …
+def hh_messages(text):
+    """The messages of a dialogue of hh-rlhf, a string. The space after a colon belongs to the mark, and all
+    other white space to the message."""
+    start, *turns = HH_TURN.split(text)                               # speaker, text, speaker, text, …
     if start.strip() or not turns:
         raise BadRow("not a '\\n\\nHuman: … \\n\\nAssistant: …' dialogue")
     messages = []
     for speaker, said in zip(turns[::2], turns[1::2]):
-        messages.append({"role": ROLES[speaker.lower()], "content": said.strip()})
-    return messages, response
+        role = ROLES[speaker.lower()]
+        messages.append({"role": role, "content": said})
+    return messages
 
 
 # --- formats ------------------------------------------------------------------------------------------------
 # A function compute_… returns (prompt, chosen, rejected) where no column holds them. Its parameters are the
-# columns that the format needs.
+# row's Reader and the columns that the format needs.
 
-def compute_pku(prompt, response_0, response_1, better_response_id, safer_response_id, *, prefer="better"):
+def compute_pku(row, prompt, response_0, response_1, better_response_id, safer_response_id, *,
+                prefer="better"):
     """PKU-SafeRLHF (arXiv 2406.15513) has two labels; each is the number of the preferred response."""
     labels = {"better": better_response_id, "safer": safer_response_id}
     preferred = float(labels[prefer])
     return best_and_worst(prompt, [(preferred == 0, response_0), (preferred == 1, response_1)])
 
 
-def compute_ultrafeedback(instruction, completions):
+def compute_ultrafeedback(row, instruction, completions):
     """UltraFeedback (arXiv 2310.01377) has an overall score for each of four responses."""
     scored = []
-    for completion in parse_literal(completions):
+    for each in parse_literal(completions):
+        completion = row.part(each, "completions")
         scored.append((completion["overall_score"], completion["response"]))
     return best_and_worst(instruction, scored)
 
 
-def compute_summaries(info, summaries, choice):
+def compute_summaries(row, info, summaries, choice):
     """summarize_from_feedback (arXiv 2009.01325) labels one of two summaries of a post or of an article."""
-    info, choice = parse_literal(info), float(choice)
+    info, choice = row.part(parse_literal(info), "info"), float(choice)
     post = info.get("post") or info["article"]
     prompt = f"SUBREDDIT: r/{info['subreddit']}\n\nTITLE: {info['title']}\n\nPOST: {post}\n\nTL;DR:"
     scored = []
     for place, summary in enumerate(parse_literal(summaries)):
-        scored.append((choice == place, summary["text"]))
+        scored.append((choice == place, row.part(summary, "summaries")["text"]))
     return best_and_worst(prompt, scored)
 
 
-def compute_webgpt(question, answer_0, answer_1, score_0, score_1):
+def compute_webgpt(row, question, answer_0, answer_1, score_0, score_1):
     """webgpt_comparisons (arXiv 2112.09332) has a score for each of two answers."""
-    prompt = parse_literal(question)["full_text"]
+    prompt = row.part(parse_literal(question), "question")["full_text"]
     return best_and_worst(prompt, [(score_0, answer_0), (score_1, answer_1)])
 
 
@@ -252,13 +390,8 @@ class Format:
     def needed(self):
         """The columns by which the format is recognised."""
         if self.compute is not None:
-            return getfullargspec(self.compute).args
+            return getfullargspec(self.compute).args[1:]
         return [column for column in (self.prompt, self.chosen, self.rejected) if column is not None]
-
-    @property
-    def readable(self):
-        """All columns that the format reads if a data set has them."""
-        return {*self.needed, self.appended, *COMMON_COLUMNS}
 
 
 FORMATS = [  # The first format whose needed columns are all there is taken.
@@ -289,12 +422,13 @@ def format_of(columns, source):
 
 # --- a row becomes a pair -----------------------------------------------------------------------------------
 
-def pair_of(row, form):
-    """The Pair in a row. Raises BadRow if the row cannot be used. A value of an unexpected type may also
-    raise Python's own exceptions."""
-    if TOO_MANY_CELLS in row:
-        raise BadRow(TOO_MANY_CELLS)
-    refuse_not_rendered(row, "row")
+PREFERENCE_COLUMN = "preference"                                       # P(chosen ≻ rejected)
+SCORE_COLUMNS = ("score_chosen", "score_rejected")                     # a soft label, if their scale is given
+
+
+def pair_of(row, form, score_scale=None):
+    """The Pair in a row, which a Reader reads. Raises BadRow if the row cannot be used. A value of an
+    unexpected type may also raise Python's own exceptions."""
     prompt, *responses = prompt_and_responses(row, form)
     prompt = add_turns_before(prompt, row)
     json.dumps([prompt, responses], ensure_ascii=False).encode()       # raises for half a surrogate pair
@@ -310,60 +444,99 @@ def pair_of(row, form):
         raise BadRow("empty prompt")
     if len(responses) == 2 and responses[0].strip() == responses[1].strip():
         raise BadRow("chosen equals rejected")
-    return Pair(prompt, *responses)
+    pair = Pair(prompt, *responses)
+    if form.rejected is not None:
+        pair.preference = soft_label(row, score_scale)
+    return pair
+
+
+def soft_label(row, score_scale):
+    """P(chosen ≻ rejected) of a row: its column `preference`; otherwise σ of the difference of its scores in
+    units of `score_scale`, if that is given; otherwise 1."""
+    if PREFERENCE_COLUMN in row:
+        probability = number_in(row, PREFERENCE_COLUMN)
+        if not 0 <= probability <= 1:
+            raise BadRow(f"{PREFERENCE_COLUMN} that is not a number from 0 to 1")
+        return probability
+    if score_scale is None or SCORE_COLUMNS[0] not in row:
+        return 1.0
+    chosen = number_in(row, SCORE_COLUMNS[0])
+    rejected = number_in(row, SCORE_COLUMNS[1])
+    margin = (chosen - rejected) / score_scale
+    return 0.5 + 0.5 * math.tanh(margin / 2)                          # σ(margin), without overflow
+
+
+def number_in(row, column):
+    """The finite number in a column of a row. Raises BadRow if there is none."""
+    try:
+        value = float(row[column])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise BadRow(f"{column} that is not a number")
+    return value
 
 
 def prompt_and_responses(row, form):
     """(prompt, *responses) of a row in this format. The prompt is a text or messages."""
     values = [row.get(column) for column in form.needed]
     if form.compute is not None:
-        return form.compute(*values)
-    if row.get(form.appended):
-        values[0] += "\n" + row[form.appended]                          # values[0] is the prompt's
-    values = [form.convert(value) for value in values]
+        return form.compute(row, *values)
+    prompt = None
+    if form.prompt is not None:
+        prompt = values.pop(0)
+    if form.appended is not None and row.get(form.appended):
+        prompt = "\n".join([prompt, row[form.appended]])
+    responses = []
+    for value in values:
+        if isinstance(prompt, str) and HH_PROMPT.match(prompt):
+            value = after_hh_prompt(prompt, value)
+        response = form.convert(value, row, is_answer=True)
+        responses.append(response)
     if form.prompt is None:
-        return split_dialogues(values)
-    prompt, *responses = values
+        return split_dialogues(responses)
+    prompt = form.convert(prompt, row)
     if responses and all(isinstance(response, list) for response in responses):
         before, *responses = split_dialogues(responses)
-        prompt = join_prompt(prompt_messages(prompt), before)
+        prompt = join_dialogues(prompt_messages(prompt), before)
     return prompt, *responses
 
 
-def join_prompt(prompt, before):
-    """The whole prompt, as messages, of a row whose responses begin with the turns `before`. These either
-    repeat the prompt column or follow it."""
-    system, turns = split_system(prompt)
-    system_before, turns_before = split_system(before)
-    if turns_before[:len(turns)] != turns:
-        return prompt + before
-    return only_system(system, system_before) + turns_before
+def after_hh_prompt(prompt, response):
+    """A response to an open prompt of hh-rlhf, without the prompt if it repeats that, and without the space
+    of "Assistant: "."""
+    if not isinstance(response, str):
+        return response
+    response = response.removeprefix(prompt).removeprefix(prompt.lstrip())
+    if prompt.endswith(":"):
+        response = response.removeprefix(" ")
+    return response
 
 
 def add_turns_before(prompt, row):
     """The prompt, preceded by the turns that the row holds in HISTORY_COLUMN and SYSTEM_COLUMNS."""
     history = row.get(HISTORY_COLUMN)
     if history not in EMPTY:
-        prompt = history_messages(parse_literal(history)) + prompt_messages(prompt)
+        prompt = join_dialogues(history_messages(parse_literal(history), row), prompt_messages(prompt))
     for name in SYSTEM_COLUMNS:
-        if row.get(name):
-            if not isinstance(row[name], str):
-                raise BadRow(NO_TEXT)
-            system, turns = split_system(prompt_messages(prompt))
-            prompt = only_system([{"role": "system", "content": row[name]}], system) + turns
+        system = row.get(name)
+        if system and not isinstance(system, str):
+            raise BadRow(NO_TEXT)
+        if system:
+            prompt = join_dialogues([{"role": "system", "content": system}], prompt_messages(prompt))
     return prompt
 
 
-def history_messages(history):
+def history_messages(history, row):
     """The messages of a history, whose elements are turns or pairs [question, answer]."""
     messages = []
     for turn in history:
         if isinstance(turn, dict):
-            messages += as_messages([turn])
+            messages += as_messages([turn], row)
         else:
             question, answer = turn
             messages += as_messages([{"role": "user", "content": question},
-                                     {"role": "assistant", "content": answer}])
+                                     {"role": "assistant", "content": answer}], row)
     return messages
 
 
@@ -372,60 +545,84 @@ def history_messages(history):
 def read_rows(source):
     """The rows of a source, a list of dicts or a datasets.Dataset. Raises InputError if it cannot be read."""
     path = Path(source)
-    if path.suffix in DATA_FILES and not path.is_file():
+    kind = path.suffix
+    if kind == ".gz":
+        kind = Path(path.stem).suffix
+    if kind in DATA_FILES and not path.is_file():
         raise InputError(f"{source}: no such file")
-    if path.suffix in (".jsonl", ".json", ".csv"):
-        return read_text(path)
+    if kind in (".jsonl", ".json", ".csv"):
+        return read_text(path, kind)
     if path.is_file():
         return read_parquet(path)
     return read_data_set(str(source))
 
 
-def read_text(path):
+def read_text(path, kind):
     """The rows of a .csv file, of a file with a JSON object on each line, or of a JSON array of objects."""
     rows, nth = [], 1
+    opened = gzip.open if path.suffix == ".gz" else open
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if path.suffix == ".csv":
-            csv.field_size_limit(2**31 - 1)                 # by default, csv refuses a long text
-            return list(csv.DictReader(io.StringIO(text, newline=""), restkey=TOO_MANY_CELLS))
+        with opened(path, "rt", encoding="utf-8-sig") as file:
+            text = file.read()
+        if kind == ".csv":
+            return read_csv(text)
         if text.lstrip().startswith("["):
-            rows = json.loads(text)
+            rows = parse_json(text)
         else:
             for nth, line in enumerate(text.split("\n"), 1):      # splitlines would also split at U+2028
                 if line.strip():
-                    rows.append(json.loads(line))
+                    rows.append(parse_json(line))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error})") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise InputError(f"{path}: cannot be unpacked ({first_line(error)})") from None
+    except BadRow as repeated:
+        if text.lstrip().startswith("["):
+            nth = line_of_repeated(text)
+        raise InputError(f"{path}:{nth}: {repeated}") from None
     except (ValueError, RecursionError, csv.Error) as error:
         line = nth + getattr(error, "lineno", 1) - 1
-        raise InputError(f"{path}:{line}: not {path.suffix[1:]} ({first_line(error)}); "
+        raise InputError(f"{path}:{line}: not {kind[1:]} ({first_line(error)}); "
                          "want an object per line, or an array of objects") from None
     if not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: a row is not an object with columns")
     return rows
 
 
+def read_csv(text):
+    """The rows of a .csv file's text. Raises BadRow if its header has a name twice."""
+    csv.field_size_limit(2**31 - 1)                         # by default, csv refuses a long text
+    rows = csv.DictReader(io.StringIO(text, newline=""), restkey=TOO_MANY_CELLS)
+    repeated = first_repeated(rows.fieldnames or [])
+    if repeated is not None:
+        raise BadRow(f"the name {repeated!r} stands twice in the header")
+    return list(rows)
+
+
+def line_of_repeated(text):
+    """The line on which the first element of a JSON array begins that has a name twice."""
+    decoder, between = json.JSONDecoder(object_pairs_hook=object_of), re.compile(r"[\s,]*")
+    place = text.index("[") + 1
+    while True:
+        place = between.match(text, place).end()
+        try:
+            _, place = decoder.raw_decode(text, place)
+        except BadRow:
+            return text.count("\n", 0, place) + 1
+
+
 def read_parquet(path):
-    """The rows of a .parquet file. A column that no format reads is None in each row: its paths and URLs are
-    never opened."""
+    """The rows of a .parquet file. Paths and URLs in them are text, and never opened."""
     import pyarrow
     import pyarrow.parquet
-    known = set()
-    for form in FORMATS:
-        known.update(form.readable)
-    read, unread = [], {}
     try:
         file = pyarrow.parquet.ParquetFile(path)
-        for name in file.schema_arrow.names:
-            if name in known:
-                read.append(name)
-            else:
-                unread[name] = None
-        rows = file.read(read).to_pylist()
+        repeated = first_repeated(file.schema_arrow.names)
+        if repeated is not None:
+            raise InputError(f"{path}: the name {repeated!r} stands twice among the columns")
+        return file.read().to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise unreadable(path, error) from None
-    return [unread | row for row in rows]
 
 
 def read_data_set(source):
@@ -451,58 +648,83 @@ def unreadable(source, error):
                       f"want a {', '.join(DATA_FILES)} file or OWNER/NAME[/CONFIG][:SPLIT]")
 
 
-def stored_rows(rows, columns):
-    """The rows of a list, or of a datasets.Dataset with these columns alone. A Dataset's values stay as they
-    are stored, because decoding a picture may open a path or a URL."""
+def stored_rows(rows):
+    """The rows of a list or of a datasets.Dataset. A Dataset's values stay as they are stored, because
+    decoding a picture may open a path or a URL."""
     if isinstance(rows, list):
         yield from rows
         return
-    for table in rows.select_columns(sorted(columns)).with_format("arrow").iter(1000):
+    for table in rows.with_format("arrow").iter(1000):
         yield from table.to_pylist()
 
 
 # --- a file becomes pairs -----------------------------------------------------------------------------------
 
-def load_pairs(source, limit=None, prefer="better"):
+def load_pairs(source, limit=None, prefer="better", score_scale=None):
     """(pairs, report) of a source. At most `limit` pairs are kept. `prefer` chooses PKU-SafeRLHF's label,
-    "better" or "safer".
+    "better" or "safer". `score_scale` makes soft labels of the columns score_chosen and score_rejected.
 
     The report is a dict. `format` is the format's name, and `rows` says how many rows were read. `dropped`
-    counts rows and `altered` counts pairs, by reason. `unread` lists the columns that the format does not
-    read. Raises InputError if no row can be used."""
+    counts rows by reason. `altered` counts pairs by what was changed in them, or was left in them although it
+    looks like a fault. `unread` counts the kept rows in which a column or a key of a message holds something
+    that nothing reads, by its name. Raises InputError if no row can be used."""
     rows = read_rows(source)
     if len(rows) == 0:
         raise InputError(f"{source}: empty, no rows")
     if isinstance(rows, list):
-        columns = set().union(*rows[:100])
+        columns = set().union(*rows)
     else:
         columns = set(rows.column_names)
     form = format_of(columns, source)
     if form.compute is compute_pku:
         form = replace(form, compute=partial(compute_pku, prefer=prefer))
-    pairs, dropped = [], Counter()
-    for row in stored_rows(rows, columns & form.readable):
+    pairs, dropped, unread = [], Counter(), Counter()
+    for values in stored_rows(rows):
         if len(pairs) == limit:
             break
         try:
-            pairs.append(pair_of(row, form))
+            row = Reader(values)
+            pairs.append(pair_of(row, form, score_scale))
+            unread.update(row.unread())
         except BadRow as reason:
             dropped[str(reason)] += 1
         except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError):
             dropped[NO_TEXT] += 1
     if not pairs:
         raise InputError(f"{source}: no usable pair in {len(rows)} rows ({format_counts(dropped)})")
+    altered = remove_repeated_prompts(pairs)
+    if form.name == "dialogues":
+        altered += count_untrained_answers(pairs)
     return pairs, {"format": form.name, "rows": len(pairs) + sum(dropped.values()), "dropped": dropped,
-                   "altered": remove_repeated_prompts(pairs),
-                   "unread": sorted(columns - form.readable - {TOO_MANY_CELLS})}
+                   "altered": altered, "unread": dict(sorted(unread.items()))}
+
+
+def format_unread(unread):
+    """{'lang': 4} -> 'lang (4 rows)'."""
+    parts = []
+    for name, rows in unread.items():
+        parts.append(f"{name} ({rows} rows)")
+    return ", ".join(parts)
+
+
+def count_untrained_answers(pairs):
+    """How many dialogues have answers before their last one, which alone is trained, by reason."""
+    several = 0
+    for pair in pairs:
+        roles = [message["role"] for message in pair.prompt]
+        several += "assistant" in roles
+    return +Counter({"dialogues of which only the last answer is trained": several})
 
 
 def remove_repeated_prompts(pairs):
     """If at least half of the pairs have responses that begin with the prompt, remove it from them, in place.
-    Returns how many pairs were altered, by reason."""
-    repeating = [pair for pair in pairs if repeats_its_prompt(pair)]
-    if not repeating or 2 * len(repeating) < len(pairs):
-        return Counter()
+    Returns how many pairs were altered, or left as they are because they are fewer, by reason."""
+    repeating = []
+    for pair in pairs:
+        if repeats_its_prompt(pair):
+            repeating.append(pair)
+    if 2 * len(repeating) < len(pairs):
+        return +Counter({"prompts repeated in their responses, left in": len(repeating)})
     for pair in repeating:
         pair.chosen = pair.chosen.removeprefix(pair.prompt)
         if pair.rejected is not None:
@@ -534,12 +756,12 @@ def split_held_out(pairs):
     return train, held_out
 
 
-def train_and_held_out(data, eval_data=None, limit=None, prefer="better"):
+def train_and_held_out(data, eval_data=None, limit=None, prefer="better", score_scale=None):
     """(training pairs, held-out pairs, report of `data`, report of `eval_data` or None), for every script. If
     `eval_data` is given, its pairs are held out; otherwise `split_held_out` divides the pairs of `data`."""
-    pairs, report = load_pairs(data, limit, prefer)
+    pairs, report = load_pairs(data, limit, prefer, score_scale)
     if eval_data:
-        held_out, held_out_report = load_pairs(eval_data, None, prefer)
+        held_out, held_out_report = load_pairs(eval_data, None, prefer, score_scale)
         return pairs, held_out, report, held_out_report
     train, held_out = split_held_out(pairs)
     if not train:

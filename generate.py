@@ -410,7 +410,7 @@ def roll_out(policy, tokenizer, pairs, sides, args):
                                      batch_size=args.sample_batch_size)
     sampled = []
     for pair, ids_of_sides, done in zip(pairs, responses, finished, strict=True):
-        new = {}
+        new = {"preference": 1.0}                                      # the data's was of another response
         for side, ids in zip(sides, ids_of_sides, strict=True):
             new[f"{side}_ids"] = ids
             new[side] = response_text(tokenizer, ids, pair.prompt_ids)

@@ -207,13 +207,13 @@ def compute_heads_in_float32(model):
 
 
 def dialogue_text(prompt, response, tokenizer):
-    """The whole dialogue as a reward model reads it, the response stripped, as samples are."""
+    """The whole dialogue as a reward model reads it."""
     messages = prompt
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
     if not tokenizer.chat_template:
         return "".join(render(messages, response))
-    return apply_template(tokenizer, messages + [{"role": "assistant", "content": response.strip()}])
+    return apply_template(tokenizer, messages + [{"role": "assistant", "content": response}])
 
 
 def classifier_logits(model, rows):

@@ -60,7 +60,7 @@ import torch.nn.functional as F
 
 from data import collate, encode, end_token_ids, length_table
 from evaluate import evaluate_policy
-from formats import Pair, train_and_held_out
+from formats import Pair, format_unread, train_and_held_out
 from generate import load_models, load_policy, roll_out, sequence_logps, sequence_logps_and_revkl
 from reward import (
     Reward, drop_unscorable, label_by_preference, label_by_reward, load_preference, load_reward)
@@ -586,7 +586,7 @@ def load_data(args):
             raise InputError(f"{args.data}: {report['format']}, without the {needs} responses that --variant "
                              f"{args.variant} learns from (pp, pr and online-dpo do without at --mix 1)")
     if report["unread"]:
-        print0(f"{args.data}: columns that nothing reads: {', '.join(report['unread'])}")
+        print0(f"{args.data}: read by nothing: {format_unread(report['unread'])}")
     reward = None
     if args.reward:
         reward = load_reward(args.reward, args.trust_remote_code, args.date, args.dtype)

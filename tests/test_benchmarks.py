@@ -50,11 +50,11 @@ def answers(turns, tokenizer, benchmark="MT-Bench", limit=200, model="m", temper
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What `sample` is asked, (text, ids, temperature) of each prompt; it says ` answer n ` to the n-th."""
+    """What `sample` is asked, (text, ids, temperature) of each prompt; it says `answer n` to the n-th."""
     seen = []
 
     def record(model, tokenizer, prompt_ids, max_response_length, num_responses, temperature, batch_size):
-        texts = [f" answer {len(seen) + place} " for place in range(len(prompt_ids))]
+        texts = [f"answer {len(seen) + place}" for place in range(len(prompt_ids))]
         seen.extend((tokenizer.decode(ids), ids, temperature) for ids in prompt_ids)
         return [[tokenizer(text)["input_ids"]] for text in texts], [[True]] * len(texts)
 

@@ -35,7 +35,7 @@ def write(path, rows):
     (dict(prompt=[dict(role="system", content="S"), USER], chosen=[USER, GOOD], rejected=[USER, BAD]),
      [dict(role="system", content="S"), USER], "good", "bad"),
     (dict(chosen=[USER, GOOD], rejected=[USER, BAD]), [USER], "good", "bad"),
-    (dict(chosen=HH + " good", rejected=HH + " bad"), HH_PROMPT, " good", " bad"),
+    (dict(chosen=HH + " good", rejected=HH + " bad"), HH_PROMPT, "good", "bad"),
     (dict(chosen_messages=TYPED, rejected_messages=[USER, BAD]), [USER], "good", "bad"),
     (dict(conversations=[{"from": "system", "value": "S"}, {"from": "human", "value": "Q"}],
           chosen={"from": "gpt", "value": "good"}, rejected={"from": "gpt", "value": "bad"}),
@@ -77,7 +77,7 @@ def test_prompts_and_dialogues_with_nothing_in_them_are_dropped(tmp_path, row):
 
 @pytest.mark.parametrize("rows, dropped", [
     ("prompt,chosen,rejected\nQ,good,bad\nQ,good\nQ,g,b\nQ,good,bad 2,more,and more\n",
-     {NO_TEXT: 1, TOO_MANY_CELLS: 1}),
+     {NO_TEXT: 1, f"row with {TOO_MANY_CELLS}": 1}),
     (f"prompt,chosen,rejected\nQ,good,bad\nQ,good,{'long ' * 40_000}\n", {})])
 def test_ragged_csv_is_counted_and_long_csv_is_read(tmp_path, rows, dropped):
     (tmp_path / "x.csv").write_text(rows)
@@ -229,7 +229,7 @@ def encode_one(pair, tokenizer, prompt_limit=100, response_limit=100):
 def test_without_a_template_strings_stay_and_messages_become_the_plain_dialogue():
     tokenizer = byte_tokenizer()
     assert render("Say: ", "yes", tokenizer) == ("Say: ", "yes")
-    head, tail = render(HH_PROMPT, " good", tokenizer)
+    head, tail = render(HH_PROMPT, "good", tokenizer)
     assert head + tail == HH + " good" and tail == " good"
 
 

@@ -45,7 +45,7 @@ FILES = {  # content of a data file, and what must be said about it
     "latin.jsonl": (b'{"prompt": "\xe9"}', "not UTF-8"), "latin.csv": (b"prompt\n\xe9\n", "not UTF-8"),
     "deep.jsonl": ("[" * 100_000, "deep.jsonl:1: not jsonl"), "huge.jsonl": ("9" * 9000, "huge.jsonl:1: not"),
     "deep.json": ('{"a":' * 100_000, "deep.json:1: not json"),
-    "ragged.csv": ("a,b\n1,2,3\n", "columns a, b, row with more cells than the header fit none of"),
+    "ragged.csv": ("a,b\n1,2,3\n", "columns a, b, more cells than the header fit none of"),
     ":train": (None, ":train: cannot be read as a data set"),
     "no-such-folder/no-such-set": (None, "cannot be read as a data set"),
 }

@@ -107,7 +107,8 @@ def test_strings_that_begin_with_their_prompt_lose_it_if_most_rows_have_that_for
     assert report["altered"] == {"prompts repeated in their responses, taken out": 9}
     echo = dict(prompt="Hello", chosen="Hello you", rejected="Hello there")          # an answer, in its file
     pairs, report = load(tmp_path, echo, PLAIN, PLAIN)
-    assert pairs[0] == pair_of(echo) and not report["altered"]
+    assert pairs[0] == pair_of(echo)
+    assert report["altered"] == {"prompts repeated in their responses, left in": 1}
 
 
 # --- columns and keys
@@ -154,14 +155,14 @@ def test_what_cannot_be_rendered_drops_its_row_by_name(row, reason, tmp_path):
 
 
 def test_columns_that_nothing_reads_are_named(tmp_path):
-    assert load(tmp_path, dict(PLAIN, persona="pirate", lang="en"))[1]["unread"] == ["lang", "persona"]
+    assert load(tmp_path, dict(PLAIN, persona="pirate", lang="en"))[1]["unread"] == {"lang": 1, "persona": 1}
 
 
 def test_a_column_that_only_another_format_reads_is_named(tmp_path):
     alpaca = dict(instruction="Add.", input="1 + 1", chosen="2", rejected="3")
     pairs, report = load(tmp_path, alpaca)
-    assert pairs[0].prompt == "Add.\n1 + 1" and report["unread"] == []
-    assert load(tmp_path, dict(PLAIN, input="1 + 1"))[1]["unread"] == ["input"]
+    assert pairs[0].prompt == "Add.\n1 + 1" and report["unread"] == {}
+    assert load(tmp_path, dict(PLAIN, input="1 + 1"))[1]["unread"] == {"input": 1}
 
 
 def test_turns_inside_the_answers_of_sharegpt_are_kept(tmp_path):
@@ -230,15 +231,15 @@ def test_a_prompt_that_ends_in_a_started_answer_is_continued():
 # --- white space
 
 @pytest.mark.parametrize("prompt", ["Q", [Q]])
-def test_white_space_around_a_response_gives_nothing_away_under_a_template(prompt):
+def test_white_space_around_a_response_is_content_under_a_template(prompt):
     tokenizer = byte_tokenizer(TEMPLATE)
     example, _ = encode_one(dict(prompt=prompt, chosen="good", rejected="  bad \n"), tokenizer)
     assert tokenizer.decode(example.chosen_ids) == "good<|end|>"
-    assert tokenizer.decode(example.rejected_ids) == "bad<|end|>"
+    assert tokenizer.decode(example.rejected_ids) == "  bad \n<|end|>"
 
 
 def test_a_plain_dialogue_has_one_space_before_each_answer():
-    assert render([Q], "good")[1] == render([Q], " good")[1] == " good"
+    assert render([Q], "good")[1] == " good" and render([Q], "  good")[1] == "   good"
 
 
 # --- limits

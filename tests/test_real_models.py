@@ -285,9 +285,9 @@ def test_a_tokenizer_that_can_parse_channels_says_what_the_answer_is():
     assert response_text(tokenizer, tokenizer("no channel")["input_ids"]) == "no channel"
 
 
-def test_white_space_around_a_response_is_not_of_its_text():
+def test_white_space_around_a_response_is_of_its_text():
     tokenizer = byte_tokenizer()
-    assert response_text(tokenizer, tokenizer("\n a  b ")["input_ids"]) == "a  b"
+    assert response_text(tokenizer, tokenizer("\n a  b ")["input_ids"]) == "\n a  b "
 
 
 # --- templates that cannot answer

@@ -110,14 +110,14 @@ def test_scores_served_equal_scores_trained_in_any_company(template, pad, pad_id
     assert len({round(value, 4) for value in scores}) >= 4
 
 
-def test_a_space_around_a_response_is_not_read_as_samples_have_none(checkpoint, tmp_path):
+def test_a_space_around_a_response_is_read_as_it_is_trained(checkpoint, tmp_path):
     path = shutil.copytree(checkpoint, tmp_path / "model")
     for template in (TEMPLATE, None):
         (path / "chat_template.jinja").unlink(missing_ok=True)
         byte_tokenizer(template).save_pretrained(path)
         _, tokenizer, ids_of = load_classifier(str(path), **TRAINEE)
         assert tokenizer.chat_template == template
-        assert ids_of("Q", " yes\n") == ids_of(dialogue("Q"), "yes") != ids_of("Q", "no")
+        assert ids_of("Q", "yes") == ids_of(dialogue("Q"), "yes") != ids_of("Q", " yes\n")
 
 
 def encoder(path):
