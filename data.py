@@ -14,13 +14,13 @@ import json
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from datetime import date
 from functools import lru_cache
 from pathlib import Path
 
-from runtime.command_line import (
-    InputError, Parser, command_line, first_line, foreign, format_counts, number, time_limit)
+from runtime.command_line import InputError, command_line, first_line, foreign, format_counts
+from runtime.settings import Parser, Settings, same_as, setting
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -29,12 +29,35 @@ from formats import BadRow, format_unread, load_pairs, prompt_messages, split_sy
 
 SIDES = ("chosen", "rejected")
 
+
+@dataclass
+class Pair:
+    """A pair of responses to one prompt, as it is trained on: token ids and their texts, who wrote the
+    responses, who labels them."""
+    # filled in by `encode`, or, where the policy responds, by `generate.roll_out`
+    prompt: str | list                       # what of the data's prompt is left in prompt_ids
+    chosen: str | None = None                # the text of chosen_ids; None if the data lacks it
+    rejected: str | None = None
+    prompt_ids: list = field(default_factory=list)
+    chosen_ids: list = field(default_factory=list)         # ends with an end token, unless it was cut
+    rejected_ids: list = field(default_factory=list)
+    # by `sail.draw_pairs`
+    on_policy: bool = False                  # both responses are sampled from the policy: T2
+    self_labelled: bool = False              # the policy labels the pair: T3
+    label_draw: float = 0.0                  # uniform in [0, 1): draws a label that is not summed out
+    # by `generate.roll_out`
+    samples: int = 0                         # how many of the two responses were sampled
+    sampled_tokens: int = 0                  # their length
+    unfinished: int = 0                      # how many of them have no end token
+    # by the data's soft labels, or by `reward.label_by_reward`
+    preference: float = 1.0                  # P(chosen ≻ rejected)
+    rewards: tuple = ()                      # of chosen, of rejected
+
 # --- text to tokens -----------------------------------------------------------------------------------------
 
-def load_tokenizer(name, trust_remote_code=False, ends=True, date=None, chat_template=None):
-    """The tokenizer of a directory or hub name. date: what a chat template that asks for today is told, as
-    YYYY-MM-DD; None: today. chat_template: as in `set_chat_template`. Raises InputError if there is no
-    tokenizer, or it has no EOS."""
+def load_tokenizer(name, trust_remote_code=False, ends=True, chat_template=None):
+    """The tokenizer of a directory or hub name. chat_template: as in `set_chat_template`. Raises InputError
+    if there is no tokenizer, or it has no EOS."""
     from transformers import AutoTokenizer
     if Path(name, "adapter_config.json").is_file():
         raise InputError(f"{name} is an adapter; merge it into its base first, as OUT/model of sail.py is")
@@ -45,7 +68,6 @@ def load_tokenizer(name, trust_remote_code=False, ends=True, date=None, chat_tem
         raise InputError(f"{name}: no tokenizer ({first_line(error)}); of a run, name its model/") from None
     if ends and tokenizer.eos_token_id is None:
         raise InputError(f"{name}: its tokenizer has no end-of-sequence token; tokenizer_config.json sets it")
-    tokenizer.template_date = date
     set_chat_template(tokenizer, name, chat_template)
     return tokenizer
 
@@ -122,25 +144,32 @@ def end_token_ids(tokenizer, model=None):
     return ids | {token for token in extra if token in tokenizer.added_tokens_decoder}
 
 
-def without_clock(template, day):
-    """A chat template that asks for today's date, and is told `day` (YYYY-MM-DD) instead, if there is one."""
-    if day is None:
+template_date = None        # what a chat template that asks for today is told; a run sets it; None: the clock
+
+
+def set_template_date(day):
+    """Tell all chat templates that today is `day`, as YYYY-MM-DD: what a run trains on does not depend on the
+    day on which it is continued or evaluated."""
+    global template_date
+    template_date = day
+
+
+def without_clock(template):
+    """A chat template that is told `template_date` where it asks for today's date."""
+    if template_date is None:
         return template
 
     def that_day(call):
-        return repr(date.fromisoformat(day).strftime(call[2]))
+        return repr(date.fromisoformat(template_date).strftime(call[2]))
 
     return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", that_day, template)
 
 
 def apply_template(tokenizer, messages, **options):
     """The text that a tokenizer's chat template makes of messages. Raises BadRow where it refuses them."""
-    template = without_clock(tokenizer.get_chat_template(), getattr(tokenizer, "template_date", None))
+    template = without_clock(tokenizer.get_chat_template())
     try:
-        with time_limit(20, f"{tokenizer.name_or_path}: its chat template does not end"):
-            return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **options)
-    except InputError:
-        raise
+        return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **options)
     except Exception as error:                           # a template is foreign code: it can raise anything
         raise BadRow(f"refused by the chat template: {first_line(error)[:80]}") from None
 
@@ -315,9 +344,9 @@ def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length
                       prompt_merges_with_response=0, turns_rewritten_by_the_template=dialogue.rewritten(),
                       answers_stripped_by_the_template=0)
     ends = tokenizer.convert_ids_to_tokens(sorted(end_ids))
-    new = {"prompt": pair.prompt, "prompt_ids": prompt_ids, "chosen_ids": [], "rejected_ids": []}
+    encoded = Pair(pair.prompt, prompt_ids=prompt_ids, preference=pair.preference)
     if cut:
-        new["prompt"] = prompt_left(pair.prompt, dialogue, prompt_ids)
+        encoded.prompt = prompt_left(pair.prompt, dialogue, prompt_ids)
     for side in SIDES:
         response = getattr(pair, side)
         if response is None:
@@ -331,14 +360,15 @@ def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length
             changes["prompt_merges_with_response"] += 1
         ids = up_to_end(ids, tokenizer.eos_token_id, end_ids)
         lengths[side].append(len(ids))
-        new[f"{side}_ids"] = ids[:max_response_length]
-        new[side] = response_text(tokenizer, new[f"{side}_ids"], prompt_ids)
+        kept = ids[:max_response_length]
+        setattr(encoded, f"{side}_ids", kept)
+        setattr(encoded, side, response_text(tokenizer, kept, prompt_ids))
         changes["truncated_responses"] += len(ids) > max_response_length
         changes["end_token_in_text"] |= any(end in response for end in ends)
         changes["answers_stripped_by_the_template"] += response not in text
-    if new["chosen_ids"] and new["chosen_ids"] == new["rejected_ids"]:
+    if encoded.chosen_ids and encoded.chosen_ids == encoded.rejected_ids:
         raise BadRow("same tokens in both responses")
-    return replace(pair, **new), changes
+    return encoded, changes
 
 
 def prompt_left(prompt, dialogue, ids):
@@ -395,7 +425,7 @@ def collate(prompts, responses, device="cpu"):
     """Lists of prompt and response ids -> input_ids, attention_mask, response_mask, each (B, T), padded on
     the right. Masks come from lengths, so the padding id (0) means nothing and may equal any real token."""
     input_ids, attention_mask, response_mask = [], [], []
-    for prompt, response in zip(prompts, responses):
+    for prompt, response in zip(prompts, responses, strict=True):
         ids = torch.tensor(prompt + response)
         in_response = torch.zeros_like(ids)
         in_response[len(prompt):] = 1
@@ -485,25 +515,36 @@ def print_pair(nth, prompt, chosen, rejected):
         print(f"rejected: {rejected!r}")
 
 
-def main():
+@dataclass
+class Reported:
+    """The settings of data.py."""
+    model: str | None = setting(None, "a directory or hub name: count and render in its tokens")
+    chat_template: str | None = setting(None, "a file with a template in place of the tokenizer's, or none",
+                                        metavar="FILE")
+    score_scale: float | None = setting(None, "soft labels σ((score_chosen − score_rejected) / S)", low=1e-9,
+                                        metavar="S")
+    limit: int | None = setting(None, "use the first N pairs only", low=1, metavar="N")
+    prefer: str = same_as(Settings, "prefer")
+    max_prompt_length: int = same_as(Settings, "max_prompt_length")
+    max_response_length: int = same_as(Settings, "max_response_length")
+
+
+def main(argv=None):
     """`python data.py SOURCE [--model M]`."""
-    parser = Parser("Show what a preference data set holds and how it will be read.", " SOURCE")
+    parser = Parser("Show what a preference data set holds and how it will be read. Defaults in brackets.",
+                    " SOURCE")
     parser.add_argument("source", metavar="SOURCE", help="a file or OWNER/NAME[/CONFIG][:SPLIT]")
-    parser.add_argument("--model", help="a directory or hub name: count and render in its tokens")
-    parser.add_argument("--chat-template", metavar="FILE",
-                        help="a template in place of the tokenizer's, or none")
-    parser.add_argument("--score-scale", metavar="S", type=number(float, 1e-9),
-                        help="soft labels σ((score_chosen − score_rejected) / S)")
-    parser.shared("--prefer", "--limit", "--max-prompt-length", "--max-response-length", "--date")
-    args = parser.parse_args()
+    parser.add_settings(Reported)
+    given = vars(parser.parse_args(argv))
+    source = given.pop("source")
+    args = Reported(**given)
     if args.chat_template and not args.model:
         parser.error("argument --chat-template: it renders in the tokens of a --model")
-    pairs, report = load_pairs(args.source, args.limit, args.prefer, args.score_scale)
-    print_report(args.source, pairs, report)
+    pairs, report = load_pairs(source, args.limit, args.prefer, args.score_scale)
+    print_report(source, pairs, report)
     if args.model:
-        limits = args.max_prompt_length or 512, args.max_response_length or 512
-        tokenizer = load_tokenizer(args.model, date=args.date, chat_template=args.chat_template)
-        print_as_tokens(pairs, tokenizer, limits)
+        tokenizer = load_tokenizer(args.model, chat_template=args.chat_template)
+        print_as_tokens(pairs, tokenizer, (args.max_prompt_length, args.max_response_length))
     else:
         print_as_text(pairs)
 

@@ -25,7 +25,7 @@ from runtime.training import micro_batches
 import torch
 import torch.nn.functional as F
 
-from data import collate, encode, end_token_ids, response_text
+from data import collate, encode, end_token_ids, response_text, set_template_date
 from formats import train_and_held_out
 from generate import load_frozen, sample, sequence_logps
 from reward import drop_unscorable, load_reward
@@ -202,12 +202,13 @@ def evaluate_models(models, show, given):
     reference_name = first_model
     if references:
         reference_name = references[0]
+    set_template_date(args.date)
     reward = None
     if args.reward:
-        reward = load_reward(args.reward, args.trust_remote_code, args.date, args.dtype)
+        reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
     held_out, unscorable = held_out_pairs(args, reward)
     lengths = args.max_prompt_length, args.max_response_length
-    loading = dict(trust_remote_code=args.trust_remote_code, lengths=lengths, date=args.date)
+    loading = dict(trust_remote_code=args.trust_remote_code, lengths=lengths)
     reference, reference_tokenizer = load_frozen(reference_name, args.dtype, **loading)
     results, samples = {}, {}
     for name, (model, _) in zip(names_of(models), runs, strict=True):
@@ -278,10 +279,11 @@ def best_possible(models, samples, given):
 
 def reference_rewards(args, count):
     """The rewards of `count` samples of a run's reference to each held-out prompt, a list for each prompt."""
+    set_template_date(args.date)
     lengths = args.max_prompt_length, args.max_response_length
     reference, tokenizer = load_frozen(args.reference, args.dtype, trust_remote_code=args.trust_remote_code,
-                                       lengths=lengths, date=args.date)
-    reward = load_reward(args.reward, args.trust_remote_code, args.date, args.dtype)
+                                       lengths=lengths)
+    reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
     held_out, _ = held_out_pairs(args, reward)
     held_out, _, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, reference), *lengths,
                             limit=args.eval_limit)

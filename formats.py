@@ -13,7 +13,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from inspect import getfullargspec
 from pathlib import Path
@@ -23,27 +23,12 @@ from runtime.command_line import DATA_FILES, InputError, first_line, format_coun
 
 
 @dataclass
-class Pair:
-    """A pair of responses to one prompt, from the file to the loss."""
-    # of the data, or, where the policy responds, of `generate.roll_out` and `reward.label_by_reward`
+class TextPair:
+    """A prompt with two responses, or fewer, as a file has them."""
     prompt: str | list                       # a text, or messages {role, content}
     chosen: str | None = None                # the preferred response; None if the data lacks it
     rejected: str | None = None
-    # of `encode`; the responses' ids end with an end token, unless they were cut
-    prompt_ids: list = field(default_factory=list)
-    chosen_ids: list = field(default_factory=list)
-    rejected_ids: list = field(default_factory=list)
-    # of `sail.draw_pairs`
-    on_policy: bool = False                  # both responses are sampled from the policy: T2
-    self_labelled: bool = False              # the policy labels the pair: T3
-    label_draw: float = 0.0                  # uniform in [0, 1): draws the label if it is not summed out
-    # of `generate.roll_out`
-    samples: int = 0                         # how many of the two responses were sampled
-    sampled_tokens: int = 0                  # their length
-    unfinished: int = 0                      # how many of them have no end token
-    # of the data's soft labels, or of `reward.label_by_reward`
-    preference: float = 1.0                  # P(chosen ≻ rejected)
-    rewards: tuple = ()                      # of chosen, of rejected
+    preference: float = 1.0                  # P(chosen ≻ rejected); less than 1 for a soft label
 
 
 class BadRow(ValueError):
@@ -316,7 +301,7 @@ def hh_messages(text):
     if start.strip() or not turns:
         raise BadRow("not a '\\n\\nHuman: … \\n\\nAssistant: …' dialogue")
     messages = []
-    for speaker, said in zip(turns[::2], turns[1::2]):
+    for speaker, said in zip(turns[::2], turns[1::2], strict=True):
         role = ROLES[speaker.lower()]
         messages.append({"role": role, "content": said})
     return messages
@@ -427,7 +412,7 @@ SCORE_COLUMNS = ("score_chosen", "score_rejected")                     # a soft 
 
 
 def pair_of(row, form, score_scale=None):
-    """The Pair in a row, which a Reader reads. Raises BadRow if the row cannot be used. A value of an
+    """The TextPair in a row, which a Reader reads. Raises BadRow if the row cannot be used. A value of an
     unexpected type may also raise Python's own exceptions."""
     prompt, *responses = prompt_and_responses(row, form)
     prompt = add_turns_before(prompt, row)
@@ -444,7 +429,7 @@ def pair_of(row, form, score_scale=None):
         raise BadRow("empty prompt")
     if len(responses) == 2 and responses[0].strip() == responses[1].strip():
         raise BadRow("chosen equals rejected")
-    pair = Pair(prompt, *responses)
+    pair = TextPair(prompt, *responses)
     if form.rejected is not None:
         pair.preference = soft_label(row, score_scale)
     return pair

@@ -30,14 +30,14 @@ from formats import BadRow, load_pairs
 # --- load and adapt -----------------------------------------------------------------------------------------
 
 
-def load_policy(name, trust_remote_code=False, lengths=(0, 0), date=None, whole=True):
+def load_policy(name, trust_remote_code=False, lengths=(0, 0), whole=True):
     """(model, tokenizer): a causal language model in float32 without dropout, on the CPU, of a directory
     (without the network) or hub name. Ids that the tokenizer cannot produce get no probability, in sampling
-    and scoring alike. date: as in `load_tokenizer`. Not whole: modules without weights, on the meta device.
-    Raises InputError if there is nothing to load, or if the model has too few positions for `lengths`, of the
-    prompt and of the response."""
+    and scoring alike. Not whole: modules without weights, on the meta device. Raises InputError if there is
+    nothing to load, or if the model has too few positions for `lengths`, of the prompt and of the
+    response."""
     from transformers import AutoModelForCausalLM
-    tokenizer = load_tokenizer(name, trust_remote_code, date=date)
+    tokenizer = load_tokenizer(name, trust_remote_code)
     model = load_model(AutoModelForCausalLM, name, trust_remote_code, whole=whole)
     prepare(model, tokenizer, name)
     positions = positions_of(model)
@@ -147,7 +147,7 @@ def load_models(args):
 def load_parts(args):
     """([policy], tokenizer), or ([policy, reference], tokenizer) if the reference is a model of its own, on
     the CPU. For shards, rank 0 alone has the weights."""
-    options = dict(trust_remote_code=args.trust_remote_code, date=args.date, whole=has_weights(args),
+    options = dict(trust_remote_code=args.trust_remote_code, whole=has_weights(args),
                    lengths=(args.max_prompt_length, args.max_response_length))
     policy, tokenizer = load_policy(args.model, **options)
     models = [policy]

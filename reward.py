@@ -40,7 +40,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from data import apply_template, length_table, load_tokenizer, render
+from data import apply_template, length_table, load_tokenizer, render, set_template_date
 from formats import BadRow, read_rows, train_and_held_out
 from generate import (
     add_adapter, has_weights, heads_of, hold_frozen_in_bfloat16, load_model, place, switch_dropout_off)
@@ -79,14 +79,14 @@ def scores_of(name, function, prompts, *responses, low=-math.inf, high=math.inf)
     return scores
 
 
-def load_reward(name, trust_remote_code=False, date=None, dtype="float32"):
-    """The Reward called `name` (see the top of this file), a classifier on this process's device. date: as in
-    `load_tokenizer`. Raises InputError if there is nothing to load."""
+def load_reward(name, trust_remote_code=False, dtype="float32"):
+    """The Reward called `name` (see the top of this file), a classifier on this process's device. Raises
+    InputError if there is nothing to load."""
     if ".py:" in name:
         return Reward(name, load_function("reward", name))
     if name.endswith(".py"):
         raise InputError(f"reward {name}: which of its functions? want {name}:FUNCTION")
-    model, _, ids_of = load_classifier(name, trust_remote_code, date=date)
+    model, _, ids_of = load_classifier(name, trust_remote_code)
     model.requires_grad_(False)
     if dtype == "bfloat16":
         hold_frozen_in_bfloat16(model)
@@ -161,14 +161,14 @@ def load_function(what, name):
     return getattr(module, function)
 
 
-def load_classifier(name, trust_remote_code=False, max_length=None, date=None, whole=True, **trainee):
+def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, **trainee):
     """(model, tokenizer, ids_of) of a sequence classifier with one logit, on the CPU, in eval mode.
     ids_of(prompt, response) -> (the ids that it reads, in scoring and in training, whether they were cut):
     its own tokenizer and chat template render the dialogue, which loses tokens on the left if it is too long;
     BadRow if the template refuses it. trainee: num_labels of a classifier to be trained, which may be a
     causal language model: its score head is then drawn. whole: see `load_model`."""
     from transformers import AutoModelForSequenceClassification
-    tokenizer = load_tokenizer(name, trust_remote_code, ends=False, date=date)
+    tokenizer = load_tokenizer(name, trust_remote_code, ends=False)
     may_lack = {"score.weight"} if trainee else frozenset()
     model = load_model(AutoModelForSequenceClassification, name, trust_remote_code, may_lack, whole,
                        **trainee)
@@ -387,7 +387,7 @@ def reward_step(model, pairs, optimizer, scheduler, args):
 def load_trainee(args):
     """(model, tokenizer, ids_of) to be trained, without dropout, on the CPU."""
     torch.manual_seed(seeded("score head", args.seed))
-    model, tokenizer, ids_of = load_classifier(args.model, args.trust_remote_code, args.max_length, args.date,
+    model, tokenizer, ids_of = load_classifier(args.model, args.trust_remote_code, args.max_length,
                                                has_weights(args), num_labels=1)
     switch_dropout_off(model)
     # Whoever loads the model needs an id to pad with. Whichever it is, training sees the same one.
@@ -422,6 +422,7 @@ def train_reward(args):
     out = Path(args.out)
     refuse_inputs_inside(out, {flag_of(name): getattr(args, name) for name in ("model", "data", "eval_data")})
     args.date = args.date or date_of(out, args.resume)
+    set_template_date(args.date)
     model, tokenizer, ids_of = fails_together(load_trainee)(args)
     pairs, held_out, counts, lengths = load_reward_data(args, ids_of)
     place([model], args)
@@ -483,7 +484,7 @@ def score_file(args):
     if not rows:
         raise InputError(f"{args.responses}: want lines with prompt and response, as generate.py writes them")
     refuse_output(args.out, has_columns("prompt", "response", "reward"), args.responses)
-    reward = load_reward(args.reward, args.trust_remote_code, args.date, args.dtype)
+    reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
     scores = reward(prompts, responses)
     for row, score in zip(rows, scores, strict=True):
         row["reward"] = score

@@ -58,9 +58,9 @@ from runtime.training import micro_batches, steps, training
 import torch
 import torch.nn.functional as F
 
-from data import collate, encode, end_token_ids, length_table
+from data import Pair, collate, encode, end_token_ids, length_table, set_template_date
 from evaluate import evaluate_policy
-from formats import Pair, format_unread, train_and_held_out
+from formats import format_unread, train_and_held_out
 from generate import load_models, load_policy, roll_out, sequence_logps, sequence_logps_and_revkl
 from reward import (
     Reward, drop_unscorable, label_by_preference, label_by_reward, load_preference, load_reward)
@@ -514,6 +514,7 @@ def train(args):
     inputs = ("model", "reference", "data", "eval_data", "reward", "preference")
     refuse_inputs_inside(out, {flag_of(name): getattr(args, name) for name in inputs})
     args.date = args.date or date_of(out, args.resume)
+    set_template_date(args.date)
     run, counts, held_out_counts, lengths = load_run(args)
     total, count = plan(len(run.examples), args.mix, args)
     pairs_a_step = total // max(count, 1)
@@ -589,7 +590,7 @@ def load_data(args):
         print0(f"{args.data}: read by nothing: {format_unread(report['unread'])}")
     reward = None
     if args.reward:
-        reward = load_reward(args.reward, args.trust_remote_code, args.date, args.dtype)
+        reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
     train, counts = drop_unscorable(train, reward)
     held_out, held_out_counts = drop_unscorable(held_out, reward)
     for each, file in ((counts, report), (held_out_counts, held_out_report)):

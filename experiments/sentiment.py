@@ -25,8 +25,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-from data import encode, end_token_ids, load_tokenizer
-from formats import Pair, read_rows
+from data import Pair, encode, end_token_ids, load_tokenizer
+from formats import read_rows
 from evaluate import evaluate_policy
 from generate import load_policy, sample
 from replicate import compared, table, train_all

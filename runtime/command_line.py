@@ -1,13 +1,9 @@
-"""The command line that all scripts share: flags, errors in one line, seeds."""
-import argparse
+"""What all scripts share: errors in one line, seeds."""
 import hashlib
-import math
 import os
 import signal
 import sys
-import threading
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 
 
@@ -27,53 +23,7 @@ def foreign(problem):
         raise InputError(f"{problem} ({reason})") from None
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with short help and one-line errors; `shared` adds flags that several scripts have."""
-
-    def __init__(self, description, arguments=""):
-        super().__init__(description=description, usage=f"%(prog)s [flags]{arguments}",
-                         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=35))
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
-
-    def shared(self, *flags, add=None):
-        """Add these flags of SHARED, with `add`, a group's add_argument, if there is one."""
-        for flag in flags:
-            (add or self.add_argument)(flag, **SHARED[flag])
-
-
-def number(kind, low, high=math.inf):
-    """An argparse type: an int or float from `low` to `high`, and finite."""
-    def convert(text):
-        value = kind(text)
-        if not (low <= value <= high and math.isfinite(value)):
-            raise argparse.ArgumentTypeError(f"{text} is not in {low:g} … {high:g}")
-        return value
-
-    convert.__name__ = kind.__name__           # argparse names it if `text` is no number at all
-    return convert
-
-
-def iso_date(text):
-    """An argparse type: a date, as YYYY-MM-DD."""
-    return date.fromisoformat(text).isoformat()
-
-
 DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")
-COUNT = dict(metavar="N", type=number(int, 1))
-SHARED = {
-    "--data": dict(help="a .jsonl, .json, .csv or .parquet file, or a hub name"),
-    "--eval-data": dict(help="held-out pairs (one prompt in twenty of --data)"),
-    "--prefer": dict(choices=["better", "safer"], default="better", help="label of PKU-SafeRLHF (better)"),
-    "--limit": dict(COUNT, help="use the first N pairs only"),
-    "--max-prompt-length": dict(COUNT, help="tokens; longer prompts lose their oldest turns (512)"),
-    "--max-response-length": dict(COUNT, help="tokens; longer responses are cut on the right (512)"),
-    "--sample-batch-size": dict(COUNT, default=64, help="prompts answered at a time (64)"),
-    "--date": dict(type=iso_date, help="what a chat template that asks for the date is told (today)"),
-    "--seed": dict(type=number(int, 0), default=0, help="random seed (0)"),
-    "--trust-remote-code": dict(action="store_true", help="run code that comes with a hub model")}
-
 
 def command_line(main):
     """Run a script's `main`; bad input, a file that fails, or an optional package that is not there, becomes
@@ -128,25 +78,6 @@ def one_line(error):
     if isinstance(error, BrokenPipeError):
         return "standard output is closed"
     return str(error)
-
-
-@contextmanager
-def time_limit(seconds, problem):
-    """Around foreign code that may never end: InputError(problem) if it takes longer. Only a main thread, as
-    every script's is, has signals to stop it with; elsewhere, no limit."""
-    def stop(*_):
-        raise InputError(f"{problem}; stopped after {seconds} s")
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def first_line(error):

@@ -164,8 +164,8 @@ def sail_args(words):
 
 def pairs_of(rows):
     """Rows {prompt, chosen, rejected} as formats.py's pairs."""
-    from formats import Pair
-    return [Pair(row["prompt"], row.get("chosen"), row.get("rejected")) for row in rows]
+    from formats import TextPair
+    return [TextPair(row["prompt"], row.get("chosen"), row.get("rejected")) for row in rows]
 
 
 def run_of(policy, reference, baseline=0.0, **more):

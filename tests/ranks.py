@@ -16,7 +16,7 @@ from conftest import as_settings, run_of, sail_args, tiny_model
 import generate
 import reward
 import sail
-from formats import Pair
+from data import Pair
 from runtime.processes import process_group, rank, share_of_process
 from sail import accumulate_gradients
 

@@ -9,8 +9,7 @@ from conftest import TEMPLATE, byte_tokenizer
 from test_errors import fails
 
 import generate
-from data import encode, end_token_ids
-from formats import Pair
+from data import Pair, encode, end_token_ids
 from runtime.command_line import InputError
 
 CATEGORIES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0,

@@ -8,7 +8,7 @@ from conftest import END, EOS, TEMPLATE, byte_tokenizer, pairs_of
 
 import data
 from data import collate, encode, end_token_ids, render
-from formats import NO_TEXT, TOO_MANY_CELLS, Pair, load_pairs, read_rows, train_and_held_out
+from formats import NO_TEXT, TOO_MANY_CELLS, TextPair, load_pairs, read_rows, train_and_held_out
 from runtime.command_line import InputError
 from runtime.run_directory import write_rows
 from toy import NOUNS, grammar_pairs, toy_reward
@@ -53,7 +53,7 @@ def write(path, rows):
 ])
 def test_every_format_is_told_by_its_columns(tmp_path, row, prompt, chosen, rejected):
     pairs, report = load_pairs(write(tmp_path / "any.jsonl", [row]))
-    assert pairs == [Pair(prompt, chosen, rejected)] and report["rows"] == 1
+    assert pairs == [TextPair(prompt, chosen, rejected)] and report["rows"] == 1
 
 
 @pytest.mark.parametrize("row, prompt, chosen", [
@@ -62,7 +62,7 @@ def test_every_format_is_told_by_its_columns(tmp_path, row, prompt, chosen, reje
     (dict(messages=TYPED), [USER], "good")])
 def test_rows_of_prompts_and_of_dialogues_are_pairs_that_lack_responses(tmp_path, row, prompt, chosen):
     pairs, report = load_pairs(write(tmp_path / "any.jsonl", [row]))
-    assert pairs == [Pair(prompt, chosen, None)]
+    assert pairs == [TextPair(prompt, chosen, None)]
     assert report["format"] == ("dialogues" if chosen else "prompts")
 
 
@@ -119,8 +119,8 @@ def test_huge_integers_are_read_or_counted(tmp_path):
 
 
 def test_an_end_token_that_is_written_out_in_a_response_is_counted():
-    pairs = [Pair("Q", "good<eos> never learned", "bad"),
-             Pair("Q<eos>", "good", "bad")]
+    pairs = [TextPair("Q", "good<eos> never learned", "bad"),
+             TextPair("Q<eos>", "good", "bad")]
     examples, counts, _ = encode(pairs, byte_tokenizer(), {1}, 90, 90)
     assert counts["end_token_in_text"] == 1
     assert byte_tokenizer().decode(examples[0].chosen_ids) == "good<eos>"
@@ -235,7 +235,7 @@ def test_without_a_template_strings_stay_and_messages_become_the_plain_dialogue(
 
 def test_with_a_template_prompt_and_response_are_the_whole_render():
     tokenizer = byte_tokenizer(TEMPLATE)
-    example, _ = encode_one(Pair("Q", "good", "bad"), tokenizer)
+    example, _ = encode_one(TextPair("Q", "good", "bad"), tokenizer)
     whole = tokenizer.apply_chat_template([USER, GOOD], tokenize=True, return_dict=False)
     assert example.prompt_ids + example.chosen_ids == whole
     # one end token, the template's
@@ -255,19 +255,19 @@ def test_a_template_whose_generation_prompt_is_no_prefix_is_refused():
     thinking = TEMPLATE.replace("<|assistant|>{% endif", "<|assistant|>think{% endif")
     tokenizer = byte_tokenizer(thinking)
     with pytest.raises(InputError, match="1 the chat template's generation prompt does not begin"):
-        encode([Pair("Q", "good", "bad")], tokenizer, {1}, 90, 90)
+        encode([TextPair("Q", "good", "bad")], tokenizer, {1}, 90, 90)
 
 
 def test_a_row_that_the_template_refuses_is_dropped():
     tokenizer = byte_tokenizer("{{ raise_exception('no system turns') }}")
     with pytest.raises(InputError, match="no system turns"):
-        encode([Pair("Q", "good", "bad")], tokenizer, {1}, 9, 9)
+        encode([TextPair("Q", "good", "bad")], tokenizer, {1}, 9, 9)
 
 
 @pytest.mark.parametrize("bos", [False, True])
 def test_bos_is_there_once_where_the_tokenizer_has_one_and_never_before_the_response(bos):
     """EOS, with which the tokenizer ends every text, is there once too, after the response."""
-    example, _ = encode_one(Pair("Q", "good", "bad"), byte_tokenizer(bos=bos))
+    example, _ = encode_one(TextPair("Q", "good", "bad"), byte_tokenizer(bos=bos))
     whole = example.prompt_ids + example.chosen_ids
     assert whole.count(4) == int(bos) and whole.count(EOS) == 1
     assert (None not in example.prompt_ids and example.chosen_ids[-1] == 1
@@ -276,7 +276,7 @@ def test_bos_is_there_once_where_the_tokenizer_has_one_and_never_before_the_resp
 
 def test_prompts_are_cut_from_the_left_and_responses_from_the_right_without_an_end_token():
     tokenizer = byte_tokenizer(bos=True)
-    pair = Pair("0123456789", "abcdefgh", "wxyz")          # the last one, with its end token, just fits
+    pair = TextPair("0123456789", "abcdefgh", "wxyz")          # the last one, with its end token, just fits
     example, counts = encode_one(pair, tokenizer, 4, 5)
     assert tokenizer.decode(example.prompt_ids) == "<bos>789"
     assert (tokenizer.decode(example.chosen_ids) == "abcde"
@@ -285,16 +285,16 @@ def test_prompts_are_cut_from_the_left_and_responses_from_the_right_without_an_e
 
 
 def test_a_response_that_the_data_lack_has_no_ids():
-    example, counts = encode_one(Pair("Q", None, None), byte_tokenizer(TEMPLATE))
+    example, counts = encode_one(TextPair("Q", None, None), byte_tokenizer(TEMPLATE))
     assert example.chosen_ids == example.rejected_ids == [] and counts["dropped"] == 0
     assert byte_tokenizer(gap=True).decode(example.prompt_ids) == "<|user|>Q<|end|><|assistant|>"
-    example, _ = encode_one(Pair("Q", "good", None), byte_tokenizer(gap=True))
+    example, _ = encode_one(TextPair("Q", "good", None), byte_tokenizer(gap=True))
     assert byte_tokenizer(gap=True).decode(example.chosen_ids) == "good<eos>" and example.rejected_ids == []
 
 
 def test_pairs_that_truncation_makes_equal_are_dropped_and_counted():
-    pairs = [Pair("Q", "same start, good", "same start, bad"),
-             Pair("Q", "good", "bad")]
+    pairs = [TextPair("Q", "same start, good", "same start, bad"),
+             TextPair("Q", "good", "bad")]
     examples, counts, _ = encode(pairs, byte_tokenizer(), {1}, 9, 9)
     assert len(examples) == 1 and counts["dropped"] == 1 and counts["same tokens in both responses"] == 1
 

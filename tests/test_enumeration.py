@@ -14,7 +14,7 @@ import torch
 from conftest import run_of, sail_args, tiny_model
 
 import sail
-from formats import Pair
+from data import Pair
 from sail import accumulate_gradients, preference_losses
 
 END, PROMPT, BETA = 0, [1, 1], 0.7

@@ -9,12 +9,11 @@ from conftest import END, EOS, IDS, TEMPLATE, byte_tokenizer, tiny_model
 from transformers import GenerationConfig
 
 import generate
-from data import collate, encode, response_text
+from data import Pair, collate, encode, response_text
 from runtime.command_line import InputError
 from data import end_token_ids
 from generate import load_policy, prepare, roll_out, sample
 from data import SIDES
-from formats import Pair
 from sail import pair_logps, sequence_logps
 
 

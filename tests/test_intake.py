@@ -6,7 +6,7 @@ import math
 import pytest
 from test_real_data import BAD, GOOD, PLAIN, SYSTEM, Q, load, turn
 
-from formats import NO_TEXT, Pair, load_pairs
+from formats import NO_TEXT, TextPair, load_pairs
 from runtime.command_line import InputError
 
 SUM, FOUR, FIVE = turn("user", "What is 2+2?"), turn("assistant", "4"), turn("assistant", "5")
@@ -106,7 +106,7 @@ def test_turns_in_the_answers_that_both_do_not_share_drop_the_row(row, tmp_path)
     for prompt in (dict(conversations=start), dict(prompt=start)):
         good = dict(prompt, chosen=[GOOD], rejected=[BAD])
         pairs, report = load(tmp_path, dict(prompt, **row), good)
-        assert pairs == [Pair(start, "good", "bad")] and sum(report["dropped"].values()) == 1
+        assert pairs == [TextPair(start, "good", "bad")] and sum(report["dropped"].values()) == 1
 
 
 # --- a turn stands once
@@ -121,9 +121,9 @@ def test_turns_in_the_answers_that_both_do_not_share_drop_the_row(row, tmp_path)
     ([*FIRST, SUM], [], [*FIRST, SUM])])
 def test_a_turn_that_the_prompt_and_the_answers_share_stands_once(prompt, before, whole, tmp_path):
     row = dict(chosen=[*before, FOUR], rejected=[*before, FIVE])
-    assert load(tmp_path, dict(row, prompt=prompt))[0] == [Pair(whole, "4", "5")]
+    assert load(tmp_path, dict(row, prompt=prompt))[0] == [TextPair(whole, "4", "5")]
     conversations = [turn("user", prompt)] if isinstance(prompt, str) else prompt
-    assert load(tmp_path, dict(row, conversations=conversations))[0] == [Pair(whole, "4", "5")]
+    assert load(tmp_path, dict(row, conversations=conversations))[0] == [TextPair(whole, "4", "5")]
 
 
 @pytest.mark.parametrize("row, prompt", [
@@ -133,7 +133,7 @@ def test_a_turn_that_the_prompt_and_the_answers_share_stands_once(prompt, before
     (dict(system="S\n", prompt=[SYSTEM, SUM]), [turn("system", "S\n"), SUM]),
     (dict(system="S", history=[["Hi", "Hello"]], prompt=[SYSTEM, SUM]), [SYSTEM, *FIRST, SUM])])
 def test_a_turn_that_the_prompt_and_another_column_share_stands_once(row, prompt, tmp_path):
-    assert load(tmp_path, dict(row, chosen="4", rejected="5"))[0] == [Pair(prompt, "4", "5")]
+    assert load(tmp_path, dict(row, chosen="4", rejected="5"))[0] == [TextPair(prompt, "4", "5")]
 
 
 # --- a name stands once
@@ -185,19 +185,19 @@ HI = [turn("user", "hi")]
           rejected=" bad"), [*HI, FIRST[1], ASKED]),
     (dict(chosen=HH.strip() + " good", rejected=HH.strip() + " bad"), HI)])
 def test_a_prompt_in_the_marks_of_hh_becomes_messages(row, prompt, tmp_path):
-    assert load(tmp_path, row)[0] == [Pair(prompt, "good", "bad")]
+    assert load(tmp_path, row)[0] == [TextPair(prompt, "good", "bad")]
 
 
 def test_prompts_alone_in_the_marks_of_hh_become_messages_and_a_started_answer_stays(tmp_path):
-    assert load(tmp_path, dict(prompt=HH))[0] == [Pair(HI)]
-    assert load(tmp_path, dict(prompt=HH + " Sure,"))[0] == [Pair([*HI, turn("assistant", "Sure,")])]
+    assert load(tmp_path, dict(prompt=HH))[0] == [TextPair(HI)]
+    assert load(tmp_path, dict(prompt=HH + " Sure,"))[0] == [TextPair([*HI, turn("assistant", "Sure,")])]
 
 
 @pytest.mark.parametrize("text", ["Human: hi", "Write 'Human: hi\n\nAssistant:' thrice.", "Assistant:",
                                   "Human: x\n\nAssistant: y\n\nContinue this."])
 def test_text_that_only_speaks_of_hh_stays_text(text, tmp_path):
     row = dict(prompt=text, chosen="Human: hi\n\nAssistant: Hello", rejected="no")
-    assert load(tmp_path, row)[0] == [Pair(**row)]
+    assert load(tmp_path, row)[0] == [TextPair(**row)]
 
 
 @pytest.mark.parametrize("keys", [dict(id=1), dict(name="Ann"), dict(content=None, id=1)])
@@ -206,7 +206,7 @@ def test_messages_in_a_string_are_messages_whatever_their_first_key_is(keys, quo
     prompt, chosen, rejected = ({**keys, **turn} for turn in (Q, GOOD, BAD))
     row = dict(prompt=quote([prompt]), chosen=quote([chosen]), rejected=quote(rejected))
     pairs, report = load(tmp_path, row)
-    assert pairs == [Pair([Q], "good", "bad")]
+    assert pairs == [TextPair([Q], "good", "bad")]
     assert report["unread"] == {f"message.{key}": 1 for key in keys if key != "content"}
 
 
@@ -260,7 +260,7 @@ def test_packed_files_are_read(name, tmp_path):
     if ".csv" in name:
         text = "prompt,chosen,rejected\nQ0,yes,no\n"
     (tmp_path / name).write_bytes(gzip.compress(text.encode()))
-    assert load_pairs(str(tmp_path / name))[0] == [Pair(**PLAIN)]
+    assert load_pairs(str(tmp_path / name))[0] == [TextPair(**PLAIN)]
 
 
 @pytest.mark.parametrize("content", [b"no gzip", gzip.compress(b"{}" * 999)[:-12], b"",

@@ -5,8 +5,7 @@ import pytest
 import torch
 from conftest import END, FAMILIES, IDS, byte_tokenizer, tiny_model
 
-from data import collate
-from formats import Pair
+from data import Pair, collate
 from generate import prepare, sequence_logps, sequence_logps_and_revkl
 from runtime import training
 from runtime.command_line import InputError

@@ -4,12 +4,13 @@ import json
 
 import pytest
 from conftest import TEMPLATE, byte_tokenizer
+
+from formats import TextPair
 from test_errors import fails
 from test_real_data import PLAIN, SYSTEM, Q, sentencepiece, turn
 
 import data
 from data import encode, end_token_ids, load_tokenizer, render, response_text
-from formats import Pair
 from runtime.command_line import InputError
 
 # --- stand-ins with the traits of seven families' templates
@@ -83,11 +84,11 @@ def test_prompt_and_answer_are_the_template_of_the_whole_dialogue(family, prompt
     tokenizer, (*_, closing) = tokenizer_of(family), FAMILIES[family]
     if family == "deepseek" and "think" in answer:
         with pytest.raises(InputError, match="2 dropped, 2 the chat template rewrites the answer"):
-            encode([Pair(prompt, answer, answer + "!")] * 2, tokenizer, {1}, 99, 99)
+            encode([TextPair(prompt, answer, answer + "!")] * 2, tokenizer, {1}, 99, 99)
         return
     whole = tokenizer.apply_chat_template([*prompt, turn("assistant", answer)], tokenize=False)
     assert "".join(render(prompt, answer, tokenizer)) == whole
-    example, counts = encode_one(Pair(prompt, answer, "bad"), tokenizer)
+    example, counts = encode_one(TextPair(prompt, answer, "bad"), tokenizer)
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
     trained = example.prompt_ids + example.chosen_ids
     assert trained == ids[:len(trained)]
@@ -107,7 +108,7 @@ def test_the_end_of_an_answer_is_the_token_that_closes_it(family):
 @pytest.mark.parametrize("answer", ["    return 1", "\n\n- one", "good \n"])
 def test_white_space_of_an_answer_is_trained_or_counted(family, answer):
     tokenizer = tokenizer_of(family)
-    example, counts = encode_one(Pair([Q], answer, "bad"), tokenizer)
+    example, counts = encode_one(TextPair([Q], answer, "bad"), tokenizer)
     assert counts["answers_stripped_by_the_template"] == (family in TRIMS)
     assert tokenizer.decode(example.chosen_ids).endswith(example.chosen + FAMILIES[family][3])
     assert example.chosen == (answer.strip() if family in TRIMS else answer)
@@ -117,7 +118,7 @@ def test_white_space_of_an_answer_is_trained_or_counted(family, answer):
 @pytest.mark.parametrize("limit", [1, 4, 9, 16, 30])
 def test_a_cut_answer_has_the_text_of_the_tokens_that_are_left(family, limit):
     tokenizer = tokenizer_of(family)
-    example, counts = encode_one(Pair("Q", "abcdefghijklmnopqrstuvwxyz", None), tokenizer, 500, limit)
+    example, counts = encode_one(TextPair("Q", "abcdefghijklmnopqrstuvwxyz", None), tokenizer, 500, limit)
     written = tokenizer.decode(example.chosen_ids)
     filler = {"qwen-3": "<think>\n\n</think>\n\n", "mistral": " "}.get(family, "")
     assert len(example.chosen_ids) == min(limit, 27 + len(filler))
@@ -128,7 +129,7 @@ def test_a_cut_answer_has_the_text_of_the_tokens_that_are_left(family, limit):
 @every_family
 def test_a_sample_has_the_text_that_the_same_answer_of_the_data_has(family):
     tokenizer = tokenizer_of(family)
-    example, _ = encode_one(Pair([Q], "  good", "bad"), tokenizer)
+    example, _ = encode_one(TextPair([Q], "  good", "bad"), tokenizer)
     assert response_text(tokenizer, example.chosen_ids, example.prompt_ids) == example.chosen
     assert response_text(tokenizer, example.chosen_ids[:-1], example.prompt_ids) == example.chosen
     without = tokenizer(f"good{FAMILIES[family][3]}", add_special_tokens=False)["input_ids"]
@@ -142,20 +143,20 @@ def test_a_prompt_that_is_templated_already_is_dropped_and_counted(family):
     tokenizer = tokenizer_of(family)
     templated = tokenizer.apply_chat_template([Q], tokenize=False, add_generation_prompt=True)
     injected = f"Q{FAMILIES[family][3]}Ignore this."
-    pairs = [Pair(**PLAIN), Pair(templated, "yes", "no"), Pair([turn("user", templated)], "yes", "no"),
-             Pair(injected, "yes", "no"), Pair([turn("assistant", injected), Q], "yes", "no")]
+    pairs = [TextPair(**PLAIN), TextPair(templated, "yes", "no"), TextPair([turn("user", templated)], "yes", "no"),
+             TextPair(injected, "yes", "no"), TextPair([turn("assistant", injected), Q], "yes", "no")]
     examples, counts, _ = encode(pairs, tokenizer, end_token_ids(tokenizer), 500, 500)
     assert [example.prompt for example in examples] == ["Q0"]
     refused = counts["refused by the chat template: roles must alternate"]
     assert counts["prompt that holds special tokens, as one that is templated already"] == 4 - refused
     plain = byte_tokenizer()
-    assert encode_one(Pair(templated, "yes", "no"), plain)[0].prompt == templated      # without a template
+    assert encode_one(TextPair(templated, "yes", "no"), plain)[0].prompt == templated      # without a template
 
 
 @pytest.mark.parametrize("text", ["a < b | c > d", "[ INST ]", "<|endoftexts|>", "im_start"])
 @every_family
 def test_a_prompt_that_holds_no_token_of_the_template_is_kept(family, text):
-    assert encode_one(Pair(text, "yes", "no"), tokenizer_of(family))[0].prompt == text
+    assert encode_one(TextPair(text, "yes", "no"), tokenizer_of(family))[0].prompt == text
 
 
 # --- turns that the template rewrites
@@ -168,13 +169,13 @@ THOUGHT = turn("assistant", "<think>hm</think>\n\nA")
     ("llama-3", [turn("user", " Q\n"), THOUGHT, Q], 0), ("qwen-3", [SYSTEM, Q], 0),
     ("gemma-3", [SYSTEM, Q], 0)])
 def test_pairs_are_counted_in_which_the_template_rewrites_a_turn(family, prompt, count):
-    _, counts = encode_one(Pair(prompt, "yes", "no"), tokenizer_of(family))
+    _, counts = encode_one(TextPair(prompt, "yes", "no"), tokenizer_of(family))
     assert counts["turns_rewritten_by_the_template"] == count
 
 
 def test_a_system_turn_that_the_template_leaves_out_is_counted():
     silent = TEMPLATE.replace("in messages", "in messages if message.role != 'system'")
-    _, counts = encode_one(Pair([turn("system", "secret"), Q], "yes", "no"), byte_tokenizer(silent))
+    _, counts = encode_one(TextPair([turn("system", "secret"), Q], "yes", "no"), byte_tokenizer(silent))
     assert counts["turns_rewritten_by_the_template"] == 1
 
 
@@ -187,7 +188,7 @@ def test_a_token_that_closes_an_answer_ends_it_everywhere(closing, special):
     tokenizer.add_tokens(["<|stop|>"], special_tokens=special)
     end, = tokenizer.convert_tokens_to_ids(["<|stop|>"])
     assert end_token_ids(tokenizer) == {1, end}                                        # as sampling does
-    example, _ = encode_one(Pair("Q", "good", "bad"), tokenizer)
+    example, _ = encode_one(TextPair("Q", "good", "bad"), tokenizer)
     assert example.chosen_ids[-1] == end and example.chosen_ids.count(end) == 1
     assert example.chosen == "good" + closing.partition("<")[0]
 
@@ -204,13 +205,13 @@ def test_white_space_that_is_an_added_token_ends_nothing():
     ("Say: ", "yes", "yes"), ("Say:", " yes", " yes"), ([Q], "yes", "yes"), ([Q], "  yes", "  yes"),
     ([Q, turn("assistant", "Once")], " upon", " upon")])
 def test_without_a_template_a_text_stays_and_the_space_after_assistant_is_no_content(prompt, response, shown):
-    example, _ = encode_one(Pair(prompt, response, "no"), byte_tokenizer())
+    example, _ = encode_one(TextPair(prompt, response, "no"), byte_tokenizer())
     assert (example.prompt, example.chosen) == (prompt, shown)
 
 
 def test_the_space_before_the_first_word_of_an_answer_is_seen():
     tokenizer = sentencepiece(["▁say", "▁the", "▁word", "the"])
-    example, _ = encode_one(Pair("say", " the word", " word"), tokenizer)
+    example, _ = encode_one(TextPair("say", " the word", " word"), tokenizer)
     assert (example.chosen, example.rejected) == (" the word", " word")
 
 
@@ -222,14 +223,14 @@ LONG = [SYSTEM, turn("user", "a" * 30), turn("assistant", "b" * 30), turn("user"
     (TEMPLATE, LONG, 60, [LONG[0], LONG[3]]), (TEMPLATE, LONG, 500, LONG),
     (None, "0123456789", 10, "0123456789")])
 def test_a_cut_prompt_has_the_text_or_the_turns_that_are_left(template, prompt, limit, left):
-    example, _ = encode_one(Pair(prompt, "yes", "no"), byte_tokenizer(template), limit, 9)
+    example, _ = encode_one(TextPair(prompt, "yes", "no"), byte_tokenizer(template), limit, 9)
     assert example.prompt == left
-    with_bos, _ = encode_one(Pair("0123456789", "yes", "no"), byte_tokenizer(bos=True), 5, 9)
+    with_bos, _ = encode_one(TextPair("0123456789", "yes", "no"), byte_tokenizer(bos=True), 5, 9)
     assert with_bos.prompt == "6789"
 
 
 def test_a_soft_label_stays_through_encoding():
-    assert encode_one(Pair("Q", "yes", "no", preference=0.7), byte_tokenizer())[0].preference == 0.7
+    assert encode_one(TextPair("Q", "yes", "no", preference=0.7), byte_tokenizer())[0].preference == 0.7
 
 
 # --- which template

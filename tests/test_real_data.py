@@ -5,7 +5,7 @@ import pytest
 from conftest import END, TEMPLATE, byte_tokenizer, pairs_of
 
 from data import Dialogue, encode, end_token_ids, fitting_prompt, render
-from formats import NO_TEXT, Pair, load_pairs
+from formats import NO_TEXT, TextPair, load_pairs
 
 
 def turn(role, content, **more):
@@ -35,7 +35,7 @@ def pair_of(row):
 
 
 def encode_one(pair, tokenizer, *limits):
-    pair = pair if isinstance(pair, Pair) else pair_of(pair)
+    pair = pair if isinstance(pair, TextPair) else pair_of(pair)
     examples, counts, _ = encode([pair], tokenizer, end_token_ids(tokenizer), *(limits or (100, 100)))
     return examples[0], counts
 
@@ -54,7 +54,7 @@ def test_the_header_is_found_whatever_the_answer_repeats_of_it(answer):
 
 def test_both_sides_of_a_pair_follow_the_same_prompt():
     tokenizer = byte_tokenizer(SAYS)
-    example, _ = encode_one(Pair("Q", "A", "S"), tokenizer)
+    example, _ = encode_one(TextPair("Q", "A", "S"), tokenizer)
     assert tokenizer.decode(example.prompt_ids) == "USER: Q ASSISTANT:"
     assert tokenizer.decode(example.chosen_ids) == " A<eos>"
     assert tokenizer.decode(example.rejected_ids) == " S<eos>"
@@ -73,7 +73,7 @@ def sentencepiece(words):
 
 def test_the_responses_ids_are_those_of_the_whole_text():
     tokenizer = sentencepiece(["▁say", "▁the", "▁word", "the"])
-    pair = Pair("say", " the word", " word")
+    pair = TextPair("say", " the word", " word")
     example, counts = encode_one(pair, tokenizer)
     whole = tokenizer("say the word")["input_ids"]
     assert example.prompt_ids + example.chosen_ids == whole + [1]
@@ -82,7 +82,7 @@ def test_the_responses_ids_are_those_of_the_whole_text():
 
 def test_a_token_that_would_reach_over_the_boundary_is_counted():
     tokenizer = sentencepiece(["▁say", "▁the", "▁saythe"])
-    example, counts = encode_one(Pair("say", "the", " say"), tokenizer)
+    example, counts = encode_one(TextPair("say", "the", " say"), tokenizer)
     assert tokenizer.convert_ids_to_tokens(example.prompt_ids) == ["▁say"]
     assert tokenizer.convert_ids_to_tokens(example.chosen_ids) == ["▁the", "<eos>"]
     assert counts["prompt_merges_with_response"] == 1
@@ -95,14 +95,14 @@ def test_a_token_that_would_reach_over_the_boundary_is_counted():
 def test_turns_before_the_answer_follow_the_prompt_or_repeat_it(prompt, first, before, tmp_path):
     for repeated in ([], [Q], first):
         row = dict(prompt=prompt, chosen=repeated + before + [GOOD], rejected=repeated + before + [BAD])
-        assert load(tmp_path, row)[0] == [Pair(first + before, "good", "bad")]
+        assert load(tmp_path, row)[0] == [TextPair(first + before, "good", "bad")]
 
 
 def test_strings_that_begin_with_their_prompt_lose_it_if_most_rows_have_that_form(tmp_path):
     rows = [dict(prompt=f"question {i}", chosen=f"question {i} yes", rejected=f"question {i} no")
             for i in range(9)]
     pairs, report = load(tmp_path, *rows, PLAIN)
-    assert pairs[:9] == [Pair(f"question {i}", " yes", " no") for i in range(9)]
+    assert pairs[:9] == [TextPair(f"question {i}", " yes", " no") for i in range(9)]
     assert pairs[9] == pair_of(PLAIN)
     assert report["altered"] == {"prompts repeated in their responses, taken out": 9}
     echo = dict(prompt="Hello", chosen="Hello you", rejected="Hello there")          # an answer, in its file
@@ -170,7 +170,7 @@ def test_turns_inside_the_answers_of_sharegpt_are_kept(tmp_path):
     row = dict(conversations=[Q], chosen=between + [GOOD], rejected=between + [BAD])
     other = dict(row, rejected=BAD)
     pairs, report = load(tmp_path, row, other)
-    assert pairs == [Pair([Q] + between, "good", "bad")]
+    assert pairs == [TextPair([Q] + between, "good", "bad")]
     assert report["dropped"] == {"chosen and rejected have different prompts": 1}
 
 

@@ -14,8 +14,8 @@ import evaluate
 import generate
 import reward
 import sail
-from data import encode, load_tokenizer, render, response_text
-from formats import BadRow, Pair
+from data import Pair, encode, load_tokenizer, render, response_text
+from formats import BadRow
 from runtime.command_line import InputError
 from runtime import processes, run_directory
 from runtime.processes import process_group

@@ -14,8 +14,7 @@ import evaluate
 import generate
 import reward as reward_module
 import sail
-from data import encode
-from formats import Pair
+from data import Pair, encode
 from runtime.command_line import command_line, InputError, seeded
 from runtime.intervals import format_figure
 from evaluate import evaluate_policy

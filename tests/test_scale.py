@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 
 import generate
 import sail
-from formats import Pair
+from data import Pair
 from generate import AdapterReference, add_adapter, load_policy, sequence_logps_and_revkl
 from runtime.processes import computing_in, gathered, process_group, shard, split_layers
 from runtime.settings import Settings

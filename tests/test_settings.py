@@ -10,7 +10,7 @@ from test_errors import fails
 
 import reward
 import sail
-from formats import Pair
+from data import Pair
 from reward import label_by_reward
 from runtime.settings import Parser, Settings, flag_of, read_settings, setting
 from sail import VARIANTS, Arguments, Method, draw_pairs, parse_args, preference_losses, sft_losses

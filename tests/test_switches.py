@@ -14,7 +14,7 @@ import evaluate
 import generate
 import reward
 import sail
-from formats import Pair
+from data import Pair
 from generate import add_adapter, load_policy
 from runtime.command_line import InputError
 from runtime.optimizer import make_optimizer, optimizer_step
@@ -81,7 +81,7 @@ def test_the_label_that_is_followed_is_the_preferred_one(prefer, chosen, base, t
     file.write_text("".join(json.dumps({**row, "prompt": f"Q{n}"}) + "\n" for n in range(40)))
     flags = ["--data", str(file), "--eval-data", str(file), "--prefer", prefer]
     by_sail = sail.load_data(sail.parse_args(["--variant", "dpo", "--model", base, *flags], limit=30))[:2]
-    _, settings = evaluate.find_run(base, evaluate.make_parser().parse_args(flags))
+    _, settings = evaluate.find_run(base, evaluate.parse_args([base, *flags])[2])
     by_evaluate, _ = evaluate.held_out_pairs(settings, None)
     by_reward = []
     monkeypatch.setattr(reward, "encode_for_reward",

@@ -15,7 +15,7 @@ from ranks import batch_gradient, pairs_of
 from test_scale import rows_of
 
 import sail
-from formats import Pair
+from data import Pair
 from generate import load_policy
 from runtime import processes
 from runtime.command_line import seeded
