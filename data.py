@@ -39,8 +39,9 @@ class Pair:
     chosen: str | None = None                # the text of chosen_ids; None if the data lacks it
     rejected: str | None = None
     prompt_ids: list = field(default_factory=list)
-    chosen_ids: list = field(default_factory=list)         # ends with an end token, unless it was cut
+    chosen_ids: list = field(default_factory=list)
     rejected_ids: list = field(default_factory=list)
+    finished: tuple = (True, True)           # whether chosen_ids, whether rejected_ids has its end token
     # by `sail.draw_pairs`
     on_policy: bool = False                  # both responses are sampled from the policy: T2
     self_labelled: bool = False              # the policy labels the pair: T3
@@ -52,6 +53,7 @@ class Pair:
     # by the data's soft labels, or by `reward.label_by_reward`
     preference: float = 1.0                  # P(chosen ≻ rejected)
     rewards: tuple = ()                      # of chosen, of rejected
+    cut_for_reward: int = 0                  # how many of the two dialogues lost their start to a classifier
 
 # --- text to tokens -----------------------------------------------------------------------------------------
 
@@ -347,20 +349,25 @@ def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length
     encoded = Pair(pair.prompt, prompt_ids=prompt_ids, preference=pair.preference)
     if cut:
         encoded.prompt = prompt_left(pair.prompt, dialogue, prompt_ids)
-    for side in SIDES:
+    finished = []
+    for side, ended in zip(SIDES, pair.finished, strict=True):
         response = getattr(pair, side)
         if response is None:
+            finished.append(True)
             continue
         text = dialogue.tail(response)
+        if not ended:                                    # its sampling was cut: nothing closes it
+            text = text.removesuffix(dialogue.closing)
         whole = token_ids(dialogue.head + text, tokenizer)
         if whole[:len(uncut)] == uncut:
             ids = whole[len(uncut):]
         else:                                            # a token would reach over the boundary
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             changes["prompt_merges_with_response"] += 1
-        ids = up_to_end(ids, tokenizer.eos_token_id, end_ids)
+        ids = up_to_end(ids, [tokenizer.eos_token_id] if ended else [], end_ids)
         lengths[side].append(len(ids))
         kept = ids[:max_response_length]
+        finished.append(kept[-1] in end_ids)
         setattr(encoded, f"{side}_ids", kept)
         setattr(encoded, side, response_text(tokenizer, kept, prompt_ids))
         changes["truncated_responses"] += len(ids) > max_response_length
@@ -368,6 +375,7 @@ def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length
         changes["answers_stripped_by_the_template"] += response not in text
     if encoded.chosen_ids and encoded.chosen_ids == encoded.rejected_ids:
         raise BadRow("same tokens in both responses")
+    encoded.finished = tuple(finished)
     return encoded, changes
 
 
@@ -380,12 +388,13 @@ def prompt_left(prompt, dialogue, ids):
     return dialogue.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
 
 
-def up_to_end(ids, eos_id, end_ids):
-    """A response's ids with one end token: the first of `end_ids` in it, or the EOS appended."""
+def up_to_end(ids, end, end_ids):
+    """A response's ids with one end token: up to the first of `end_ids` in it, or with `end`, a list of one
+    id or of none, appended."""
     for place, token in enumerate(ids):
         if token in end_ids:
             return ids[:place + 1]
-    return ids + [eos_id]
+    return ids + end
 
 
 def response_text(tokenizer, ids, prompt_ids=()):
@@ -519,10 +528,8 @@ def print_pair(nth, prompt, chosen, rejected):
 class Reported:
     """The settings of data.py."""
     model: str | None = setting(None, "a directory or hub name: count and render in its tokens")
-    chat_template: str | None = setting(None, "a file with a template in place of the tokenizer's, or none",
-                                        metavar="FILE")
-    score_scale: float | None = setting(None, "soft labels σ((score_chosen − score_rejected) / S)", low=1e-9,
-                                        metavar="S")
+    chat_template: str | None = same_as(Settings, "chat_template")
+    score_scale: float | None = same_as(Settings, "score_scale")
     limit: int | None = setting(None, "use the first N pairs only", low=1, metavar="N")
     prefer: str = same_as(Settings, "prefer")
     max_prompt_length: int = same_as(Settings, "max_prompt_length")

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from data import collate, encode, end_token_ids, response_text, set_template_date
 from formats import train_and_held_out
 from generate import load_frozen, sample, sequence_logps
-from reward import drop_unscorable, load_reward
+from reward import as_reward, drop_unscorable, load_reward
 
 # --- figures, each as (value, low, high) --------------------------------------------------------------------
 
@@ -62,6 +62,8 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
     data's chosen responses. args: beta, dtype, max_response_length, sample_batch_size, and the seed of the
     samples. KL is estimated from the samples, as log π(y) − log π_ref(y) summed over y's tokens, in nats per
     response; the reward decides on wins over the chosen responses."""
+    if reward is not None:
+        reward = as_reward(reward)
     prompts, prompt_ids = [], []
     for example in examples:
         prompts.append(example.prompt)
@@ -71,17 +73,18 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
         drawn, finished = sample(policy, tokenizer, prompt_ids, args.max_response_length,
                                  batch_size=args.sample_batch_size)
     responses = [ids for ids, in drawn]                     # one to each prompt
+    finished = [done for done, in finished]
     texts = texts_of(examples, responses, tokenizer)
     columns = pair_columns(policy, reference, examples, args)              # {name: a number per example}
     if reference is not None:
         columns["kl"] = log_ratios(policy, reference, examples, responses, args.dtype).tolist()
     if reward is not None:
-        columns["reward"] = reward(prompts, texts)
+        columns["reward"] = reward(prompts, texts, finished)
     if reward is not None and reference is not None:
         kl = torch.tensor(columns["kl"])
         columns["objective"] = (torch.tensor(columns["reward"]) - args.beta * kl).tolist()
     columns["length"] = [float(len(ids)) for ids in responses]
-    columns["unfinished"] = [float(not done) for done, in finished]
+    columns["unfinished"] = [float(not done) for done in finished]
     figures = {}
     for name, values in columns.items():
         if name in ("accuracy", "unfinished"):
@@ -125,7 +128,8 @@ def wins_over_chosen(examples, texts, rewards, reward, tokenizer):
         prompts.append(example.prompt)
         chosen_ids.append(example.chosen_ids)
     opponents = texts_of(examples, chosen_ids, tokenizer)
-    opponent_rewards = torch.tensor(reward(prompts, opponents))
+    finished = [example.finished[0] for example in examples]
+    opponent_rewards = torch.tensor(reward(prompts, opponents, finished))
     wins = prefers_chosen(torch.tensor(rewards) - opponent_rewards).tolist()
     return win_figures(wins, texts, opponents)
 
@@ -294,11 +298,12 @@ def reference_rewards(args, count):
     prompt_ids = [example.prompt_ids for example in examples]
     torch.manual_seed(seeded("frontier", args.seed))
     with computing_in(args.dtype, reference):
-        drawn, _ = sample(reference, tokenizer, prompt_ids, args.max_response_length, count, batch_size=1)
+        drawn, finished = sample(reference, tokenizer, prompt_ids, args.max_response_length, count,
+                                 batch_size=1)
     rewards = []
-    for example, responses in zip(examples, drawn, strict=True):
+    for example, responses, done in zip(examples, drawn, finished, strict=True):
         texts = texts_of([example] * count, responses, tokenizer)
-        rewards.append(reward([example.prompt] * count, texts))
+        rewards.append(reward([example.prompt] * count, texts, done))
     return rewards
 
 

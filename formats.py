@@ -29,6 +29,7 @@ class TextPair:
     chosen: str | None = None                # the preferred response; None if the data lacks it
     rejected: str | None = None
     preference: float = 1.0                  # P(chosen ≻ rejected); less than 1 for a soft label
+    finished: tuple = (True, True)           # whether chosen, whether rejected ended by itself, or was cut
 
 
 class BadRow(ValueError):
@@ -432,7 +433,13 @@ def pair_of(row, form, score_scale=None):
     pair = TextPair(prompt, *responses)
     if form.rejected is not None:
         pair.preference = soft_label(row, score_scale)
+        pair.finished = finished_in(row, "chosen_finished"), finished_in(row, "rejected_finished")
     return pair
+
+
+def finished_in(row, column):
+    """Whether a response ended by itself, by a column of a row; one that the row lacks says that it did."""
+    return str(row.get(column)).lower() not in SPELLINGS[False]
 
 
 def soft_label(row, score_scale):

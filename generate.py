@@ -24,20 +24,21 @@ from runtime.settings import Parser, Settings, flag_of, same_as, setting
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data import collate, end_token_ids, fitting_prompt, load_tokenizer, response_text
+from data import SIDES, collate, end_token_ids, fitting_prompt, load_tokenizer, response_text
 from formats import BadRow, load_pairs
 
 # --- load and adapt -----------------------------------------------------------------------------------------
 
 
-def load_policy(name, trust_remote_code=False, lengths=(0, 0), whole=True):
+def load_policy(name, trust_remote_code=False, lengths=(0, 0), whole=True, chat_template=None):
     """(model, tokenizer): a causal language model in float32 without dropout, on the CPU, of a directory
     (without the network) or hub name. Ids that the tokenizer cannot produce get no probability, in sampling
-    and scoring alike. Not whole: modules without weights, on the meta device. Raises InputError if there is
+    and scoring alike. Not whole: modules without weights, on the meta device. chat_template: see
+    `load_tokenizer`. Raises InputError if there is
     nothing to load, or if the model has too few positions for `lengths`, of the prompt and of the
     response."""
     from transformers import AutoModelForCausalLM
-    tokenizer = load_tokenizer(name, trust_remote_code)
+    tokenizer = load_tokenizer(name, trust_remote_code, chat_template=chat_template)
     model = load_model(AutoModelForCausalLM, name, trust_remote_code, whole=whole)
     prepare(model, tokenizer, name)
     positions = positions_of(model)
@@ -47,10 +48,12 @@ def load_policy(name, trust_remote_code=False, lengths=(0, 0), whole=True):
     return model, tokenizer
 
 
-def load_model(auto_class, name, trust_remote_code=False, may_lack=frozenset(), whole=True, **options):
+def load_model(auto_class, name, trust_remote_code=False, may_lack=frozenset(), may_leave=frozenset(),
+               whole=True, **options):
     """auto_class.from_pretrained(name) in float32 and eval mode, offline for a directory; not whole: without
-    weights, on the meta device. Raises InputError if there is no such model, or if weights are missing, but
-    for those that it `may_lack`: transformers would make them up."""
+    weights, on the meta device. Raises InputError if there is no such model, if weights are missing but for
+    those that it `may_lack`, which transformers would make up, or if tensors are left over but for those that
+    it `may_leave`, which transformers would drop."""
     from transformers import AutoConfig
     from transformers.utils import logging
     logging.set_verbosity_error()                   # its report of missing weights is told below, in one line
@@ -64,6 +67,10 @@ def load_model(auto_class, name, trust_remote_code=False, may_lack=frozenset(), 
     with foreign(f"{name}: no model for {kind} to load"):
         model, loading = auto_class.from_pretrained(name, output_loading_info=True, dtype=torch.float32,
                                                     **options)
+    left_over = sorted(set(loading["unexpected_keys"]) - may_leave)
+    if left_over:                                   # but those that transformers itself declares harmless
+        raise InputError(f"{name}: its files hold {len(left_over)} tensors for which its configuration has "
+                         f"no place, as {', '.join(left_over[:3])}; without them it would be another model")
     lacking = loading["missing_keys"] - may_lack
     if lacking:
         raise InputError(f"{name}: as a model for {kind} it lacks weights, {', '.join(sorted(lacking)[:3])}; "
@@ -113,12 +120,13 @@ def prepare(model, tokenizer, name="model"):
 
 
 def switch_dropout_off(model):
-    """Set the rate of every dropout to 0, in train mode too."""
+    """Set the rate of every dropout, and a router's noise, to 0, in train mode too."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for attribute, value in vars(module).items():
-            if "drop" in attribute and isinstance(value, float):     # for torch.nn.functional.dropout
+            is_noise = "drop" in attribute or "jitter" in attribute  # of functional.dropout, of a router
+            if is_noise and isinstance(value, float):
                 setattr(module, attribute, 0.0)
 
 
@@ -148,6 +156,7 @@ def load_parts(args):
     """([policy], tokenizer), or ([policy, reference], tokenizer) if the reference is a model of its own, on
     the CPU. For shards, rank 0 alone has the weights."""
     options = dict(trust_remote_code=args.trust_remote_code, whole=has_weights(args),
+                   chat_template=args.chat_template,
                    lengths=(args.max_prompt_length, args.max_response_length))
     policy, tokenizer = load_policy(args.model, **options)
     models = [policy]
@@ -410,12 +419,14 @@ def roll_out(policy, tokenizer, pairs, sides, args):
                                      batch_size=args.sample_batch_size)
     sampled = []
     for pair, ids_of_sides, done in zip(pairs, responses, finished, strict=True):
+        finished_of = dict(zip(SIDES, pair.finished, strict=True))
         new = {"preference": 1.0}                                      # the data's was of another response
-        for side, ids in zip(sides, ids_of_sides, strict=True):
+        for side, ids, ended in zip(sides, ids_of_sides, done, strict=True):
             new[f"{side}_ids"] = ids
             new[side] = response_text(tokenizer, ids, pair.prompt_ids)
-        sampled.append(replace(pair, **new, samples=len(sides), sampled_tokens=sum(map(len, ids_of_sides)),
-                               unfinished=done.count(False)))
+            finished_of[side] = ended
+        sampled.append(replace(pair, **new, finished=tuple(finished_of.values()), samples=len(sides),
+                               sampled_tokens=sum(map(len, ids_of_sides)), unfinished=done.count(False)))
     return sampled
 
 
@@ -432,6 +443,7 @@ class Answers:
     max_prompt_length: int = same_as(Settings, "max_prompt_length")
     max_response_length: int = same_as(Settings, "max_response_length", default=128)
     sample_batch_size: int = same_as(Settings, "sample_batch_size")
+    chat_template: str | None = same_as(Settings, "chat_template")
     dtype: str | None = same_as(Settings, "dtype")
     seed: int = same_as(Settings, "seed")
     trust_remote_code: bool = same_as(Settings, "trust_remote_code")
@@ -441,6 +453,7 @@ def load_answerer(args):
     """(model, tokenizer) that answers in the dtype of the settings, which are completed."""
     args.dtype = args.dtype or default_dtype()
     return load_frozen(args.model, args.dtype, trust_remote_code=args.trust_remote_code,
+                       chat_template=args.chat_template,
                        lengths=(args.max_prompt_length, args.max_response_length))
 
 

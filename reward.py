@@ -19,8 +19,9 @@ import sys
 import traceback
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Callable
 
@@ -55,18 +56,31 @@ class Reward:
     name: str
     score: Callable                       # the user's function, or that of a classifier
     ids_of: Callable | None = None        # a classifier's: see `load_classifier`
+    cut: list = field(default_factory=list)       # which dialogues a classifier cut in its last call
 
-    def __call__(self, prompts, responses):
-        return scores_of(f"reward {self.name}", self.score, prompts, responses)
+    def __call__(self, prompts, responses, finished=None):
+        return scores_of(f"reward {self.name}", self.score, finished, prompts, responses)
 
 
-def scores_of(name, function, prompts, *responses, low=-math.inf, high=math.inf):
+def as_reward(reward):
+    """The Reward of a function; a Reward as it is."""
+    if isinstance(reward, Reward):
+        return reward
+    return Reward(getattr(reward, "__name__", "reward"), reward)
+
+
+def scores_of(name, function, finished, prompts, *responses, low=-math.inf, high=math.inf):
     """function(prompts, *responses) as a list of finite floats from `low` to `high`, one for each prompt. The
-    function gets copies, so that it may change what it is given. Raises InputError if the scores are invalid,
-    and, below the traceback, if the function fails."""
-    inputs = copy.deepcopy([prompts, *responses])
+    function gets copies, so that it may change what it is given. One with a parameter `finished` is told
+    which responses ended by themselves, see `load_reward`; None: all. Raises InputError if the scores are
+    invalid, and, below the traceback, if the function fails."""
+    inputs, options = copy.deepcopy([prompts, *responses]), {}
+    if finished is None:
+        finished = [True] * len(prompts)
+    if "finished" in signature(function).parameters:
+        options["finished"] = copy.deepcopy(finished)
     with users_code(f"{name}: failed, as shown above"):
-        scores = function(*inputs)
+        scores = function(*inputs, **options)
         if isinstance(scores, (dict, set, str, bytes)):
             raise InputError(f"{name}: returned a {type(scores).__name__}; want a list of floats, one for "
                              "each response")
@@ -80,8 +94,9 @@ def scores_of(name, function, prompts, *responses, low=-math.inf, high=math.inf)
 
 
 def load_reward(name, trust_remote_code=False, dtype="float32"):
-    """The Reward called `name` (see the top of this file), a classifier on this process's device. Raises
-    InputError if there is nothing to load."""
+    """The Reward called `name` (see the top of this file), a classifier on this process's device. A function
+    with a parameter `finished` gets a list of bools: which responses have their end token, and which were cut
+    by the length limit. Raises InputError if there is nothing to load."""
     if ".py:" in name:
         return Reward(name, load_function("reward", name))
     if name.endswith(".py"):
@@ -93,22 +108,27 @@ def load_reward(name, trust_remote_code=False, dtype="float32"):
     model.to(own_device())
 
     def score(prompts, responses):
-        rows = []
+        rows, reward.cut = [], []
         for prompt, response in zip(prompts, responses, strict=True):
-            ids, _ = ids_of(prompt, response)
+            ids, was_cut = ids_of(prompt, response)
             rows.append(ids)
+            reward.cut.append(was_cut)
         return classifier_scores(model, rows, dtype)
 
-    return Reward(name, score, ids_of)
+    reward = Reward(name, score, ids_of)
+    return reward
 
 
 def load_preference(name):
-    """preference(prompts, firsts, seconds) -> P(first ≻ second), a list of floats, by FILE.py:FUNCTION.
-    Raises InputError as a Reward does."""
+    """preference(prompts, firsts, seconds, finished) -> P(first ≻ second), a list of floats, by
+    FILE.py:FUNCTION. finished: (whether the first response ended by itself, whether the second did) of each
+    pair, for a function that has such a parameter. Raises InputError as a Reward does."""
     function = load_function("preference", name)
 
-    def preference(prompts, firsts, seconds):
-        return scores_of(f"preference {name}", function, prompts, firsts, seconds, low=0, high=1)
+    def preference(prompts, firsts, seconds, finished=None):
+        if finished is None:
+            finished = [(True, True)] * len(prompts)
+        return scores_of(f"preference {name}", function, finished, prompts, firsts, seconds, low=0, high=1)
 
     return preference
 
@@ -170,8 +190,12 @@ def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, 
     from transformers import AutoModelForSequenceClassification
     tokenizer = load_tokenizer(name, trust_remote_code, ends=False)
     may_lack = {"score.weight"} if trainee else frozenset()
-    model = load_model(AutoModelForSequenceClassification, name, trust_remote_code, may_lack, whole,
-                       **trainee)
+    may_leave = {"lm_head.weight"} if trainee else frozenset()
+    model = load_model(AutoModelForSequenceClassification, name, trust_remote_code, may_lack, may_leave,
+                       whole, **trainee)
+    if getattr(model.config, "normalize_reward", False):
+        raise InputError(f"{name}: its config.json says normalize_reward, and its scores would have to be "
+                         "shifted and divided by its mean and std, which no classifier here does")
     if model.config.num_labels != 1:
         raise InputError(f"{name}: has {model.config.num_labels} logits per response; want a model with one")
     compute_heads_in_float32(model)
@@ -279,8 +303,14 @@ def label_by_reward(pairs, reward, preference="hard"):
         return
     prompts = [pair.prompt for pair in pairs]
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
-    scores = reward(prompts + prompts, responses)
-    for pair, chosen, rejected in zip(pairs, scores[:len(pairs)], scores[len(pairs):], strict=True):
+    finished = [pair.finished[0] for pair in pairs] + [pair.finished[1] for pair in pairs]
+    reward = as_reward(reward)
+    scores = reward(prompts + prompts, responses, finished)
+    cut = reward.cut or [False] * len(scores)
+    for nth, pair in enumerate(pairs):
+        other = nth + len(pairs)
+        chosen, rejected = scores[nth], scores[other]
+        pair.cut_for_reward = cut[nth] + cut[other]
         if rejected > chosen:
             chosen, rejected = rejected, chosen
             swap_responses(pair)
@@ -302,7 +332,8 @@ def label_by_preference(pairs, preference):
     prompts = [pair.prompt for pair in pairs]
     firsts = [pair.chosen for pair in pairs]
     seconds = [pair.rejected for pair in pairs]
-    for pair, probability in zip(pairs, preference(prompts, firsts, seconds), strict=True):
+    finished = [pair.finished for pair in pairs]
+    for pair, probability in zip(pairs, preference(prompts, firsts, seconds, finished), strict=True):
         if probability < 0.5:
             probability = 1 - probability
             swap_responses(pair)
@@ -313,19 +344,21 @@ def swap_responses(pair):
     """Exchange the chosen and the rejected response of a pair, in place."""
     pair.chosen, pair.rejected = pair.rejected, pair.chosen
     pair.chosen_ids, pair.rejected_ids = pair.rejected_ids, pair.chosen_ids
+    pair.finished = pair.finished[::-1]
 
 
 # --- training a reward model --------------------------------------------------------------------------------
 
-def bradley_terry_loss(chosen, rejected):
-    """−log P(chosen ≻ rejected), P = σ(r(x, chosen) − r(x, rejected)) (arXiv 1706.03741); rewards (B,) × 2 ->
-    (B,)."""
-    return -F.logsigmoid(chosen - rejected)
+def bradley_terry_loss(chosen, rejected, preference=1.0):
+    """−p log σ(d) − (1 − p) log σ(−d), (B,), with d = r(x, chosen) − r(x, rejected) of rewards (B,) each
+    (arXiv 1706.03741) and p the label's P(chosen ≻ rejected)."""
+    margin = chosen - rejected
+    return -preference * F.logsigmoid(margin) - (1 - preference) * F.logsigmoid(-margin)
 
 
 def encode_for_reward(pairs, ids_of):
-    """([(chosen, rejected)] as ids, counts, lengths in tokens): the counts are of dialogues that were cut,
-    and of pairs dropped as a chat template refuses them, or as their difference was cut off."""
+    """([(chosen ids, rejected ids, preference)], counts, lengths in tokens): the counts are of dialogues that
+    were cut, and of pairs dropped as a chat template refuses them, or as their difference was cut off."""
     encoded, counts, lengths = [], Counter(), {"chosen": [], "rejected": []}
     for pair in pairs:
         try:
@@ -340,7 +373,7 @@ def encode_for_reward(pairs, ids_of):
         if chosen == rejected:
             counts["same tokens in both responses"] += 1
         else:
-            encoded.append((chosen, rejected))
+            encoded.append((chosen, rejected, pair.preference))
     return encoded, +counts, lengths
 
 
@@ -350,11 +383,12 @@ def evaluate_reward(model, held_out, dtype):
     if not held_out:
         return None
     model.eval()
-    chosen = torch.tensor(classifier_scores(model, [chosen for chosen, _ in held_out], dtype))
-    rejected = torch.tensor(classifier_scores(model, [rejected for _, rejected in held_out], dtype))
-    margin = chosen - rejected
+    chosen_ids, rejected_ids, preference = zip(*held_out, strict=True)
+    chosen = torch.tensor(classifier_scores(model, chosen_ids, dtype))
+    rejected = torch.tensor(classifier_scores(model, rejected_ids, dtype))
+    margin, preference = chosen - rejected, torch.tensor(preference)
     figures = {"accuracy": share_of(prefers_chosen(margin).tolist()),
-               "loss": mean_of(bradley_terry_loss(chosen, rejected).tolist()),
+               "loss": mean_of(bradley_terry_loss(chosen, rejected, preference).tolist()),
                "margin": mean_of(margin.tolist())}
     return figures, len(held_out), []
 
@@ -367,10 +401,10 @@ def reward_step(model, pairs, optimizer, scheduler, args):
     total = all_sum(Counter(pairs=len(pairs)), model.device)["pairs"]
     micros = micro_batches(pairs, lambda pair: len(pair[0]) + len(pair[1]), model, args.micro_batch_size)
     for micro, weight in with_equal_counts(micros, model):
-        rows = [chosen for chosen, _ in micro] + [rejected for _, rejected in micro]
+        chosen_ids, rejected_ids, preference = zip(*micro, strict=True)
         with computing_in(args.dtype, model):
-            chosen, rejected = classifier_logits(model, rows).chunk(2)
-        losses = bradley_terry_loss(chosen, rejected)
+            chosen, rejected = classifier_logits(model, chosen_ids + rejected_ids).chunk(2)
+        losses = bradley_terry_loss(chosen, rejected, torch.tensor(preference, device=chosen.device))
         (weight * losses.sum() / total).backward()
         if weight:
             margins = (chosen - rejected).detach()
@@ -403,7 +437,8 @@ def load_trainee(args):
 @fails_together
 def load_reward_data(args, ids_of):
     """(training pairs of ids, held-out pairs of ids, counts of what was dropped or cut, lengths)."""
-    train_pairs, held_out, report, _ = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer)
+    train_pairs, held_out, report, _ = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer,
+                                                        args.score_scale)
     for pair in (train_pairs[0], *held_out[:1]):
         if pair.chosen is None or pair.rejected is None:
             raise InputError(f"{args.eval_data or args.data}: a reward model needs pairs of responses "
@@ -474,8 +509,9 @@ class RewardSettings(Settings):
 def score_file(args):
     """Write the rows of --responses with a `reward` each to --out."""
     rows = read_rows(args.responses)
-    prompts, responses = [], []
+    prompts, responses, finished = [], [], []
     for row in rows:
+        finished.append(row.get("finished") is not False)
         prompts.append(row.get("prompt"))
         responses.append(row.get("response"))
         if not isinstance(prompts[-1], (str, list)) or not isinstance(responses[-1], str):
@@ -485,7 +521,7 @@ def score_file(args):
         raise InputError(f"{args.responses}: want lines with prompt and response, as generate.py writes them")
     refuse_output(args.out, has_columns("prompt", "response", "reward"), args.responses)
     reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
-    scores = reward(prompts, responses)
+    scores = reward(prompts, responses, finished)
     for row, score in zip(rows, scores, strict=True):
         row["reward"] = score
     write_rows(args.out, rows)

@@ -64,7 +64,7 @@ from formats import format_unread, train_and_held_out
 from generate import load_models, load_policy, roll_out, sequence_logps, sequence_logps_and_revkl
 from reward import (
     Reward, drop_unscorable, label_by_preference, label_by_reward, load_preference, load_reward)
-from toy import draw_toy_pairs, toy_settings, write_world
+from toy import draw_toy_pairs, is_toy_model, toy_settings, write_world
 
 # --- the losses ---------------------------------------------------------------------------------------------
 # B is the number of pairs in a call. *_logps are log π(y|x), summed over the tokens of y.
@@ -465,7 +465,7 @@ def response_tokens(pair):
 def count(pairs, likelihood):
     """What a step works on, as sums: pairs, tokens, and the number, length and reward of the samples."""
     totals = Counter(pairs=len(pairs), tokens=0, chosen_tokens=0, samples=0, sampled_tokens=0, unfinished=0,
-                     ties=0, reward=0.0)
+                     ties=0, cut_for_reward=0, reward=0.0)
     for pair in pairs:
         totals["tokens"] += len(pair.prompt_ids) + len(pair.chosen_ids)
         if not likelihood:
@@ -475,6 +475,7 @@ def count(pairs, likelihood):
         totals["sampled_tokens"] += pair.sampled_tokens
         totals["unfinished"] += pair.unfinished
         totals["reward"] += sum(pair.rewards)
+        totals["cut_for_reward"] += pair.cut_for_reward
         if pair.rewards and pair.rewards[0] == pair.rewards[1]:
             totals["ties"] += 1
     return totals
@@ -500,6 +501,7 @@ def record_of(step, totals, method, figures):
     record["nll"] = mean("nll", "offline")
     record["revkl"] = mean("revkl") if method.revkl_coef else None
     record["ties"] = totals["ties"]
+    record["cut_for_reward"] = totals["cut_for_reward"]
     record["tokens"] = round(totals["tokens"])
     return {**record, **figures}
 
@@ -580,7 +582,7 @@ def load_data(args):
     """(training pairs, held-out pairs, reward, Counter of what was dropped and altered among the training
     pairs, that of the held-out pairs)."""
     train, held_out, report, held_out_report = train_and_held_out(args.data, args.eval_data, args.limit,
-                                                                  args.prefer)
+                                                                  args.prefer, args.score_scale)
     for side in needed_sides(args):
         if getattr(train[0], side) is None:
             needs = " and ".join(needed_sides(args))
@@ -637,6 +639,7 @@ def print_plan(run, counts, held_out_counts, lengths, total, count, args):
             trained += parameter.numel()
     device = run.policy.device
     print0(f"{args.model} on {device} in {args.dtype}: {trained:,} of {size:,} parameters are trained")
+    print0(f"chat template: {run.tokenizer.template_name}")
     print0(f"{args.data}: {len(run.examples)} pairs to train on; {format_counts(counts)}")
     limits = dict(prompt=args.max_prompt_length, chosen=args.max_response_length,
                   rejected=args.max_response_length)
@@ -680,6 +683,8 @@ def parse_args(argv=None, **chosen):
     if "lora" in given:
         defaults["learning_rate"] = max(variant.learning_rate, 1e-5)
     if source == "toy":
+        if "model" in given and not is_toy_model(given["model"]):
+            parser.error(f"argument --data: is needed; the toy's data are not for {given['model']}")
         given.pop("data", None)
         defaults.update(toy_settings(name, given.get("model"), given.get("seed", 0)))
     args = Arguments(**{**defaults, **given})

@@ -11,7 +11,7 @@ import random
 from pathlib import Path
 
 from runtime.command_line import InputError, seeded
-from runtime.run_directory import write_directory, write_rows
+from runtime.run_directory import read_json, write_directory, write_rows
 
 import torch
 
@@ -84,12 +84,16 @@ def toy_prompts(held_out=False):
     return prompts
 
 
-def toy_pair(rng, prompt, first, second):
-    """A row of a pair, of which the chosen one is drawn from Bradley-Terry on the toy reward."""
+def toy_pair(rng, prompt, first, second, finished=(True, True)):
+    """A row of a pair, of which the chosen one is drawn from Bradley-Terry on the toy reward. finished:
+    whether the first, whether the second response ended by itself."""
     better, worse = toy_reward([prompt] * 2, [first, second])
     if rng.random() > 1 / (1 + math.exp(worse - better)):
-        first, second = second, first
-    return {"prompt": prompt, "chosen": first, "rejected": second}
+        first, second, finished = second, first, finished[::-1]
+    row = {"prompt": prompt, "chosen": first, "rejected": second}
+    if False in finished:
+        row["chosen_finished"], row["rejected_finished"] = finished
+    return row
 
 
 def grammar_pairs(held_out=False):
@@ -114,23 +118,37 @@ def draw_toy_pairs(model, path, count=18000, seed=0):
     prompts = [prompt for prompt, _ in asked]
     torch.manual_seed(seeded("toy pairs", seed))
     prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    responses, _ = sample(policy, tokenizer, prompt_ids, DEFAULTS["max_response_length"], 2, batch_size=512)
+    responses, finished = sample(policy, tokenizer, prompt_ids, DEFAULTS["max_response_length"], 2,
+                                 batch_size=512)
     rows = []
-    for prompt, ids in zip(prompts, responses, strict=True):
+    for prompt, ids, done in zip(prompts, responses, finished, strict=True):
         first, second = (response_text(tokenizer, each) for each in ids)
-        rows.append(toy_pair(rng, prompt, first, second))
+        rows.append(toy_pair(rng, prompt, first, second, tuple(done)))
     write_rows(path, rows)
+
+
+def toy_vocabulary():
+    """{word: id} of the toy grammar."""
+    words = [*NOUNS, *ADJECTIVES, *ADVERBS, "the", "was", "and", "."]
+    for prompt in PROMPTS:
+        words += [word for word in prompt.split() if word != "{}"]
+    words = ["<pad>", "<eos>", "<unk>", *dict.fromkeys(words)]
+    return {word: place for place, word in enumerate(words)}
+
+
+def is_toy_model(model):
+    """Whether a directory, or what is yet to be made, is a model of the toy: one that writes its words."""
+    file = Path(model, "tokenizer.json")
+    if not Path(model).is_dir():
+        return str(model).startswith(str(WORLD.parent))
+    return file.is_file() and read_json(file).get("model", {}).get("vocab") == toy_vocabulary()
 
 
 def toy_tokenizer():
     """A word-level tokenizer over the toy grammar."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    words = [*NOUNS, *ADJECTIVES, *ADVERBS, "the", "was", "and", "."]
-    words = ["<pad>", "<eos>", "<unk>"] + list(dict.fromkeys(
-        words + [word for prompt in PROMPTS for word in prompt.split() if word != "{}"]))
-    tokenizer = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)},
-                                           unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(toy_vocabulary(), unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()         # a word, or marks
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
                                    unk_token="<unk>", clean_up_tokenization_spaces=False)

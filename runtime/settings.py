@@ -133,9 +133,13 @@ class Settings:
     # models and data
     model: str | None = setting(None, "a directory or hub name")
     lora: int | None = setting(None, "train a LoRA adapter of this rank (needs peft)", low=1, metavar="RANK")
-    data: str | None = setting(None, "a .jsonl, .json, .csv or .parquet file, or a hub name")
+    data: str | None = setting(None, "a .jsonl, .json, .csv (also .gz) or .parquet file, or a hub name")
     eval_data: str | None = setting(None, "held-out pairs (one prompt in twenty of --data)")
     prefer: str = setting("better", "label of PKU-SafeRLHF", choices=("better", "safer"))
+    score_scale: float | None = setting(None, "soft labels σ((score_chosen − score_rejected) / S)", low=1e-9,
+                                        metavar="S")
+    chat_template: str | None = setting(None, "a file with a template in place of the tokenizer's, or none",
+                                        metavar="FILE")
     max_prompt_length: int = setting(512, "tokens; longer prompts lose their oldest turns", **TOKENS)
     max_response_length: int = setting(512, "tokens; longer responses are cut on the right", **TOKENS)
     seed: int = setting(0, "random seed", low=0, metavar="N")
