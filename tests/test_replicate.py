@@ -139,7 +139,7 @@ def test_the_picture_shows_at_most_seven_methods():
 def test_a_runs_reward_is_set_beside_the_highest_at_its_kl(tmp_path, monkeypatch):
     curve = [{"kl": 0.0, "reward": 1.0}, {"kl": 2.0, "reward": 3.0}]
     monkeypatch.setattr(replicate, "best_possible",
-                        lambda options: ({"best": 2.25 + options.seed}, curve, "runs/dpo"))
+                        lambda _, __, given: ({"best": 2.25 + given["seed"]}, curve, "runs/dpo"))
 
     def run(name, kl, reward, objective):
         finished_run(tmp_path / name, (2, kl, reward), objective=objective, objective_interval=[0.0, 9.0])

@@ -41,7 +41,7 @@ def test_labels_of_the_pairs_are_drawn_from_bradley_terry(tmp_path, monkeypatch)
 
 def test_the_command_reports_what_is_finished_and_keeps_the_best_of_n(tmp_path, monkeypatch, capsys):
     def train(jobs, at_a_time, name):
-        for out, flags in jobs:
+        for out, flags, _ in jobs:
             if "--variant pr" not in flags:                            # which was stopped
                 (out / "model").mkdir(parents=True, exist_ok=True)
                 (out / "metrics.jsonl").write_text('{"seconds": 1.5}\n' * 2)
