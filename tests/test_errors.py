@@ -75,6 +75,8 @@ def test_bad_data_is_named(name, tmp_path, monkeypatch, capsys):
     (["--batch-size", "0"], "--batch-size: 0 is not in 1"),
     (["--learning-rate", "nan"], "--learning-rate: nan is not in"),
     (["--steps", "many"], "invalid int value: 'many'"),
+    (["--variant", "dp", "--label", "sampled"], "label sampled: dp sums the policy's own label out"),
+    (["--variant", "pp", "--label", "sampled"], "label sampled: pp sums the policy's own label out"),
     (["--no-such-flag"], "unrecognized arguments")])
 def test_bad_flags_are_named(argv, message, monkeypatch, capsys):
     assert message in fails(sail.main, ["sail.py", *argv], monkeypatch, capsys)
