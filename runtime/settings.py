@@ -109,9 +109,11 @@ def read_settings(file, cls, *names):
             continue
         try:
             settings[field.name] = converter(cls, field)(str(value))
-        except (argparse.ArgumentTypeError, ValueError) as error:
-            raise InputError(f"{file}: argument {flag_of(field.name)}: {error}; no run has written "
-                             "this") from None
+        except argparse.ArgumentTypeError as error:
+            raise InputError(f"{file}: argument {flag_of(field.name)}: {error}") from None
+        except ValueError:
+            kind = kind_of(cls, field.name).__name__
+            raise InputError(f"{file}: argument {flag_of(field.name)}: invalid {kind} value: {value!r}") from None
     return settings
 
 

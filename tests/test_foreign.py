@@ -12,7 +12,6 @@ import torch
 from conftest import byte_tokenizer, sail_args, sail_main, tiny_model
 from test_errors import fails
 
-import data
 import evaluate
 import generate
 import sail
@@ -20,7 +19,6 @@ import toy
 from data import apply_template
 from formats import BadRow, load_pairs
 from reward import Reward
-from runtime import command_line
 from runtime.command_line import InputError
 from runtime.compare import compare
 from runtime.run_directory import NAMES, fingerprint_files, run_directory, start_afresh
@@ -288,16 +286,10 @@ def test_a_configuration_that_is_nonsense_is_one_line(more, tmp_path):
         generate.load_policy(str(tmp_path))
 
 
-def test_a_template_that_raises_anything_refuses_the_row_and_one_without_end_stops(monkeypatch):
+def test_a_template_that_raises_anything_refuses_the_row():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ 'x' * 10**15 }}"
     with pytest.raises(BadRow, match="refused by the chat template"):
-        apply_template(tokenizer, [{"role": "user", "content": "Q"}])
-    tokenizer.chat_template = ("{% for a in range(99999) %}{% for b in range(99999) %}{{ a }}{% endfor %}"
-                               "{% endfor %}")
-    limit = command_line.time_limit
-    monkeypatch.setattr(data, "time_limit", lambda _, problem: limit(0.2, problem))
-    with pytest.raises(InputError, match="its chat template does not end; stopped after 0.2 s"):
         apply_template(tokenizer, [{"role": "user", "content": "Q"}])
 
 

@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import END, EOS, TEMPLATE, byte_tokenizer, sail_main, tiny_model
+from safetensors.torch import load_file
 from test_errors import fails
 from test_scale import largest_difference, rows_of, weights
 
@@ -85,7 +86,8 @@ def test_a_parameter_that_gets_no_gradient_is_trained_around_saved_and_continued
     shutil.rmtree(out / "model")
     sail_main([*argv, "--out", str(out), "--resume"])
     assert rows_of(out) == rows_of(tmp_path / "whole")
-    assert largest_difference(weights(out / "model"), weights(tmp_path / "whole/model")) == 0
+    one, other = (load_file(path / "model/model.safetensors") for path in (out, tmp_path / "whole"))
+    assert largest_difference(one, other) == 0 and any("projector" in name for name in one)
 
 
 def test_gradients_that_are_missing_become_zeros_and_frozen_weights_get_none():
@@ -200,9 +202,10 @@ CLOCK = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
 def test_a_template_that_reads_the_clock_is_told_the_runs_date(tmp_path, checkpoint):
     path = shutil.copytree(checkpoint, tmp_path / "model")
     byte_tokenizer(CLOCK).save_pretrained(path)
-    tokenizer = load_tokenizer(str(path), date="2001-02-03")
+    tokenizer = load_tokenizer(str(path))
+    assert render("Q", "A", tokenizer)[0].startswith(date.today().strftime("%d %b %Y"))
+    data.set_template_date("2001-02-03")
     assert render("Q", "A", tokenizer)[0].startswith("03 Feb 2001<|user|>")
-    assert render("Q", "A", load_tokenizer(str(path)))[0].startswith(date.today().strftime("%d %b %Y"))
 
 
 def test_a_run_keeps_its_date_and_is_continued_on_another_day(tmp_path, checkpoint, monkeypatch, capsys):
@@ -235,9 +238,9 @@ def test_each_script_tells_all_its_models_the_date_and_whether_their_code_may_ru
     """The date that training is given, and of a run in evaluating it; elsewhere none, which is today."""
     seen, original = [], data.load_tokenizer
 
-    def watched(name, trust_remote_code=False, ends=True, date=None):
-        seen.append((trust_remote_code, date))
-        return original(name, trust_remote_code, ends, date)
+    def watched(name, trust_remote_code=False, **options):
+        seen.append((trust_remote_code, data.template_date))
+        return original(name, trust_remote_code, **options)
 
     for module in (data, generate, reward):
         monkeypatch.setattr(module, "load_tokenizer", watched)
@@ -256,6 +259,7 @@ def test_each_script_tells_all_its_models_the_date_and_whether_their_code_may_ru
             (partial(reward.main, date=day), [day], [
                 "--train", *model, "--data", pairs, "--eval-data", pairs, "--out", str(tmp_path / "rm")])):
         monkeypatch.setattr("sys.argv", ["x.py", *argv, "--trust-remote-code"])
+        data.set_template_date(None)
         main()
         assert seen == [(True, each) for each in dates], argv
         seen.clear()

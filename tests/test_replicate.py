@@ -122,8 +122,8 @@ def test_rounds_go_on_from_the_last_ones_policy_and_are_measured_to_the_first(tm
 
 
 def test_the_toys_settings_that_are_spelled_out_are_those_of_the_toy():
-    data = toy_settings("dpo", "M")["data"]
-    flags = "--variant dpo --model M".split()
+    data = toy_settings("dpo", "runs/toy/M")["data"]
+    flags = "--variant dpo --model runs/toy/M".split()
     own = vars(parse_args([*flags, "--data", "toy"]))
     spelled = vars(parse_args([*flags, "--data", data, *replicate.TOY.split()], **replicate.SCHEDULE))
     assert {**spelled, "out": own["out"], "reward": own["reward"]} == own
