@@ -41,7 +41,6 @@ class Pair:
     prompt_ids: list = field(default_factory=list)
     chosen_ids: list = field(default_factory=list)
     rejected_ids: list = field(default_factory=list)
-    finished: tuple = (True, True)           # whether chosen_ids, whether rejected_ids has its end token
     # by `sail.draw_pairs`
     on_policy: bool = False                  # both responses are sampled from the policy: T2
     self_labelled: bool = False              # the policy labels the pair: T3
@@ -54,6 +53,8 @@ class Pair:
     preference: float = 1.0                  # P(chosen ≻ rejected)
     rewards: tuple = ()                      # of chosen, of rejected
     cut_for_reward: int = 0                  # how many of the two dialogues lost their start to a classifier
+    # by `encode`, or by `generate.roll_out`
+    finished: tuple = (True, True)           # whether chosen_ids, whether rejected_ids has its end token
 
 # --- text to tokens -----------------------------------------------------------------------------------------
 

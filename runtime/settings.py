@@ -113,7 +113,8 @@ def read_settings(file, cls, *names):
             raise InputError(f"{file}: argument {flag_of(field.name)}: {error}") from None
         except ValueError:
             kind = kind_of(cls, field.name).__name__
-            raise InputError(f"{file}: argument {flag_of(field.name)}: invalid {kind} value: {value!r}") from None
+            raise InputError(f"{file}: argument {flag_of(field.name)}: invalid {kind} value: "
+                             f"{value!r}") from None
     return settings
 
 
