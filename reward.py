@@ -529,11 +529,11 @@ def score_file(args):
           f"min {min(scores):.3f}, max {max(scores):.3f}")
 
 
-def parse_args(argv=None, **chosen):
-    """The settings of a command line. chosen: settings that are no flags, by name."""
+def parse_args(argv=None, **unflagged):
+    """The settings of a command line. unflagged: settings that are no flags, by name."""
     parser = Parser("Score a file of responses, or train a reward model on pairs. Defaults in brackets.")
     parser.add_settings(RewardSettings)
-    given = {**vars(parser.parse_args(argv)), **chosen}
+    given = {**vars(parser.parse_args(argv)), **unflagged}
     args = RewardSettings(**{"dtype": default_dtype(), **given})
     if args.train and not (args.model and args.data):
         parser.error("argument --train: needs --model and --data")
@@ -547,9 +547,9 @@ def parse_args(argv=None, **chosen):
     return args
 
 
-def main(argv=None, **chosen):
+def main(argv=None, **unflagged):
     """`python reward.py …`, alone or, with --train, under torchrun."""
-    args = parse_args(argv, **chosen)
+    args = parse_args(argv, **unflagged)
     if args.train:
         with process_group(args.shard):
             train_reward(args)

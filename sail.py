@@ -12,27 +12,28 @@ leaves a single-level objective in which the policy π_θ appears three times:
     J(θ) = E_x E_{(y1,y2) ~ π_θ} E_{(w,l) ~ label} [ f(u) ],     f = log σ,
     u    = β [ (log π_θ(y_w) − log π_ref(y_w)) − (log π_θ(y_l) − log π_ref(y_l)) ]
 
-J is a sum of P(responses) · P(label) · f. The product rule gives one term for each factor, and ∇P = P ∇log P
-turns each term into an expectation again. If the policy labels, P(y_1 ≻ y_2) is σ(u_12).
+Here (w, l) says which of the two responses is preferred, by the data, a reward or the policy. J is the sum of
+P(responses) · P(label) · f over all prompts, pairs and labels. The product rule gives one term for each
+factor, and ∇P = P ∇log P turns each term into an expectation again.
 
-    ∇J = E[ ∇f ]                                        T1   the DPO term
-       + E[ f · ∇(log π_θ(y_1|x) + log π_θ(y_2|x)) ]    T2   because the responses come from the policy
-       + E[ f · ∇log P(w ≻ l) ]                         T3   because the label comes from the policy
+    ∇J = E[ ∇f ]                                      T1   the DPO term
+       + E[ f · ∇(log π_θ(y1|x) + log π_θ(y2|x)) ]    T2   because the responses come from the policy
+       + E[ f · ∇log P(w ≻ l) ]                       T3   because the label comes from the policy; P = σ(u)
 
 DPO keeps T1 alone. SAIL-DP adds T3 (the data's responses, the policy's labels), SAIL-PR adds T2 (the policy's
-responses, a reward's labels), and SAIL-PP adds both. `sail_loss` below computes all three for a batch of
-pairs, `training_step` uses it, and `train` is the loop. experiments/terms_by_hand.py computes the three terms
-of one prompt with torch.autograd.grad.
+responses, a reward's labels), and SAIL-PP adds both, each on a share `mix` of the pairs and with a weight.
+`sail_loss` below computes all three for a batch of pairs, `training_step` uses it, and `train` is the loop.
+experiments/terms_by_hand.py computes the terms of one prompt with torch.autograd.grad.
 
-    python sail.py --variant pr                                         # the embedded toy world, on a CPU
-    python sail.py --variant pr --model M --data D --reward R           # your own, on one GPU if there is one
-    torchrun --nproc_per_node 8 sail.py --variant pr …                  # eight GPUs; two nodes:
+    python sail.py --variant pr                                     # the embedded toy world, on a CPU
+    python sail.py --variant pr --model M --data D --reward R       # your own, on one GPU if there is one
+    torchrun --nproc_per_node 8 sail.py --variant pr …              # on eight GPUs; and on two nodes:
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 sail.py …
 
 Where this code departs from the paper's text, on purpose:
   1. The label is summed out, not sampled: the gradient has the same expectation and less noise.
-  2. T2 has a baseline, a mean of f over other pairs, which lowers the noise and keeps the expectation.
-  3. Responses are sampled at temperature 1 from the untruncated softmax, because T2 is its score.
+  2. T2 has a baseline, a running mean of past f, which lowers the noise and keeps the expectation.
+  3. Responses are sampled at temperature 1 from the untruncated softmax, whose gradient T2 is.
   4. AdamW and full fine-tuning are the default; the authors used RMSprop and LoRA.
 """
 import math
@@ -74,7 +75,8 @@ def margin(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, r
            beta=0.1, loss_type="sigmoid", lengths=None):
     """u, (B,): by how much a pair's chosen response is ahead of its rejected one. For DPO, IPO and SLiC it is
     the difference of implicit rewards, β times a log-ratio (arXiv 2305.18290, eq. 7). The other objectives
-    compare means per token; `lengths`, (2, B), are the tokens of the chosen and of the rejected responses."""
+    compare means per token; `lengths`, (2, B), are the tokens of the chosen and of the rejected responses.
+    ORPO's margin has no β."""
     chosen = policy_chosen_logps - reference_chosen_logps
     rejected = policy_rejected_logps - reference_rejected_logps
     if loss_type == "sigmoid_norm":                                   # Tülu 3 (arXiv 2411.15124)
@@ -87,73 +89,82 @@ def margin(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, r
 
 
 def log_odds(logps):
-    """log(P / (1 − P)) of log P, finite also where P rounds to 1."""
+    """The log-odds log(P / (1 − P)), given log P; log P is clamped, since a P that rounds to 1 has none."""
     logps = logps.clamp(max=-1e-6)
     return logps - torch.log(-torch.expm1(logps))
 
 
 def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
              beta=0.1):
-    """DPO's loss (arXiv 2305.18290, eq. 7), (B,), of log-probabilities (B,)."""
+    """DPO's loss (arXiv 2305.18290, eq. 7), (B,), of log-probabilities (B,). `sail_loss` with its defaults
+    gives the same."""
     return -F.logsigmoid(margin(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
                                 reference_rejected_logps, beta))
 
 
-def utility(margin, beta, loss_type, target_margin=None):
-    """f(u), (B,): what a pair of margin u is worth, which is minus the loss of that name. sigmoid: log σ(u),
-    DPO (arXiv 2305.18290); sigmoid_norm and orpo: the same of their margins. ipo: −(u/β − 1/(2β))², IPO
-    (2310.12036), log-ratios summed over tokens. hinge: −max(0, 1 − u), SLiC (2305.10425). simpo: log σ(u −
-    target_margin) (2405.14734); None: half of β."""
+def utility(u, beta, loss_type, target_margin=None):
+    """f(u), (B,): what a pair of margin u is worth, which is minus the loss of that name.
+
+    sigmoid        log σ(u)               DPO (arXiv 2305.18290)
+    sigmoid_norm   log σ(u)               length-normalised DPO (arXiv 2411.15124)
+    ipo            −(u/β − 1/(2β))²       IPO (arXiv 2310.12036), with log-ratios summed over tokens
+    hinge          −max(0, 1 − u)         SLiC (arXiv 2305.10425)
+    simpo          log σ(u − target)      SimPO (arXiv 2405.14734); target_margin None means β/2
+    orpo           log σ(u)               ORPO (arXiv 2403.07691), whose likelihood term is `nll_coef`"""
     if loss_type in ("sigmoid", "sigmoid_norm", "orpo"):
-        return F.logsigmoid(margin)
+        return F.logsigmoid(u)
     if loss_type == "simpo":
-        return F.logsigmoid(margin - (beta / 2 if target_margin is None else target_margin))
+        if target_margin is None:
+            target_margin = beta / 2
+        return F.logsigmoid(u - target_margin)
     if loss_type == "ipo":
-        return -(margin / beta - 1 / (2 * beta)) ** 2
+        return -(u / beta - 1 / (2 * beta)) ** 2
     if loss_type == "hinge":
-        return -F.relu(1 - margin)
+        return -F.relu(1 - u)
     raise ValueError(f"there is no loss_type {loss_type!r}")
 
 
 def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
               preference=None, on_policy=None, self_labelled=None, *,
               beta=0.1, response_coef=1.0, label_coef=1.0, loss_type="sigmoid", baseline=None, lengths=None):
-    """SAIL's loss for every variant and utility (arXiv 2406.15567). Variants differ only in who writes a
-    pair's responses and who labels it.
+    """SAIL's loss for every preference variant and utility (arXiv 2406.15567). Variants differ only in who
+    writes a pair's responses and who labels it.
 
     *_logps        (B,)  the policy's with gradient, the reference's without
-    preference     (B,)  P(chosen ≻ rejected), given by the data or the reward; None: 1. To use a label that
-                         was drawn, give 0 or 1.
+    preference     (B,)  P(chosen ≻ rejected), given by the data or the reward. None means 1 for every pair.
+                         For a label that was drawn, pass 0 or 1.
     on_policy      (B,)  bool: both responses were sampled from the policy as it is now, so T2 applies
-    self_labelled  (B,)  bool: the policy labels the pair, so T3 applies, and `preference` is σ(u)
-    baseline       b of T2, () or (B,). It must not depend on the pair's own responses. None: the mean f of
-                   the other on-policy pairs of this call, which must not share a response, or f(0)
-    lengths        (2, B)  the responses' tokens, for the objectives of means per token, see `margin`
+    self_labelled  (B,)  bool: the policy labels the pair, so T3 applies; σ(u) then replaces `preference`
+    baseline       what T2 subtracts from f, a number or (B,). It must not depend on the pair's own responses.
+                   None means the mean f of the other on-policy pairs of this call, which is valid if no two
+                   pairs share a response, or f(0) if there is no other pair
+    lengths        (2, B)  the responses' tokens, for the objectives that compare means per token
 
-    Returns (losses, metrics). losses, (B,), have the value −f, averaged over the label, and the gradient
-    −(T1 + response_coef · T2 + label_coef · T3): with both coefficients 1, its expectation is −∇J exactly.
-    metrics: see `sail_metrics`."""
+    Returns (losses, metrics). losses, (B,), have the value −(p f(u) + (1 − p) f(−u)) and the gradient −(T1 +
+    response_coef · T2 + label_coef · T3). With both coefficients 1, its expectation is −∇J exactly. metrics:
+    see `sail_metrics`."""
     u = margin(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
                beta, loss_type, lengths)
-    nowhere = torch.zeros_like(u, dtype=torch.bool)
-    on_policy = nowhere if on_policy is None else on_policy.bool()
-    self_labelled = nowhere if self_labelled is None else self_labelled.bool()
+    no_pair = torch.zeros_like(u, dtype=torch.bool)
+    on_policy = no_pair if on_policy is None else on_policy.bool()
+    self_labelled = no_pair if self_labelled is None else self_labelled.bool()
     p = torch.ones_like(u) if preference is None else preference.to(u.dtype)
-    p = torch.where(self_labelled, torch.sigmoid(u), p).detach()      # detached: T3 is its gradient, not T1
+    p = torch.where(self_labelled, torch.sigmoid(u), p).detach()      # detached: T3 below is p's gradient
 
     f_chosen = utility(u, beta, loss_type)                            # f₊ (B,)
     f_rejected = utility(-u, beta, loss_type)                         # f₋ (B,)
     mean_f = p * f_chosen + (1 - p) * f_rejected                      # F̄ (B,); its gradient is T1
-    f = mean_f.detach()                                               # detached: T2 moves the sampling, not f
+    f = mean_f.detach()                                               # detached: f is only a weight in T2
     if baseline is None:
         baseline = mean_of_others(f, on_policy, utility(torch.zeros_like(f), beta, loss_type))
+    # The gradients of these two are T2 and T3; their values mean nothing.
     T2 = (f - baseline) * (policy_chosen_logps + policy_rejected_logps)
     T3 = p * f_chosen.detach() * F.logsigmoid(u) + (1 - p) * f_rejected.detach() * F.logsigmoid(-u)
     T2 = torch.where(on_policy, T2, 0)
     T3 = torch.where(self_labelled, T3, 0)
 
-    # T2 and T3 are gradients of P(responses) and P(label), not of f, so J's value holds neither of them.
-    # corrections − corrections.detach() is 0 and has the gradient of the corrections: it adds just that.
+    # Only the gradient of the corrections is wanted, so that the loss keeps the value −f and can be read as
+    # the objective. corrections − corrections.detach() is 0 and has the gradient of the corrections.
     corrections = response_coef * T2 + label_coef * T3
     losses = -(mean_f + (corrections - corrections.detach()))
     label_weight = 1 + label_coef * torch.minimum(f_chosen, f_rejected)
@@ -162,24 +173,26 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
 
 
 def mean_of_others(f, on_policy, f_zero):
-    """T2's baseline, (B,): the mean f of the other on-policy pairs, or f(0) where there is no other one."""
+    """T2's baseline, (B,): the mean f of the other on-policy pairs, or f(0) where there is no other one.
+    Pairs that are not on-policy get a value that T2 does not use."""
     others = on_policy.sum() - 1
     return torch.where(others > 0, ((f * on_policy).sum() - f) / others.clamp(min=1), f_zero)
 
 
 @torch.no_grad()
-def sail_metrics(losses, chosen_logps, rejected_logps, margin, p, on_policy, self_labelled, label_weight):
-    """Means over the pairs, detached. margin and accuracy follow the label, whose probability is p; a margin
-    of 0 is half right. label_weight is the factor on ∇log P(label) when T1 and T3 are added; label_reversed
-    is the share of self-labelled pairs in which it is negative, so that T3 pushes against the label."""
+def sail_metrics(losses, chosen_logps, rejected_logps, u, p, on_policy, self_labelled, label_weight):
+    """Means over all pairs, detached. margin and accuracy follow the label, whose probability is p; a margin
+    of 0 counts as half right. label_weight, 1 + label_coef · f of the less likely label, is for f = log σ the
+    factor on ∇log P(label) when T1 and T3 are added; label_reversed is the share of pairs that are
+    self-labelled and in which it is negative, so that T3 pushes against the label."""
     q = 1 - p                                                         # P(rejected ≻ chosen)
-    chosen_ahead = torch.where(margin == 0, 0.5, (margin > 0).to(p.dtype))
+    chosen_ahead = torch.where(u == 0, 0.5, (u > 0).to(p.dtype))
     label_reversed = self_labelled & (label_weight < 0)
     columns = {
         "loss": losses,
         "chosen_logps": chosen_logps,
         "rejected_logps": rejected_logps,
-        "margin": p * margin - q * margin,
+        "margin": (p - q) * u,
         "accuracy": p * chosen_ahead + q * (1 - chosen_ahead),
         "on_policy": on_policy,
         "self_labelled": self_labelled,
@@ -195,15 +208,15 @@ def sail_metrics(losses, chosen_logps, rejected_logps, margin, p, on_policy, sel
 
 @dataclass
 class Variant:
-    """What happens to the share `mix` of a run's pairs; the other pairs are DPO on the data. The numbers are
-    defaults of the settings of their names, taken from the authors' examples."""
-    responses: str                # who writes them: "data", "policy", or "data, policy", as in SPIN
-    label: str                    # who prefers one of them: "data", "policy" or "reward"
-    mix: float = 0.0
-    response_coef: float = 0.0
-    label_coef: float = 0.0
+    """What happens to the variant's pairs, the share `mix` of a run; the other pairs are DPO on the data. The
+    numbers are the defaults of the settings of the same names, taken from the authors' examples."""
+    responses: str                # who writes them: "data", "policy", or "data, policy": chosen, rejected
+    label: str                    # who labels them: "data", "policy" or "reward"
+    mix: float = 0.0              # share of a run's pairs
+    response_coef: float = 0.0    # weight of T2
+    label_coef: float = 0.0       # weight of T3
     learning_rate: float = 1e-6
-    likelihood: bool = False      # whether the likelihood of the chosen responses is all that is trained
+    likelihood: bool = False      # True: only −log π of the chosen responses is trained, as in SFT
 
     @property
     def sampled(self):
@@ -213,8 +226,8 @@ class Variant:
     @property
     def unused(self):
         """The settings that have no effect on this variant."""
-        if self.likelihood:
-            return {each.name for each in fields(Method)} - {"variant", "reward"}      # which evaluates
+        if self.likelihood:                                    # the reward still evaluates
+            return {each.name for each in fields(Method)} - {"variant", "reward"}
         unused = set()
         if self.responses == self.label == "data":
             unused.add("mix")
@@ -244,19 +257,20 @@ def defaults_of(name):
     return ", ".join(f"{variant} {value:g}" for variant, value in values.items() if value)
 
 
-LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "simpo", "orpo")           # of `utility`
+LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "simpo", "orpo")     # what `utility` knows
 
 
 @dataclass
 class Method(Objective):
-    """What a run optimises: the objective's reward, reference and β, and how. Fields without a help are no
-    flags; studies set them."""
+    """What a run optimises. The reward, the reference and β are inherited from Objective. Fields without a
+    help text are no flags; studies in experiments/ set them from Python."""
     variant: str = setting("pr", "who responds, and who labels", choices=tuple(VARIANTS))
-    mix: float | None = setting(None, f"share of the variant's pairs ({defaults_of('mix')})", low=0, high=1)
+    mix: float | None = setting(None, f"the variant's share of all pairs ({defaults_of('mix')})", low=0, high=1)
     response_coef: float | None = setting(None, f"weight of T2 ({defaults_of('response_coef')})", low=0)
     label_coef: float | None = setting(None, f"weight of T3 ({defaults_of('label_coef')})", low=0)
-    preference: str = setting("soft", "a reward's P(chosen ≻ rejected): σ(reward difference), 1, or your "
-                                      "function's", metavar="{soft,hard,FILE.py:FUNCTION}")
+    preference: str = setting("soft", "P(chosen ≻ rejected): σ(reward difference), 1 for the higher reward, "
+                                      "or what your function says",
+                              metavar="{soft,hard,FILE.py:FUNCTION}")
     loss_type: str = setting("sigmoid", "the utility f", choices=LOSS_TYPES)
     nll_coef: float = setting(0.0, "weight of −log π per token of the data's chosen responses", low=0)
     revkl_coef: float = setting(0.0, "weight of KL(π_ref‖π) per token; toy pp 0.3", low=0)
@@ -278,20 +292,20 @@ class Run:
     examples: list[Pair]          # to train on, encoded
     held_out: list[Pair]          # to evaluate on
     settings: Settings
-    preference_function: Any = None                   # a user's function that labels in the reward's place
+    preference_function: Any = None                   # a user's function that labels instead of the reward
     optimizer: Any = None
     scheduler: Any = None
-    progress: dict = field(default_factory=dict)      # what a checkpoint keeps: step, skipped, baseline, …
+    progress: dict = field(default_factory=dict)      # what a checkpoint keeps; `baseline` is T2's
 
 
 def training_step(run, data_pairs, variant_pairs, method):
-    """One optimizer step on pairs of the data and on pairs that take the variant's way: (sums of their
-    metrics, whether the step was finite, more figures)."""
+    """One optimizer step on the data's pairs and on the variant's: (sums of their metrics, whether the step
+    was finite, timings, gradient norm and learning rate)."""
     variant, figures = VARIANTS[method.variant], {}
-    # 1. roll out: the policy's responses replace the data's
+    # 1. roll out: the policy's responses replace the data's on the sides that the variant samples
     with timed(figures, "seconds_rollout"):
         variant_pairs = roll_out(run.policy, run.tokenizer, variant_pairs, variant.sampled, run.settings)
-    # 2. label the pairs; where the policy labels, sail_loss does it
+    # 2. label the pairs, in place; where the policy labels, sail_loss does it
     with timed(figures, "seconds_reward"):
         if variant.label == "reward" and run.preference_function:
             label_by_preference(variant_pairs, run.preference_function)
@@ -310,14 +324,14 @@ def training_step(run, data_pairs, variant_pairs, method):
 
 
 def accumulate_gradients(run, pairs, method):
-    """Back-propagate the mean loss over the pairs of all processes, by micro-batches; SFT's is the mean over
-    their tokens. Returns the sums of what was counted and measured."""
-    run.policy.train(run.settings.gradient_checkpointing)              # which works in train mode only
+    """Back-propagate the mean loss over the pairs of all processes, by micro-batches; for SFT, over the
+    tokens of their chosen responses. Returns the sums of what was counted and measured."""
+    run.policy.train(run.settings.gradient_checkpointing)              # eval mode, unless it needs train mode
     likelihood = VARIANTS[method.variant].likelihood
-    totals, sums = all_sum(count(pairs, likelihood), run.policy.device), {}
+    totals, sums = all_sum(counts_of(pairs, likelihood), run.policy.device), {}
     total = totals["chosen_tokens"] if likelihood else totals["pairs"]
     micros = micro_batches(pairs, response_tokens, run.policy, run.settings.micro_batch_size)
-    for micro, weight in with_equal_counts(micros, run.policy):        # of weight 1, but for sharded models
+    for micro, weight in with_equal_counts(micros, run.policy):        # the weight is 1, unless it is sharded
         if likelihood:
             losses, metrics = sft_losses(run.policy, micro, run.settings.dtype)
         else:
@@ -330,8 +344,9 @@ def accumulate_gradients(run, pairs, method):
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value.double() * counted
     sum_gradients(run.policy)
-    values = torch.stack(list(sums.values())).tolist()                 # all at once: a GPU waits for it
-    totals.update(all_sum(Counter(dict(zip(sums, values, strict=True))), run.policy.device))
+    values = torch.stack(list(sums.values())).tolist()                 # one transfer: each stalls a GPU
+    sums = Counter(dict(zip(sums, values, strict=True)))
+    totals.update(all_sum(sums, run.policy.device))
     return totals
 
 
@@ -348,7 +363,7 @@ def preference_losses(policy, reference, pairs, method, baseline=None, dtype="fl
         ours = pair_logps(policy, pairs, dtype)
         revkl = torch.zeros_like(ours)
 
-    # 2. what the pairs say of themselves, as tensors (B,)
+    # 2. the pairs' flags and labels, as tensors (B,)
     def tensor(values, dtype=None):
         return sent(torch.tensor(values, dtype=dtype), ours.device)
 
@@ -366,12 +381,12 @@ def preference_losses(policy, reference, pairs, method, baseline=None, dtype="fl
         beta=method.beta, response_coef=method.response_coef, label_coef=method.label_coef,
         loss_type=method.loss_type, baseline=baseline, lengths=lengths)
 
-    # 4. regularisers: −log π per token of the data's chosen responses; KL(π_ref ‖ π) per token of both
-    from_data = ~(on_policy | self_labelled)                           # its responses and its label
+    # 4. regularisers: −log π per token of chosen responses; KL(π_ref ‖ π) per token of both responses
+    from_data = ~(on_policy | self_labelled)                           # relabelled-dpo's and spin's, too
     nll = torch.where(from_data, -ours[0] / lengths[0], 0.0)
     revkl = revkl.sum(0) / lengths.sum(0)
     with torch.no_grad():
-        kl = (ours - theirs).mean(0)                                   # KL(π ‖ π_ref), where π wrote both
+        kl = (ours - theirs).mean(0)                                   # estimates KL(π ‖ π_ref) on samples
         metrics["kl"] = (kl * on_policy).mean()
         metrics["on_policy_loss"] = (losses * on_policy).mean()
         metrics["nll"] = nll.mean()
@@ -416,8 +431,8 @@ def timed(figures, name):
 
 
 def plan(n_pairs, mix, settings):
-    """(pairs in all, steps): each pair of the data is seen `epochs` times as data, and the variant's pairs
-    are added to that."""
+    """(pairs in all, steps) of a run: `steps` batches, if that is given. Otherwise each pair of the data is
+    seen `epochs` times as data, and the variant's are added; at mix 1, each is the variant's so often."""
     if settings.steps:
         return settings.steps * settings.batch_size, settings.steps
     mix, offline = Fraction(str(mix)), int(settings.epochs * n_pairs)
@@ -436,9 +451,9 @@ def order_of(n_pairs, seed, is_variants, epoch):
 
 
 def draw_pairs(examples, step, total, count, method, seed):
-    """(pairs of the data, pairs that take the variant's way) of one step of all processes. The share `mix` of
-    a run's `total` pairs takes the variant's way, evenly spread over the `count` steps."""
-    mix, variant = Fraction(str(method.mix)), VARIANTS[method.variant]
+    """(the data's pairs, the variant's pairs) of one step of all processes. The share `mix` of a run's
+    `total` pairs is the variant's, evenly spread over the `count` steps."""
+    mix, variant = Fraction(str(method.mix)), VARIANTS[method.variant]       # exact, so that no pair is lost
     generator = torch.Generator().manual_seed(seeded("label draws", seed, step))
     data_pairs, variant_pairs = [], []
     for k in range(total * (step - 1) // count, total * step // count):       # the run's k-th pair
@@ -447,7 +462,7 @@ def draw_pairs(examples, step, total, count, method, seed):
         nth = variants_before if is_variants else k - variants_before         # among the pairs of its kind
         epoch, place = divmod(nth, len(examples))
         example = examples[order_of(len(examples), seed, is_variants, epoch)[place]]
-        pair = replace(example, label_draw=torch.rand((), generator=generator).item())
+        pair = replace(example, label_draw=torch.rand((), generator=generator).item())       # a copy
         if is_variants:
             pair.on_policy = variant.responses == "policy"
             pair.self_labelled = variant.label == "policy"
@@ -462,7 +477,7 @@ def response_tokens(pair):
     return len(pair.chosen_ids) + len(pair.rejected_ids)
 
 
-def count(pairs, likelihood):
+def counts_of(pairs, likelihood):
     """What a step works on, as sums: pairs, tokens, and the number, length and reward of the samples."""
     totals = Counter(pairs=len(pairs), tokens=0, chosen_tokens=0, samples=0, sampled_tokens=0, unfinished=0,
                      ties=0, cut_for_reward=0, reward=0.0)
@@ -482,7 +497,7 @@ def count(pairs, likelihood):
 
 
 def record_of(step, totals, method, figures):
-    """A step's line in metrics.jsonl: means over all its pairs; None for what it had none of."""
+    """A step's line in metrics.jsonl: means over all its pairs; None where it had no pair of that kind."""
     variant = VARIANTS[method.variant]
 
     def mean(name, over="pairs"):
@@ -596,7 +611,7 @@ def load_data(args):
     train, counts = drop_unscorable(train, reward)
     held_out, held_out_counts = drop_unscorable(held_out, reward)
     for each, file in ((counts, report), (held_out_counts, held_out_report)):
-        if file:                                                       # held-out pairs may be of the same one
+        if file:                                       # None if the held-out pairs are of the training file
             each["dropped"] += sum(file["dropped"].values())
             each.update(file["dropped"] + file["altered"])
     return train, held_out, reward, counts, held_out_counts
@@ -662,16 +677,16 @@ class Arguments(Settings, Method):
     """All settings of a run."""
 
 
-def parse_args(argv=None, **chosen):
+def parse_args(argv=None, **unflagged):
     """The settings of a command line, checked and completed with the defaults that depend on data and
-    variant. chosen: settings that are no flags, by name."""
+    variant. unflagged: settings that are no flags, by name."""
     parser = Parser("Train a language model by SFT, DPO or SAIL's DP, PP and PR. Defaults in brackets.")
     parser.add_settings(Method, title="method (the weights are the authors' examples)")
     parser.add_settings(Settings, title="models, data, optimisation, output; toy: see toy.py",
                         data="toy, a .jsonl, .json, .csv or .parquet file, or a hub name (toy)",
                         learning_rate="after the warm-up (1e-6, lora 1e-5, sft 2e-5; toy 4e-4, sft 2e-3)",
                         out="directory for logs and model (runs/DATA/VARIANT)")
-    given = {**vars(parser.parse_args(argv)), **chosen}
+    given = {**vars(parser.parse_args(argv)), **unflagged}
     name = given.get("variant", Method.variant)
     variant = VARIANTS[name]
     for unused in sorted(variant.unused & given.keys()):
@@ -724,9 +739,9 @@ def make_toy(args):
         draw_toy_pairs(args.model, args.data)
 
 
-def main(argv=None, **chosen):
-    """`python sail.py …`, alone or under torchrun. chosen: see `parse_args`."""
-    args = parse_args(argv, **chosen)
+def main(argv=None, **unflagged):
+    """`python sail.py …`, alone or under torchrun. unflagged: see `parse_args`."""
+    args = parse_args(argv, **unflagged)
     is_toy = args.data == toy_settings(args.variant, args.model, args.seed)["data"]
     if is_toy:
         torch.set_num_threads(1)                   # more threads gain nothing on it, and round differently

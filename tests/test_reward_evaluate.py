@@ -63,7 +63,7 @@ def test_fresh_pairs_are_put_into_the_rewards_order_and_ties_are_a_half():
         ("bbb", [3], "a", [1]), ("ccc", [3], "d", [1]), ("ee", [2], "ff", [2])]
     assert [pair.preference for pair in pairs] == [1.0, 1.0, 0.5]
     assert [pair.rewards for pair in pairs] == [(3.0, 1.0), (3.0, 1.0), (2.0, 2.0)]
-    assert sail.count(pairs, likelihood=False)["ties"] == 1
+    assert sail.counts_of(pairs, likelihood=False)["ties"] == 1
 
 
 def test_a_soft_preference_is_the_sigmoid_of_the_reward_difference():

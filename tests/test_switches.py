@@ -242,7 +242,7 @@ def test_a_steps_sums_are_of_what_it_has_worked_on():
              Pair("", "", "", [1] * 4, [1], [1] * 7, rewards=(2.0, 0.5)),
              Pair("", "", "", [1], [1], [1], rewards=(3.0, 1.0))]
     for likelihood, tokens in ((True, 2 + 3 + 4 + 1 + 2), (False, 2 * (2 + 4) + 3 + 1 + 5 + 7 + 4)):
-        totals = sail.count(pairs, likelihood)
+        totals = sail.counts_of(pairs, likelihood)
         assert totals["tokens"] == tokens and totals["chosen_tokens"] == 5
         assert totals["ties"] == 1 and totals["reward"] == 8.5
 
