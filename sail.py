@@ -265,7 +265,7 @@ class Method(Objective):
     """What a run optimises. The reward, the reference and β are inherited from Objective. Fields without a
     help text are no flags; studies in experiments/ set them from Python."""
     variant: str = setting("pr", "who responds, and who labels", choices=tuple(VARIANTS))
-    mix: float | None = setting(None, f"the variant's share of all pairs ({defaults_of('mix')})", low=0, high=1)
+    mix: float | None = setting(None, f"share of the variant's pairs ({defaults_of('mix')})", low=0, high=1)
     response_coef: float | None = setting(None, f"weight of T2 ({defaults_of('response_coef')})", low=0)
     label_coef: float | None = setting(None, f"weight of T3 ({defaults_of('label_coef')})", low=0)
     preference: str = setting("soft", "P(chosen ≻ rejected): σ(reward difference), 1 for the higher reward, "
