@@ -297,7 +297,7 @@ def test_a_reward_gets_copies():
         responses.clear()
         return [1.0]
 
-    assert scores_of("reward mine", score, prompts, ["A"]) == [1.0]
+    assert scores_of("reward mine", score, None, prompts, ["A"]) == [1.0]
     assert prompts == [[{"role": "user", "content": "Q"}]]
 
 

@@ -332,7 +332,8 @@ def test_the_estimate_fits_the_measured_bytes_of_rollout_and_update(checkpointin
     tokenizer.save_pretrained(tmp_path)
     tiny_model(vocab_size=2000, hidden_size=128, intermediate_size=352, num_hidden_layers=6,
                max_position_embeddings=1024, initializer_range=0.02).save_pretrained(tmp_path)
-    args = sail_args(["--variant", "dpo", "--model", str(tmp_path)])
+    args = sail_args(["--variant", "dpo", "--model", str(tmp_path), "--data", "none.jsonl",
+                      "--max-prompt-length", "64", "--max-response-length", "64"])
     args.gradient_checkpointing = checkpointing
     policy, reference, tokenizer = generate.load_models(args)
     optimizer, scheduler = sail.make_optimizer(policy.parameters(), 10, Settings(learning_rate=1e-4))

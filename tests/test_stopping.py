@@ -299,6 +299,7 @@ def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_mode
     lines = capsys.readouterr().out.splitlines()
     size = sum(parameter.numel() for parameter in load_policy(base)[0].parameters())
     assert lines[0] == f"{base} on cpu in float32: {size:,} of {size:,} parameters are trained"
+    assert lines.pop(1) == "chat template: none"
     assert lines[1].startswith(f"{base}/toy-pairs.jsonl: 39 pairs to train on; 1 dropped, ")
     assert lines[2] == "   prompt: tokens median 5, 90 % 6, most 6; 0 of 40 longer than 8"
     assert lines[3].startswith("   chosen: tokens median ")
