@@ -84,7 +84,7 @@ def run_all(file, device):
             continue
         args = sail_args(arguments)
 
-        def recorded(policy, *inputs):
+        def recorded(policy, *inputs, args=args):
             sizes.update(weights=own_bytes(policy.parameters()), packed=generate.is_packed(policy),
                          ends=policy.generation_config.eos_token_id)
             pairs = roll_out(policy, *inputs)

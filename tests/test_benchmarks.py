@@ -122,7 +122,7 @@ def test_the_same_seed_gives_the_same_file_but_for_the_time(checkpoint, tmp_path
     monkeypatch.setattr("time.time", lambda: 1.8e9)
     one, same, other = (answer_file("Arena-Hard", checkpoint, tmp_path, monkeypatch, "--seed", seed)
                         for seed in "112")
-    assert one == same and all(row["ans_id"] != new["ans_id"] for row, new in zip(one, other))
+    assert one == same and all(row["ans_id"] != new["ans_id"] for row, new in zip(one, other, strict=True))
 
 
 @pytest.mark.parametrize("model, name", [

@@ -96,7 +96,7 @@ class World:
         args.response_coef = args.label_coef = 1.0
         total = 0
         for start in range(0, len(weighted_pairs), micro_batch_size):
-            weights, pairs = zip(*weighted_pairs[start:start + micro_batch_size])
+            weights, pairs = zip(*weighted_pairs[start:start + micro_batch_size], strict=True)
             losses, _ = preference_losses(self.policy, self.reference, pairs, args, baseline)
             total = total - flat_gradient((torch.stack(weights).detach() * losses).sum(), self.policy)
         return total
@@ -108,7 +108,7 @@ class World:
 def flat_gradient(value, model):
     gradients = torch.autograd.grad(value, list(model.parameters()), retain_graph=True, allow_unused=True)
     return torch.cat([(torch.zeros_like(p) if g is None else g).flatten()
-                      for g, p in zip(gradients, model.parameters())])
+                      for g, p in zip(gradients, model.parameters(), strict=True)])
 
 
 def relative_error(estimate, exact):

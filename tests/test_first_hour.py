@@ -91,16 +91,16 @@ def test_the_answers_of_two_runs_are_shown_side_by_side(two_runs, monkeypatch, c
     samples = [[row for row in rows_of(two_runs / name, "samples") if row["step"] == 2]
                for name in ("sft", "pr")]
     assert shown.count("\n>>> ") == 2
-    for ours, theirs in list(zip(*samples))[:2]:
+    for ours, theirs in list(zip(*samples, strict=True))[:2]:
         block = shown[shown.index(f">>> {ours['prompt']}"):]
         assert block.index(ours["response"]) < block.index(theirs["response"])
 
 
 def test_an_adapter_directory_is_named_as_one(held_out, tmp_path, monkeypatch, capsys):
     (tmp_path / "adapter_config.json").write_text("{}")
-    argv = ["--model", str(tmp_path), "--data", held_out]
-    for main, argv in ((sail.main, ["sail.py", "--variant", "dpo", *argv]),
-                       (generate.main, ["generate.py", *argv])):
+    flags = ["--model", str(tmp_path), "--data", held_out]
+    for main, argv in ((sail.main, ["sail.py", "--variant", "dpo", *flags]),
+                       (generate.main, ["generate.py", *flags])):
         monkeypatch.setattr("sys.argv", argv)
         assert "is an adapter; merge it into its base first" in fails(main, argv, monkeypatch, capsys)
 

@@ -1,6 +1,7 @@
 """Where variants end, by enumeration in float64: a policy is a softmax over few responses, an expectation is
 a sum over all pairs of them, and what is followed is the gradient of `sail_loss` itself."""
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -73,8 +74,8 @@ def test_dp_ends_to_first_order_where_dpo_with_a_smaller_beta_does(scale, apart)
                 + mix * gradient(logits, REFERENCE, reward, "labels", label_coef=label_coef))
 
     dp = fixed_point(of_dp, REFERENCE)
-    dpo, dpo_of_smaller_beta = (fixed_point(lambda logits: gradient(logits, REFERENCE, reward, "nothing",
-                                                                    beta=beta),
+    dpo, dpo_of_smaller_beta = (fixed_point(lambda logits, beta=beta: gradient(logits, REFERENCE, reward,
+                                                                               "nothing", beta=beta),
                                             REFERENCE) for beta in (BETA, BETA * (1 - k)))
     margins, plain, smaller = ((policy - REFERENCE)[0] - (policy - REFERENCE)[3]
                                for policy in (dp, dpo, dpo_of_smaller_beta))
@@ -86,8 +87,8 @@ def test_dp_ends_to_first_order_where_dpo_with_a_smaller_beta_does(scale, apart)
 def test_online_dpo_ends_at_the_best_policy_and_pr_beside_it():
     best = (REFERENCE + REWARD / BETA).log_softmax(-1)
     assert value(best) == pytest.approx(BETA * (REFERENCE + REWARD / BETA).logsumexp(-1).item())
-    ends = [fixed_point(lambda logits: gradient(logits, REFERENCE, REWARD, "responses", response_coef=coef),
-                        best)
+    ends = [fixed_point(lambda logits, coef=coef: gradient(logits, REFERENCE, REWARD, "responses",
+                                                           response_coef=coef), best)
             for coef in (0.0, 0.3, 1.0)]
     distances, lost = [kl(end, best) for end in ends], [value(best) - value(end) for end in ends]
     assert distances[0] == pytest.approx(0, abs=1e-12)
@@ -101,8 +102,8 @@ def test_online_ipo_ends_at_the_regularised_nash_policy_of_a_preference_that_no_
     (arXiv 2403.08635). Online DPO ends elsewhere: it looks for a reward, and there is none."""
     preference = torch.tensor([[0.5, 0.9, 0.1, 0.8], [0.1, 0.5, 0.9, 0.7], [0.9, 0.1, 0.5, 0.6],
                                [0.2, 0.3, 0.4, 0.5]], dtype=torch.float64)
-    ends = {f: fixed_point(lambda logits: gradient(logits, REFERENCE, None, "responses", preference,
-                                                   response_coef=0.0, loss_type=f), REFERENCE, rate)
+    ends = {f: fixed_point(lambda logits, f=f: gradient(logits, REFERENCE, None, "responses", preference,
+                                                        response_coef=0.0, loss_type=f), REFERENCE, rate)
             for f, rate in (("ipo", 0.2), ("sigmoid", 8.0))}
     off = {}
     for f, policy in ends.items():
@@ -120,7 +121,7 @@ def test_pp_leaves_for_what_the_reference_thinks_rare_and_the_rarer_the_farther(
     for epsilon in (1e-2, 1e-4, 1e-6, 1e-8):
         reference = torch.tensor([1 - epsilon, epsilon], dtype=torch.float64).log()
 
-        def uphill(logit):                                             # dJ by the rare response's logit
+        def uphill(logit, reference=reference):                        # dJ by the rare response's logit
             return -gradient(torch.tensor([0.0, logit]).double(), reference, reward, "both")[1].item()
 
         low, high = (reference[1] - reference[0]).item(), 5.0
@@ -133,5 +134,5 @@ def test_pp_leaves_for_what_the_reference_thinks_rare_and_the_rarer_the_farther(
         pp.append(kl(torch.tensor([0.0, low], dtype=torch.float64).log_softmax(-1), reference))
         best.append(kl((reference + reward / BETA).log_softmax(-1), reference))
     assert best[0] < 0.1 and best == sorted(best, reverse=True)
-    growth = [after - before for before, after in zip(pp, pp[1:])]
+    growth = [after - before for before, after in pairwise(pp)]
     assert all(1.8 < each < 2.5 for each in growth)                    # log(100)/2 = 2.3 if it were just half

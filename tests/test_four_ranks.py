@@ -15,7 +15,8 @@ import reward
 from generate import load_model
 
 ROOT = Path(reward.__file__).parent
-FLAGS = ["--steps", "6", "--batch-size", "8", "--eval-every", "0", "--eval-limit", "2", "--learning-rate", "1e-4"]
+FLAGS = ["--steps", "6", "--batch-size", "8", "--eval-every", "0", "--eval-limit", "2",
+         "--learning-rate", "1e-4"]
 DP = ["--variant", "dp", "--max-response-length", "12", *FLAGS]
 LORA = [*DP, "--lora", "4"]
 
@@ -55,9 +56,10 @@ def runs(base, tmp_path_factory):
     flags, chosen = as_settings([*train_reward, "--out", path / "reward"])
     reward.main(flags, **chosen)
     where = f"127.0.0.1:{free_port()}"
-    agents = [launch(path, "agents", [["--model", base, *DP, "--save-every", "4", "--out", str(path / "agents")]],
-                     "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", where,
-                     "--rdzv_id", "two") for _ in range(2)]
+    agents = [launch(path, "agents",
+                     [["--model", base, *DP, "--save-every", "4", "--out", str(path / "agents")]],
+                     "--nnodes", "2", "--nproc_per_node", "1", "--rdzv_backend", "c10d",
+                     "--rdzv_endpoint", where, "--rdzv_id", "two") for _ in range(2)]
     assert [agent.wait(200) for agent in agents] == [0, 0]
     continued = without_last_checkpoint(path / "agents", path / "continued")
     four = launch(path, "four", [
@@ -79,6 +81,7 @@ def test_the_parameters_are_those_of_one_process(name, one, runs, base):
 
 def test_a_reward_model_of_four_ranks_with_shards_is_that_of_one_process(runs):
     from transformers import AutoModelForSequenceClassification
-    one, four = (dict(load_model(AutoModelForSequenceClassification, str(runs / name / "model")).named_parameters())
-                 for name in ("reward", "reward-4"))
+    one, four = (
+        dict(load_model(AutoModelForSequenceClassification, str(runs / name / "model")).named_parameters())
+        for name in ("reward", "reward-4"))
     assert largest_difference(one, four) < 2e-6

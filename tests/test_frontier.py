@@ -3,7 +3,6 @@ import re
 
 import evaluate
 import pytest
-import sail
 import torch
 from conftest import TOY_REWARD, sail_main
 from test_enumeration import World

@@ -79,7 +79,7 @@ def test_a_response_ends_with_its_first_end_token_or_is_counted_unfinished(ends)
     rows = [row for group in responses for row in group]
     done = [flag for group in finished for flag in group]
     assert 0 < sum(done) < len(done) and {row[-1] for row in rows} >= ends
-    for row, flag in zip(rows, done):
+    for row, flag in zip(rows, done, strict=True):
         assert sum(token in ends for token in row) == int(flag)
         assert row[-1] in ends if flag else len(row) == 4
 

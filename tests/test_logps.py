@@ -23,7 +23,7 @@ def slow_logps(model, prompts, responses):
     """One row at a time, one token at a time, in float64, through the plain forward."""
     model = copy.deepcopy(model).double()
     sums = []
-    for prompt, response in zip(prompts, responses):
+    for prompt, response in zip(prompts, responses, strict=True):
         total = 0.0
         for place, token in enumerate(response):
             with torch.no_grad():
@@ -35,12 +35,12 @@ def slow_logps(model, prompts, responses):
 
 def padded(prompts, responses, left, extra=0):
     """input_ids, attention_mask, response_mask with `extra` columns of noise as padding on one side."""
-    width = extra + max(len(prompt + response) for prompt, response in zip(prompts, responses))
+    width = extra + max(len(prompt + response) for prompt, response in zip(prompts, responses, strict=True))
     columns = [], [], []
-    for prompt, response in zip(prompts, responses):
+    for prompt, response in zip(prompts, responses, strict=True):
         gap = width - len(prompt + response)
         rows = prompt + response, [1] * len(prompt + response), [0] * len(prompt) + [1] * len(response)
-        for column, row, filler in zip(columns, rows, (7, 0, 0)):
+        for column, row, filler in zip(columns, rows, (7, 0, 0), strict=True):
             column.append([filler] * gap + row if left else row + [filler] * gap)
     return [torch.tensor(column) for column in columns]
 
@@ -63,7 +63,7 @@ def test_padding_and_batch_mates_change_nothing(family, packed):
     model = (allow_packing if packed else copy.copy)(tiny_model(family))
     with torch.no_grad():
         alone = torch.cat([sequence_logps(model, *padded([prompt], [response], False))
-                           for prompt, response in zip(PROMPTS, RESPONSES)])
+                           for prompt, response in zip(PROMPTS, RESPONSES, strict=True)])
         for left in (False, True):
             for extra in (0, 1, 60):
                 together = sequence_logps(model, *padded(PROMPTS, RESPONSES, left, extra))
@@ -125,7 +125,7 @@ def test_packed_rows_give_the_losses_and_gradients_of_padded_ones(family, left):
                                            with_kwargs=True)
     weights, gradients = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.25]), []
     logps = [sequence_logps(model, *padded(SHARED, ANSWERS, left)) for model in (padded_model, packed_model)]
-    for model, sums in zip((padded_model, packed_model), logps):
+    for model, sums in zip((padded_model, packed_model), logps, strict=True):
         gradients.append(torch.cat([gradient.flatten() for gradient in torch.autograd.grad(
             (weights * sums).sum(), list(model.parameters()))]))
     assert sizes == [(1, sum(map(len, ANSWERS)) + 3 + 1 + 63)]         # no padding, and the prompt once
@@ -168,7 +168,7 @@ def test_the_gradient_is_that_of_the_plain_forward():
     expected = torch.autograd.grad(plain, list(model.parameters()))
     ours = torch.autograd.grad(sequence_logps(model, ids, attention, response).sum(),
                                list(model.parameters()))
-    for one, other in zip(ours, expected):
+    for one, other in zip(ours, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
@@ -235,7 +235,7 @@ def test_diverged_weights_give_nan_and_no_error():
 def exact_revkl(policy, reference, prompts, responses):
     """Σ_tokens KL(π_ref ‖ π) over the vocabulary, from whole forwards of one row each; (B,), with grad."""
     sums = []
-    for prompt, response in zip(prompts, responses):
+    for prompt, response in zip(prompts, responses, strict=True):
         rows = torch.tensor([prompt + response])
         ours, theirs = (model(rows).logits[0, len(prompt) - 1:-1].log_softmax(-1)
                         for model in (policy, reference))
@@ -264,7 +264,8 @@ def test_revkl_and_both_log_probs_come_from_one_forward_of_each_model(family, mo
     assert held == (None,) * len(held)
     weights, parameters = torch.tensor([1.0, -2.0, 0.5]), list(policy.parameters())
     gradients = torch.autograd.grad((weights * revkl).sum(), parameters)
-    for one, other in zip(gradients, torch.autograd.grad((weights * expected).sum(), parameters)):
+    for one, other in zip(gradients, torch.autograd.grad((weights * expected).sum(), parameters),
+                          strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
 
 

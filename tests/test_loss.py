@@ -175,7 +175,7 @@ def test_without_flags_it_is_dpo_exactly(loss_type):
     sail_losses, _ = sail_loss(*ours, *theirs, beta=0.3, loss_type=loss_type, lengths=lengths)
     assert torch.equal(plain, sail_losses)
     for one, other in zip(torch.autograd.grad(plain.sum(), ours),
-                          torch.autograd.grad(sail_losses.sum(), ours)):
+                          torch.autograd.grad(sail_losses.sum(), ours), strict=True):
         assert torch.equal(one, other)
 
 

@@ -45,7 +45,8 @@ def logs(out):
     rows = []
     for name in ("metrics", "eval", "samples"):
         for line in (Path(out) / f"{name}.jsonl").read_text().splitlines():
-            rows.append({key: value for key, value in json.loads(line).items() if not key.startswith("seconds")})
+            rows.append({key: value for key, value in json.loads(line).items()
+                         if not key.startswith("seconds")})
     return rows
 
 
@@ -58,8 +59,9 @@ def same(out, whole):
 # --- inputs and OUT
 
 @pytest.mark.parametrize("flag, place, more", [
-    ("--model", "model", "--overwrite"), ("--model", ".", "--resume"), ("--reference", "notes", "--overwrite"),
-    ("--data", "model", "--overwrite"), ("--eval-data", ".", "--overwrite"), ("--reward", "model", "--resume")])
+    ("--model", "model", "--overwrite"), ("--model", ".", "--resume"),
+    ("--reference", "notes", "--overwrite"), ("--data", "model", "--overwrite"),
+    ("--eval-data", ".", "--overwrite"), ("--reward", "model", "--resume")])
 def test_an_input_in_the_directory_of_the_run_is_refused_with_both_paths(
         flag, place, more, base, held_out, whole, tmp_path, monkeypatch, capsys):
     out = shutil.copytree(whole, tmp_path / "run")
@@ -312,10 +314,10 @@ def test_a_reward_that_ends_the_process_leaves_a_status_and_a_checkpoint(base, t
 def on_two_ranks(script, folder, *arguments):
     """Two ranks of this script; each starts in a directory of its own below the folder."""
     (folder / "rank.py").write_text(script)
-    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                           folder / "rank.py", *map(str, arguments)], text=True, capture_output=True,
-                          timeout=200, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1",
-                                                        "PYTHONPATH": str(ROOT)})
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node", "2", folder / "rank.py", *map(str, arguments)],
+                          text=True, capture_output=True, timeout=200, cwd=folder,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
 
 
 APART = """import os, pathlib, sys

@@ -143,14 +143,15 @@ def test_a_prompt_that_is_templated_already_is_dropped_and_counted(family):
     tokenizer = tokenizer_of(family)
     templated = tokenizer.apply_chat_template([Q], tokenize=False, add_generation_prompt=True)
     injected = f"Q{FAMILIES[family][3]}Ignore this."
-    pairs = [TextPair(**PLAIN), TextPair(templated, "yes", "no"), TextPair([turn("user", templated)], "yes", "no"),
+    pairs = [TextPair(**PLAIN), TextPair(templated, "yes", "no"),
+             TextPair([turn("user", templated)], "yes", "no"),
              TextPair(injected, "yes", "no"), TextPair([turn("assistant", injected), Q], "yes", "no")]
     examples, counts, _ = encode(pairs, tokenizer, end_token_ids(tokenizer), 500, 500)
     assert [example.prompt for example in examples] == ["Q0"]
     refused = counts["refused by the chat template: roles must alternate"]
     assert counts["prompt that holds special tokens, as one that is templated already"] == 4 - refused
     plain = byte_tokenizer()
-    assert encode_one(TextPair(templated, "yes", "no"), plain)[0].prompt == templated      # without a template
+    assert encode_one(TextPair(templated, "yes", "no"), plain)[0].prompt == templated     # without a template
 
 
 @pytest.mark.parametrize("text", ["a < b | c > d", "[ INST ]", "<|endoftexts|>", "im_start"])

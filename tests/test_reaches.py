@@ -32,7 +32,8 @@ def with_tensors(checkpoint, path, *names):
     """A copy of a checkpoint whose file holds more tensors."""
     shutil.copytree(checkpoint, path)
     weights = load_file(path / "model.safetensors")
-    save_file({**weights, **{name: torch.ones(3) for name in names}}, path / "model.safetensors", {"format": "pt"})
+    save_file({**weights, **{name: torch.ones(3) for name in names}}, path / "model.safetensors",
+              {"format": "pt"})
     return str(path)
 
 
@@ -43,7 +44,8 @@ LEFT = ["model.layers.0.self_attn.q_proj.bias", "model.layers.0.mlp.up_proj.weig
 @pytest.mark.parametrize("name", LEFT)
 def test_tensors_without_a_place_in_the_model_are_an_error_that_names_them(name, checkpoint, tmp_path):
     path = with_tensors(checkpoint, tmp_path / "model", name)
-    with pytest.raises(InputError, match=f"hold 1 tensors for which its configuration has no place, as {name}"):
+    with pytest.raises(InputError,
+                       match=f"hold 1 tensors for which its configuration has no place, as {name}"):
         load_policy(path)
 
 
@@ -68,7 +70,8 @@ def test_a_reward_model_whose_scores_would_have_to_be_normalised_is_refused(chec
     reward.load_classifier(str(path), num_labels=1)[0].save_pretrained(path)
     load_reward(str(path))
     config = json.loads((path / "config.json").read_text())
-    (path / "config.json").write_text(json.dumps({**config, "normalize_reward": True, "mean": 2.0, "std": 3.0}))
+    (path / "config.json").write_text(json.dumps(
+        {**config, "normalize_reward": True, "mean": 2.0, "std": 3.0}))
     with pytest.raises(InputError, match="normalize_reward"):
         load_reward(str(path))
 
@@ -92,7 +95,8 @@ def mine(tmp_path):
 
 
 def test_a_reward_that_asks_is_told_which_of_datas_responses_were_cut(mine):
-    pairs = [TextPair("Q", "short", "far too long an answer"), TextPair("Q", "x" * 30, "no", finished=(False, True))]
+    pairs = [TextPair("Q", "short", "far too long an answer"),
+             TextPair("Q", "x" * 30, "no", finished=(False, True))]
     examples, *_ = encode(pairs, byte_tokenizer(), {EOS}, 9, 12)
     assert [pair.finished for pair in examples] == [(True, False), (False, True)]
     label_by_reward(examples, load_reward(mine + "score"))
@@ -122,15 +126,18 @@ def test_so_it_is_in_evaluations_and_of_a_file_of_responses(mine, tmp_path):
     examples, *_ = encode(pairs, tokenizer, {tokenizer.eos_token_id}, 16, 6)
     args = sail_args(["--variant", "dpo", "--max-response-length", "6"])
     figures, samples = evaluate_policy(policy, policy, tokenizer, examples, load_reward(mine + "score"), args)
-    assert figures["reward"][0] == pytest.approx(1 - figures["unfinished"][0]) and 0 < figures["reward"][0] < 1
-    rows = [{"prompt": "Q", "response": "A", "finished": True}, {"prompt": "Q", "response": "A", "finished": False},
-            {"prompt": "Q", "response": "A"}]
+    assert figures["reward"][0] == pytest.approx(1 - figures["unfinished"][0])
+    assert 0 < figures["reward"][0] < 1
+    rows = [{"prompt": "Q", "response": "A", "finished": True},
+            {"prompt": "Q", "response": "A", "finished": False}, {"prompt": "Q", "response": "A"}]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    reward.main(["--reward", mine + "score", "--responses", f"{tmp_path}/r.jsonl", "--out", f"{tmp_path}/s.jsonl"])
+    reward.main(["--reward", mine + "score", "--responses", f"{tmp_path}/r.jsonl",
+                 "--out", f"{tmp_path}/s.jsonl"])
     assert [row["reward"] for row in rows_of(tmp_path / "s.jsonl")] == [1.0, 0.0, 1.0]
 
 
-@pytest.mark.parametrize("flag, ended", [(False, False), ("false", False), (0, False), (True, True), (None, True)])
+@pytest.mark.parametrize("flag, ended", [
+    (False, False), ("false", False), (0, False), (True, True), (None, True)])
 @pytest.mark.parametrize("template", [None, TEMPLATE])
 def test_a_cut_answer_in_a_file_gets_no_end_token(flag, ended, template, tmp_path):
     row = {"prompt": "Q", "chosen": "good", "rejected": "bad", "chosen_finished": flag}
@@ -147,8 +154,8 @@ def test_a_cut_answer_in_a_file_gets_no_end_token(flag, ended, template, tmp_pat
 
 # --- noise, soft labels, cut dialogues, templates, the toy
 
-@pytest.mark.parametrize("name", ["router_jitter_noise", "jitter_noise", "input_jitter_noise", "hidden_dropout_prob",
-                                  "drop_rate"])
+@pytest.mark.parametrize("name", [
+    "router_jitter_noise", "jitter_noise", "input_jitter_noise", "hidden_dropout_prob", "drop_rate"])
 def test_noise_of_training_is_switched_off_by_the_name_of_its_attribute(name):
     model = tiny_model()
     setattr(model.model.layers[0].mlp, name, 0.3)
@@ -160,17 +167,20 @@ def test_noise_of_training_is_switched_off_by_the_name_of_its_attribute(name):
 def test_a_reward_models_loss_is_the_cross_entropy_with_the_soft_label(p):
     chosen, rejected = torch.tensor([0.7, -1.0]), torch.tensor([0.2, 0.4])
     q = torch.sigmoid(chosen - rejected)
-    torch.testing.assert_close(bradley_terry_loss(chosen, rejected, p), -(p * q.log() + (1 - p) * (1 - q).log()))
+    torch.testing.assert_close(bradley_terry_loss(chosen, rejected, p),
+                               -(p * q.log() + (1 - p) * (1 - q).log()))
 
 
 def test_a_reward_model_follows_soft_labels_of_the_file(checkpoint, tmp_path):
     rows = [{"prompt": f"{n}?", "chosen": "no", "rejected": "yes", "preference": 0.1} for n in range(60)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    flags, chosen = as_settings(["--train", "--model", checkpoint, "--data", tmp_path / "x.jsonl", "--out",
-                                 tmp_path / "rm", "--learning-rate", "1e-2", "--batch-size", "8", "--epochs", "4"])
+    flags, chosen = as_settings(["--train", "--model", checkpoint, "--data", tmp_path / "x.jsonl",
+                                 "--out", tmp_path / "rm", "--learning-rate", "1e-2", "--batch-size", "8",
+                                 "--epochs", "4"])
     reward.main(flags, **chosen)
     no, yes = load_reward(f"{tmp_path}/rm/model")(["7?"] * 2, ["no", "yes"])
-    assert yes > no and rows_of(tmp_path / "rm/metrics.jsonl")[-1]["margin"] == pytest.approx(math.log(1 / 9), abs=1)
+    assert yes > no
+    assert rows_of(tmp_path / "rm/metrics.jsonl")[-1]["margin"] == pytest.approx(math.log(1 / 9), abs=1)
 
 
 def test_samples_that_a_classifier_cuts_are_counted(base, tmp_path):
@@ -179,20 +189,22 @@ def test_samples_that_a_classifier_cuts_are_counted(base, tmp_path):
         part.save_pretrained(tmp_path / "small")
     reward.load_classifier(str(tmp_path / "small"), num_labels=1)[0].save_pretrained(tmp_path / "rm")
     byte_tokenizer().save_pretrained(tmp_path / "rm")
-    sail_main(["--variant", "pr", "--mix", "0.5", "--model", base, "--reward", tmp_path / "rm", "--steps", "2",
-               "--batch-size", "8", "--eval-limit", "2", "--eval-every", "0", "--out", tmp_path / "run"])
+    sail_main(["--variant", "pr", "--mix", "0.5", "--model", base, "--reward", tmp_path / "rm",
+               "--steps", "2", "--batch-size", "8", "--eval-limit", "2", "--eval-every", "0",
+               "--out", tmp_path / "run"])
     assert [row["cut_for_reward"] for row in rows_of(tmp_path / "run/metrics.jsonl")] == [8, 8]
 
 
 @pytest.mark.parametrize("template, said", [("none", "chat template: none"), ("FILE", "chat template: ")])
-def test_a_chat_template_of_the_command_line_is_trained_told_and_saved(template, said, checkpoint, tmp_path, capsys):
+def test_a_chat_template_of_the_command_line_is_trained_told_and_saved(
+        template, said, checkpoint, tmp_path, capsys):
     (tmp_path / "mine.jinja").write_text(TEMPLATE.replace("<|user|>", "<|bos|>"))
     rows = [{"prompt": f"{n}?", "chosen": "yes", "rejected": f"no {n}"} for n in range(60)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     named = template.replace("FILE", f"{tmp_path}/mine.jinja")
     sail_main(["--variant", "dpo", "--model", checkpoint, "--data", tmp_path / "x.jsonl", "--steps", "1",
-               "--batch-size", "2", "--max-prompt-length", "60", "--max-response-length", "20", "--eval-limit", "2",
-               "--chat-template", named, "--out", tmp_path / "run"])
+               "--batch-size", "2", "--max-prompt-length", "60", "--max-response-length", "20",
+               "--eval-limit", "2", "--chat-template", named, "--out", tmp_path / "run"])
     told = capsys.readouterr().out
     assert said in told and (template == "none" or "mine.jinja" in told)
     _, tokenizer = load_policy(f"{tmp_path}/run/model")
@@ -200,7 +212,8 @@ def test_a_chat_template_of_the_command_line_is_trained_told_and_saved(template,
 
 
 @pytest.mark.parametrize("variant", ["dpo", "sft", "pr"])
-def test_a_model_without_data_is_an_error_unless_it_is_the_toys(variant, checkpoint, base, monkeypatch, capsys):
+def test_a_model_without_data_is_an_error_unless_it_is_the_toys(
+        variant, checkpoint, base, monkeypatch, capsys):
     argv = ["sail.py", "--variant", variant, "--model", str(checkpoint)]
     message = fails(sail.main, argv, monkeypatch, capsys)
     assert f"argument --data: is needed; the toy's data are not for {checkpoint}" in message

@@ -9,7 +9,7 @@ import torch
 from conftest import END, EOS, TEMPLATE, byte_tokenizer, sail_main, tiny_model
 from safetensors.torch import load_file
 from test_errors import fails
-from test_scale import largest_difference, rows_of, weights
+from test_scale import largest_difference, rows_of
 
 import data
 import evaluate
@@ -124,10 +124,10 @@ def test_longrope_scores_what_was_sampled_within_its_limit_and_not_beyond():
         torch.manual_seed(0)
         logps, original = [], torch.Tensor.softmax
         seen = model.lm_head.register_forward_hook(
-            lambda _, __, logits: logps.append(logits[0, -1].log_softmax(-1)))
+            lambda _, __, logits, logps=logps: logps.append(logits[0, -1].log_softmax(-1)))
         (response,), _ = sample(model, tokenizer, [[5] * 10], length)[0], original
         seen.remove()
-        sampled = sum(each[token] for each, token in zip(logps, response[0]))
+        sampled = sum(each[token] for each, token in zip(logps, response[0], strict=True))
         ids = torch.tensor([[5] * 10 + response[0]])
         mask = torch.tensor([[0] * 10 + [1] * len(response[0])])
         with torch.no_grad():
@@ -251,11 +251,12 @@ def test_each_script_tells_all_its_models_the_date_and_whether_their_code_may_ru
     day = "2001-02-03"
     for main, dates, argv in (
             (partial(sail.main, date=day), [day] * 2, [
-                *model, "--data", pairs, "--eval-data", pairs, "--reward", classifier, *lengths, "--steps", "1",
-                "--batch-size", "2", "--out", out]),
+                *model, "--data", pairs, "--eval-data", pairs, "--reward", classifier, *lengths,
+                "--steps", "1", "--batch-size", "2", "--out", out]),
             (evaluate.main, [day] * 3, [out, "--out", str(tmp_path / "figures.json")]),
             (generate.main, [None], [*model, "--data", pairs, *lengths, "--out", answers]),
-            (reward.main, [None], ["--reward", classifier, "--responses", answers, "--out", f"{answers}.scored"]),
+            (reward.main, [None], [
+                "--reward", classifier, "--responses", answers, "--out", f"{answers}.scored"]),
             (partial(reward.main, date=day), [day], [
                 "--train", *model, "--data", pairs, "--eval-data", pairs, "--out", str(tmp_path / "rm")])):
         monkeypatch.setattr("sys.argv", ["x.py", *argv, "--trust-remote-code"])

@@ -65,7 +65,7 @@ def test_the_table_has_means_over_the_seeds_of_its_world():
     ((0.2, 0.0, -0.1), "+0.03 ± 0.38", "not seen")])
 def test_what_is_compared_is_compared_seed_by_seed(gains, text, verdict):
     rows = made_up("toy", "dpo", 1.0, 2.0, 4.0, 9.0) + made_up(
-        "toy-online", "pr", *(value + gain for value, gain in zip((1.0, 2.0, 4.0), gains)))
+        "toy-online", "pr", *(value + gain for value, gain in zip((1.0, 2.0, 4.0), gains, strict=True)))
     questions = [("Why?", ("toy-online", "pr"), ("toy", "dpo")), ("No runs?", ("toy", "dp"), ("toy", "dpo"))]
     lines = replicate.compared(rows, questions, {"r": "reward"}).split("\n")
     assert lines == ["| | r | |", "|---|---|---|", f"| Why? | {text} | {verdict} |"]
@@ -83,8 +83,8 @@ def test_a_fifth_of_the_labels_is_flipped_and_nothing_else():
     pairs = grammar_pairs()
     flipped = replicate.flipped_pairs(pairs)
     swapped = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in pairs]
-    assert all(row in (pair, other) for row, pair, other in zip(flipped, pairs, swapped))
-    share = sum(row == other for row, other in zip(flipped, swapped)) / len(pairs)
+    assert all(row in (pair, other) for row, pair, other in zip(flipped, pairs, swapped, strict=True))
+    share = sum(row == other for row, other in zip(flipped, swapped, strict=True)) / len(pairs)
     assert share == pytest.approx(0.2, abs=0.02)
 
 
@@ -116,7 +116,7 @@ def test_rounds_go_on_from_the_last_ones_policy_and_are_measured_to_the_first(tm
     outs = [f"{out}/model" for out, *_ in trained]
     assert drawn == [(model, 3600, k) for k, model in enumerate(["SFT", *outs[:-1]])]
     assert outs[-1] == f"{tmp_path}/toy-rounds/dpo-s5/model" and len(outs) == 5
-    for (_, flags, chosen), (model, _, _) in zip(trained, drawn):
+    for (_, flags, chosen), (model, _, _) in zip(trained, drawn, strict=True):
         assert chosen == {"schedule": "cosine"}
         assert f"--model {model} --reference SFT " in flags
 

@@ -69,7 +69,8 @@ def on_two_ranks(base, out, *more):
     """The finished process of the command line on two ranks."""
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     flags, _ = as_settings(arguments(base, out, *more))                # a process has no other settings
-    return subprocess.run([*start, ROOT / "sail.py", *flags], text=True, capture_output=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return subprocess.run([*start, ROOT / "sail.py", *flags], text=True, capture_output=True, timeout=200,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def fails_here(base, out, monkeypatch, capsys, *more):

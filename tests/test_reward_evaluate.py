@@ -395,7 +395,7 @@ def test_kl_and_loss_are_of_each_examples_own_rows_in_its_place(monkeypatch):
     torch.manual_seed(seeded("held-out samples", 0))                   # the same samples again
     samples, _ = sample(policy, tokenizer, [example.prompt_ids for example in examples], 48)
     assert len({len(ids) for ids, in samples}) > 20 and figures["length"] == [len(ids) for ids, in samples]
-    for nth, (example, (ids,)) in enumerate(zip(examples, samples)):
+    for nth, (example, (ids,)) in enumerate(zip(examples, samples, strict=True)):
         with torch.no_grad():
             rows = [example, replace(example, chosen_ids=ids, rejected_ids=ids)]
             ratio = torch.cat([pair_logps(policy, [row]) - pair_logps(reference, [row]) for row in rows], 1)
@@ -589,7 +589,7 @@ def table_of(text):
     """The lines of a markdown table as {first cell: {head: cell}}."""
     heads, _, *rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines()
                        if line.startswith("|")]
-    return {row[0]: dict(zip(heads, row)) for row in rows}
+    return {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
 
 
 def test_the_table_shows_what_may_hide_behind_a_reward(tmp_path, capsys):
@@ -616,8 +616,8 @@ def test_the_model_as_it_was_is_a_row_before_the_runs_that_began_from_it(tmp_pat
 
 
 SETTINGS = {"reward": "mine.py:score", "reward_sha256": "1" * 64, "data": "x", "eval_data": "y",
-            "eval_limit": 8, "max_prompt_length": 8, "max_response_length": 24, "reference": "sft/model", "beta": 0.1,
-            "reference_sha256": "2" * 64}
+            "eval_limit": 8, "max_prompt_length": 8, "max_response_length": 24,
+            "reference": "sft/model", "beta": 0.1, "reference_sha256": "2" * 64}
 
 
 def run_measured_on(path, **other):
@@ -634,7 +634,7 @@ def run_measured_on(path, **other):
 def test_figures_of_unlike_things_are_in_tables_and_panels_of_their_own(other, tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr("matplotlib.axes.Axes.set_title", lambda axes, text, **_: drawn.append(text))
-    runs = [run_measured_on(tmp_path / "sft", reference=None, beta=7.0, reference_sha256=None)]     # has no KL
+    runs = [run_measured_on(tmp_path / "sft", reference=None, beta=7.0, reference_sha256=None)]    # has no KL
     runs += [run_measured_on(tmp_path / "dpo", data="its own"), run_measured_on(tmp_path / "pr", **other),
              run_measured_on(tmp_path / "dp", **other)]
     compare(runs)
@@ -644,8 +644,8 @@ def test_figures_of_unlike_things_are_in_tables_and_panels_of_their_own(other, t
     first, second = ["\n".join(part) for part in (shown[heads[0]:heads[1]], shown[heads[1]:])]
     assert list(table_of(first)) == ["sft", "dpo"] and list(table_of(second)) == ["pr", "dp"]
     assert shown[heads[0]] == (
-        "Measured on: reward mine.py:score (11111111); up to 8 pairs of y; prompts of up to 8 tokens, responses "
-        "of up to 24; reference sft/model (22222222); β 0.1")
+        "Measured on: reward mine.py:score (11111111); up to 8 pairs of y; prompts of up to 8 tokens, "
+        "responses of up to 24; reference sft/model (22222222); β 0.1")
 
 
 def test_seeds_that_were_measured_on_unlike_things_are_no_seeds_of_each_other(tmp_path, capsys):
@@ -713,4 +713,5 @@ def test_wins_are_counted_against_the_chosen_responses_each_to_its_prompt(tmp_pa
 
 @pytest.mark.parametrize("argv", [[], ["--compare"], [__file__]])
 def test_nothing_to_evaluate_is_one_line(argv, monkeypatch, capsys):
-    assert "want the directory of a run or a model" in fails(evaluate.main, ["evaluate.py", *argv], monkeypatch, capsys)
+    assert "want the directory of a run or a model" in fails(
+        evaluate.main, ["evaluate.py", *argv], monkeypatch, capsys)

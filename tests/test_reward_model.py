@@ -99,13 +99,13 @@ def test_scores_served_equal_scores_trained_in_any_company(template, pad, pad_id
     responses = ["yes", " yes ", "a longer answer than that", "no way " * 9, "\0\0"]
     served = str(tmp_path / "out/model")
     (_, _, ids_of), score, scores = load_classifier(served), load_reward(served), []
-    for prompt, response in zip(prompts, responses):
+    for prompt, response in zip(prompts, responses, strict=True):
         ids, _ = ids_of(prompt, response)
         assert len(ids) <= 48
         with torch.no_grad():                              # alone: no padding
             scores.append(inside(input_ids=torch.tensor([ids])).logits.item())
     assert score(prompts, responses) == pytest.approx(scores, abs=1e-5)
-    assert [score([prompt], [response])[0] for prompt, response in zip(prompts, responses)
+    assert [score([prompt], [response])[0] for prompt, response in zip(prompts, responses, strict=True)
             ] == pytest.approx(scores, abs=1e-5)
     assert len({round(value, 4) for value in scores}) >= 4
 

@@ -118,8 +118,10 @@ def test_two_ranks_reach_the_parameters_of_one_process(base, in_one_process, on_
 def test_sharded_ranks_draw_unlike_samples_of_unlike_lengths(on_two_ranks):
     first, second = ([json.loads(line) for line in (on_two_ranks / f"pr/drawn-{rank}.jsonl").open()]
                      for rank in (0, 1))
-    assert len(first) == 2 and all(one and other and one != other for one, other in zip(first, second))
-    assert any(sorted(map(len, one)) != sorted(map(len, other)) for one, other in zip(first, second))
+    assert len(first) == 2 and all(one and other and one != other
+                                   for one, other in zip(first, second, strict=True))
+    assert any(sorted(map(len, one)) != sorted(map(len, other))
+               for one, other in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("name", ["revkl", "lora, checkpointing"])
@@ -435,7 +437,8 @@ def test_an_adapter_on_a_base_in_bfloat16_has_the_gradients_of_one_in_float32(fa
             if "lora_B" in name:
                 parameter.data.fill_(0.01)
         with computing_in("bfloat16", model):
-            logps = torch.stack(sequence_logps_and_revkl(model, AdapterReference(model), *collate_pairs(pairs)))
+            logps = torch.stack(sequence_logps_and_revkl(
+                model, AdapterReference(model), *collate_pairs(pairs)))
         logps.sum().backward()
         found.append([logps.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
         assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}

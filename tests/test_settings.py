@@ -54,7 +54,8 @@ def gradient(variant, **changed):
 
 @pytest.mark.parametrize("name", CHANGED)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_setting_is_refused_on_a_variant_exactly_if_it_has_no_effect_there(variant, name, monkeypatch, capsys):
+def test_a_setting_is_refused_on_a_variant_exactly_if_it_has_no_effect_there(
+        variant, name, monkeypatch, capsys):
     has_effect = not torch.allclose(gradient(variant), gradient(variant, **{name: CHANGED[name]}), atol=1e-6)
     argv = ["--variant", variant, *MINE, flag_of(name), str(CHANGED[name])]
     if has_effect:
@@ -104,7 +105,8 @@ def test_flags_of_the_other_half_of_reward_are_refused(argv, said, monkeypatch, 
 
 @pytest.mark.parametrize("name, value, said", [
     ("beta", "warm", "--beta: invalid float value: 'warm'"), ("beta", -1, "--beta: -1 is not in"),
-    ("dtype", "float8", "--dtype: invalid choice: 'float8'"), ("eval_limit", 0, "--eval-limit: 0 is not in 1")])
+    ("dtype", "float8", "--dtype: invalid choice: 'float8'"),
+    ("eval_limit", 0, "--eval-limit: 0 is not in 1")])
 def test_settings_of_a_run_are_read_back_by_the_same_declarations(name, value, said, tmp_path):
     file = tmp_path / "args.json"
     file.write_text(json.dumps({"beta": 0.3, "dtype": "bfloat16", "eval_limit": None, "other": 1}))

@@ -164,7 +164,8 @@ def test_the_loop_takes_its_optimizer_and_schedule_from_the_flags(base, tmp_path
 
 
 def test_a_tenth_of_the_steps_warms_up():
-    optimizer, scheduler = make_optimizer([torch.nn.Parameter(torch.ones(1))], 40, Settings(learning_rate=1.0))
+    optimizer, scheduler = make_optimizer([torch.nn.Parameter(torch.ones(1))], 40,
+                                          Settings(learning_rate=1.0))
     rates = []
     for _ in range(6):
         rates.append(scheduler.get_last_lr()[0])

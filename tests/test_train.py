@@ -84,7 +84,7 @@ def test_every_pair_of_a_step_is_of_one_process_and_the_shares_are_even(from_dat
     monkeypatch.setattr(processes, "world_size", lambda: 3)
     kinds, shares = ([*range(from_data)], [*range(100, 100 + on_the_way)]), []
     for rank in range(3):
-        monkeypatch.setattr(processes, "rank", lambda: rank)
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
         data_pairs, variant_pairs = share_of_process(*kinds)
         assert {*data_pairs} <= {*kinds[0]} and {*variant_pairs} <= {*kinds[1]}
         shares.append(data_pairs + variant_pairs)
@@ -135,7 +135,7 @@ def test_the_order_and_the_label_draws_are_of_the_seed_also_of_those_that_32_bit
         pairs = data_pairs + variant_pairs
         return tuple(pair.prompt for pair in pairs), tuple(pair.label_draw for pair in pairs)
 
-    orders, draws = zip(*map(drawn, [0, 4, 2048, 2**32, 2**40]))
+    orders, draws = zip(*map(drawn, [0, 4, 2048, 2**32, 2**40]), strict=True)
     assert len({*orders}) == len({*draws}) == 5
 
 
@@ -204,7 +204,8 @@ def test_a_run_repeats_bit_for_bit_and_leaves_its_files(base, tmp_path, variant)
     assert (rows[0]["reward"] is not None) == (variant == "pr")
     policy, _ = load_policy(str(tmp_path / "a/model"))
     start, _ = load_policy(base)
-    assert any(not torch.equal(one, other) for one, other in zip(policy.parameters(), start.parameters()))
+    assert any(not torch.equal(one, other)
+               for one, other in zip(policy.parameters(), start.parameters(), strict=True))
     assert json.loads((tmp_path / "a/args.json").read_text())["variant"] == variant
     samples = [json.loads(line) for line in (tmp_path / "a/samples.jsonl").read_text().splitlines()]
     assert len(samples) == 8 and all("response" in row for row in samples)      # four held-out prompts, twice
@@ -245,7 +246,8 @@ def test_bfloat16_autocast_keeps_float32_weights(base, tmp_path):
 def test_parameters_move_at_a_learning_rate_of_5e_7(base, tmp_path):
     run(base, tmp_path, "--variant", "dpo", "--learning-rate", "5e-7", "--steps", "1")
     policy, start = load_policy(str(tmp_path / "model"))[0], load_policy(base)[0]
-    moved = [(one != other).float().mean() for one, other in zip(policy.parameters(), start.parameters())]
+    moved = [(one != other).float().mean()
+             for one, other in zip(policy.parameters(), start.parameters(), strict=True)]
     assert sum(moved) / len(moved) > 0.5
 
 
@@ -265,7 +267,8 @@ def test_non_finite_gradients_are_skipped_counted_and_stop_the_run_after_ten(bas
     rows = run(base, tmp_path / "few", "--variant", "dpo", "--steps", "4")
     assert [row["skipped"] for row in rows] == [1, 2, 3, 4]
     policy, start = load_policy(str(tmp_path / "few/model"))[0], load_policy(base)[0]
-    assert all(torch.equal(one, other) for one, other in zip(policy.parameters(), start.parameters()))
+    assert all(torch.equal(one, other)
+               for one, other in zip(policy.parameters(), start.parameters(), strict=True))
     with pytest.raises(sail.InputError, match="steps 1 to 10: loss or gradient not finite"):
         run(base, tmp_path / "many", "--variant", "dpo", "--steps", "20")
 
@@ -308,7 +311,7 @@ def test_nll_is_that_of_the_datas_chosen_responses_and_not_of_pairs_on_the_varia
         plain, _ = sail.preference_losses(*models, pairs, args, baseline=0.0)
         chosen = sail.pair_logps(models[0], pairs)[0]
         nll = [0 if pair.on_policy or pair.self_labelled else -logps.item() / len(pair.chosen_ids)
-               for pair, logps in zip(pairs, chosen)]
+               for pair, logps in zip(pairs, chosen, strict=True)]
         assert nll.count(0) == 3
         assert (losses - plain).tolist() == pytest.approx([0.5 * value for value in nll], abs=1e-4)
         assert metrics["nll"].item() == pytest.approx(sum(nll) / 6, rel=1e-4)
