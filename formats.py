@@ -561,7 +561,9 @@ def read_text(path, kind):
         if text.lstrip().startswith("["):
             rows = parse_json(text)
         else:
-            for nth, line in enumerate(text.split("\n"), 1):      # splitlines would also split at U+2028
+            nth = 0
+            for line in text.split("\n"):                          # splitlines would also split at U+2028
+                nth += 1
                 if line.strip():
                     rows.append(parse_json(line))
     except UnicodeDecodeError as error:
