@@ -424,7 +424,10 @@ def response_text(tokenizer, ids, prompt_ids=()):
 def text_after(tokenizer, ids, before):
     """The text of ids that follow others. Of ids alone, a sentencepiece tokenizer drops the first space."""
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    if not ids or not before or not tokenizer.convert_ids_to_tokens(ids[0]).startswith("▁"):
+    if not ids or not before:
+        return text
+    first = tokenizer.convert_ids_to_tokens(ids[0])
+    if first is None or not first.startswith("▁"):       # None: an id that the vocabulary skips
         return text
     last = tokenizer.decode(before[-1:], clean_up_tokenization_spaces=False)
     both = tokenizer.decode(before[-1:] + ids, clean_up_tokenization_spaces=False)

@@ -16,10 +16,10 @@ from pathlib import Path
 from runtime.command_line import InputError, command_line, format_counts, seeded
 from runtime.compare import (
     are_figures, compare, frontier, print_samples, print_table, refuse_comparison, write_figures)
-from runtime.intervals import few, mean_of, prefers_chosen, share_of, win_figures
+from runtime.intervals import few, mean_of, means_of_prompts, prefers_chosen, share_of, win_figures
 from runtime.processes import computing_in, default_dtype, progress
 from runtime.run_directory import fingerprint_files, is_run_directory, read_json, refuse_output
-from runtime.settings import Objective, Parser, Settings, read_settings, setting
+from runtime.settings import Objective, Parser, Settings, read_settings, same_as, setting
 from runtime.training import micro_batches
 
 import torch
@@ -54,8 +54,9 @@ def log_ratios(policy, reference, examples, responses, dtype):
     return policy_logps - reference_logps
 
 
-def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
-    """Figures of a policy on held-out examples, {name: (value, low, high)}, and its samples.
+def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_responses=1, step=0):
+    """Figures of a policy on held-out examples, {name: (value, low, high)}, and its samples, num_responses to
+    each prompt: first one to each, then another to each. Each step of a run draws its own.
 
     reference, reward: figures that need them are left out if they are None. Figures on the data's responses
     are left out if the examples have none. Without a reference, as in SFT, loss is −log π per token of the
@@ -64,20 +65,20 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
     response; the reward decides on wins over the chosen responses."""
     if reward is not None:
         reward = as_reward(reward)
-    prompts, prompt_ids = [], []
-    for example in examples:
-        prompts.append(example.prompt)
-        prompt_ids.append(example.prompt_ids)
-    torch.manual_seed(seeded("held-out samples", args.seed))
+    prompt_ids = [example.prompt_ids for example in examples]
+    torch.manual_seed(seeded("held-out samples", args.seed, step))
     with computing_in(args.dtype, policy):
-        drawn, finished = sample(policy, tokenizer, prompt_ids, args.max_response_length,
-                                 batch_size=args.sample_batch_size)
-    responses = [ids for ids, in drawn]                     # one to each prompt
-    finished = [done for done, in finished]
-    texts = texts_of(examples, responses, tokenizer)
-    columns = pair_columns(policy, reference, examples, args)              # {name: a number per example}
+        drawn, ended = sample(policy, tokenizer, prompt_ids, args.max_response_length, num_responses,
+                              batch_size=args.sample_batch_size)
+    asked, responses, finished = examples * num_responses, [], []          # k·n: one to each prompt, …
+    for nth in range(num_responses):
+        responses += [group[nth] for group in drawn]
+        finished += [group[nth] for group in ended]
+    prompts = [example.prompt for example in asked]
+    texts = texts_of(asked, responses, tokenizer)
+    columns = pair_columns(policy, reference, examples, args)      # {name: a number per example or response}
     if reference is not None:
-        columns["kl"] = log_ratios(policy, reference, examples, responses, args.dtype).tolist()
+        columns["kl"] = log_ratios(policy, reference, asked, responses, args.dtype).tolist()
     if reward is not None:
         columns["reward"] = reward(prompts, texts, finished)
     if reward is not None and reference is not None:
@@ -87,6 +88,7 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
     columns["unfinished"] = [float(not done) for done in finished]
     figures = {}
     for name, values in columns.items():
+        values = means_of_prompts(values, len(examples))
         if name in ("accuracy", "unfinished"):
             figures[name] = share_of(values)
         else:
@@ -100,6 +102,11 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args):
     if reward is not None and examples[0].chosen is not None:
         figures.update(wins_over_chosen(examples, texts, columns["reward"], reward, tokenizer))
     return figures, samples
+
+
+def responses_to_each(prompts, limit):
+    """How many responses to draw to each of so many held-out prompts: several if the limit exceeds them."""
+    return max(1, limit // prompts)
 
 
 def pair_columns(policy, reference, examples, args):
@@ -122,7 +129,7 @@ def pair_columns(policy, reference, examples, args):
 
 
 def wins_over_chosen(examples, texts, rewards, reward, tokenizer):
-    """The rates at which the texts win over the data's chosen responses, by the reward."""
+    """The rates at which the texts, k·n of them, win over the data's n chosen responses, by the reward."""
     prompts, chosen_ids = [], []
     for example in examples:
         prompts.append(example.prompt)
@@ -130,8 +137,9 @@ def wins_over_chosen(examples, texts, rewards, reward, tokenizer):
     opponents = texts_of(examples, chosen_ids, tokenizer)
     finished = [example.finished[0] for example in examples]
     opponent_rewards = torch.tensor(reward(prompts, opponents, finished))
-    wins = prefers_chosen(torch.tensor(rewards) - opponent_rewards).tolist()
-    return win_figures(wins, texts, opponents)
+    differences = torch.tensor(rewards).view(-1, len(examples)) - opponent_rewards                # (k, n)
+    wins = prefers_chosen(differences).flatten().tolist()
+    return win_figures(wins, texts, opponents * len(differences), len(examples))
 
 
 def texts_of(examples, responses, tokenizer):
@@ -147,7 +155,7 @@ def texts_of(examples, responses, tokenizer):
 @dataclass
 class Evaluated(Settings, Objective):
     """How models are evaluated. What a run was trained with is the default for it, but for its seed."""
-    eval_limit: int = setting(256, "held-out pairs to evaluate on", low=1)
+    eval_limit: int = same_as(Settings, "eval_limit", default=256)
     out: str | None = setting(None, "the figures as JSON (RUN/evaluated.json; --compare: results.json, and a "
                                     "picture as .png, beside RUN)")
 
@@ -216,20 +224,23 @@ def evaluate_models(models, show, given):
     reference, reference_tokenizer = load_frozen(reference_name, args.dtype, **loading)
     results, samples = {}, {}
     for name, (model, _) in zip(names_of(models), runs, strict=True):
-        print(f"{name}: a response of up to {args.max_response_length} tokens to "
-              f"{min(len(held_out), args.eval_limit)} prompts …")
         policy, tokenizer = load_frozen(model, args.dtype, **loading)
         if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
             raise InputError(f"{model} has another vocabulary than the reference {reference_name}")
         vocabulary = policy.get_input_embeddings().weight.shape[0]
         examples, counts, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths,
                                      vocabulary, args.eval_limit)
-        results[name], samples[name] = evaluate_policy(policy, reference, tokenizer, examples, reward, args)
+        each = responses_to_each(len(examples), args.eval_limit)
+        print(f"{name}: {each * len(examples)} responses of up to {args.max_response_length} tokens to "
+              f"{len(examples)} prompts …")
+        results[name], samples[name] = evaluate_policy(policy, reference, tokenizer, examples, reward, args,
+                                                       each)
         del policy                                         # before the next one is loaded
-    print(f"\n{len(examples)} held-out pairs of {args.eval_data or args.data} "
-          f"({format_counts(+counts + unscorable)}), "
+    print(f"\n{each * len(examples)} responses to {len(examples)} held-out pairs of "
+          f"{args.eval_data or args.data} ({format_counts(+counts + unscorable)}), "
           f"reference {reference_name}, reward {args.reward}, which also decides on wins over the chosen "
-          f"responses; 95 % intervals over prompts, as ± half or as [low, high]{few(len(examples))}\n")
+          f"responses; 95 % intervals over prompts, as ± half or as [low, high]"
+          f"{few(len(examples), results[name])}\n")
     print_table(results)
     print_samples(samples, show)
     write_evaluated(results, models, runs, args.out)

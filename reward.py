@@ -382,6 +382,7 @@ def evaluate_reward(model, held_out, dtype):
     ids; None without any."""
     if not held_out:
         return None
+    print0(f"evaluating: the scores of both responses of {len(held_out)} held-out pairs …")
     model.eval()
     chosen_ids, rejected_ids, preference = zip(*held_out, strict=True)
     chosen = torch.tensor(classifier_scores(model, chosen_ids, dtype))
@@ -390,7 +391,7 @@ def evaluate_reward(model, held_out, dtype):
     figures = {"accuracy": share_of(prefers_chosen(margin).tolist()),
                "loss": mean_of(bradley_terry_loss(chosen, rejected, preference).tolist()),
                "margin": mean_of(margin.tolist())}
-    return figures, len(held_out), []
+    return figures, {"prompts": len(held_out)}, []
 
 
 def reward_step(model, pairs, optimizer, scheduler, args):

@@ -60,7 +60,7 @@ import torch
 import torch.nn.functional as F
 
 from data import Pair, collate, encode, end_token_ids, length_table, set_template_date
-from evaluate import evaluate_policy
+from evaluate import evaluate_policy, responses_to_each
 from formats import format_unread, train_and_held_out
 from generate import load_models, load_policy, roll_out, sequence_logps, sequence_logps_and_revkl
 from reward import (
@@ -565,16 +565,18 @@ def load_base(args):
 
 
 def evaluate_run(run, args):
-    """(figures, how many pairs they are of, samples to keep) of the policy as it is; None without any
-    held-out pair."""
+    """(figures, how many prompts and responses they are of, samples to keep) of the policy as it is; None
+    without any held-out pair."""
     if not run.held_out:
         return None
     run.policy.eval()
-    print0(f"evaluating: a response of up to {args.max_response_length} tokens to each of "
-           f"{len(run.held_out)} held-out prompts …")
+    n = len(run.held_out)
+    each = responses_to_each(n, args.eval_limit)
+    print0(f"evaluating: {each * n} responses of up to {args.max_response_length} tokens to {n} held-out "
+           "prompts …")
     figures, samples = evaluate_policy(run.policy, run.reference, run.tokenizer, run.held_out, run.reward,
-                                       args)
-    return figures, len(run.held_out), samples[:8]
+                                       args, each, run.progress["step"])
+    return figures, {"prompts": n, "responses": each * n}, samples[:min(8, n)]
 
 
 def fingerprints(run, args):

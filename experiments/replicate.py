@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from formats import read_rows
 from evaluate import best_possible
 from runtime.command_line import InputError, command_line, seeded
-from runtime.intervals import over_seeds
+from runtime.intervals import mean_of
 from runtime.run_directory import read_json, write_rows
 from toy import draw_toy_pairs, toy_reward, toy_settings, write_world
 
@@ -281,7 +281,7 @@ def by_seed(rows, world, method, name):
 
 def with_half(values, sign=""):
     """"mean ± half the 95 % t-interval" of values, one per seed; sign "+" for differences."""
-    mean, low, high = over_seeds(values)
+    mean, low, high = mean_of(values)
     text = f"{mean:{sign}.2f}"
     if len(values) > 1:
         text += f" ± {(high - low) / 2:.2f}"
@@ -314,7 +314,7 @@ def compared(rows, questions, columns=GAINED):
             gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
             cells.append(with_half(gains, "+") if gains else "")
         if len(gains) > 1:
-            _, low, high = over_seeds(gains)
+            _, low, high = mean_of(gains)
             verdict = "gains" if low > 0 else "costs" if high < 0 else "not seen"
             lines.append(f"| {question} | {' | '.join(cells)} | {verdict} |")
     return "\n".join(lines)

@@ -27,7 +27,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from runtime.intervals import over_seeds
+from runtime.intervals import mean_of
 from runtime.run_directory import write_rows
 from sail import utility
 
@@ -179,7 +179,7 @@ def measure(seeds):
 
 def summary(values):
     """Mean and half-width of the 95 % t-interval over worlds; values (S,)."""
-    mean, low, high = over_seeds(values.tolist())
+    mean, low, high = mean_of(values.tolist())
     return {"mean": mean, "half": (high - low) / 2}
 
 

@@ -20,7 +20,7 @@ from statistics import mean
 import torch
 
 from runtime.command_line import InputError
-from runtime.intervals import format_figure, over_seeds
+from runtime.intervals import format_figure, mean_of
 from runtime.run_directory import is_run_directory, read_json, refuse_output, write_bytes, write_text
 
 # --- what finished runs have measured -----------------------------------------------------------------------
@@ -218,7 +218,7 @@ def figure_of(name, evaluations):
         return None
     if len(figures) == 1:
         return figures[0]
-    return over_seeds([value for value, _, _ in figures])
+    return mean_of([value for value, _, _ in figures])
 
 
 # --- tables, files ------------------------------------------------------------------------------------------

@@ -3,39 +3,38 @@ import math
 
 import torch
 
-# The 97.5 % quantiles of Student's t with 1, 2, … 15 degrees of freedom.
-STUDENT = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
 
-
-def bootstrap(statistic, *columns, draws=1000):
-    """(value, low, high): statistic(*columns), and its 95 % interval when the n rows are drawn anew: the
-    percentiles of `draws` draws with replacement, always the same ones; nan for one row. columns: n numbers
-    each. statistic: takes them as float64 tensors (R, n), one row per draw, and returns (R,)."""
-    data = []
-    for column in columns:
-        data.append(torch.as_tensor(column).double())
-    data = torch.stack(data)                                                               # (columns, n)
-    n = data.shape[1]
-    value = statistic(*data[:, None]).item()
-    if n < 2:
-        return value, math.nan, math.nan
-    generator = torch.Generator()
-    generator.manual_seed(0)
-    rows = torch.randint(n, (draws, n), generator=generator)
-    drawn = statistic(*data[:, rows])                                                      # (R,)
-    ends = torch.tensor([0.025, 0.975]).double()
-    low, high = drawn.quantile(ends).tolist()
-    return value, low, high
+def student(degrees):
+    """The 97.5 % quantile of Student's t with so many degrees of freedom."""
+    table = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
+    if degrees <= len(table):
+        return table[degrees - 1]
+    return 1.96 + 2.5 / degrees
 
 
 def mean_of(values):
-    """(mean, low, high) of n numbers, with its bootstrap interval."""
-    return bootstrap(lambda drawn: drawn.mean(-1), values)
+    """(mean, low, high) of n independent numbers, as of prompts or of runs with other seeds: the 95 %
+    interval of Student's t; nan for one number. A bootstrap would not do: its interval holds the true mean
+    80 times in 100 at n = 4, and 91 times at n = 16."""
+    values = torch.tensor(values, dtype=torch.float64)
+    n = len(values)
+    mean = values.mean().item()
+    if n < 2:
+        return mean, math.nan, math.nan
+    half = student(n - 1) * values.std().item() / math.sqrt(n)
+    return mean, mean - half, mean + half
+
+
+def means_of_prompts(values, prompts):
+    """The mean of each prompt's responses, of numbers of k·prompts responses, first one to each prompt, then
+    another to each. Intervals are over prompts, since responses to one prompt are alike."""
+    return torch.tensor(values, dtype=torch.float64).view(-1, prompts).mean(0).tolist()
 
 
 def share_of(values):
     """(share, low, high) of n verdicts 0, ½ or 1, with Wilson's 95 % interval (J. Am. Stat. Assoc. 22, 209).
-    A bootstrap would not do: if all verdicts are 0, so is every resample, and the interval would be empty."""
+    Student's t would not do: if all verdicts are 0, the interval would be empty. Of n prompts' means it is
+    at most too wide."""
     z = 1.96
     n = len(values)
     p = sum(values) / n
@@ -48,22 +47,6 @@ def share_of(values):
     if p == 0:                                             # exactly: rounding leaves it a little beside
         low = 0.0
     return p, low, high
-
-
-def over_seeds(values):
-    """(mean, low, high) of one figure of several runs: the 95 % t-interval; nan with fewer than two."""
-    values = torch.tensor(values, dtype=torch.float64)
-    n = len(values)
-    mean = values.mean().item()
-    if n < 2:
-        return mean, math.nan, math.nan
-    if n <= 16:
-        t = STUDENT[n - 2]
-    else:
-        t = 1.96 + 2.5 / (n - 1)
-    deviation = values.std().item()
-    half = t * deviation / math.sqrt(n)
-    return mean, mean - half, mean + half
 
 
 def prefers_chosen(margins):
@@ -109,10 +92,42 @@ def scaled_lengths(ours, theirs):
     return torch.tanh(difference / root_mean_square.clamp(min=1e-9))
 
 
-def win_figures(wins, ours, theirs):
-    """The rate of wins (1, ½: tie, 0) of the texts `ours` against `theirs`, raw and length-controlled."""
-    lengths = scaled_lengths(ours, theirs)
-    return {"win_rate": share_of(wins), "lc_win_rate": bootstrap(length_controlled, wins, lengths)}
+def bootstrap(statistic, *columns, prompts, draws=1000):
+    """(value, low, high): statistic(*columns), and its 95 % interval, the percentiles of `draws` draws of the
+    prompts with replacement, always the same ones; nan for one prompt. columns: numbers of k·prompts
+    responses, first one to each prompt, then another to each. statistic: takes them as float64 tensors
+    (R, n), one row per draw, and returns (R,)."""
+    data = []
+    for column in columns:
+        data.append(torch.as_tensor(column).double())
+    data = torch.stack(data)                                                               # (columns, n)
+    value = statistic(*data[:, None]).item()
+    if prompts < 2:
+        return value, math.nan, math.nan
+    generator = torch.Generator()
+    generator.manual_seed(0)
+    drawn = torch.randint(prompts, (draws, 1, prompts), generator=generator)
+    firsts = torch.arange(0, data.shape[1], prompts)[:, None]
+    rows = (firsts + drawn).flatten(1)                                                     # (R, n)
+    ends = torch.tensor([0.025, 0.975]).double()
+    low, high = statistic(*data[:, rows]).quantile(ends).tolist()
+    return value, low, high
+
+
+# How many prompts a length-controlled win rate needs. Its interval holds the true rate 82 to 90 times in 100
+# at 12 or 16 prompts, 92 to 95 times at 32 and more.
+ENOUGH = 32
+
+
+def win_figures(wins, ours, theirs, prompts=None):
+    """The rate of wins (1, ½: tie, 0) of the texts `ours` against `theirs`, raw and, from ENOUGH prompts on,
+    length-controlled. prompts: how many there are, as in `bootstrap`; None: as many as texts."""
+    prompts = prompts or len(wins)
+    figures = {"win_rate": share_of(means_of_prompts(wins, prompts))}
+    if prompts >= ENOUGH:
+        lengths = scaled_lengths(ours, theirs)
+        figures["lc_win_rate"] = bootstrap(length_controlled, wins, lengths, prompts=prompts)
+    return figures
 
 
 def format_figure(value, low, high):
@@ -127,8 +142,11 @@ def format_figure(value, low, high):
     return f"{value:.3f} ± {half:.3f}"
 
 
-def few(n):
-    """A warning for figures of n prompts, "" if n will do."""
-    if n >= 20:
-        return ""
-    return f" | of {n} prompts only: the intervals are rough"
+def few(n, figures):
+    """What is to be said of figures of n prompts, "" if n will do."""
+    said = ""
+    if n < 20:
+        said += f" | of {n} prompts only: the intervals are rough"
+    if "win_rate" in figures and "lc_win_rate" not in figures:
+        said += f" | a length-controlled win rate would need {ENOUGH} prompts"
+    return said

@@ -307,15 +307,17 @@ def print_step(record, steps):
     print0(f"step {step}/{steps} | " + " | ".join(fields))
 
 
-def log_figures(out, step, figures, n):
-    """Append figures of n prompts, {name: (value, low, high)}, to eval.jsonl, and print them in a line."""
-    row, fields = {"step": step, "prompts": n}, []
+def log_figures(out, step, figures, counts):
+    """Append figures, {name: (value, low, high)}, and what they count, {"prompts": 128, …}, to eval.jsonl,
+    and print the figures in a line."""
+    row, fields = {"step": step, **counts}, []
     for name, (value, low, high) in figures.items():
         row[name] = value
         row[f"{name}_interval"] = [low, high] if math.isfinite(low) else None
         fields.append(f"{name} {format_figure(value, low, high)}")
     write_line(out, "eval", row)
-    print0(f"eval {step} | {' | '.join(fields)}{few(n)}")
+    warning = few(counts["prompts"], figures)
+    print0(f"eval {step} | {' | '.join(fields)}{warning}")
 
 
 # --- checkpoints and models ---------------------------------------------------------------------------------

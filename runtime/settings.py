@@ -156,7 +156,8 @@ class Settings:
                                 choices=("float32", "bfloat16"))
     sample_batch_size: int = setting(64, "prompts answered at a time", low=1, metavar="N")
     eval_every: int = setting(100, "steps between evaluations; 0: at the end alone", low=0, metavar="N")
-    eval_limit: int = setting(128, "held-out pairs to evaluate on", low=1, metavar="N")
+    eval_limit: int = setting(128, "held-out pairs to evaluate on; if fewer, several answers each", low=1,
+                              metavar="N")
     optimizer: str = setting("adamw", choices=("adamw", "rmsprop"))
     schedule: str = setting("constant", choices=("constant", "cosine"))          # after the warm-up
     warmup_steps: int | None = setting(None, low=0)                              # None: a tenth of all steps

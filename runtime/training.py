@@ -67,7 +67,7 @@ def steps(loop, count, evaluate):
     """Yield the Steps that are left of `count`; the loop's body trains and fills each in. Between them, the
     step is logged, evaluated and saved where that is due.
 
-    evaluate() returns (figures, how many prompts or pairs they are of, rows of samples), or None without
+    evaluate() returns (figures, {"prompts": how many they are of, …}, rows of samples), or None without
     held-out pairs; every process calls it if the model is sharded, else rank 0. Raises InputError after ten
     steps in a row that are not finite, and SystemExit once a signal has stopped the run and it is saved."""
     progress, args = loop.progress, loop.args
@@ -157,8 +157,8 @@ def evaluate_step(loop, evaluate):
         except Interrupted:
             return
     if result is not None:
-        figures, n, samples = result
-        log_figures(loop.out, step, figures, n)
+        figures, counts, samples = result
+        log_figures(loop.out, step, figures, counts)
         for row in samples:
             write_line(loop.out, "samples", {"step": step, **row})
     loop.progress["evaluated"] = step

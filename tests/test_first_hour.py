@@ -93,7 +93,8 @@ def test_the_answers_of_two_runs_are_shown_side_by_side(two_runs, monkeypatch, c
     assert shown.count("\n>>> ") == 2
     for ours, theirs in list(zip(*samples, strict=True))[:2]:
         block = shown[shown.index(f">>> {ours['prompt']}"):]
-        assert block.index(ours["response"]) < block.index(theirs["response"])
+        second = block.index("/pr\n")
+        assert block.index(ours["response"]) < second < block.index(theirs["response"], second)
 
 
 def test_an_adapter_directory_is_named_as_one(held_out, tmp_path, monkeypatch, capsys):

@@ -203,6 +203,12 @@ def test_ids_beyond_the_tokenizers_are_never_sampled():
     assert max(max(row) for row in responses[0]) == IDS - 1
 
 
+def test_a_response_may_begin_with_an_id_that_the_vocabulary_skips():
+    tokenizer = byte_tokenizer(gap=True)
+    assert tokenizer.convert_ids_to_tokens(END - 1) is None
+    assert response_text(tokenizer, [END - 1, 70], [5]) == response_text(tokenizer, [70], [5])
+
+
 def test_end_tokens_are_the_tokenizers_and_the_checkpoints_special_ones():
     model, tokenizer = tiny_model(), byte_tokenizer()
     model.generation_config.eos_token_id = [1, 2, 77]          # <eos>, a special token, a letter

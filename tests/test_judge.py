@@ -131,7 +131,11 @@ def test_an_answer_without_a_verdict_is_counted_as_a_tie_and_not_asked_for_again
 
 @pytest.mark.parametrize("answer, mark", [
     ("Not [[A]] but [[b]]", "b"), ("**[[Tie]]**", "tie"), ("A", None), ("[[7]]", None),
-    ("x[[ A ]] = [[1, 2]]", "a")])
+    ("x[[ A ]] = [[1, 2]]", "a"),
+    # what it thinks is no verdict
+    ("<think>[[A]]? No.</think>[[B]]", "b"), ("<think>First I say [[A]], but", None),
+    ("<think>[[A]]</think>It is hard to say.", None), ("I like [[A]]. </think> [[tie]]", "tie"),
+    ("[[B]]<think>[[A]]</think>", "b"), ("<think>\n[[A]]</think>[[B]]<think>[[A]]", "b")])
 def test_the_last_mark_counts(answer, mark):
     assert last_mark(answer) == mark
 
@@ -231,9 +235,11 @@ def test_the_command_line_prints_win_rates_flips_and_unparsable_answers(host, tm
     argv = files(tmp_path, monkeypatch, ours, [(prompt, "b") for prompt, _ in ours])
     monkeypatch.setattr("sys.argv", [*argv, host.url])
     judges.main()
-    printed = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
-    assert printed.pop("lc_win_rate")[:2] == "0." and printed == {                   # (1 + 1 + ½ + ½) / 4
+    *figures, last = capsys.readouterr().out.splitlines()
+    assert dict(line.split(maxsplit=1) for line in figures) == {                     # (1 + 1 + ½ + ½) / 4
         "win_rate": "0.750 [0.30, 0.95]", "flipped": "0.250 [0.05, 0.70]", "unparsable": "0.250 [0.05, 0.70]"}
+    assert last == ("n = 4: ours.jsonl against theirs.jsonl, judged by m | of 4 prompts only: the intervals are "
+                    "rough | a length-controlled win rate would need 32 prompts")
     assert len(lines_of(tmp_path / "verdicts.jsonl")) == 8
 
 

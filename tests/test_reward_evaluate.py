@@ -19,12 +19,12 @@ from runtime.command_line import command_line, InputError, seeded
 from runtime.intervals import format_figure
 from evaluate import evaluate_policy
 from runtime.compare import compare, read_runs, tables_of, track_of
-from runtime.intervals import length_controlled, over_seeds, scaled_lengths, win_figures
+from runtime.intervals import length_controlled, scaled_lengths, win_figures
 from runtime.run_directory import write_rows
 from generate import sample
 from sail import pair_logps
 from reward import label_by_preference, label_by_reward, load_preference, load_reward
-from runtime.intervals import mean_of, share_of
+from runtime.intervals import mean_of, means_of_prompts, share_of
 from sail import dpo_loss
 from toy import grammar_pairs, toy_model, toy_reward
 
@@ -241,12 +241,38 @@ def test_what_cannot_be_scored_is_one_line(argv, message, tmp_path, monkeypatch,
 
 # --- evaluation
 
-def test_the_bootstrap_interval_of_a_mean_is_that_of_the_normal_approximation():
-    values = torch.randn(400, generator=torch.Generator().manual_seed(0)) * 3 + 1
-    value, low, high = mean_of(values)
-    assert value == pytest.approx(values.mean().item(), abs=1e-6)
-    assert value - low == pytest.approx(1.96 * 3 / 20, rel=0.1) == high - value
+@pytest.mark.parametrize("n", [4, 16, 40])
+def test_the_interval_of_a_mean_holds_the_true_mean_95_times_in_100_also_of_few(n):
+    draws = torch.randn(4000, n, generator=torch.Generator().manual_seed(n)) * 3 + 1
+    intervals = [mean_of(values)[1:] for values in draws.tolist()]
+    assert sum(low <= 1 <= high for low, high in intervals) / 4000 == pytest.approx(0.95, abs=0.011)
     assert math.isnan(mean_of([1.0])[1])
+
+
+@pytest.mark.parametrize("n, at_least", [(16, 0), (32, 0.9)])
+def test_a_length_controlled_win_rate_is_left_out_where_its_interval_would_be_too_narrow(n, at_least):
+    """P(win) = σ(1 + scaled difference of lengths), of which the rate at equal lengths is σ(1) = 0.731."""
+    generator, held, tries = torch.Generator().manual_seed(n), 0, 100
+    for _ in range(tries):
+        difference = (50 * torch.randn(n, generator=generator)).round()
+        ours, theirs = opponents(500 + difference)
+        wins = torch.rand(n, generator=generator) < torch.sigmoid(1 + scaled_lengths(ours, theirs))
+        figures = win_figures(wins.double().tolist(), ours, theirs)
+        if at_least == 0:
+            assert list(figures) == ["win_rate"]
+            return
+        _, low, high = figures["lc_win_rate"]
+        held += low <= 0.731 <= high
+    assert held / tries >= at_least
+
+
+def test_several_responses_to_a_prompt_are_no_further_prompts():
+    """Their intervals are those over prompts: copies of the same verdicts add nothing."""
+    wins, (ours, theirs) = [1.0, 0.0] * 20, opponents(range(490, 530))
+    once, thrice = win_figures(wins, ours, theirs), win_figures(wins * 3, ours * 3, theirs * 3, 40)
+    for name in ("win_rate", "lc_win_rate"):
+        assert thrice[name] == pytest.approx(once[name], abs=0.01)
+    assert means_of_prompts([1.0, 2.0, 3.0, 6.0], 2) == [2.0, 4.0]
 
 
 @pytest.mark.parametrize("values, expected", [                         # z² = 3.8416
@@ -283,8 +309,8 @@ def opponents(lengths):
 
 
 def test_on_equal_lengths_the_length_controlled_win_rate_is_the_raw_one():
-    figures = win_figures([1.0] * 13 + [0.5] * 3 + [0.0] * 4, *opponents([500] * 20))
-    assert figures["lc_win_rate"][0] == pytest.approx(14.5 / 20) and figures["win_rate"][0] == 14.5 / 20
+    figures = win_figures([1.0] * 26 + [0.5] * 6 + [0.0] * 8, *opponents([500] * 40))
+    assert figures["lc_win_rate"][0] == pytest.approx(29 / 40) and figures["win_rate"][0] == 29 / 40
 
 
 def test_a_model_that_only_pads_gains_nothing_under_length_control():
@@ -335,7 +361,7 @@ def test_the_length_model_is_fitted_to_its_maximum():
 def test_the_interval_over_seeds_is_students(n, t):
     """t: the 97.5 % quantile of n − 1 degrees of freedom. The numbers 1 … n have the variance n(n + 1)/12."""
     mean, half = (n + 1) / 2, t * ((n + 1) / 12) ** 0.5
-    assert over_seeds([float(value) for value in range(1, n + 1)]) == pytest.approx(
+    assert mean_of([float(value) for value in range(1, n + 1)]) == pytest.approx(
         (mean, mean - half, mean + half), abs=0.003 * half)
 
 
@@ -392,7 +418,7 @@ def test_kl_and_loss_are_of_each_examples_own_rows_in_its_place(monkeypatch):
     args = sail_args(["--variant", "dpo", "--beta", "0.2", "--max-response-length", "48"])
     monkeypatch.setattr(evaluate, "mean_of", list)                     # each example's figure, not the mean
     figures, _ = evaluate_policy(policy, reference, tokenizer, examples, None, args)
-    torch.manual_seed(seeded("held-out samples", 0))                   # the same samples again
+    torch.manual_seed(seeded("held-out samples", 0, 0))                  # the same samples again
     samples, _ = sample(policy, tokenizer, [example.prompt_ids for example in examples], 48)
     assert len({len(ids) for ids, in samples}) > 20 and figures["length"] == [len(ids) for ids, in samples]
     for nth, (example, (ids,)) in enumerate(zip(examples, samples, strict=True)):
@@ -413,14 +439,63 @@ def run_evaluate(monkeypatch, *argv):
     return json.loads(Path("figures.json").read_text())
 
 
+def samples_of(run):
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
+def test_each_evaluation_draws_samples_of_its_own(tmp_path, base, held_out):
+    """A learning rate of almost 0 leaves the model as it is: the same samples would be drawn again."""
+    argv = ["--variant", "dpo", "--model", base, "--steps", "2", "--eval-every", "1", "--eval-limit", "4",
+            "--eval-data", held_out, "--learning-rate", "1e-12"]
+    for name in ("run", "again"):
+        sail_main([*argv, "--out", str(tmp_path / name)])
+    by_step = [[row["response"] for row in samples_of(tmp_path / "run") if row["step"] == step]
+               for step in (0, 1, 2)]
+    assert by_step[0] != by_step[1] != by_step[2] != by_step[0]
+    assert samples_of(tmp_path / "run") == samples_of(tmp_path / "again")
+
+
+def test_of_few_held_out_prompts_each_is_answered_as_often_as_the_limit_allows(tmp_path, base, capsys):
+    rows = grammar_pairs(held_out=True)[:3]
+    write_rows(tmp_path / "held-out.jsonl", rows)
+    argv = ["--eval-data", f"{tmp_path}/held-out.jsonl", "--eval-limit", "14"]
+    sail_main(["--variant", "dpo", "--model", base, "--steps", "1", "--out", str(tmp_path / "run"), *argv])
+    assert "evaluating: 12 responses of up to 24 tokens to 3 held-out prompts" in capsys.readouterr().out
+    row = json.loads((tmp_path / "run/eval.jsonl").read_text().splitlines()[0])
+    assert (row["prompts"], row["responses"]) == (3, 12)
+    assert row["unfinished"] * 12 == pytest.approx(round(row["unfinished"] * 12))
+    first = [sample["prompt"] for sample in samples_of(tmp_path / "run") if sample["step"] == 1]
+    assert first == [row["prompt"] for row in rows]                    # each once
+
+
+def test_the_figures_count_all_responses_to_a_prompt(monkeypatch, base):
+    policy, tokenizer = generate.load_policy(base)
+    examples = [Pair(prompt, "the", "the", [5], [6, 1], [7, 1]) for prompt in ("a", "b")]
+    drawn = [[[8, 1], [8] * 4], [[8] * 6, [8] * 8]]
+    monkeypatch.setattr(evaluate, "sample", lambda *_, **__: (drawn, [[True, False], [True, True]]))
+    rewards = []
+
+    def reward(prompts, responses, finished):
+        rewards.append((prompts, finished))
+        return [float(nth) for nth in range(len(prompts))]
+
+    args = sail_args(["--variant", "dpo"])
+    figures, samples = evaluate_policy(policy, policy, tokenizer, examples, reward, args, num_responses=2)
+    assert figures["length"] == mean_of([3.0, 7.0]) and figures["unfinished"] == share_of([0.5, 0.0])
+    assert rewards[0] == (["a", "b", "a", "b"], [True, True, False, True])      # of which the rewards are 0 … 3
+    assert figures["reward"] == mean_of([1.0, 2.0])
+    assert figures["win_rate"] == share_of([0.75, 0.75])               # 0, 2 against 0 and 1, 3 against 1
+    assert [row["prompt"] for row in samples] == ["a", "b", "a", "b"]
+
+
 def test_models_are_evaluated_into_a_table_and_a_file(tmp_path, monkeypatch, capsys, base):
     monkeypatch.chdir(tmp_path)
     other = f"{base}/reference"
     for variant, more in (("sft", []), ("dpo", ["--reference", other]), ("pr", ["--reference", other])):
         sail_main(["--variant", variant, "--model", base, "--steps", "2", "--eval-limit", "4", *more])
     row = json.loads((tmp_path / "runs/toy/pr/eval.jsonl").read_text().split("\n")[0])
-    figures = {name for name in row if not name.endswith("_interval")} - {"step", "prompts"}
-    assert {"kl", "reward", "lc_win_rate", "length", "loss"} <= figures
+    figures = {name for name in row if not name.endswith("_interval")} - {"step", "prompts", "responses"}
+    assert {"kl", "reward", "win_rate", "length", "loss"} <= figures
     assert all(row[f"{name}_interval"][0] <= row[name] <= row[f"{name}_interval"][1] for name in figures)
     results = run_evaluate(monkeypatch, "runs/toy/sft", "runs/toy/dpo", "runs/toy/pr", "--eval-limit", "8",
                            "--reward", TOY_REWARD)
