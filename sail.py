@@ -168,8 +168,8 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
     corrections = response_coef * T2 + label_coef * T3
     losses = -(mean_f + (corrections - corrections.detach()))
     label_weight = 1 + label_coef * torch.minimum(f_chosen, f_rejected)
-    return losses, sail_metrics(losses, policy_chosen_logps, policy_rejected_logps, u, p, on_policy,
-                                self_labelled, label_weight)
+    return losses, sail_metrics(losses, policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
+                                reference_rejected_logps, beta, u, p, on_policy, self_labelled, label_weight)
 
 
 def mean_of_others(f, on_policy, f_zero):
@@ -180,11 +180,13 @@ def mean_of_others(f, on_policy, f_zero):
 
 
 @torch.no_grad()
-def sail_metrics(losses, chosen_logps, rejected_logps, u, p, on_policy, self_labelled, label_weight):
+def sail_metrics(losses, chosen_logps, rejected_logps, reference_chosen_logps, reference_rejected_logps,
+                 beta, u, p, on_policy, self_labelled, label_weight):
     """Means over all pairs, detached. margin and accuracy follow the label, whose probability is p; a margin
-    of 0 counts as half right. label_weight, 1 + label_coef · f of the less likely label, is for f = log σ the
-    factor on ∇log P(label) when T1 and T3 are added; label_reversed is the share of pairs that are
-    self-labelled and in which it is negative, so that T3 pushes against the label."""
+    of 0 counts as half right. label_sharpness is |2p − 1|: 1 for a certain label, 0 for a tie. label_weight,
+    1 + label_coef · f of the less likely label, is for f = log σ the factor on ∇log P(label) when T1 and T3
+    are added; label_reversed is the share of pairs that are self-labelled and in which it is negative, so
+    that T3 pushes against the label."""
     q = 1 - p                                                         # P(rejected ≻ chosen)
     chosen_ahead = torch.where(u == 0, 0.5, (u > 0).to(p.dtype))
     label_reversed = self_labelled & (label_weight < 0)
@@ -192,8 +194,11 @@ def sail_metrics(losses, chosen_logps, rejected_logps, u, p, on_policy, self_lab
         "loss": losses,
         "chosen_logps": chosen_logps,
         "rejected_logps": rejected_logps,
+        "chosen_implicit_reward": beta * (chosen_logps - reference_chosen_logps),
+        "rejected_implicit_reward": beta * (rejected_logps - reference_rejected_logps),
         "margin": (p - q) * u,
         "accuracy": p * chosen_ahead + q * (1 - chosen_ahead),
+        "label_sharpness": (p - q).abs(),
         "on_policy": on_policy,
         "self_labelled": self_labelled,
         "label_reversed": label_reversed}
@@ -374,6 +379,8 @@ def preference_losses(policy, reference, pairs, method, baseline=None, dtype="fl
     if method.label == "sampled":
         preference = (tensor([pair.label_draw for pair in pairs]) < preference).to(ours.dtype)
     lengths = tensor([[len(pair.chosen_ids) for pair in pairs], [len(pair.rejected_ids) for pair in pairs]])
+    # which responses were sampled, (2, B): both, none, or, as in SPIN, the rejected one
+    sampled = tensor([[pair.samples == 2 for pair in pairs], [pair.samples > 0 for pair in pairs]])
 
     # 3. the loss
     losses, metrics = sail_loss(
@@ -388,6 +395,7 @@ def preference_losses(policy, reference, pairs, method, baseline=None, dtype="fl
     with torch.no_grad():
         kl = (ours - theirs).mean(0)                                   # estimates KL(π ‖ π_ref) on samples
         metrics["kl"] = (kl * on_policy).mean()
+        metrics["sampled_nll"] = -(ours * sampled).sum(0).mean()
         metrics["on_policy_loss"] = (losses * on_policy).mean()
         metrics["nll"] = nll.mean()
         metrics["offline"] = from_data.float().mean()
@@ -506,12 +514,14 @@ def record_of(step, totals, method, figures):
         return totals[name] / totals[over]
 
     record = {"step": step, "loss": mean("loss", "chosen_tokens" if variant.likelihood else "pairs")}
-    for name in ("margin", "accuracy", "chosen_logps", "rejected_logps", "on_policy", "self_labelled"):
+    for name in ("margin", "accuracy", "label_sharpness", "chosen_logps", "rejected_logps",
+                 "chosen_implicit_reward", "rejected_implicit_reward", "on_policy", "self_labelled"):
         record[name] = mean(name)
     record["kl"] = mean("kl", "on_policy")
     record["reward"] = mean("reward", "samples") if variant.label == "reward" else None
     record["response_length"] = mean("sampled_tokens", "samples")
     record["unfinished"] = mean("unfinished", "samples")
+    record["entropy"] = mean("sampled_nll", "sampled_tokens")          # of the policy, estimated from samples
     record["label_reversed"] = mean("label_reversed", "self_labelled")
     record["nll"] = mean("nll", "offline")
     record["revkl"] = mean("revkl") if method.revkl_coef else None

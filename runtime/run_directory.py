@@ -28,7 +28,8 @@ from runtime.processes import fails_together, of_all, of_rank_0, print0, rank, w
 MODEL_FILES = (".safetensors", ".bin", ".py", ".json", ".jinja", ".model", ".txt")
 LOGS = ("metrics", "eval", "samples")
 NAMES = ("model", "adapter", "checkpoints", "args.json", *[f"{name}.jsonl" for name in LOGS])
-PRINTED = "loss margin accuracy reward kl response_length grad_norm learning_rate seconds".split()
+PRINTED = ("loss margin accuracy label_sharpness reward kl response_length unfinished grad_norm "
+           "learning_rate seconds").split()
 
 # --- files --------------------------------------------------------------------------------------------------
 

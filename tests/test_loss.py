@@ -278,8 +278,17 @@ def test_the_metrics_equal_a_hand_computed_example():
     assert metrics["margin"].item() == pytest.approx((2.0 + 1.0 + 0.0) / 3)
     assert metrics["accuracy"].item() == pytest.approx((1 + 1 + 0.5) / 3)
     assert metrics["chosen_logps"].item() == pytest.approx(1 / 3) and metrics["rejected_logps"].item() == 0
+    assert metrics["label_sharpness"].item() == pytest.approx((1 + 1 + 0) / 3)
     _, tied = sail_loss(zero, zero, zero, zero, torch.tensor([1.0, 0.0, 0.9]))
     assert tied["accuracy"].item() == 0.5                              # whatever the label
+
+
+def test_the_implicit_rewards_are_beta_times_each_sides_log_ratio():
+    chosen, rejected = torch.tensor([-1.0, -4.0]), torch.tensor([-2.0, -2.0])
+    _, metrics = sail_loss(chosen, rejected, chosen - 3, rejected + 1, beta=0.5)
+    assert metrics["chosen_implicit_reward"].item() == pytest.approx(0.5 * 3)
+    assert metrics["rejected_implicit_reward"].item() == pytest.approx(0.5 * -1)
+    assert metrics["margin"].item() == pytest.approx(0.5 * 4)
 
 
 @pytest.mark.parametrize("loss_type", ["simpo", "orpo"])

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,22 @@ def run(base, out, *more):
     """Train on the toy for a few steps; returns metrics.jsonl as rows without their seconds."""
     sail_main(["--model", base, *COMMON, "--out", str(out), *more])
     return rows_of(out)
+
+
+@pytest.mark.parametrize("variant, samples", [("pr", True), ("spin", True), ("dpo", False)])
+def test_the_entropy_is_that_of_the_samples_per_token(variant, samples, base, tmp_path, capsys):
+    """Of a policy whose every token has the same probability it is the vocabulary's logarithm."""
+    policy, tokenizer = load_policy(base)
+    with torch.no_grad():
+        policy.get_input_embeddings().weight.zero_()
+    uniform = shutil.copytree(base, tmp_path / "uniform")
+    policy.save_pretrained(uniform)
+    rows = run(str(uniform), tmp_path / "run", "--variant", variant, "--learning-rate", "1e-12")
+    expected = pytest.approx(math.log(len(tokenizer)), abs=1e-4) if samples else None
+    assert [row["entropy"] for row in rows] == [expected] * 3
+    assert all(0 <= row["label_sharpness"] <= 1 for row in rows)
+    line, *_ = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/3")]
+    assert " | label_sharpness " in line and (" | unfinished " in line) == samples
 
 
 # --- budget and batches
