@@ -33,7 +33,8 @@ from runtime.processes import (
     share_of_process, sum_gradients, with_equal_counts, world_size)
 from runtime.run_directory import (
     date_of, fingerprint, fingerprint_files, has_columns, refuse_inputs_inside, refuse_output, run_directory,
-    save_model, write_rows)
+    write_rows)
+from runtime.saved_model import save_model
 from runtime.settings import Parser, Settings, flag_of, setting
 from runtime.training import micro_batches, steps, training
 

@@ -52,7 +52,8 @@ from runtime.processes import (
     all_sum, computing_in, default_dtype, fails_together, print0, process_group, rank, sent,
     share_of_process, sum_gradients, with_equal_counts, world_size)
 from runtime.run_directory import (
-    date_of, fingerprint, fingerprint_files, refuse_inputs_inside, run_directory, save_model)
+    date_of, fingerprint, fingerprint_files, refuse_inputs_inside, run_directory)
+from runtime.saved_model import save_model
 from runtime.settings import Objective, Parser, Settings, flag_of, setting
 from runtime.training import micro_batches, steps, training
 

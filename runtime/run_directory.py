@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 
 from runtime.command_line import DATA_FILES, InputError, first_line, foreign
 from runtime.intervals import few, format_figure
@@ -67,6 +66,11 @@ def free_name(path, ending):
 def write_text(path, text):
     """`write_bytes` of a text."""
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))  # a lone surrogate: as in JSON
+
+
+def write_json(path, value):
+    """Write an object as a JSON file."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_rows(path, rows):
@@ -206,7 +210,7 @@ def begin(out, args, recorded, progress, policy, optimizer, scheduler):
     elif rank() == 0:
         refuse_earlier_run(out, args, checkpoint)
     if rank() == 0:
-        write_text(out / "args.json", json.dumps(recorded, indent=1) + "\n")    # from now on it is a run's
+        write_json(out / "args.json", recorded)                        # from now on it is a run's
         if not continued:
             start_afresh(out, args)
     return lock, progress
@@ -321,7 +325,7 @@ def log_figures(out, step, figures, counts):
     print0(f"eval {step} | {' | '.join(fields)}{warning}")
 
 
-# --- checkpoints and models ---------------------------------------------------------------------------------
+# --- checkpoints --------------------------------------------------------------------------------------------
 
 def fingerprint(ids):
     """SHA-256 of the data as token ids, lists of any depth: it tells data, tokenizer, template and truncation
@@ -413,7 +417,7 @@ def finish_checkpoint(out, aside, path, progress):
     if rank() != 0:
         return
     logs = {name: (out / f"{name}.jsonl").stat().st_size for name in LOGS}
-    write_text(aside / "progress.json", json.dumps({**progress, "logs": logs}, indent=1) + "\n")
+    write_json(aside / "progress.json", {**progress, "logs": logs})
     aside.rename(path)
     for old in checkpoints_of(out)[:-2]:
         remove(old)
@@ -480,52 +484,3 @@ def refuse_changes(before, recorded, path):
             what = f"the files of --{name.removesuffix('_sha256')} have"
         raise InputError(f"--resume: {what} changed since {path} was written, from {before.get(name)} to "
                          f"{value}; go back to that, or start afresh with another --out")
-
-
-@fails_together                                        # and no process leaves before it is there
-def save_model(policy, tokenizer, out, load_base):
-    """Write out/model, a whole model that any tool loads: of a policy with an adapter the base, from
-    `load_base`, with the adapter merged in; the adapter is in out/adapter. All processes take part."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-    state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    names = {name for name, _ in policy.named_parameters()}            # of tied ones, one
-    names |= {name for name, _ in policy.named_buffers()}
-    state = {name: value for name, value in state.items() if name in names}
-    if rank() == 0:
-        if hasattr(policy, "peft_config"):
-            save_adapter(policy, state, out)
-            others = trained_beside_adapter(policy, state)
-            policy, state = merged(load_base(), out / "adapter"), None
-            policy.load_state_dict(others, strict=False)
-
-        def write(aside):
-            policy.save_pretrained(aside, state_dict=state)
-            tokenizer.save_pretrained(aside)
-
-        write_directory(out / "model", write)
-
-
-def trained_beside_adapter(policy, state):
-    """The weights that were trained and are not the adapter's, as a classifier's head."""
-    names = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
-    return {name: state[name] for name in names if "lora_" not in name}
-
-
-def save_adapter(policy, state, out):
-    """Write out/adapter, as PeftModel reads it."""
-    from peft import get_peft_model_state_dict
-    adapter = {}
-    for name, value in get_peft_model_state_dict(policy, state).items():
-        adapter[f"base_model.model.{name}"] = value
-
-    def write(aside):
-        policy.peft_config["default"].save_pretrained(aside)
-        save_file(adapter, aside / "adapter_model.safetensors")
-
-    write_directory(out / "adapter", write)
-
-
-def merged(base, adapter):
-    """The base model with the adapter of this directory in its weights."""
-    from peft import PeftModel
-    return PeftModel.from_pretrained(base, adapter).merge_and_unload()

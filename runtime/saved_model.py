@@ -1,0 +1,103 @@
+"""OUT/model: a whole model, in the files that other tools read."""
+import torch
+from safetensors.torch import save_file
+
+from runtime.processes import fails_together, rank
+from runtime.run_directory import read_json, write_directory, write_json
+
+# Transformers 4 knows these models, whose layers of different kinds have different rotary angles.
+LAYER_KINDS = ("gemma3_text", "gemma3n_text", "olmo3")
+
+
+@fails_together                                        # and no process leaves before it is there
+def save_model(policy, tokenizer, out, load_base):
+    """Write out/model, a whole model that any tool loads: of a policy with an adapter the base, from
+    `load_base`, with the adapter merged in; the adapter is in out/adapter. All processes take part."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    names = {name for name, _ in policy.named_parameters()}            # of tied ones, one
+    names |= {name for name, _ in policy.named_buffers()}
+    state = {name: value for name, value in state.items() if name in names}
+    if rank() == 0:
+        if hasattr(policy, "peft_config"):
+            save_adapter(policy, state, out)
+            others = trained_beside_adapter(policy, state)
+            policy, state = merged(load_base(), out / "adapter"), None
+            policy.load_state_dict(others, strict=False)
+
+        def write(aside):
+            policy.save_pretrained(aside, state_dict=state)
+            tokenizer.save_pretrained(aside)
+            add_keys_of_version_4(aside)
+
+        write_directory(out / "model", write)
+
+
+def add_keys_of_version_4(directory):
+    """Add to a saved model the keys that transformers 4 reads in place of those that version 5 writes.
+    Without them, version 4 takes its default rotary angles in silence, which makes another model, and it
+    finds no tokenizer."""
+    config = read_json(directory / "config.json")
+    for part in (config, *config.values()):                # a model of text and pictures has one for each
+        if isinstance(part, dict):
+            add_rotary_keys(part)
+            if "dtype" in part:
+                part["torch_dtype"] = part["dtype"]
+    write_json(directory / "config.json", config)
+    file = directory / "tokenizer_config.json"
+    if file.is_file():
+        tokenizer = read_json(file)
+        if tokenizer["tokenizer_class"] == "TokenizersBackend":
+            tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"       # version 5 knows this name as well
+        if isinstance(tokenizer.get("extra_special_tokens"), list):
+            tokenizer["additional_special_tokens"] = tokenizer.pop("extra_special_tokens")
+        write_json(file, tokenizer)
+
+
+def add_rotary_keys(config):
+    """Add rope_theta, partial_rotary_factor and rope_scaling to a configuration that has rope_parameters."""
+    rope = config.get("rope_parameters") or {}
+    if config.get("model_type") in LAYER_KINDS:
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
+    if "rope_type" not in rope:                            # none, or in a form that version 4 has no keys for
+        return
+    scaling = {}
+    for key, value in rope.items():
+        if key in ("rope_theta", "partial_rotary_factor"):
+            config[key] = value
+        else:
+            scaling[key] = value
+    if rope["rope_type"] == "longrope":                    # version 4 wants `type` and two lists alone
+        scaling["type"] = scaling.pop("rope_type")
+        if "original_max_position_embeddings" in config:
+            del scaling["original_max_position_embeddings"]
+    config["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
+    if config.get("model_type") == "gpt_neox":             # as Pythia: it reads two names of its own
+        config["rotary_emb_base"], config["rotary_pct"] = rope["rope_theta"], rope["partial_rotary_factor"]
+
+
+def trained_beside_adapter(policy, state):
+    """The weights that were trained and are not the adapter's, as a classifier's head."""
+    names = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
+    return {name: state[name] for name in names if "lora_" not in name}
+
+
+def save_adapter(policy, state, out):
+    """Write out/adapter, as PeftModel reads it."""
+    from peft import get_peft_model_state_dict
+    adapter = {}
+    for name, value in get_peft_model_state_dict(policy, state).items():
+        adapter[f"base_model.model.{name}"] = value
+
+    def write(aside):
+        policy.peft_config["default"].save_pretrained(aside)
+        save_file(adapter, aside / "adapter_model.safetensors")
+
+    write_directory(out / "adapter", write)
+
+
+def merged(base, adapter):
+    """The base model with the adapter of this directory in its weights."""
+    from peft import PeftModel
+    return PeftModel.from_pretrained(base, adapter).merge_and_unload()

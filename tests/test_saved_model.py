@@ -1,0 +1,85 @@
+"""OUT/model, as other tools read it."""
+import json
+
+import pytest
+from conftest import TEMPLATE, byte_tokenizer, sail_main, tiny_model
+from transformers import AutoConfig, AutoTokenizer
+
+from runtime.saved_model import add_keys_of_version_4
+
+LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16)
+YARN = dict(rope_type="yarn", rope_theta=500.0, factor=8.0, original_max_position_embeddings=16)
+LONG = dict(rope_type="longrope", rope_theta=500.0, short_factor=[1.0] * 4, long_factor=[2.0] * 4,
+            original_max_position_embeddings=16)
+PLAIN, HALF = dict(rope_type="default", rope_theta=500.0), dict(partial_rotary_factor=0.5)
+SHORT = ["--variant", "dpo", "--steps", "2", "--batch-size", "2", "--limit", "40", "--eval-limit", "2",
+         "--eval-every", "0", "--max-response-length", "6"]
+KINDS = dict(full_attention=YARN, sliding_attention=PLAIN)
+
+
+def without(row, *names):
+    return {name: value for name, value in row.items() if name not in names}
+
+
+@pytest.mark.parametrize("family, rope, keys", [
+    ("llama", PLAIN, dict(rope_theta=500.0, rope_scaling=None)),
+    ("llama", LLAMA3, dict(rope_theta=500.0, rope_scaling=without(LLAMA3, "rope_theta"))),
+    ("qwen2", YARN, dict(rope_theta=500.0, rope_scaling=without(YARN, "rope_theta"))),
+    ("phi3", LONG, dict(rope_theta=500.0, original_max_position_embeddings=16, rope_scaling=dict(
+        type="longrope", short_factor=[1.0] * 4, long_factor=[2.0] * 4))),
+    ("gemma3", KINDS, dict(rope_theta=500.0, rope_local_base_freq=500.0,
+                           rope_scaling=without(YARN, "rope_theta"))),
+    ("gpt_neox", {**PLAIN, **HALF}, dict(rotary_emb_base=500.0, rotary_pct=0.5)),
+    ("stablelm", {**PLAIN, **HALF}, dict(rope_theta=500.0, partial_rotary_factor=0.5)),
+    ("gpt2", None, dict())])
+def test_a_saved_configuration_has_the_keys_of_both_versions(family, rope, keys, tmp_path, monkeypatch):
+    """That transformers 4.57.6 makes the same logits of these was tried in an environment of its own."""
+    monkeypatch.setitem(tiny_model.__globals__["FAMILIES"], "gpt_neox", ("gpt_neox", {}))
+    monkeypatch.setitem(tiny_model.__globals__["FAMILIES"], "stablelm", ("stablelm", {}))
+    more = {} if rope is None else {"rope_parameters": rope}
+    if family == "phi3":
+        more["original_max_position_embeddings"] = 16
+    model = tiny_model(family, **more)
+    model.save_pretrained(tmp_path)
+    add_keys_of_version_4(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert {name: saved[name] for name in keys} == keys
+    assert saved["torch_dtype"] == saved["dtype"] == "float32"
+    assert ("rope_theta" in saved) == (rope is not None)
+    again = getattr(AutoConfig.from_pretrained(tmp_path), "rope_parameters", None)
+    before = getattr(model.config, "rope_parameters", None)
+    assert again == before or without(again, "type") == before         # version 5 reads what it wrote
+
+
+def test_a_saved_tokenizer_is_one_that_both_versions_know(tmp_path):
+    tokenizer = byte_tokenizer(TEMPLATE)
+    tokenizer.save_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path)
+    add_keys_of_version_4(tmp_path)
+    saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert saved["additional_special_tokens"] == ["<|user|>", "<|assistant|>", "<|end|>"]
+    assert "extra_special_tokens" not in saved
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = "<|user|> Hello <|end|>"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert again.all_special_tokens == tokenizer.all_special_tokens
+
+
+# --- what a run saves
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    """The directory of a run of two steps."""
+    out = tmp_path_factory.mktemp("finished") / "run"
+    sail_main(["--model", base, *SHORT, "--out", str(out)])
+    return out
+
+
+def test_what_a_run_saves_has_the_keys_of_both_versions(finished):
+    saved = json.loads((finished / "model/config.json").read_text())
+    assert saved["rope_theta"] == saved["rope_parameters"]["rope_theta"] and saved["rope_scaling"] is None
+    assert saved["torch_dtype"] == "float32"
+    saved = json.loads((finished / "model/tokenizer_config.json").read_text())
+    assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
