@@ -41,6 +41,8 @@ def load_policy(name, trust_remote_code=False, lengths=(0, 0), whole=True, chat_
     tokenizer = load_tokenizer(name, trust_remote_code, chat_template=chat_template)
     model = load_model(AutoModelForCausalLM, name, trust_remote_code, whole=whole)
     prepare(model, tokenizer, name)
+    model.generation_config.eos_token_id = sorted(end_token_ids(tokenizer, model))       # saved with the model
+    model.generation_config._from_model_config = False     # or other tools take config.json's end token
     positions = positions_of(model)
     if sum(lengths) > positions:
         raise InputError(f"{name} takes {positions} tokens, --max-prompt-length {lengths[0]} and "

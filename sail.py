@@ -571,7 +571,7 @@ def train(args):
 
 def load_base(args):
     """The model into which an adapter is merged."""
-    model, _ = load_policy(args.model, args.trust_remote_code)
+    model, _ = load_policy(args.model, args.trust_remote_code, chat_template=args.chat_template)
     return model
 
 

@@ -1,9 +1,11 @@
 """OUT/model, as other tools read it."""
 import json
+import shutil
 
 import pytest
-from conftest import TEMPLATE, byte_tokenizer, sail_main, tiny_model
-from transformers import AutoConfig, AutoTokenizer
+import torch
+from conftest import END, EOS, TEMPLATE, byte_tokenizer, sail_main, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from runtime.saved_model import add_keys_of_version_4
 
@@ -83,3 +85,22 @@ def test_what_a_run_saves_has_the_keys_of_both_versions(finished):
     assert saved["torch_dtype"] == "float32"
     saved = json.loads((finished / "model/tokenizer_config.json").read_text())
     assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+
+
+@pytest.mark.parametrize("more", [[], ["--lora", "2"]])
+def test_other_tools_stop_at_the_end_tokens_of_training(checkpoint, held_out, tmp_path, more):
+    """The model's own files name the EOS alone; an answer in the template ends with another token."""
+    if more:
+        pytest.importorskip("peft")
+    (tmp_path / "template.jinja").write_text(TEMPLATE)
+    shutil.copytree(checkpoint, tmp_path / "base")
+    (tmp_path / "base/chat_template.jinja").unlink()
+    sail_main(["--model", str(tmp_path / "base"), "--data", held_out, *SHORT, "--max-prompt-length", "60",
+               "--chat-template", str(tmp_path / "template.jinja"), *more, "--out", str(tmp_path / "run")])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert model.generation_config.eos_token_id == [EOS, END]
+    with torch.no_grad():
+        model.get_output_embeddings().weight[END] *= 100               # so that it comes soon
+    prompt = torch.tensor([[5, 6, 7]])
+    answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=40)
+    assert answer[0, -1] == END and len(answer[0]) < 40
