@@ -257,9 +257,9 @@ def test_the_adapter_reference_restores_the_policy_also_when_a_call_fails(base):
     assert trained and all("lora_" in name for name in trained)
 
 
-def test_without_peft_one_line_says_what_to_install(base, monkeypatch):
+def test_without_peft_one_line_says_what_to_install(base, held_out, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    args = sail_args(["--variant", "dpo", "--model", base, "--lora", "4", "--limit", "60"])
+    args = sail_args(["--variant", "dpo", "--model", base, "--lora", "4", "--eval-data", held_out])
     with pytest.raises(ModuleNotFoundError):
         sail.load_run(args)
 
