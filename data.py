@@ -333,7 +333,7 @@ def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length, ro
         advice = ""
         if frame_of(tokenizer).opening is None:
             advice = "; the chat template refuses every plain dialogue, and --chat-template names another"
-        raise InputError(f"none of {len(pairs)} pairs has anything to learn as tokens: "
+        raise InputError(f"none of {len(pairs)} prompts or pairs can be used as tokens: "
                          f"{format_counts(+counts)}{advice}")
     return encoded, counts, lengths
 

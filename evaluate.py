@@ -18,8 +18,8 @@ from runtime.compare import (
     are_figures, compare, frontier, print_samples, print_table, refuse_comparison, write_figures)
 from runtime.intervals import few, mean_of, means_of_prompts, prefers_chosen, share_of, win_figures
 from runtime.processes import computing_in, default_dtype, progress
-from runtime.run_directory import fingerprint_files, is_run_directory, read_json, refuse_output
-from runtime.settings import Objective, Parser, Settings, read_settings, same_as, setting
+from runtime.run_directory import fingerprint_files, read_json, refuse_output
+from runtime.settings import Objective, Parser, Settings, read_run, same_as, setting
 from runtime.training import micro_batches
 
 import torch
@@ -65,16 +65,20 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
     response; the reward decides on wins over the chosen responses."""
     if reward is not None:
         reward = as_reward(reward)
-    prompt_ids = [example.prompt_ids for example in examples]
+    prompts, prompt_ids = [], []
+    for example in examples:
+        prompts.append(example.prompt)
+        prompt_ids.append(example.prompt_ids)
     torch.manual_seed(seeded("held-out samples", args.seed, step))
     with computing_in(args.dtype, policy):
         drawn, ended = sample(policy, tokenizer, prompt_ids, args.max_response_length, num_responses,
                               batch_size=args.sample_batch_size)
-    asked, responses, finished = examples * num_responses, [], []          # k·n: one to each prompt, …
+    responses, finished = [], []
     for nth in range(num_responses):
-        responses += [group[nth] for group in drawn]
-        finished += [group[nth] for group in ended]
-    prompts = [example.prompt for example in asked]
+        for answers, done in zip(drawn, ended, strict=True):
+            responses.append(answers[nth])
+            finished.append(done[nth])
+    asked, prompts = examples * num_responses, prompts * num_responses     # of each response
     texts = texts_of(asked, responses, tokenizer)
     columns = pair_columns(policy, reference, examples, args)      # {name: a number per example or response}
     if reference is not None:
@@ -170,13 +174,8 @@ def find_run(path, given):
     """(model directory or name, settings) of a run of sail.py, or of a checkpoint, which has the default
     settings. What is given on the command line comes first. Code that a run's args.json names is never
     executed; the command line has to name it."""
-    saved, model = {"dtype": default_dtype()}, str(path)
-    if Path(path, "args.json").is_file() and Path(path, "model").is_dir():
-        model = str(Path(path, "model"))
-        saved.update(read_settings(Path(path, "args.json"), Evaluated, *OF_A_RUN))
-    elif is_run_directory(Path(path)):
-        raise InputError(f"{path} has no model yet; it is in training, or waits for --resume")
-    settings = Evaluated(**{**saved, **given})
+    model, saved = read_run(path, Evaluated, *OF_A_RUN)
+    settings = Evaluated(**{"dtype": default_dtype(), **saved, **given})
     if ".py:" in (settings.reward or "") and "reward" not in given:
         raise InputError(f"{path}: its reward, {settings.reward}, is code; it runs only if --reward names it")
     if settings.reference and "reference" not in given:

@@ -1,6 +1,7 @@
 """A policy: load it, adapt it, score with it, and sample from it exactly the distribution that is scored.
 
     python generate.py --model M --data D --out responses.jsonl     # prompt, response, tokens, finished
+    python generate.py --model RUN --n 4                            # four answers to each held-out prompt
 
 SAIL's second term is the score of the distribution that was sampled from. So `sample` draws from the full
 softmax, whatever the checkpoint's generation_config says, and hands on the very ids it drew; `sequence_logps`
@@ -10,7 +11,6 @@ Shapes: B rows, T tokens of prompt and response with padding, P of the prompt, V
 """
 import copy
 import math
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,13 +19,14 @@ from runtime.packing import allow_packing, is_packed, packed_logits, register_pa
 from runtime.processes import (
     computing_in, default_dtype, fails_together, gathered, of_rank_0, own_device, progress, rank, sent, shard)
 from runtime.run_directory import has_columns, refuse_output, write_rows
-from runtime.settings import Parser, Settings, flag_of, same_as, setting
+from runtime.settings import Parser, Settings, flag_of, read_run, same_as, setting
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data import SIDES, collate, end_token_ids, fitting_prompt, load_tokenizer, response_text
-from formats import BadRow, load_pairs
+from data import (
+    SIDES, collate, encode, end_token_ids, load_tokenizer, print_report, response_text, set_template_date)
+from formats import TextPair, load_pairs, train_and_held_out
 
 # --- load and adapt -----------------------------------------------------------------------------------------
 
@@ -342,7 +343,8 @@ def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, t
     end_ids = torch.tensor(sorted(end_token_ids(tokenizer, model)), device=model.device)
     by_length = sorted(range(len(prompt_ids)), key=lambda place: len(prompt_ids[place]))
     responses = [None] * len(prompt_ids)
-    for start in range(0, len(prompt_ids), batch_size):
+    starts = range(0, len(prompt_ids), batch_size)
+    for start in progress(starts, f"responses to {len(prompt_ids)} prompts, batches"):
         batch = by_length[start:start + batch_size]
         rows = draw(model, [prompt_ids[place] for place in batch], end_ids, max_response_length,
                     num_responses, temperature)
@@ -436,9 +438,11 @@ def roll_out(policy, tokenizer, pairs, sides, args):
 
 @dataclass
 class Answers:
-    """The settings of generate.py."""
-    model: str | None = setting(None, "a directory or hub name")
+    """The settings of generate.py. Fields without a help are no flags."""
+    model: str | None = setting(None, "a directory or hub name; a run's directory stands for its model, its "
+                                      "lengths and its held-out prompts")
     data: str | None = setting(None, "a .jsonl, .json, .csv or .parquet file, or a hub name: its prompts")
+    n: int = setting(1, "responses to each prompt", low=1, metavar="N")
     out: str = setting("responses.jsonl", "JSON lines")
     limit: int | None = setting(None, "answer the first N prompts only", low=1, metavar="N")
     temperature: float = setting(1.0, "0: the likeliest token each time", low=0)
@@ -449,6 +453,13 @@ class Answers:
     dtype: str | None = same_as(Settings, "dtype")
     seed: int = same_as(Settings, "seed")
     trust_remote_code: bool = same_as(Settings, "trust_remote_code")
+    eval_data: str | None = same_as(Settings, "eval_data", help=None)
+    date: str | None = same_as(Settings, "date")
+
+
+# What is a run's unless the command line says otherwise. Its chat template is in its model's tokenizer.
+OF_A_RUN = ("data", "eval_data", "max_prompt_length", "max_response_length", "sample_batch_size", "dtype",
+            "date")
 
 
 def load_answerer(args):
@@ -459,45 +470,68 @@ def load_answerer(args):
                        lengths=(args.max_prompt_length, args.max_response_length))
 
 
-def answer(model, tokenizer, prompts, temperature, args):
-    """A response to each prompt that can be asked: ([{prompt, response, tokens, finished}], counts by reason
-    of those that the chat template refuses, or that are too long). Raises InputError if none is left."""
-    asked, prompt_ids, dropped = [], [], Counter()
-    for prompt in prompts:
-        try:
-            _, _, ids = fitting_prompt(prompt, tokenizer, args.max_prompt_length)
-        except BadRow as reason:
-            dropped[str(reason)] += 1
-            continue
-        asked.append(prompt)
-        prompt_ids.append(ids)
-    if not asked:
-        raise InputError(f"none of {len(prompts)} prompts can be asked: {format_counts(dropped)}")
+def load_held_out_prompts(run, args):
+    """The held-out prompts of a run with these settings. Raises InputError without any."""
+    train, held_out, report, held_out_report = train_and_held_out(args.data, args.eval_data)
+    if args.eval_data:
+        print_report(args.eval_data, held_out, held_out_report)
+    else:
+        print_report(args.data, train + held_out, report)
+    if not held_out:
+        raise InputError(f"{run}: no prompt of {args.data} is held out; name prompts with --data")
+    prompts = [pair.prompt for pair in held_out[:args.limit]]
+    print(f"{run} is a run: {len(prompts)} of its {len(held_out)} held-out prompts are answered")
+    return prompts
+
+
+def load_prompts(args):
+    """The prompts of --data."""
+    pairs, report = load_pairs(args.data, args.limit)
+    print_report(args.data, pairs, report)
+    return [pair.prompt for pair in pairs]
+
+
+def answer(model, tokenizer, prompts, temperature, args, num_responses=1):
+    """Responses to each prompt that can be asked, those to one prompt after another: ([{prompt, response,
+    tokens, finished}], counts of what was cut, altered and dropped, as in `encode`). A row's prompt is what
+    the model saw, without the turns that were cut. Raises InputError if no prompt can be asked."""
+    pairs = [TextPair(prompt) for prompt in prompts]
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    examples, counts, _ = encode(pairs, tokenizer, end_token_ids(tokenizer, model), args.max_prompt_length,
+                                 args.max_response_length, vocabulary)
+    prompt_ids = [example.prompt_ids for example in examples]
     with computing_in(args.dtype, model):
-        responses, finished = sample(model, tokenizer, prompt_ids, args.max_response_length, 1, temperature,
-                                     args.sample_batch_size)
+        responses, finished = sample(model, tokenizer, prompt_ids, args.max_response_length, num_responses,
+                                     temperature, args.sample_batch_size)
     rows = []
-    for prompt, context, (ids,), (done,) in zip(asked, prompt_ids, responses, finished, strict=True):
-        text = response_text(tokenizer, ids, context)
-        rows.append(dict(prompt=prompt, response=text, tokens=len(ids), finished=done))
-    return rows, dropped
+    for example, answers, ended in zip(examples, responses, finished, strict=True):
+        for ids, done in zip(answers, ended, strict=True):
+            text = response_text(tokenizer, ids, example.prompt_ids)
+            rows.append(dict(prompt=example.prompt, response=text, tokens=len(ids), finished=done))
+    return rows, +counts
 
 
 def main():
     """`python generate.py --model M --data D --out FILE`."""
-    parser = Parser("Sample a response to each prompt of a data set. Defaults in brackets.")
+    parser = Parser("Sample responses to each prompt of a data set. Defaults in brackets.")
     parser.add_settings(Answers)
-    args = Answers(**vars(parser.parse_args()))
-    for name in ("model", "data"):
-        if getattr(args, name) is None:
-            parser.error(f"argument {flag_of(name)}: want a file, a directory or a hub name")
-    refuse_output(args.out, has_columns("prompt", "response"), args.data)
-    pairs, report = load_pairs(args.data, args.limit)
+    given = vars(parser.parse_args())
+    if "model" not in given:
+        parser.error("argument --model: want a directory or a hub name")
+    model, of_run = read_run(given["model"], Answers, *OF_A_RUN)
+    args = Answers(**{**of_run, **given, "model": model})
+    if args.data is None:
+        parser.error("argument --data: want a file, a directory or a hub name")
+    refuse_output(args.out, has_columns("prompt", "response"), args.data, args.eval_data)
+    set_template_date(args.date)
+    if "data" in given:
+        prompts = load_prompts(args)
+    else:
+        prompts = load_held_out_prompts(given["model"], args)
     model, tokenizer = load_answerer(args)
     torch.manual_seed(seeded("answers", args.seed))
-    rows, unasked = answer(model, tokenizer, [pair.prompt for pair in pairs], args.temperature, args)
-    if unasked or report["dropped"]:
-        print(f"dropped: {format_counts(unasked + report['dropped'])}")
+    rows, counts = answer(model, tokenizer, prompts, args.temperature, args, args.n)
+    print(f"{len(rows) // args.n} prompts asked; {format_counts(counts)}")
     write_rows(args.out, rows)
     print(f"{len(rows)} responses in {args.out}, {sum(row['finished'] for row in rows)} of them finished")
 

@@ -1,7 +1,8 @@
 """Rewards, and labels by them: a callable (prompts, responses) -> floats, one per response; higher is better.
 
-    python reward.py --reward R --responses responses.jsonl --out scored.jsonl # adds a "reward" to every line
-    python reward.py --train --model M --data PAIRS --out DIR        # a reward model, for --reward DIR/model
+    python reward.py --reward R --responses FILE --out scored.jsonl      # adds a "reward" to every line
+    python reward.py --reward R --responses FILE --pairs pairs.jsonl     # and pairs: best and worst of n
+    python reward.py --train --model M --data PAIRS --out DIR            # a reward model, DIR/model
 
 R is `FILE.py:FUNCTION`, your own callable, or the directory or hub name of a sequence classifier with one
 logit. A prompt is what formats.py gives: a string, or a list of {role, content} messages. M is a causal
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from inspect import signature
+from itertools import groupby
 from pathlib import Path
 from typing import Callable
 
@@ -43,7 +45,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data import apply_template, length_table, load_tokenizer, render, set_template_date
-from formats import BadRow, read_rows, train_and_held_out
+from formats import BadRow, best_and_worst, read_rows, train_and_held_out
 from generate import (
     add_adapter, has_weights, heads_of, hold_frozen_in_bfloat16, load_model, place, switch_dropout_off)
 
@@ -493,10 +495,12 @@ def train_reward(args):
 
 @dataclass
 class RewardSettings(Settings):
-    """The settings of reward.py. Without --train it uses the first two, `out`, `dtype` and
+    """The settings of reward.py. Without --train it uses the first three, `out`, `dtype` and
     `trust_remote_code` alone."""
     reward: str | None = setting(None, "FILE.py:FUNCTION, or a one-logit classifier, to score with")
     responses: str = setting("responses.jsonl", "lines with prompt and response")
+    pairs: str | None = setting(None, "FILE for the best and the worst response to each prompt, as pairs to "
+                                      "train on; see generate.py --n", metavar="FILE")
     train: bool = setting(False, "train a reward model instead, with all that follows:")
     max_length: int | None = setting(None, "tokens of a dialogue; cut from the left, also when served", low=1)
     learning_rate: float = setting(1e-5, "after the warm-up", low=1e-12)
@@ -522,6 +526,9 @@ def score_file(args):
     if not rows:
         raise InputError(f"{args.responses}: want lines with prompt and response, as generate.py writes them")
     refuse_output(args.out, has_columns("prompt", "response", "reward"), args.responses)
+    if args.pairs:
+        refuse_output(args.pairs, has_columns("prompt", "chosen", "rejected", "score_chosen"),
+                      args.responses, args.out, flag="--pairs")
     reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
     scores = reward(prompts, responses, finished)
     for row, score in zip(rows, scores, strict=True):
@@ -529,6 +536,32 @@ def score_file(args):
     write_rows(args.out, rows)
     print(f"{len(rows)} responses scored in {args.out}: mean {sum(scores) / len(scores):.3f}, "
           f"min {min(scores):.3f}, max {max(scores):.3f}")
+    if args.pairs:
+        pairs, dropped = best_and_worst_pairs(rows)
+        if not pairs:
+            raise InputError(f"{args.responses}: no prompt has two responses of unlike scores; want several "
+                             "to each, as generate.py --n 4 writes them")
+        write_rows(args.pairs, pairs)
+        print(f"{len(pairs)} pairs in {args.pairs}; dropped: {format_counts(dropped)}")
+
+
+def best_and_worst_pairs(rows):
+    """(rows {prompt, chosen, rejected, …} of pairs, counts of prompts by why they make none): from each
+    prompt's rows, which stand one after another, those with the highest and with the lowest reward."""
+    pairs, dropped = [], Counter()
+    for prompt, group in groupby(rows, lambda row: row["prompt"]):
+        try:
+            prompt, best, worst = best_and_worst(prompt, [(row["reward"], row) for row in group])
+        except BadRow as reason:
+            dropped[str(reason)] += 1
+            continue
+        pair = {"prompt": prompt}
+        for side, row in (("chosen", best), ("rejected", worst)):
+            pair[side] = row["response"]
+            pair[f"{side}_finished"] = row.get("finished") is not False
+            pair[f"score_{side}"] = row["reward"]
+        pairs.append(pair)
+    return pairs, dropped
 
 
 def parse_args(argv=None, **unflagged):
@@ -541,9 +574,12 @@ def parse_args(argv=None, **unflagged):
         parser.error("argument --train: needs --model and --data")
     if not args.train and not args.reward:
         parser.error("argument --reward: want FILE.py:FUNCTION or a classifier; or --train")
-    to_score, to_train = {"reward", "responses"}, {*given} - {"out", "dtype", "trust_remote_code", "train"}
+    to_score = {"reward", "responses", "pairs"}
+    to_train = {*given} - {"out", "dtype", "trust_remote_code", "train"}
     for name in sorted(to_score & given.keys() if args.train else to_train - to_score):
         parser.error(f"argument {flag_of(name)}: is not for {'training' if args.train else 'scoring'}")
+    if args.pairs and args.out and Path(args.pairs).resolve() == Path(args.out).resolve():
+        parser.error("argument --pairs: is the file of --out")
     if args.out is None:
         args.out = f"{run_directory(args.data)}-reward" if args.train else "scored.jsonl"
     return args

@@ -82,9 +82,11 @@ def answer_benchmark(model, tokenizer, benchmark, rows, turns, args):
         for temperature in sorted(set(temperatures)):
             places = [place for place, own in enumerate(temperatures) if own == temperature]
             asked = [prompts[place] for place in places]
-            answers, dropped = answer(model, tokenizer, asked, temperature, args)
-            if dropped:
-                raise InputError(f"questions that cannot be asked: {format_counts(dropped)}")
+            answers, counts = answer(model, tokenizer, asked, temperature, args)
+            if counts.pop("dropped", 0):
+                raise InputError(f"questions that cannot be asked: {format_counts(counts)}")
+            if counts:
+                print(f"at temperature {temperature:g}: {format_counts(counts)}")
             for place, row in zip(places, answers, strict=True):
                 dialogues[place].append({"role": "assistant", "content": row["response"]})
     return [answer_row(benchmark, row, [turn["content"] for turn in dialogue[1::2]], name)
@@ -98,7 +100,8 @@ class Questions(Answers):
     out: str | None = setting(None, "the benchmark's answer file")
     temperature: float | None = setting(None, "0: the likeliest token each time (1; for MT-Bench, FastChat's "
                                               "for each category)", low=0)
-    data: None = setting(None)
+    data: None = setting(None)                             # these two are not a benchmark's
+    n: None = setting(None)
 
 
 def main(argv=None):

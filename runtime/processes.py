@@ -107,11 +107,11 @@ def print0(line):
 def progress(items, what, total=None):
     """Hand on `items`, and show how far they are once that takes longer than a few seconds: a bar on a
     terminal, elsewhere a line every half minute."""
-    if rank() != 0:
-        yield from items
-        return
     if total is None:
         total = len(items)
+    if rank() != 0 or total == 1:
+        yield from items
+        return
     bar = tqdm(items, what, total, leave=False, delay=3, disable=None)
     started = printed = time.perf_counter()
     for done, item in enumerate(bar, 1):

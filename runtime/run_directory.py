@@ -78,19 +78,20 @@ def write_rows(path, rows):
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def refuse_output(path, is_own, *inputs):
+def refuse_output(path, is_own, *inputs, flag="--out"):
     """Raises InputError, before there is work to lose, where a command cannot write its results, or would
     replace what it has not written. is_own: tells by a file's text whether such a command wrote it. inputs:
     the files that the command reads, which it never replaces."""
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise InputError(f"--out {path} is a directory, or no regular file; want the name of a file")
+        raise InputError(f"{flag} {path} is a directory, or no regular file; want the name of a file")
     for name in inputs:
         if path.exists() and name and Path(name).exists() and path.samefile(name):
-            raise InputError(f"--out {path} is the file that is read; give another --out")
+            raise InputError(f"{flag} {path} is the file that is read; give another {flag}")
     earlier = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     if earlier and not is_own(earlier):
-        raise InputError(f"--out {path} is a file of something else, which would be lost; give another --out")
+        raise InputError(f"{flag} {path} is a file of something else, which would be lost; give another "
+                         f"{flag}")
     path.parent.mkdir(parents=True, exist_ok=True)
     trial = free_name(path, f".{os.getpid()}.writing")
     trial.write_bytes(b"")

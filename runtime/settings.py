@@ -10,9 +10,10 @@ import math
 import sys
 import typing
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from runtime.command_line import InputError
-from runtime.run_directory import read_json
+from runtime.run_directory import is_run_directory, read_json
 
 
 def setting(default, help=None, low=-math.inf, high=math.inf, choices=None, metavar=None, may_change=False):
@@ -116,6 +117,16 @@ def read_settings(file, cls, *names):
             raise InputError(f"{file}: argument {flag_of(field.name)}: invalid {kind} value: "
                              f"{value!r}") from None
     return settings
+
+
+def read_run(path, cls, *names):
+    """(a model's directory or hub name, {name: value} of these fields): for a run's directory its model and
+    its settings, for a checkpoint itself and {}. Raises InputError for a run that has no model yet."""
+    if Path(path, "args.json").is_file() and Path(path, "model").is_dir():
+        return str(Path(path, "model")), read_settings(Path(path, "args.json"), cls, *names)
+    if is_run_directory(Path(path)):
+        raise InputError(f"{path} has no model yet; it is in training, or waits for --resume")
+    return str(path), {}
 
 
 @dataclass

@@ -4,8 +4,7 @@ from argparse import Namespace
 
 import benchmarks
 import pytest
-import torch
-from conftest import TEMPLATE, byte_tokenizer
+from conftest import TEMPLATE, byte_tokenizer, tiny_model
 from test_errors import fails
 
 import generate
@@ -19,7 +18,7 @@ QUESTIONS = {
                  for i, category in enumerate(CATEGORIES)],
     "Arena-Hard": [{"uid": f"4{i}e5", "category": "hard", "prompt": f"ask {i} é\u2028"} for i in range(3)],
     "AlpacaEval": [{"instruction": f"ask {i}", "output": "theirs", "dataset": "koala"} for i in range(3)]}
-MODEL = torch.nn.Linear(1, 1)                      # in the tests whose `sample` is a stand-in
+MODEL = tiny_model()                               # in the tests whose `sample` is a stand-in
 
 
 def write(path, rows):
@@ -100,7 +99,7 @@ def test_a_single_question_has_the_prompt_ids_that_training_has(template, limit,
 
 
 def test_a_question_that_does_not_fit_is_named(calls):
-    message = "none of 1 prompts can be asked: 1 prompt longer than --max-prompt-length"
+    message = "none of 1 prompts or pairs can be used as tokens: 1 dropped, 1 prompt longer than --max-prompt"
     with pytest.raises(InputError, match=message):
         answers([["a long question"]], byte_tokenizer(TEMPLATE), "AlpacaEval", 6)
 
@@ -158,5 +157,5 @@ def test_bad_questions_are_named_in_one_line(name, tmp_path, monkeypatch, capsys
 def test_a_question_that_cannot_be_asked_is_named(template, message, calls):
     tokenizer = byte_tokenizer("{% if messages[0].content == 'Q' %}" + template + "{% else %}ok"
                                "{% if messages[1:] %}{{ messages[-1].content }}{% endif %}{% endif %}")
-    with pytest.raises(InputError, match=f"questions that cannot be asked: 1 {message}"):
+    with pytest.raises(InputError, match=f"questions that cannot be asked: .*1 {message}"):
         answers([["P"], ["Q"]], tokenizer)

@@ -157,7 +157,7 @@ def byte_tokenizer_without_eos():
 @pytest.mark.parametrize("name, message", [
     ("absent.py:f", "no such file absent.py"), ("{here}/mine.py:absent", "defines no function absent"),
     ("no/such/classifier", "no tokenizer ("), ("{here}/mine.py:one", "returned 1 scores for"),
-    ("{here}/mine.py:nan", "[nan, nan]…; want a finite one each")])
+    ("{here}/mine.py:nan", "[nan, nan, nan")])
 def test_bad_rewards_are_named_and_what_was_written_stays(name, message, tmp_path, checkpoint, monkeypatch,
                                                           capsys):
     (tmp_path / "mine.py").write_text("def one(p, r): return [1.0]\n"

@@ -1,17 +1,21 @@
 """Sampling matches scoring: the distribution, the ids, the end tokens."""
+import itertools
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import END, EOS, IDS, TEMPLATE, byte_tokenizer, tiny_model
+from conftest import END, EOS, IDS, TEMPLATE, byte_tokenizer, pairs_of, sail_main, tiny_model
 from transformers import GenerationConfig
 
 import generate
 from data import Pair, collate, encode, response_text
 from runtime.command_line import InputError
+from runtime.run_directory import write_rows
 from data import end_token_ids
+from formats import read_rows, split_held_out
 from generate import load_policy, prepare, roll_out, sample
 from data import SIDES
 from sail import pair_logps, sequence_logps
@@ -248,6 +252,76 @@ def test_the_command_line_writes_one_row_per_prompt(checkpoint, held_out, tmp_pa
     rows = [json.loads(line) for line in out.read_text().split("\n") if line]
     assert len(rows) == 5 and all(set(row) == {"prompt", "response", "tokens", "finished"} for row in rows)
     assert all(1 <= row["tokens"] <= 6 for row in rows) and "5 responses" in capsys.readouterr().out
+
+
+def run_generate(monkeypatch, *argv):
+    """The rows that generate.py writes for these arguments."""
+    monkeypatch.setattr("sys.argv", ["generate.py", *map(str, argv), "--out", "answers.jsonl"])
+    generate.main()
+    return read_rows("answers.jsonl")
+
+
+def test_what_is_cut_dropped_altered_or_unread_is_said_and_a_row_has_what_the_policy_saw(
+        checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    turns = [{"role": "user", "content": "a" * 40}, {"role": "assistant", "content": "b"},
+             {"role": "user", "content": "c"}]
+    write_rows("x.jsonl", [{"prompt": turns, "lang": "en"}, {"prompt": "d" * 80}, {"prompt": "e"}])
+    rows = run_generate(monkeypatch, "--model", checkpoint, "--data", "x.jsonl", "--max-prompt-length", 40,
+                        "--max-response-length", 2)
+    assert [row["prompt"] for row in rows] == [turns[2:], "e"]
+    said = capsys.readouterr().out
+    assert "x.jsonl: prompts; 3 rows, 3 kept, dropped: none\nread by nothing: lang (1 rows)" in said
+    assert ("2 prompts asked; 1 dropped, 1 truncated_prompts, 1 prompt longer than --max-prompt-length"
+            in said)
+
+
+def test_n_responses_to_each_prompt_stand_one_after_another(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows("x.jsonl", [{"prompt": "long " * 5}, {"prompt": "a"}])
+    rows = run_generate(monkeypatch, "--model", checkpoint, "--data", "x.jsonl", "--max-prompt-length", 64,
+                        "--max-response-length", 8, "--n", 3)
+    assert [row["prompt"] for row in rows] == ["long " * 5] * 3 + ["a"] * 3
+    assert len({row["response"] for row in rows}) > 4
+
+
+def test_of_a_run_its_held_out_prompts_are_answered_with_its_lengths_and_template(
+        checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    pairs = [{"prompt": f"question {nth}", "chosen": "yes", "rejected": "no"} for nth in range(60)]
+    write_rows("pairs.jsonl", pairs)
+    write_rows("others.jsonl", pairs[:4])
+    Path("mine.jinja").write_text("A talk." + TEMPLATE)
+    lengths = ["--max-prompt-length", "50", "--max-response-length", "5"]
+    for name, more in (("run", []), ("other", ["--eval-data", "others.jsonl"])):
+        sail_main(["--variant", "dpo", "--model", str(checkpoint), "--data", "pairs.jsonl", "--steps", "1",
+                   "--batch-size", "2", "--eval-limit", "2", "--chat-template", "mine.jinja", "--out", name,
+                   *lengths, *more])
+    Path("mine.jinja").unlink()                                        # the run has it in its model
+    capsys.readouterr()
+    seen, encode = [], generate.encode
+    monkeypatch.setattr(generate, "encode", lambda pairs, tokenizer, ends, *limits: (
+        seen.append((tokenizer.chat_template, *limits[:2])), encode(pairs, tokenizer, ends, *limits))[1])
+    _, held_out = split_held_out(pairs_of(pairs))
+    prompts = [pair.prompt for pair in held_out]
+    assert [row["prompt"] for row in run_generate(monkeypatch, "--model", "run")] == prompts
+    assert f"run is a run: {len(prompts)} of its {len(prompts)} held-out prompts" in capsys.readouterr().out
+    rows = run_generate(monkeypatch, "--model", "other", "--limit", 3)
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in pairs[:3]]
+    rows = run_generate(monkeypatch, "--model", "run", "--data", "others.jsonl", "--max-response-length", 3)
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in pairs[:4]]
+    template = "A talk." + TEMPLATE
+    assert seen == [(template, 50, 5), (template, 50, 5), (template, 50, 3)]
+
+
+def test_of_a_long_file_it_is_shown_how_far_it_is(monkeypatch, capsys):
+    """Off a terminal by a line every half minute; here each look at the clock finds it 20 s later."""
+    model, tokenizer = three_token_model()
+    clock = itertools.count(0, 20)
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    sample(model, tokenizer, [[2]] * 6, 1, batch_size=2)
+    shown = capsys.readouterr().out
+    assert "responses to 6 prompts, batches: 2 of 3 after 40 s" in shown
 
 
 def test_a_response_is_called_finished_if_it_is(monkeypatch):

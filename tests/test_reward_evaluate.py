@@ -15,6 +15,7 @@ import generate
 import reward as reward_module
 import sail
 from data import Pair, encode
+from formats import load_pairs, read_rows
 from runtime.command_line import command_line, InputError, seeded
 from runtime.intervals import format_figure
 from evaluate import evaluate_policy
@@ -216,6 +217,31 @@ def test_the_reward_command_line_scores_a_responses_file(tmp_path, monkeypatch, 
     reward_module.main()
     assert (json.loads(out.read_text())["reward"] == pytest.approx(1.6)
             and "mean 1.600" in capsys.readouterr().out)
+
+
+def test_the_best_and_the_worst_of_n_responses_become_pairs_to_train_on(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("def score(prompts, responses, finished):\n    return [len(response) - 4 * (not "
+                               "done) for response, done in zip(responses, finished)]\n")
+    dialogue = [{"role": "user", "content": "q"}]
+    answers = [(dialogue, "aa", True), (dialogue, "a", True), (dialogue, "aaa", True), (dialogue, "aaaa", False),
+               ("tied", "bb", True), ("tied", "cc", True), ("alone", "d", True)]
+    write_rows("answers.jsonl", [dict(prompt=prompt, response=response, tokens=1, finished=done)
+                                 for prompt, response, done in answers])
+    argv = ["reward.py", "--reward", "mine.py:score", "--responses", "answers.jsonl", "--pairs"]
+    monkeypatch.setattr("sys.argv", [*argv, "pairs.jsonl"])
+    reward_module.main()
+    assert read_rows("pairs.jsonl") == [{
+        "prompt": dialogue, "chosen": "aaa", "chosen_finished": True, "score_chosen": 3.0, "rejected": "aaaa",
+        "rejected_finished": False, "score_rejected": 0.0}]
+    assert "1 pairs in pairs.jsonl; dropped: 2 no preference between the responses" in capsys.readouterr().out
+    (pair,), _ = load_pairs("pairs.jsonl", score_scale=3.0)
+    assert (pair.prompt, pair.finished) == (dialogue, (True, False))
+    assert pair.preference == pytest.approx(1 / (1 + math.exp(-1)))
+    message = fails(reward_module.main, [*argv, "answers.jsonl"], monkeypatch, capsys)
+    assert "--pairs answers.jsonl is the file that is read; give another --pairs" in message
+    message = fails(reward_module.main, [*argv, "same.jsonl", "--out", "same.jsonl"], monkeypatch, capsys)
+    assert "--pairs: is the file of --out" in message
 
 
 def test_half_a_surrogate_pair_in_a_response_survives_the_scoring(tmp_path, monkeypatch):
