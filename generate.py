@@ -19,7 +19,7 @@ from runtime.packing import allow_packing, is_packed, packed_logits, register_pa
 from runtime.processes import (
     computing_in, default_dtype, fails_together, gathered, of_rank_0, own_device, progress, rank, sent, shard)
 from runtime.run_directory import has_columns, refuse_output, write_rows
-from runtime.settings import Parser, Settings, flag_of, read_run, same_as, setting
+from runtime.settings import Parser, Settings, read_run, same_as, setting
 
 import torch
 from torch.nn.utils.rnn import pad_sequence

@@ -191,7 +191,8 @@ def main():
                "unparsable": share_of(unparsable)}
     for name, figure in figures.items():
         print(f"{name:>12} {format_figure(*figure)}")
-    print(f"n = {len(wins)}: {args.ours} against {args.theirs}, judged by {args.model}{few(len(wins), figures)}")
+    n = len(wins)
+    print(f"n = {n}: {args.ours} against {args.theirs}, judged by {args.model}{few(n, figures)}")
 
 
 if __name__ == "__main__":

@@ -238,8 +238,8 @@ def test_the_command_line_prints_win_rates_flips_and_unparsable_answers(host, tm
     *figures, last = capsys.readouterr().out.splitlines()
     assert dict(line.split(maxsplit=1) for line in figures) == {                     # (1 + 1 + ½ + ½) / 4
         "win_rate": "0.750 [0.30, 0.95]", "flipped": "0.250 [0.05, 0.70]", "unparsable": "0.250 [0.05, 0.70]"}
-    assert last == ("n = 4: ours.jsonl against theirs.jsonl, judged by m | of 4 prompts only: the intervals are "
-                    "rough | a length-controlled win rate would need 32 prompts")
+    assert last == ("n = 4: ours.jsonl against theirs.jsonl, judged by m | of 4 prompts only: the intervals "
+                    "are rough | a length-controlled win rate would need 32 prompts")
     assert len(lines_of(tmp_path / "verdicts.jsonl")) == 8
 
 

@@ -221,11 +221,13 @@ def test_the_reward_command_line_scores_a_responses_file(tmp_path, monkeypatch, 
 
 def test_the_best_and_the_worst_of_n_responses_become_pairs_to_train_on(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text("def score(prompts, responses, finished):\n    return [len(response) - 4 * (not "
-                               "done) for response, done in zip(responses, finished)]\n")
+    Path("mine.py").write_text("def score(prompts, responses, finished):\n"
+                               "    return [len(response) - 4 * (not done)\n"
+                               "            for response, done in zip(responses, finished)]\n")
     dialogue = [{"role": "user", "content": "q"}]
-    answers = [(dialogue, "aa", True), (dialogue, "a", True), (dialogue, "aaa", True), (dialogue, "aaaa", False),
-               ("tied", "bb", True), ("tied", "cc", True), ("alone", "d", True)]
+    answers = [(dialogue, "aa", True), (dialogue, "a", True), (dialogue, "aaa", True),
+               (dialogue, "aaaa", False), ("tied", "bb", True), ("tied", "cc", True),
+               ("alone", "d", True)]
     write_rows("answers.jsonl", [dict(prompt=prompt, response=response, tokens=1, finished=done)
                                  for prompt, response, done in answers])
     argv = ["reward.py", "--reward", "mine.py:score", "--responses", "answers.jsonl", "--pairs"]
@@ -508,7 +510,7 @@ def test_the_figures_count_all_responses_to_a_prompt(monkeypatch, base):
     args = sail_args(["--variant", "dpo"])
     figures, samples = evaluate_policy(policy, policy, tokenizer, examples, reward, args, num_responses=2)
     assert figures["length"] == mean_of([3.0, 7.0]) and figures["unfinished"] == share_of([0.5, 0.0])
-    assert rewards[0] == (["a", "b", "a", "b"], [True, True, False, True])      # of which the rewards are 0 … 3
+    assert rewards[0] == (["a", "b", "a", "b"], [True, True, False, True])    # of which the rewards are 0 … 3
     assert figures["reward"] == mean_of([1.0, 2.0])
     assert figures["win_rate"] == share_of([0.75, 0.75])               # 0, 2 against 0 and 1, 3 against 1
     assert [row["prompt"] for row in samples] == ["a", "b", "a", "b"]
