@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from runtime.command_line import InputError, command_line, first_line, foreign, format_counts
+from runtime.saved_model import base_of
 from runtime.settings import Parser, Settings, same_as, setting
 
 import torch
@@ -59,9 +60,13 @@ class Pair:
 # --- text to tokens -----------------------------------------------------------------------------------------
 
 def load_tokenizer(name, trust_remote_code=False, ends=True, chat_template=None):
-    """The tokenizer of a directory or hub name. chat_template: as in `set_chat_template`. Raises InputError
-    if there is no tokenizer, or it has no EOS."""
+    """The tokenizer of a directory or hub name; of a run's checkpoint that of its base, with the run's chat
+    template. chat_template: as in `set_chat_template`. Raises InputError if there is no tokenizer, or it has
+    no EOS."""
     from transformers import AutoTokenizer
+    run = base_of(name)
+    if run is not None:
+        return load_tokenizer(run.model, trust_remote_code, ends, chat_template or run.chat_template)
     if Path(name, "adapter_config.json").is_file():
         raise InputError(f"{name} is an adapter; merge it into its base first, as OUT/model of sail.py is")
     try:

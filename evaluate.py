@@ -171,23 +171,23 @@ OF_A_RUN = ("data", "eval_data", "prefer", "reward", "reference", "beta", "max_p
 
 
 def find_run(path, given):
-    """(model directory or name, settings) of a run of sail.py, or of a checkpoint, which has the default
-    settings. What is given on the command line comes first. Code that a run's args.json names is never
-    executed; the command line has to name it."""
+    """(model directory or name, settings) of a run of sail.py, of one of its checkpoints, or of any other
+    model, which has the default settings. What is given on the command line comes first. Code that a run's
+    args.json names is never executed; the command line has to name it."""
     model, saved = read_run(path, Evaluated, *OF_A_RUN)
     settings = Evaluated(**{"dtype": default_dtype(), **saved, **given})
     if ".py:" in (settings.reward or "") and "reward" not in given:
         raise InputError(f"{path}: its reward, {settings.reward}, is code; it runs only if --reward names it")
     if settings.reference and "reference" not in given:
-        refuse_replaced(path, settings.reference)
+        refuse_replaced(run, settings.reference)
     return model, settings
 
 
-def refuse_replaced(path, reference):
-    """Raises InputError if the reference's files have changed since the run started."""
-    then = read_json(Path(path, "args.json")).get("reference_sha256")
+def refuse_replaced(run, reference):
+    """Raises InputError if the reference's files have changed since the run in this directory started."""
+    then = read_json(run / "args.json").get("reference_sha256")
     if then is not None and then != fingerprint_files(reference):
-        raise InputError(f"{path}: the files of its reference {reference} have changed since; give it as "
+        raise InputError(f"{run}: the files of its reference {reference} have changed since; give it as "
                          "--reference to measure to what it is now")
 
 

@@ -18,7 +18,8 @@ from runtime.command_line import InputError, command_line, first_line, foreign, 
 from runtime.packing import allow_packing, is_packed, packed_logits, register_packing
 from runtime.processes import (
     computing_in, default_dtype, fails_together, gathered, of_rank_0, own_device, progress, rank, sent, shard)
-from runtime.run_directory import has_columns, refuse_output, write_rows
+from runtime.run_directory import has_columns, refuse_output, trained_weights, write_rows
+from runtime.saved_model import base_of
 from runtime.settings import Parser, Settings, read_run, same_as, setting
 
 import torch
@@ -33,16 +34,15 @@ from formats import TextPair, load_pairs, train_and_held_out
 
 def load_policy(name, trust_remote_code=False, lengths=(0, 0), whole=True, chat_template=None):
     """(model, tokenizer): a causal language model in float32 without dropout, on the CPU, of a directory
-    (without the network) or hub name. Ids that the tokenizer cannot produce get no probability, in sampling
-    and scoring alike. Not whole: modules without weights, on the meta device. chat_template: see
-    `load_tokenizer`. Raises InputError if there is
-    nothing to load, or if the model has too few positions for `lengths`, of the prompt and of the
-    response."""
+    (without the network), of a run's checkpoint, or of a hub name. Ids that the tokenizer cannot produce get
+    no probability, in sampling and scoring alike. Not whole: modules without weights, on the meta device.
+    chat_template: see `load_tokenizer`. Raises InputError if there is nothing to load, or if the model has
+    too few positions for `lengths`, of the prompt and of the response."""
     from transformers import AutoModelForCausalLM
     tokenizer = load_tokenizer(name, trust_remote_code, chat_template=chat_template)
     model = load_model(AutoModelForCausalLM, name, trust_remote_code, whole=whole)
     prepare(model, tokenizer, name)
-    model.generation_config.eos_token_id = sorted(end_token_ids(tokenizer, model))       # saved with the model
+    model.generation_config.eos_token_id = sorted(end_token_ids(tokenizer, model))      # saved with the model
     model.generation_config._from_model_config = False     # or other tools take config.json's end token
     positions = positions_of(model)
     if sum(lengths) > positions:
@@ -54,10 +54,19 @@ def load_policy(name, trust_remote_code=False, lengths=(0, 0), whole=True, chat_
 def load_model(auto_class, name, trust_remote_code=False, may_lack=frozenset(), may_leave=frozenset(),
                whole=True, **options):
     """auto_class.from_pretrained(name) in float32 and eval mode, offline for a directory; not whole: without
-    weights, on the meta device. Raises InputError if there is no such model, if weights are missing but for
-    those that it `may_lack`, which transformers would make up, or if tensors are left over but for those that
-    it `may_leave`, which transformers would drop."""
+    weights, on the meta device. A run's checkpoint is loaded into its base. Raises InputError if there is no
+    such model, if weights are missing but for those that it `may_lack`, which transformers would make up, or
+    if tensors are left over but for those that it `may_leave`, which transformers would drop."""
     from transformers import AutoConfig
+    run = base_of(name)
+    if run is not None:
+        trained = trained_weights(name) if whole else {}
+        model = load_model(auto_class, run.model, trust_remote_code, may_lack | trained.keys(), may_leave,
+                           whole, **options)
+        if whole:
+            model = with_trained(model, trained, run.lora, name, may_lack, may_leave)
+        model.name_or_path = str(name)
+        return model
     from transformers.utils import logging
     logging.set_verbosity_error()                   # its report of missing weights is told below, in one line
     logging.disable_progress_bar()
@@ -79,6 +88,25 @@ def load_model(auto_class, name, trust_remote_code=False, may_lack=frozenset(), 
         raise InputError(f"{name}: as a model for {kind} it lacks weights, {', '.join(sorted(lacking)[:3])}; "
                          "want a trained one")
     return model.float().eval()
+
+
+def with_trained(model, trained, lora, name, may_lack=frozenset(), may_leave=frozenset()):
+    """The base model with the parameters that a run has trained of it, {name: tensor}; an adapter of rank
+    `lora`, or None, is merged into it. name: of the checkpoint, for the error. Raises InputError if these are
+    other parameters than such a run trains, but for those that `load_model` lets be lacking or left over."""
+    tuner = None
+    if lora:
+        tuner = add_adapter(model, lora)
+    expected = {each for each, parameter in model.named_parameters() if parameter.requires_grad}
+    unlike = sorted(expected - trained.keys() - may_lack | trained.keys() - expected - may_leave)
+    if unlike:
+        raise InputError(f"{name} does not fit its base, as a {type(model).__name__}: only one of them has "
+                         f"{', '.join(unlike[:3])}")
+    with foreign(f"{name} does not fit its base"):
+        model.load_state_dict(trained, strict=False)
+    if lora:
+        model = tuner.merge_and_unload().requires_grad_(True)
+    return model.eval()
 
 
 def positions_of(model):
@@ -238,7 +266,8 @@ def copy_settings_of_rank_0(model):
 
 def add_adapter(model, rank, seed=0):
     """Make a new LoRA adapter (arXiv 2106.09685) all that is trained, beside a classifier's head: of this
-    rank, with alpha 2·rank, on every linear layer but the output layer."""
+    rank, with alpha 2·rank, on every linear layer but the output layer. Returns peft's object that can merge
+    it."""
     import peft
     device = model.device
     model.requires_grad_(False)
@@ -247,10 +276,11 @@ def add_adapter(model, rank, seed=0):
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
                              task_type="SEQ_CLS" if heads else "CAUSAL_LM",
                              base_model_name_or_path=model.name_or_path)
-    peft.inject_adapter_in_model(config, model)
+    tuner = peft.LoraModel(model, config, "default")                 # it changes the model itself
     for head in heads:
         head.requires_grad_(True)
     model.to(device)
+    return tuner
 
 
 class AdapterReference:

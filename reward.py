@@ -35,9 +35,9 @@ from runtime.processes import (
     share_of_process, sum_gradients, with_equal_counts, world_size)
 from runtime.run_directory import (
     date_of, fingerprint, fingerprint_files, has_columns, refuse_inputs_inside, refuse_output, run_directory,
-    write_rows)
+    run_of_checkpoint, write_rows)
 from runtime.saved_model import save_model
-from runtime.settings import Parser, Settings, flag_of, setting
+from runtime.settings import Parser, Settings, flag_of, read_settings, setting
 from runtime.training import micro_batches, steps, training
 
 import torch
@@ -47,7 +47,8 @@ from torch.nn.utils.rnn import pad_sequence
 from data import apply_template, length_table, load_tokenizer, render, set_template_date
 from formats import BadRow, best_and_worst, read_rows, train_and_held_out
 from generate import (
-    add_adapter, has_weights, heads_of, hold_frozen_in_bfloat16, load_model, place, switch_dropout_off)
+    add_adapter, has_weights, heads_of, hold_frozen_in_bfloat16, load_model, place, switch_dropout_off,
+    with_trained)
 
 # --- rewards ------------------------------------------------------------------------------------------------
 
@@ -193,6 +194,11 @@ def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, 
     from transformers import AutoModelForSequenceClassification
     tokenizer = load_tokenizer(name, trust_remote_code, ends=False)
     may_lack = {"score.weight"} if trainee else frozenset()
+    run = run_of_checkpoint(name)
+    if run is not None:                                    # its base may be a causal language model
+        trainee.setdefault("num_labels", 1)
+        settings = read_settings(run / "args.json", RewardSettings, "max_length")
+        max_length = max_length or settings.get("max_length")
     may_leave = {"lm_head.weight"} if trainee else frozenset()
     model = load_model(AutoModelForSequenceClassification, name, trust_remote_code, may_lack, may_leave,
                        whole, **trainee)
@@ -202,6 +208,12 @@ def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, 
     if model.config.num_labels != 1:
         raise InputError(f"{name}: has {model.config.num_labels} logits per response; want a model with one")
     compute_heads_in_float32(model)
+    if trainee:
+        # Whoever loads the model needs an id to pad with. Whichever it is, training sees the same one.
+        for token in (0, tokenizer.eos_token_id, tokenizer.pad_token_id, model.config.pad_token_id):
+            if token is not None:
+                pad = token
+        model.config.pad_token_id = pad
     rows = model.get_input_embeddings().weight.shape[0]
     tokenizer.truncation_side = "left"
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length or math.inf)      # saved with it
@@ -428,11 +440,6 @@ def load_trainee(args):
     model, tokenizer, ids_of = load_classifier(args.model, args.trust_remote_code, args.max_length,
                                                has_weights(args), num_labels=1)
     switch_dropout_off(model)
-    # Whoever loads the model needs an id to pad with. Whichever it is, training sees the same one.
-    for token in (0, tokenizer.eos_token_id, tokenizer.pad_token_id, model.config.pad_token_id):
-        if token is not None:
-            pad = token
-    model.config.pad_token_id = pad
     if args.lora:
         add_adapter(model, args.lora, args.seed)
     return model, tokenizer, ids_of
@@ -453,6 +460,12 @@ def load_reward_data(args, ids_of):
         raise InputError(f"{args.data}: no pair of {len(train_pairs)} can be told apart "
                          f"({format_counts(counts)})")
     return pairs, held_out, report["dropped"] + counts, lengths
+
+
+def merged(trained, args):
+    """The model that a run with an adapter has trained, {name: trained weight}, as a model without one."""
+    base, _, _ = load_trainee(replace(args, lora=None))
+    return with_trained(base, trained, args.lora, args.out)
 
 
 def train_reward(args):
@@ -486,7 +499,7 @@ def train_reward(args):
             batch = [pairs[place] for place in places]
             figures, step.finite = reward_step(model, batch, optimizer, scheduler, args)
             step.record = {"step": step.number, **figures}
-        save_model(model, tokenizer, out, lambda: load_trainee(replace(args, lora=None))[0])
+        save_model(model, tokenizer, out, lambda trained: merged(trained, args))
     print0(f"saved {out}/model; sail.py --variant pr --reward {out}/model uses it")
     return model
 

@@ -63,7 +63,8 @@ import torch.nn.functional as F
 from data import Pair, collate, encode, end_token_ids, length_table, set_template_date
 from evaluate import evaluate_policy, responses_to_each
 from formats import format_unread, train_and_held_out
-from generate import load_models, load_policy, roll_out, sequence_logps, sequence_logps_and_revkl
+from generate import (
+    load_models, load_policy, roll_out, sequence_logps, sequence_logps_and_revkl, with_trained)
 from reward import (
     Reward, drop_unscorable, label_by_preference, label_by_reward, load_preference, load_reward)
 from toy import draw_toy_pairs, is_toy_model, toy_settings, write_world
@@ -562,17 +563,17 @@ def train(args):
             data_pairs, variant_pairs = share_of_process(*drawn)
             totals, step.finite, figures = training_step(run, data_pairs, variant_pairs, args)
             step.record = record_of(step.number, totals, args, figures)
-        save_model(run.policy, run.tokenizer, out, lambda: load_base(args))
+        save_model(run.policy, run.tokenizer, out, lambda trained: merged(trained, args))
     command = f"python evaluate.py {out}"
     if ".py:" in (args.reward or ""):
         command += f" --reward {args.reward}"
     print0(f"saved {out}/model; `{command}` samples from it and sets it beside other runs")
 
 
-def load_base(args):
-    """The model into which an adapter is merged."""
-    model, _ = load_policy(args.model, args.trust_remote_code, chat_template=args.chat_template)
-    return model
+def merged(trained, args):
+    """The policy that a run with an adapter has trained, {name: trained weight}, as a model without one."""
+    base, _ = load_policy(args.model, args.trust_remote_code, chat_template=args.chat_template)
+    return with_trained(base, trained, args.lora, args.out)
 
 
 def evaluate_run(run, args):

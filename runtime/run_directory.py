@@ -424,6 +424,36 @@ def finish_checkpoint(out, aside, path, progress):
         remove(old)
 
 
+def run_of_checkpoint(name):
+    """The directory of the run of which `name` is a checkpoint; None for anything else."""
+    path = Path(name).absolute()
+    if (path / "progress.json").is_file():
+        return path.parents[1]
+    return None
+
+
+def trained_weights(path):
+    """The parameters that a checkpoint holds, {name: tensor}, whole, on the CPU; no other process takes part.
+    Raises InputError if they cannot be read."""
+    import torch.distributed.checkpoint as dcp
+    state = {}
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            reader = dcp.HuggingFaceStorageReader(str(path))
+            for name, tensor in reader.read_metadata().state_dict_metadata.items():
+                if name.startswith("model."):
+                    state[name] = torch.full(tensor.size, math.nan, dtype=tensor.properties.dtype)
+            dcp.load(state, no_dist=True, storage_reader=reader)
+    except (Exception, dcp.CheckpointException) as error:              # the latter is no Exception
+        raise InputError(f"{path} cannot be read ({first_line(error)})") from None
+    weights = {}
+    for name, value in state.items():
+        weights[name.removeprefix("model.")] = value
+        if value.isnan().any():
+            raise InputError(f"{path} cannot be read (a part of {name} is missing, or not finite)")
+    return weights
+
+
 def resume(path, recorded, policy, optimizer, scheduler):
     """Continue from the checkpoint `path`: weights, optimizer, scheduler and logs as they were; returns the
     progress. Raises InputError if the data, or arguments other than `may_change`, have changed."""

@@ -1,18 +1,23 @@
-"""OUT/model: a whole model, in the files that other tools read."""
-import torch
+"""What a run leaves that can be used as a model: OUT/model, in the files that other tools read, and each of
+its checkpoints, which holds what was trained of a base model."""
+from pathlib import Path
+
 from safetensors.torch import save_file
 
+from runtime.command_line import InputError, foreign
 from runtime.processes import fails_together, rank
-from runtime.run_directory import read_json, write_directory, write_json
+from runtime.run_directory import (
+    fingerprint_files, is_run_directory, read_json, run_of_checkpoint, write_directory, write_json)
+from runtime.settings import Settings, read_settings
 
 # Transformers 4 knows these models, whose layers of different kinds have different rotary angles.
 LAYER_KINDS = ("gemma3_text", "gemma3n_text", "olmo3")
 
 
 @fails_together                                        # and no process leaves before it is there
-def save_model(policy, tokenizer, out, load_base):
-    """Write out/model, a whole model that any tool loads: of a policy with an adapter the base, from
-    `load_base`, with the adapter merged in; the adapter is in out/adapter. All processes take part."""
+def save_model(policy, tokenizer, out, merge):
+    """Write out/model, a whole model that any tool loads. Of a policy with an adapter it is what `merge`
+    makes of {name: trained weight}; the adapter itself is in out/adapter. All processes take part."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     names = {name for name, _ in policy.named_parameters()}            # of tied ones, one
@@ -21,9 +26,11 @@ def save_model(policy, tokenizer, out, load_base):
     if rank() == 0:
         if hasattr(policy, "peft_config"):
             save_adapter(policy, state, out)
-            others = trained_beside_adapter(policy, state)
-            policy, state = merged(load_base(), out / "adapter"), None
-            policy.load_state_dict(others, strict=False)
+            trained = {}
+            for name, parameter in policy.named_parameters():
+                if parameter.requires_grad:
+                    trained[name] = state[name]
+            policy, state = merge(trained), None
 
         def write(aside):
             policy.save_pretrained(aside, state_dict=state)
@@ -77,12 +84,6 @@ def add_rotary_keys(config):
         config["rotary_emb_base"], config["rotary_pct"] = rope["rope_theta"], rope["partial_rotary_factor"]
 
 
-def trained_beside_adapter(policy, state):
-    """The weights that were trained and are not the adapter's, as a classifier's head."""
-    names = [name for name, parameter in policy.named_parameters() if parameter.requires_grad]
-    return {name: state[name] for name in names if "lora_" not in name}
-
-
 def save_adapter(policy, state, out):
     """Write out/adapter, as PeftModel reads it."""
     from peft import get_peft_model_state_dict
@@ -97,7 +98,21 @@ def save_adapter(policy, state, out):
     write_directory(out / "adapter", write)
 
 
-def merged(base, adapter):
-    """The base model with the adapter of this directory in its weights."""
-    from peft import PeftModel
-    return PeftModel.from_pretrained(base, adapter).merge_and_unload()
+def base_of(name):
+    """The Settings model, lora and chat_template of the run that wrote the checkpoint `name`; None if `name`
+    is no checkpoint. The model is the directory of the run's base. Raises InputError if the base is not on
+    this machine, or no longer what it was."""
+    out = run_of_checkpoint(name)
+    if out is None:
+        return None
+    if not is_run_directory(out):
+        raise InputError(f"{name} is a checkpoint, and {out}/args.json, which names its base, is no run's")
+    settings = Settings(**read_settings(out / "args.json", Settings, "model", "lora", "chat_template"))
+    base = settings.model
+    if not Path(str(base)).is_dir():
+        from transformers.utils import cached_file
+        with foreign(f"{name}: its base {base} is not on this machine"):
+            settings.model = str(Path(cached_file(base, "config.json", local_files_only=True)).parent)
+    if fingerprint_files(settings.model) != read_json(out / "args.json").get("model_sha256"):
+        raise InputError(f"{name}: the files of its base {base} have changed since the run began")
+    return settings

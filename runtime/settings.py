@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from runtime.command_line import InputError
-from runtime.run_directory import is_run_directory, read_json
+from runtime.run_directory import is_run_directory, read_json, run_of_checkpoint
 
 
 def setting(default, help=None, low=-math.inf, high=math.inf, choices=None, metavar=None, may_change=False):
@@ -120,12 +120,17 @@ def read_settings(file, cls, *names):
 
 
 def read_run(path, cls, *names):
-    """(a model's directory or hub name, {name: value} of these fields): for a run's directory its model and
-    its settings, for a checkpoint itself and {}. Raises InputError for a run that has no model yet."""
+    """(a model's directory or hub name, {name: value} of these fields of its run): for a run's directory its
+    model, for one of its checkpoints the checkpoint, for any other model itself and {}. Raises InputError for
+    a run that has no model yet."""
+    run = run_of_checkpoint(path)
+    if run is not None:
+        return str(path), read_settings(run / "args.json", cls, *names)
     if Path(path, "args.json").is_file() and Path(path, "model").is_dir():
         return str(Path(path, "model")), read_settings(Path(path, "args.json"), cls, *names)
     if is_run_directory(Path(path)):
-        raise InputError(f"{path} has no model yet; it is in training, or waits for --resume")
+        raise InputError(f"{path} has no model yet; it is in training, or waits for --resume; a directory in "
+                         f"{path}/checkpoints can be evaluated")
     return str(path), {}
 
 

@@ -8,7 +8,8 @@ import sail
 
 ROOT = Path(sail.__file__).parent
 RUNTIME = ("runtime.command_line", "runtime.intervals", "runtime.processes", "runtime.run_directory",
-           "runtime.saved_model", "runtime.settings", "runtime.optimizer", "runtime.packing", "runtime.training", "runtime.compare")
+           "runtime.settings", "runtime.saved_model", "runtime.optimizer", "runtime.packing",
+           "runtime.training", "runtime.compare")
 ORDER = (*RUNTIME, "formats", "data", "generate", "reward", "evaluate", "toy", "sail")  # each uses earlier
 TEXTS = {name: (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8") for name in ORDER}
 TREES = {name: ast.parse(text) for name, text in TEXTS.items()}

@@ -78,7 +78,7 @@ def on_two_ranks(base, tmp_path_factory):
     """The directory with the results of RUNS; `continued` is what one process left after its second step."""
     path = tmp_path_factory.mktemp("ranks")
     base = shutil.copytree(base, path / "base")
-    GenerationConfig(eos_token_id=[1, 3]).save_pretrained(base)        # config.json has 1 alone
+    GenerationConfig(eos_token_id=[1, 2]).save_pretrained(base)        # config.json has 1 alone
     run(str(base), path / "continued", *SFT)
     shutil.rmtree(path / "continued/checkpoints/4")
     shutil.copy(path / "continued/metrics.jsonl", path / "continued/before.jsonl")
@@ -104,7 +104,7 @@ def test_a_rank_without_weights_does_as_the_first_has_found_out(on_two_ranks):
     """Whether rows can be packed, and what ends a response, of which config.json says less."""
     ranks = [json.loads((on_two_ranks / f"pr/bytes-{rank}.json").read_text()) for rank in (0, 1)]
     assert [rank["packed"] for rank in ranks] == [True, True]
-    assert [rank["ends"] for rank in ranks] == [[1, 3], [1, 3]]
+    assert [rank["ends"] for rank in ranks] == [[1, 2], [1, 2]]
 
 
 @pytest.mark.parametrize("name", ["full", "full shard", "lora", "lora shard"])
@@ -147,6 +147,11 @@ def test_a_sharded_adapter_trains_on_a_base_that_is_held_in_bfloat16(on_two_rank
     held, whole = (json.loads((on_two_ranks / name / "bytes-0.json").read_text())["weights"]
                    for name in ("lora bfloat16", "lora shard"))
     assert held < 0.8 * whole
+
+
+def test_a_sharded_checkpoint_is_a_whole_model_for_one_process(on_two_ranks):
+    whole, last = (weights(on_two_ranks / "sft" / name) for name in ("model", "checkpoints/4"))
+    assert largest_difference(whole, last) == 0
 
 
 def test_a_sharded_checkpoint_is_continued_by_one_process(on_two_ranks):
