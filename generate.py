@@ -561,7 +561,7 @@ def main():
     model, tokenizer = load_answerer(args)
     torch.manual_seed(seeded("answers", args.seed))
     rows, counts = answer(model, tokenizer, prompts, args.temperature, args, args.n)
-    print(f"{len(rows) // args.n} prompts asked; {format_counts(counts)}")
+    print(f"{len(rows) // args.n} prompts asked; dropped, cut or altered: {format_counts(counts)}")
     write_rows(args.out, rows)
     print(f"{len(rows)} responses in {args.out}, {sum(row['finished'] for row in rows)} of them finished")
 
