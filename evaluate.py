@@ -18,7 +18,7 @@ from runtime.compare import (
     are_figures, compare, frontier, print_samples, print_table, refuse_comparison, write_figures)
 from runtime.intervals import few, mean_of, means_of_prompts, prefers_chosen, share_of, win_figures
 from runtime.processes import computing_in, default_dtype, progress
-from runtime.run_directory import fingerprint_files, read_json, refuse_output
+from runtime.run_directory import fingerprint_files, read_json, refuse_output, run_of_checkpoint
 from runtime.settings import Objective, Parser, Settings, read_run, same_as, setting
 from runtime.training import micro_batches
 
@@ -179,7 +179,7 @@ def find_run(path, given):
     if ".py:" in (settings.reward or "") and "reward" not in given:
         raise InputError(f"{path}: its reward, {settings.reward}, is code; it runs only if --reward names it")
     if settings.reference and "reference" not in given:
-        refuse_replaced(run, settings.reference)
+        refuse_replaced(run_of_checkpoint(path) or Path(path), settings.reference)
     return model, settings
 
 
