@@ -239,13 +239,16 @@ def test_a_steps_figures_are_means_over_what_they_are_of():
 
 def test_a_steps_sums_are_of_what_it_has_worked_on():
     """Of SFT, which sees the chosen responses alone, too."""
-    pairs = [Pair("", "", "", [1] * 2, [1] * 3, [1] * 5, rewards=(1.0, 1.0)),
-             Pair("", "", "", [1] * 4, [1], [1] * 7, rewards=(2.0, 0.5)),
+    pairs = [Pair("", "", "", [1] * 2, [1] * 3, [1] * 5, rewards=(1.0, 1.0), samples=2, sampled_tokens=8,
+                  unfinished=2, cut_for_reward=2),
+             Pair("", "", "", [1] * 4, [1], [1] * 7, rewards=(2.0, 0.5), samples=1, sampled_tokens=7,
+                  unfinished=1, cut_for_reward=1),
              Pair("", "", "", [1], [1], [1], rewards=(3.0, 1.0))]
     for likelihood, tokens in ((True, 2 + 3 + 4 + 1 + 2), (False, 2 * (2 + 4) + 3 + 1 + 5 + 7 + 4)):
         totals = sail.counts_of(pairs, likelihood)
         assert totals["tokens"] == tokens and totals["chosen_tokens"] == 5
-        assert totals["ties"] == 1 and totals["reward"] == 8.5
+        assert totals["ties"] == 1 and totals["reward"] == 8.5 and totals["cut_for_reward"] == 3
+        assert (totals["samples"], totals["sampled_tokens"], totals["unfinished"]) == (3, 15, 3)
 
 
 def test_what_is_not_finite_is_written_as_null(tmp_path):

@@ -290,7 +290,9 @@ def test_non_finite_gradients_are_skipped_counted_and_stop_the_run_after_ten(bas
         run(base, tmp_path / "many", "--variant", "dpo", "--steps", "20")
 
 
-def test_the_baseline_follows_the_utility_of_past_fresh_pairs(base, tmp_path, monkeypatch):
+@pytest.mark.parametrize("loss_type, f_zero", [("sigmoid", -math.log(2)), ("ipo", -1.0), ("hinge", -1.0)])
+def test_the_baseline_follows_the_utility_of_past_fresh_pairs(loss_type, f_zero, base, tmp_path, monkeypatch):
+    """It begins at f(0); of IPO at β 0.5, that is −1."""
     seen = []
 
     def watched(policy, reference, pairs, method, baseline, dtype):
@@ -301,8 +303,8 @@ def test_the_baseline_follows_the_utility_of_past_fresh_pairs(base, tmp_path, mo
     original = sail.preference_losses
     monkeypatch.setattr(sail, "preference_losses", watched)
     run(base, tmp_path, "--variant", "pr", "--mix", "0.5", "--learning-rate", "1e-2",
-        "--max-response-length", "8")
-    assert seen[0][0] == pytest.approx(-math.log(2)) and seen[1][1] != pytest.approx(seen[1][0], abs=1e-4)
+        "--max-response-length", "8", "--loss-type", loss_type)
+    assert seen[0][0] == pytest.approx(f_zero) and seen[1][1] != pytest.approx(seen[1][0], abs=1e-4)
     for (baseline, utility), (later, _) in itertools.pairwise(seen):
         assert later == pytest.approx(baseline + 0.1 * (utility - baseline), abs=1e-6)
 
