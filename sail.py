@@ -490,7 +490,7 @@ def response_tokens(pair):
 def counts_of(pairs, likelihood):
     """What a step works on, as sums: pairs, tokens, and the number, length and reward of the samples."""
     totals = Counter(pairs=len(pairs), tokens=0, chosen_tokens=0, samples=0, sampled_tokens=0, unfinished=0,
-                     ties=0, cut_for_reward=0, reward=0.0)
+                     scored=0, ties=0, cut_for_reward=0, reward=0.0)
     for pair in pairs:
         totals["tokens"] += len(pair.prompt_ids) + len(pair.chosen_ids)
         if not likelihood:
@@ -499,6 +499,7 @@ def counts_of(pairs, likelihood):
         totals["samples"] += pair.samples
         totals["sampled_tokens"] += pair.sampled_tokens
         totals["unfinished"] += pair.unfinished
+        totals["scored"] += len(pair.rewards)
         totals["reward"] += sum(pair.rewards)
         totals["cut_for_reward"] += pair.cut_for_reward
         if pair.rewards and pair.rewards[0] == pair.rewards[1]:
@@ -520,15 +521,15 @@ def record_of(step, totals, method, figures):
                  "chosen_implicit_reward", "rejected_implicit_reward", "on_policy", "self_labelled"):
         record[name] = mean(name)
     record["kl"] = mean("kl", "on_policy")
-    record["reward"] = mean("reward", "samples") if variant.label == "reward" else None
+    record["reward"] = mean("reward", "samples") if totals["scored"] else None
     record["response_length"] = mean("sampled_tokens", "samples")
     record["unfinished"] = mean("unfinished", "samples")
     record["entropy"] = mean("sampled_nll", "sampled_tokens")          # of the policy, estimated from samples
     record["label_reversed"] = mean("label_reversed", "self_labelled")
     record["nll"] = mean("nll", "offline")
     record["revkl"] = mean("revkl") if method.revkl_coef else None
-    record["ties"] = totals["ties"]
-    record["cut_for_reward"] = totals["cut_for_reward"]
+    record["ties"] = totals["ties"] if totals["scored"] else None
+    record["cut_for_reward"] = totals["cut_for_reward"] if totals["scored"] else None
     record["tokens"] = round(totals["tokens"])
     return {**record, **figures}
 

@@ -89,6 +89,18 @@ def test_a_preference_labels_without_a_reward_and_may_be_cyclic(tmp_path):
     assert [pair.rewards for pair in pairs] == [()] * 4
 
 
+def test_what_no_reward_has_measured_is_null_and_is_not_printed(base, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def first(prompts, *responses):\n    return [1.0] * len(prompts)\n")
+    sail_main(["--variant", "online-dpo", "--mix", "1", "--model", base, "--preference",
+               f"{tmp_path}/mine.py:first", "--data", f"{base}/toy-pairs.jsonl", "--max-prompt-length", "12",
+               "--max-response-length", "6", "--batch-size", "4", "--steps", "1", "--eval-every", "0",
+               "--eval-limit", "2", "--out", str(tmp_path / "run")])
+    row = json.loads((tmp_path / "run/metrics.jsonl").read_text())
+    assert row["reward"] is row["ties"] is row["cut_for_reward"] is None and row["response_length"] > 0
+    line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/1")]
+    assert "reward" not in line and "response_length" in line
+
+
 @pytest.mark.parametrize("body, message", [
     ("[0.5]", "preference .*returned 1 scores for 2 responses"),
     ("[0.5, 1.01]", r"\[0.5, 1.01\]…; want a finite one from 0 to 1 each"),

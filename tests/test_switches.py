@@ -229,8 +229,8 @@ def test_steps_that_are_not_finite_count_only_in_a_row(base, tmp_path, monkeypat
 
 def test_a_steps_figures_are_means_over_what_they_are_of():
     totals = Counter(pairs=10, on_policy=4, self_labelled=5, offline=6, samples=8, sampled_tokens=40,
-                     unfinished=2, reward=16.0, kl=2.0, nll=3.0, loss=7.0, label_reversed=1, ties=3,
-                     tokens=99)
+                     unfinished=2, scored=8, reward=16.0, kl=2.0, nll=3.0, loss=7.0,
+                     label_reversed=1, ties=3, tokens=99)
     row = record_of(3, totals, sail_args(["--variant", "pr"]), {"grad_norm": 2.5})
     wanted = dict(step=3, loss=0.7, kl=0.5, reward=2.0, response_length=5.0, unfinished=0.25, nll=0.5,
                   on_policy=0.4, self_labelled=0.5, label_reversed=0.2, ties=3, tokens=99, grad_norm=2.5)
