@@ -269,11 +269,11 @@ def refuse_earlier_run(out, args, checkpoint):
     """Raises InputError if `out` holds a run that nobody asked to replace or to continue."""
     if args.overwrite or not (checkpoint or (out / "model").exists()):
         return
-    continues = "it has no checkpoint to --resume, "
     if checkpoint:
-        continues = "--resume continues it, "
-    raise InputError(f"{out} holds an earlier run; --overwrite replaces it, {continues}"
-                     "another --out keeps it")
+        raise InputError(f"{out} holds an earlier run; --overwrite replaces it, --resume continues it, "
+                         "another --out keeps it")
+    raise InputError(f"{out} holds a finished run without a checkpoint, which --resume cannot continue; "
+                     f"--model {out}/model --out ANOTHER trains on from its end, --overwrite replaces it")
 
 
 def start_afresh(out, args):

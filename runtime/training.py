@@ -116,8 +116,12 @@ def is_stopped(loop):
 def end_early(loop):
     """Say how to go on, and end the process."""
     step = loop.progress["step"]
+    users = "evaluate.py and generate.py take it as a model"
+    if loop.name == "reward":
+        users = "sail.py and reward.py take it as a --reward"
     if step:
-        print0(f"stopped after step {step}, which is saved; --resume continues")
+        print0(f"stopped after step {step}, which is saved in {loop.out}/checkpoints/{step}; --resume "
+               f"continues, and {users}")
     else:
         print0("stopped before the first step; the same command begins again")
     raise SystemExit(loop.stop.exit_status or 0)

@@ -295,7 +295,8 @@ def test_a_stopped_training_goes_on_as_if_unbroken(checkpoint, pairs, tmp_path, 
         assert stop.value.code == 0
         del stop
         assert not (tmp_path / "stopped/model").exists()
-        assert "stopped after step 2, which is saved; --resume continues" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "checkpoints/2; --resume continues, and sail.py and reward.py take it" in said
         gc.collect()                                       # the traceback holds the lock
         trained(monkeypatch, checkpoint, pairs, tmp_path / "stopped", *common, "--resume")
     finally:

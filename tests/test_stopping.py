@@ -69,7 +69,9 @@ def test_a_finished_run_is_refused_with_what_to_type_and_stays(run, monkeypatch,
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     shutil.rmtree(out / "checkpoints")
     message = refused(argv, monkeypatch, capsys)
-    assert "--overwrite replaces it, it has no checkpoint to --resume, another --out keeps it" in message
+    assert "holds a finished run without a checkpoint, which --resume cannot continue" in message
+    assert f"--model {out}/model --out ANOTHER trains on from its end, --overwrite replaces it" in message
+    assert refused([*argv, "--steps", "8", "--resume"], monkeypatch, capsys) == message
 
 
 def test_overwrite_removes_the_old_run_as_a_whole_before_the_first_step(run, monkeypatch, capsys):
@@ -130,7 +132,10 @@ def interrupted(base, out, *more):
 def test_ctrl_c_finishes_the_step_saves_says_how_to_go_on_and_exits_with_130(base, tmp_path):
     done = subprocess.run(interrupted(base, tmp_path / "run"), text=True, capture_output=True, timeout=100)
     assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
-    assert done.stdout.endswith("stopped after step 2, which is saved; --resume continues\n")
+    checkpoint = f"{tmp_path}/run/checkpoints/2"
+    assert done.stdout.endswith(f"stopped after step 2, which is saved in {checkpoint}; --resume continues, "
+                                "and evaluate.py and generate.py take it as a model\n")
+    assert load_policy(checkpoint)
     assert len(rows_of(tmp_path / "run")) == 2 and not (tmp_path / "run/model").exists()
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["2"]
 
