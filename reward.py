@@ -499,7 +499,7 @@ def train_reward(args):
             batch = [pairs[place] for place in places]
             figures, step.finite = reward_step(model, batch, optimizer, scheduler, args)
             step.record = {"step": step.number, **figures}
-        save_model(model, tokenizer, out, lambda trained: merged(trained, args))
+        save_model(model, tokenizer, args, lambda trained: merged(trained, args))
     print0(f"saved {out}/model; sail.py --variant pr --reward {out}/model uses it")
     return model
 

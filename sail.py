@@ -564,7 +564,7 @@ def train(args):
             data_pairs, variant_pairs = share_of_process(*drawn)
             totals, step.finite, figures = training_step(run, data_pairs, variant_pairs, args)
             step.record = record_of(step.number, totals, args, figures)
-        save_model(run.policy, run.tokenizer, out, lambda trained: merged(trained, args))
+        save_model(run.policy, run.tokenizer, args, lambda trained: merged(trained, args))
     command = f"python evaluate.py {out}"
     if ".py:" in (args.reward or ""):
         command += f" --reward {args.reward}"
@@ -690,6 +690,10 @@ def print_plan(run, counts, held_out_counts, lengths, total, count, args):
 @dataclass
 class Arguments(Settings, Method):
     """All settings of a run."""
+
+    @property
+    def unused(self):
+        return VARIANTS[self.variant].unused
 
 
 def parse_args(argv=None, **unflagged):

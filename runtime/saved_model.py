@@ -1,28 +1,36 @@
 """What a run leaves that can be used as a model: OUT/model, in the files that other tools read, and each of
 its checkpoints, which holds what was trained of a base model."""
+import json
+import math
+import shlex
+from dataclasses import fields
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from runtime.command_line import InputError, foreign
+from runtime.intervals import format_figure
 from runtime.processes import fails_together, rank
 from runtime.run_directory import (
-    fingerprint_files, is_run_directory, read_json, run_of_checkpoint, write_directory, write_json)
-from runtime.settings import Settings, read_settings
+    fingerprint_files, is_run_directory, read_json, run_of_checkpoint, write_directory, write_json,
+    write_text)
+from runtime.settings import Settings, flag_of, read_settings
 
 # Transformers 4 knows these models, whose layers of different kinds have different rotary angles.
 LAYER_KINDS = ("gemma3_text", "gemma3n_text", "olmo3")
 
 
 @fails_together                                        # and no process leaves before it is there
-def save_model(policy, tokenizer, out, merge):
-    """Write out/model, a whole model that any tool loads. Of a policy with an adapter it is what `merge`
-    makes of {name: trained weight}; the adapter itself is in out/adapter. All processes take part."""
+def save_model(policy, tokenizer, args, merge):
+    """Write OUT/model, a whole model that any tool loads. Of a policy with an adapter it is what `merge`
+    makes of {name: trained weight}; the adapter itself is in OUT/adapter. args: the run's settings. All
+    processes take part."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     names = {name for name, _ in policy.named_parameters()}            # of tied ones, one
     names |= {name for name, _ in policy.named_buffers()}
     state = {name: value for name, value in state.items() if name in names}
+    out = Path(args.out)
     if rank() == 0:
         if hasattr(policy, "peft_config"):
             save_adapter(policy, state, out)
@@ -36,6 +44,7 @@ def save_model(policy, tokenizer, out, merge):
             policy.save_pretrained(aside, state_dict=state)
             tokenizer.save_pretrained(aside)
             add_keys_of_version_4(aside)
+            write_text(aside / "README.md", model_card(args))
 
         write_directory(out / "model", write)
 
@@ -83,6 +92,70 @@ def add_rotary_keys(config):
     if config.get("model_type") == "gpt_neox":             # as Pythia: it reads two names of its own
         config["rotary_emb_base"], config["rotary_pct"] = rope["rope_theta"], rope["partial_rotary_factor"]
 
+
+# --- its README.md ------------------------------------------------------------------------------------------
+
+def model_card(args):
+    """The text of a saved model's README.md: its base, method and data, the command, and the last held-out
+    figures of the run with the settings `args`."""
+    front, origin = "", origin_of(args.model)
+    if not Path(origin).exists():                          # the hub refuses a card whose base is a directory
+        front = f"base_model: {origin}\n"
+    what, how = "A reward model", "Bradley-Terry's likelihood"
+    if hasattr(args, "variant"):
+        what = "A language model"
+        how = f"`--variant {args.variant}` of SAIL's implementation (arXiv 2406.15567)"
+    command, without_flag = command_of(args)
+    return (f"---\n{front}library_name: transformers\n---\n\n# {Path(args.out).resolve().name}\n\n"
+            f"{what}: `{args.model}`, trained with {how} on `{args.data}`:\n\n    {command}\n\n"
+            f"Settings that have no flag: {without_flag}.\n\n{last_figures(Path(args.out))}\n")
+
+
+def origin_of(model):
+    """The hub name or directory that the run which wrote a model began with, or an earlier run before it."""
+    for _ in range(100):                                   # args.json of a foreign run may name itself
+        out = run_of_checkpoint(model)
+        if Path(model).name == "model" and is_run_directory(Path(model).parent):
+            out = Path(model).parent
+        if out is None:
+            break
+        model = read_settings(out / "args.json", Settings, "model").get("model", model)
+    return model
+
+
+def command_of(args):
+    """(the command line of a run with these settings, its other settings, as text)."""
+    words = ["python", "sail.py" if hasattr(args, "variant") else "reward.py"]
+    without_flag = []
+    for field in fields(args):
+        value = getattr(args, field.name)
+        has_no_effect = field.metadata["may_change"] or field.name in args.unused
+        if value == field.default or has_no_effect:
+            continue
+        if field.metadata["help"] is None:
+            without_flag.append(f"{field.name} {value}")
+            continue
+        words.append(flag_of(field.name))
+        if value is not True:
+            words.append(str(value))
+    return shlex.join(words), ", ".join(without_flag)
+
+
+def last_figures(out):
+    """A sentence with the last figures in a run's eval.jsonl."""
+    rows = (out / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+    if not rows:
+        return "No pair was held out, so nothing was measured."
+    row, figures = json.loads(rows[-1]), []
+    for name, value in row.items():
+        if value is not None and f"{name}_interval" in row:
+            low, high = row[f"{name}_interval"] or (math.nan, math.nan)
+            figures.append(f"{name} {format_figure(value, low, high)}")
+    return (f"Held-out figures after step {row['step']}, on {row['prompts']} prompts, with 95 % intervals: "
+            f"{', '.join(figures)}.")
+
+
+# --- adapters, and what a checkpoint was trained of ---------------------------------------------------------
 
 def save_adapter(policy, state, out):
     """Write out/adapter, as PeftModel reads it."""

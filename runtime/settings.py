@@ -189,6 +189,7 @@ class Settings:
                                      may_change=True)
     resume: bool = setting(False, "continue from OUT's newest checkpoint, if any", may_change=True)
     overwrite: bool = setting(False, "delete an earlier run in OUT before starting", may_change=True)
+    unused = frozenset()                        # the names of settings that have no effect beside the others
 
 
 def may_change(settings):

@@ -1,13 +1,17 @@
 """OUT/model, as other tools read it."""
 import json
+import shlex
 import shutil
+from dataclasses import asdict, fields, replace
 
 import pytest
 import torch
 from conftest import END, EOS, TEMPLATE, byte_tokenizer, sail_main, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from runtime.saved_model import add_keys_of_version_4
+import reward
+import sail
+from runtime.saved_model import add_keys_of_version_4, model_card
 
 LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=16)
@@ -104,3 +108,49 @@ def test_other_tools_stop_at_the_end_tokens_of_training(checkpoint, held_out, tm
     prompt = torch.tensor([[5, 6, 7]])
     answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=40)
     assert answer[0, -1] == END and len(answer[0]) < 40
+
+
+# --- its README.md
+
+def test_the_card_names_base_method_data_command_and_the_last_figures(finished, base):
+    card = (finished / "model/README.md").read_text()
+    settings = json.loads((finished / "args.json").read_text())
+    last = json.loads((finished / "eval.jsonl").read_text().splitlines()[-1])
+    assert card.startswith("---\nlibrary_name: transformers\n---\n\n# run\n")   # a directory is no hub name
+    assert f"`{base}`, trained with `--variant dpo`" in card and f"on `{settings['data']}`" in card
+    assert f"after step {last['step']}, on {last['prompts']} prompts" in card
+    assert f"loss {last['loss']:.3f}" in card and f"kl {last['kl']:.3f}" in card
+    assert card.count("\n") < 20
+    command, = [line.strip() for line in card.splitlines() if line.startswith("    python sail.py")]
+    again = sail.parse_args(shlex.split(command)[2:])
+    for name, value in vars(again).items():
+        if name not in ("schedule", "limit", "date", "out"):           # only the last one has a flag
+            assert value == settings[name], name
+    assert "limit 40" in card and "date 20" in card
+
+
+def test_the_card_names_the_hub_model_that_the_runs_began_with(finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "sft")
+    args = sail.Arguments(**{field.name: value for field in fields(sail.Arguments)
+                             for value in [json.loads((out / "args.json").read_text())[field.name]]})
+    hub = replace(args, model="owner/name", out=str(out))
+    assert model_card(hub).startswith("---\nbase_model: owner/name\nlibrary_name: transformers\n---\n")
+    (out / "args.json").write_text(json.dumps({**asdict(hub), "may_change": []}))
+    later = replace(args, model=f"{out}/model", out=str(finished))     # that run's model was its start
+    assert "base_model: owner/name\n" in model_card(later) and f"`{out}/model`, trained" in model_card(later)
+    (out / "args.json").write_text(json.dumps({**asdict(later), "may_change": []}))            # a circle
+    assert "base_model" not in model_card(later)
+    (finished / "eval.jsonl").rename(tmp_path / "eval.jsonl")
+    try:
+        (finished / "eval.jsonl").write_text("")
+        assert "nothing was measured" in model_card(args)
+    finally:
+        (tmp_path / "eval.jsonl").replace(finished / "eval.jsonl")
+
+
+def test_a_reward_models_card_says_that_it_is_one(checkpoint, held_out, tmp_path):
+    reward.main(["--train", "--model", str(checkpoint), "--data", held_out, "--steps", "1", "--batch-size",
+                 "4", "--max-length", "60", "--out", str(tmp_path / "rm")])
+    card = (tmp_path / "rm/model/README.md").read_text()
+    assert f"A reward model: `{checkpoint}`, trained with Bradley-Terry's likelihood on `{held_out}`" in card
+    assert "    python reward.py --model" in card and "--train" in card and "accuracy" in card
