@@ -1,17 +1,20 @@
 """The text that is trained is the text that is scored, judged and shown, whatever the chat template adds to
 it or takes from it."""
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 from conftest import TEMPLATE, byte_tokenizer
-
-from formats import TextPair
 from test_errors import fails
 from test_real_data import PLAIN, SYSTEM, Q, sentencepiece, turn
 
 import data
-from data import encode, end_token_ids, load_tokenizer, render, response_text
+import generate
+from data import SIDES, encode, end_token_ids, load_tokenizer, render, response_text
+from formats import TextPair
 from runtime.command_line import InputError
+from runtime.settings import Settings
 
 # --- stand-ins with the traits of seven families' templates
 
@@ -300,3 +303,16 @@ def test_the_report_says_what_is_left_and_which_labels_are_soft(tmp_path, monkey
     argv = ["data.py", str(tmp_path / "rows.jsonl"), "--chat-template", "none"]
     message = fails(data.main, argv, monkeypatch, capsys)
     assert "--chat-template: it renders in the tokens of a --model" in message
+
+
+@every_family
+def test_a_reward_sees_the_answer_of_a_sample_without_what_the_template_writes(family, monkeypatch):
+    """The sampler is made to draw what training would train for the same answer."""
+    tokenizer = tokenizer_of(family)
+    example, _ = encode_one(TextPair("What is 4 * 8?", "It is 32.", "No."), tokenizer)
+    drawn = [[example.chosen_ids, example.rejected_ids]]
+    monkeypatch.setattr(generate, "sample", lambda *_, **__: (drawn, [[True, True]]))
+    model = torch.nn.Linear(1, 1)
+    settings = Settings(max_response_length=50, dtype="float32")
+    pair, = generate.roll_out(model, tokenizer, [replace(example, chosen="", rejected="")], SIDES, settings)
+    assert (pair.chosen, pair.rejected) == ("It is 32.", "No.") == (example.chosen, example.rejected)

@@ -111,11 +111,14 @@ def test_so_it_is_of_samples(sides, mine):
     tokenizer = byte_tokenizer()
     model = prepare(tiny_model(), tokenizer)
     torch.manual_seed(0)
-    pairs = [Pair("Q", "data", "data", [10, 11], [7, EOS], [8], finished=(True, False)) for _ in range(60)]
+    pairs = [Pair("Q", "data", "data", [10, 11], [7, EOS], [8], finished=(True, False), preference=0.7)
+             for _ in range(60)]
     rolled = roll_out(model, tokenizer, pairs, sides, Settings(max_response_length=100, dtype="float32"))
     for pair in rolled:
         assert pair.finished == (pair.chosen_ids[-1] == EOS, pair.rejected_ids[-1] == EOS)
+        assert (pair.samples, pair.unfinished) == (len(sides), pair.finished[-len(sides):].count(False))
     assert {done for pair in rolled for done in pair.finished} == {True, False}
+    assert {pair.preference for pair in rolled} == {1.0}               # the file's label was another response's
     label_by_reward(rolled, load_reward(mine + "score"))
     assert all(pair.rewards == tuple(map(float, pair.finished)) for pair in rolled)
 

@@ -785,12 +785,17 @@ def test_the_seeds_of_a_method_may_have_a_reference_each(tmp_path, capsys):
     assert "sft-s0/model (22222222), reference sft-s1/model (22222222); β 0.1" in shown
 
 
-def test_a_model_with_another_vocabulary_than_the_reference_is_refused(monkeypatch, base, checkpoint,
-                                                                       held_out):
+def test_a_model_with_another_vocabulary_than_the_reference_is_refused(monkeypatch, base, held_out, tmp_path):
+    """One of as many tokens, of which two have changed places."""
+    other = shutil.copytree(base, tmp_path / "other")
+    tokens = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["soup"], vocabulary["tea"] = vocabulary["tea"], vocabulary["soup"]
+    (other / "tokenizer.json").write_text(json.dumps(tokens))
     with pytest.raises(InputError, match="another vocabulary than the reference"):
-        run_evaluate(monkeypatch, base, checkpoint, "--eval-limit", "4", *SMALL, "--eval-data", held_out)
+        run_evaluate(monkeypatch, base, other, "--eval-limit", "4", *SMALL, "--eval-data", held_out)
     with pytest.raises(InputError, match="--reference .* has another vocabulary than --model"):
-        sail_main(["--variant", "dpo", "--model", base, "--reference", str(checkpoint)])
+        sail_main(["--variant", "dpo", "--model", base, "--reference", str(other)])
 
 
 # --- wins
