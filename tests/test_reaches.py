@@ -118,7 +118,7 @@ def test_so_it_is_of_samples(sides, mine):
         assert pair.finished == (pair.chosen_ids[-1] == EOS, pair.rejected_ids[-1] == EOS)
         assert (pair.samples, pair.unfinished) == (len(sides), pair.finished[-len(sides):].count(False))
     assert {done for pair in rolled for done in pair.finished} == {True, False}
-    assert {pair.preference for pair in rolled} == {1.0}               # the file's label was another response's
+    assert {pair.preference for pair in rolled} == {1.0}               # the file's was of another response
     label_by_reward(rolled, load_reward(mine + "score"))
     assert all(pair.rewards == tuple(map(float, pair.finished)) for pair in rolled)
 
