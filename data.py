@@ -378,7 +378,9 @@ def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length
         setattr(encoded, side, response_text(tokenizer, kept, prompt_ids))
         changes["truncated_responses"] += len(ids) > max_response_length
         changes["end_token_in_text"] |= any(end in response for end in ends)
-        changes["answers_stripped_by_the_template"] += response not in text
+        without_filler = text.removeprefix(dialogue.filler)
+        changes["answers_stripped_by_the_template"] += (
+            response.removeprefix(dialogue.filler) not in without_filler)
     if encoded.chosen_ids and encoded.chosen_ids == encoded.rejected_ids:
         raise BadRow("same tokens in both responses")
     encoded.finished = tuple(finished)

@@ -31,11 +31,12 @@ FAMILIES = {  # name: (template, special tokens, EOS, the token that closes an a
                  + TURN % "<|open|>{{ m.role }}\n{{ m.content }}<|close|>\n"
                  + "{% if add_generation_prompt %}<|open|>assistant\n{% endif %}",
                  ["<|open|>", "<|close|>"], "<eos>", "<|close|>"),
-    # takes thoughts out of earlier answers, and writes an empty block of them before the last one
+    # takes thoughts out of earlier answers, and new lines off the start of the last one, before which it
+    # writes an empty block of thoughts
     "qwen-3": (TURN % ("<|open|>{{ m.role }}\n{% set own = m.content %}{% if m.role == 'assistant' %}"
                        "{% if not loop.last %}{% set own = own.split('</think>')[-1].lstrip('\n') %}"
                        "{% elif '<think>' not in own %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
-                       "{{ own }}<|close|>\n")
+                       "{{ own.lstrip('\n') if loop.last else own }}<|close|>\n")
                + "{% if add_generation_prompt %}<|open|>assistant\n{% endif %}",
                ["<|open|>", "<|close|>"], "<|close|>", "<|close|>"),
     # writes BOS, merges the system turn with the user's, renames a role, trims
@@ -112,9 +113,10 @@ def test_the_end_of_an_answer_is_the_token_that_closes_it(family):
 def test_white_space_of_an_answer_is_trained_or_counted(family, answer):
     tokenizer = tokenizer_of(family)
     example, counts = encode_one(TextPair([Q], answer, "bad"), tokenizer)
-    assert counts["answers_stripped_by_the_template"] == (family in TRIMS)
-    assert tokenizer.decode(example.chosen_ids).endswith(example.chosen + FAMILIES[family][3])
-    assert example.chosen == (answer.strip() if family in TRIMS else answer)
+    kept = answer.strip() if family in TRIMS else answer.lstrip("\n") if family == "qwen-3" else answer
+    assert example.chosen == kept
+    assert counts["answers_stripped_by_the_template"] == (kept != answer)
+    assert tokenizer.decode(example.chosen_ids).endswith(kept + FAMILIES[family][3])
 
 
 @every_family
