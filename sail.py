@@ -670,12 +670,13 @@ def print_plan(run, counts, held_out_counts, lengths, total, count, args):
     device = run.policy.device
     print0(f"{args.model} on {device} in {args.dtype}: {trained:,} of {size:,} parameters are trained")
     print0(f"chat template: {run.tokenizer.template_name}")
-    print0(f"{args.data}: {len(run.examples)} pairs to train on; {format_counts(counts)}")
+    print0(f"{args.data}: {len(run.examples)} pairs to train on; dropped, cut or altered: "
+           f"{format_counts(counts)}")
     limits = dict(prompt=args.max_prompt_length, chosen=args.max_response_length,
                   rejected=args.max_response_length)
     print0(length_table(lengths, "tokens", limits))
     print0(f"{args.eval_data or 'held out of these'}: {len(run.held_out)} pairs to evaluate on; "
-           f"{format_counts(held_out_counts)}")
+           f"dropped, cut or altered: {format_counts(held_out_counts)}")
     generated = int(total * Fraction(str(args.mix)))
     what = f"{generated} generated"
     if generated and not VARIANTS[args.variant].sampled:

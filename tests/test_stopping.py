@@ -305,16 +305,17 @@ def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_mode
     size = sum(parameter.numel() for parameter in load_policy(base)[0].parameters())
     assert lines[0] == f"{base} on cpu in float32: {size:,} of {size:,} parameters are trained"
     assert lines.pop(1) == "chat template: none"
-    assert lines[1].startswith(f"{base}/toy-pairs.jsonl: 39 pairs to train on; 1 dropped, ")
+    assert lines[1].startswith(f"{base}/toy-pairs.jsonl: 39 pairs to train on; "
+                               "dropped, cut or altered: 1 dropped, ")
     assert lines[2] == "   prompt: tokens median 5, 90 % 6, most 6; 0 of 40 longer than 8"
     assert lines[3].startswith("   chosen: tokens median ")
     assert lines[4].startswith(" rejected: tokens median ")
-    assert re.fullmatch(r"runs/toy/world/held-out.jsonl: 4 pairs to evaluate on; \d truncated_responses",
-                        lines[5])
+    assert re.fullmatch(r"runs/toy/world/held-out.jsonl: 4 pairs to evaluate on; dropped, cut or altered: "
+                        r"\d truncated_responses", lines[5])
     assert lines[6] == f"pr: 2 pairs from the data, 2 generated; 1 steps of 4 -> {tmp_path}/run"
     assert lines[7].startswith("step 1/1 | loss ")
     assert re.fullmatch(r"the first step took [\d.]+ s: about 0 s to go", lines[8])
-    assert lines[9] == "evaluating: a response of up to 6 tokens to each of 4 held-out prompts …"
+    assert lines[9] == "evaluating: 4 responses of up to 6 tokens to 4 held-out prompts …"
     assert lines[-1].startswith(f"saved {tmp_path}/run/model; `python evaluate.py {tmp_path}/run --reward ")
 
 
