@@ -83,6 +83,14 @@ def checkpoint(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def signals_are_heard():
+    """A suite that nohup or a shell's & has started is told to ignore these, and so is all it starts."""
+    for number, usual in ((signal.SIGHUP, signal.SIG_DFL), (signal.SIGINT, signal.default_int_handler)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, usual)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def working_directory(tmp_path_factory):
     """What a run writes below the working directory, as the toy's files, goes away with the tests."""
     os.chdir(tmp_path_factory.mktemp("here"))
