@@ -652,8 +652,10 @@ def load_run(args):
     examples, encoding_counts, lengths = encode(train, tokenizer, *limits)
     counts = encoding_counts + counts
     if held_out:
+        given = len(held_out)
         held_out, encoding_counts, _ = encode(held_out, tokenizer, *limits, args.eval_limit)
         held_out_counts.update(encoding_counts)
+        held_out_counts["unread beyond --eval-limit"] = given - len(held_out) - encoding_counts["dropped"]
     run = Run(policy, reference, tokenizer, reward, examples, held_out, args)
     if ".py:" in args.preference:
         run.preference_function = load_preference(args.preference)

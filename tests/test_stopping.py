@@ -311,7 +311,7 @@ def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_mode
     assert lines[3].startswith("   chosen: tokens median ")
     assert lines[4].startswith(" rejected: tokens median ")
     assert re.fullmatch(r"runs/toy/world/held-out.jsonl: 4 pairs to evaluate on; dropped, cut or altered: "
-                        r"\d truncated_responses", lines[5])
+                        r"\d truncated_responses, 1020 unread beyond --eval-limit", lines[5])
     assert lines[6] == f"pr: 2 pairs from the data, 2 generated; 1 steps of 4 -> {tmp_path}/run"
     assert lines[7].startswith("step 1/1 | loss ")
     assert re.fullmatch(r"the first step took [\d.]+ s: about 0 s to go", lines[8])
