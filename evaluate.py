@@ -118,7 +118,7 @@ def pair_columns(policy, reference, examples, args):
     if examples[0].chosen is None:
         return {}
     chosen_ids = [example.chosen_ids for example in examples]
-    if reference is None:                                   # as in SFT, in nats per token
+    if reference is None:                                   # SFT: nats per token of each response
         logps = response_logps(policy, examples, chosen_ids, args.dtype)
         lengths = torch.tensor(list(map(len, chosen_ids)))
         return {"loss": (-logps / lengths).tolist()}

@@ -495,6 +495,30 @@ def test_each_evaluation_draws_samples_of_its_own(tmp_path, base, held_out):
     assert samples_of(tmp_path / "run") == samples_of(tmp_path / "again")
 
 
+def test_a_run_is_evaluated_as_it_was_trained(tmp_path, base):
+    asked = {"beta": 0.7, "max_prompt_length": 9, "max_response_length": 11, "sample_batch_size": 3,
+             "dtype": "bfloat16"}
+    flags = [text for name, value in asked.items() for text in ("--" + name.replace("_", "-"), str(value))]
+    sail_main(["--variant", "dpo", "--model", base, "--steps", "1", "--eval-limit", "2", "--out",
+               str(tmp_path / "run"), *flags])
+    saved = json.loads((tmp_path / "run/args.json").read_text())
+    _, settings = evaluate.find_run(str(tmp_path / "run"), {"reward": saved["reward"]})
+    for name in ("data", "eval_data", "prefer", "reference", *asked):
+        assert getattr(settings, name) == saved[name], name
+        assert saved[name] == asked.get(name, saved[name])
+
+
+def test_the_held_out_loss_of_sft_is_each_responses_mean_over_its_tokens(base):
+    policy, _ = generate.load_policy(base)
+    examples = [Pair("", "a", prompt_ids=[5, 6], chosen_ids=ids) for ids in ([7, 8], [9, 7, 8, 6, 1])]
+    loss = evaluate.pair_columns(policy, None, examples, sail_args(["--variant", "sft"]))["loss"]
+    for each, example in zip(loss, examples, strict=True):
+        with torch.no_grad():
+            logits = policy(torch.tensor([example.prompt_ids + example.chosen_ids])).logits[0, 1:-1]
+        chosen = torch.tensor(example.chosen_ids)
+        assert each == pytest.approx(torch.nn.functional.cross_entropy(logits, chosen).item(), abs=1e-5)
+
+
 def test_of_few_held_out_prompts_each_is_answered_as_often_as_the_limit_allows(tmp_path, base, capsys):
     rows = grammar_pairs(held_out=True)[:3]
     write_rows(tmp_path / "held-out.jsonl", rows)

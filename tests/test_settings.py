@@ -12,7 +12,7 @@ import reward
 import sail
 from data import Pair
 from reward import label_by_reward
-from runtime.settings import Parser, Settings, flag_of, read_settings, setting
+from runtime.settings import Parser, Settings, flag_of, may_change, read_settings, setting
 from sail import VARIANTS, Arguments, Method, draw_pairs, parse_args, preference_losses, sft_losses
 
 MINE = ["--data", "x.jsonl", "--model", "m", "--reward", "mine.py:score"]
@@ -129,3 +129,8 @@ def test_the_help_names_each_default_once_from_its_declaration(capsys):
     assert "how fast (0.25)" in text and "how many (all)" in text
     assert vars(parser.parse_args([])) == {}
     assert replace(Settings(), steps=3).steps == 3
+
+
+def test_a_resumed_run_may_change_only_what_changes_no_figure():
+    assert set(may_change(Arguments())) == {"micro_batch_size", "gradient_checkpointing", "shard", "out",
+                                            "save_every", "resume", "overwrite"}
