@@ -26,7 +26,7 @@ from runtime.settings import Parser, Settings, same_as, setting
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from formats import BadRow, format_unread, load_pairs, prompt_messages, split_system
+from formats import BEYOND, Account, BadRow, load_pairs, prompt_messages, split_system
 
 SIDES = ("chosen", "rejected")
 
@@ -309,51 +309,51 @@ def fitting_prompt(prompt, tokenizer, limit, lengths=None):
 
 
 def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length, rows=math.inf, limit=None):
-    """(copies of the pairs with their ids, and with the texts of these ids, counts, lengths).
+    """(copies of the pairs with their ids, and with the texts of these ids, Account, lengths).
 
-    Both responses follow the same prompt ids; one that the data lacks has no ids. One longer than
-    max_response_length is cut from the right, and then has no end token. counts: what was cut, pairs with an
-    end token in their text, which cuts them, what the template rewrites, and rows dropped. lengths: {side:
-    tokens before cutting, of each row that could be rendered}. limit: stop after so many. Raises InputError
-    if the model, of `rows` ids, lacks one that occurs."""
-    encoded, counts = [], Counter(dropped=0)
+    Both responses follow the same prompt ids. A response that the data lacks has no ids. A response longer
+    than max_response_length is cut from the right, and then has no end token. lengths: {side: tokens before
+    cutting, of each row that could be rendered}. limit: how many pairs are kept; those beyond are dropped.
+    Raises InputError if an id occurs that the model, of `rows` ids, lacks."""
+    encoded, account = [], Account()
     lengths = {"prompt": [], "chosen": [], "rejected": []}
-    for pair in pairs:
+    for place, pair in enumerate(pairs):
         if len(encoded) == limit:
+            account.dropped[BEYOND] = len(pairs) - place
             break
         try:
             done, changes = encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length,
                                         lengths)
         except BadRow as reason:
-            counts.update({"dropped": 1, str(reason): 1})
+            account.dropped[str(reason)] += 1
             continue
         highest = max(done.prompt_ids + done.chosen_ids + done.rejected_ids)
         if highest >= rows:
             token = tokenizer.convert_ids_to_tokens(highest)
             raise InputError(f"the data hold {token!r}, id {highest}, and the model has only {rows} ids; "
                              "wrong tokenizer?")
-        counts.update(changes)
+        account.add(changes)
         encoded.append(done)
     if not encoded:
         advice = ""
         if frame_of(tokenizer).opening is None:
             advice = "; the chat template refuses every plain dialogue, and --chat-template names another"
         raise InputError(f"none of {len(pairs)} prompts or pairs can be used as tokens: "
-                         f"{format_counts(+counts)}{advice}")
-    return encoded, counts, lengths
+                         f"{format_counts(account.dropped)}{advice}")
+    return encoded, account, lengths
 
 
 def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length, lengths):
-    """(a copy of the pair with its ids and their texts, what was changed, by reason) of `encode`, which adds
-    to `lengths`."""
+    """(a copy of the pair with its ids and their texts, the Account of what was cut and altered). Adds the
+    pair's numbers of tokens to `lengths`. Raises BadRow. See `encode`."""
     dialogue, uncut, prompt_ids = fitting_prompt(pair.prompt, tokenizer, max_prompt_length, lengths)
-    cut = lengths["prompt"][-1] > len(prompt_ids)
-    changes = Counter(truncated_prompts=cut, truncated_responses=0, end_token_in_text=0,
-                      prompt_merges_with_response=0, turns_rewritten_by_the_template=dialogue.rewritten(),
-                      answers_stripped_by_the_template=0)
+    cut, altered = Counter(), Counter()
+    prompt_is_cut = lengths["prompt"][-1] > len(prompt_ids)
+    cut["prompts longer than --max-prompt-length"] += prompt_is_cut
+    altered["prompts with turns that the template rewrites"] += dialogue.rewritten()
     ends = tokenizer.convert_ids_to_tokens(sorted(end_ids))
     encoded = Pair(pair.prompt, prompt_ids=prompt_ids, preference=pair.preference)
-    if cut:
+    if prompt_is_cut:
         encoded.prompt = prompt_left(pair.prompt, dialogue, prompt_ids)
     finished = []
     for side, ended in zip(SIDES, pair.finished, strict=True):
@@ -369,22 +369,22 @@ def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length
             ids = whole[len(uncut):]
         else:                                            # a token would reach over the boundary
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-            changes["prompt_merges_with_response"] += 1
+            altered["responses whose first token would merge with the prompt"] += 1
         ids = up_to_end(ids, [tokenizer.eos_token_id] if ended else [], end_ids)
         lengths[side].append(len(ids))
         kept = ids[:max_response_length]
         finished.append(kept[-1] in end_ids)
         setattr(encoded, f"{side}_ids", kept)
         setattr(encoded, side, response_text(tokenizer, kept, prompt_ids))
-        changes["truncated_responses"] += len(ids) > max_response_length
-        changes["end_token_in_text"] |= any(end in response for end in ends)
+        cut["responses longer than --max-response-length"] += len(ids) > max_response_length
+        cut["responses with an end token in their text"] += any(end in response for end in ends)
         without_filler = text.removeprefix(dialogue.filler)
-        changes["answers_stripped_by_the_template"] += (
+        altered["responses whose outer white space the template strips"] += (
             response.removeprefix(dialogue.filler) not in without_filler)
     if encoded.chosen_ids and encoded.chosen_ids == encoded.rejected_ids:
         raise BadRow("same tokens in both responses")
     encoded.finished = tuple(finished)
-    return encoded, changes
+    return encoded, Account(cut=cut, altered=altered)
 
 
 def prompt_left(prompt, dialogue, ids):
@@ -479,14 +479,9 @@ def length_table(lengths, unit, limits=None):
     return "\n".join(lines)
 
 
-def print_report(source, pairs, report):
-    """What `load_pairs` has found."""
-    print(f"{source}: {report['format']}; {report['rows']} rows, {len(pairs)} kept, dropped: "
-          f"{format_counts(report['dropped'])}")
-    if report["altered"]:
-        print(f"altered: {format_counts(report['altered'])}")
-    if report["unread"]:
-        print(f"read by nothing: {format_unread(report['unread'])}")
+def print_report(source, pairs, account):
+    """Print what `load_pairs` has found."""
+    print(f"{source}: {account.format}; {account.rows} rows, {len(pairs)} kept\n{account}")
     soft = []
     for pair in pairs:
         if pair.preference != 1:
@@ -498,8 +493,8 @@ def print_report(source, pairs, report):
 def print_as_tokens(pairs, tokenizer, limits):
     """What `encode` makes of the pairs; two of them as the model sees them."""
     print(f"chat template: {tokenizer.template_name}")
-    encoded, counts, lengths = encode(pairs, tokenizer, end_token_ids(tokenizer), *limits)
-    print(f"{len(encoded)} encoded; {format_counts(+counts)}")
+    encoded, account, lengths = encode(pairs, tokenizer, end_token_ids(tokenizer), *limits)
+    print(f"{len(encoded)} pairs as tokens\n{account}")
     prompt_limit, response_limit = limits
     limit_of = dict(prompt=prompt_limit, chosen=response_limit, rejected=response_limit)
     print(length_table(lengths, "tokens", limit_of))
@@ -558,8 +553,8 @@ def main(argv=None):
     args = Reported(**given)
     if args.chat_template and not args.model:
         parser.error("argument --chat-template: it renders in the tokens of a --model")
-    pairs, report = load_pairs(source, args.limit, args.prefer, args.score_scale)
-    print_report(source, pairs, report)
+    pairs, account = load_pairs(source, args.limit, args.prefer, args.score_scale)
+    print_report(source, pairs, account)
     if args.model:
         tokenizer = load_tokenizer(args.model, chat_template=args.chat_template)
         print_as_tokens(pairs, tokenizer, (args.max_prompt_length, args.max_response_length))

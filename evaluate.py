@@ -13,7 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from runtime.command_line import InputError, command_line, format_counts, seeded
+from runtime.command_line import InputError, command_line, seeded
 from runtime.compare import (
     are_figures, compare, frontier, print_samples, print_table, refuse_comparison, write_figures)
 from runtime.intervals import few, mean_of, means_of_prompts, prefers_chosen, share_of, win_figures
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from data import collate, encode, end_token_ids, response_text, set_template_date
 from formats import train_and_held_out
 from generate import load_frozen, sample, sequence_logps
-from reward import as_reward, drop_unscorable, load_reward
+from reward import as_reward, drop_unscorable, load_preference, load_reward, try_out
 
 # --- figures, each as (value, low, high) --------------------------------------------------------------------
 
@@ -54,15 +54,17 @@ def log_ratios(policy, reference, examples, responses, dtype):
     return policy_logps - reference_logps
 
 
-def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_responses=1, step=0):
+def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_responses=1, step=0,
+                    preference=None):
     """Figures of a policy on held-out examples, {name: (value, low, high)}, and its samples, num_responses to
     each prompt: first one to each, then another to each. Each step of a run draws its own.
 
     reference, reward: figures that need them are left out if they are None. Figures on the data's responses
     are left out if the examples have none. Without a reference, as in SFT, loss is −log π per token of the
-    data's chosen responses. args: beta, dtype, max_response_length, sample_batch_size, and the seed of the
-    samples. KL is estimated from the samples, as log π(y) − log π_ref(y) summed over y's tokens, in nats per
-    response; the reward decides on wins over the chosen responses."""
+    data's chosen responses, over all their tokens, as in training. args: beta, dtype, max_response_length,
+    sample_batch_size, and the seed of the samples. KL is estimated from the samples, as log π(y) − log
+    π_ref(y) summed over y's tokens, in nats per response. The reward decides on wins over the chosen
+    responses. Without a reward, the preference does, as `load_preference` gives it, by its probability."""
     if reward is not None:
         reward = as_reward(reward)
     prompts, prompt_ids = [], []
@@ -103,8 +105,14 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
     if reward is not None:
         for row, score in zip(samples, columns["reward"], strict=True):
             row["reward"] = score
-    if reward is not None and examples[0].chosen is not None:
-        figures.update(wins_over_chosen(examples, texts, columns["reward"], reward, tokenizer))
+    if examples[0].chosen is None or reward is None and preference is None:
+        return figures, samples
+    opponents = texts_of(examples, [example.chosen_ids for example in examples], tokenizer)
+    if reward is not None:
+        wins = wins_by_reward(examples, columns["reward"], opponents, reward)
+    else:
+        wins = wins_by_preference(examples, texts, finished, opponents, preference)
+    figures.update(win_figures(wins, texts, opponents * num_responses, len(examples)))
     return figures, samples
 
 
@@ -118,10 +126,12 @@ def pair_columns(policy, reference, examples, args):
     if examples[0].chosen is None:
         return {}
     chosen_ids = [example.chosen_ids for example in examples]
-    if reference is None:                                   # SFT: nats per token of each response
-        logps = response_logps(policy, examples, chosen_ids, args.dtype)
+    if reference is None:                                   # SFT: nats per token, over all tokens
+        nll = -response_logps(policy, examples, chosen_ids, args.dtype)
         lengths = torch.tensor(list(map(len, chosen_ids)))
-        return {"loss": (-logps / lengths).tolist()}
+        loss = nll.sum() / lengths.sum()
+        # Numbers whose mean is this ratio, and whose spread is that of a ratio (Cochran, 1977, chapter 6).
+        return {"loss": (loss + (nll - loss * lengths) / lengths.float().mean()).tolist()}
     if examples[0].rejected is None:
         return {}
     rejected_ids = [example.rejected_ids for example in examples]
@@ -132,18 +142,24 @@ def pair_columns(policy, reference, examples, args):
             "accuracy": prefers_chosen(margin).tolist()}
 
 
-def wins_over_chosen(examples, texts, rewards, reward, tokenizer):
-    """The rates at which the texts, k·n of them, win over the data's n chosen responses, by the reward."""
-    prompts, chosen_ids = [], []
-    for example in examples:
-        prompts.append(example.prompt)
-        chosen_ids.append(example.chosen_ids)
-    opponents = texts_of(examples, chosen_ids, tokenizer)
+def wins_by_reward(examples, rewards, opponents, reward):
+    """1, ½ for a tie, or 0 for each of k·n responses with these rewards, against the n opponents, which are
+    the texts of the data's chosen responses: a list of k·n."""
+    prompts = [example.prompt for example in examples]
     finished = [example.finished[0] for example in examples]
     opponent_rewards = torch.tensor(reward(prompts, opponents, finished))
     differences = torch.tensor(rewards).view(-1, len(examples)) - opponent_rewards                # (k, n)
-    wins = prefers_chosen(differences).flatten().tolist()
-    return win_figures(wins, texts, opponents * len(differences), len(examples))
+    return prefers_chosen(differences).flatten().tolist()
+
+
+def wins_by_preference(examples, texts, finished, opponents, preference):
+    """P(text ≻ opponent) of each of k·n responses against the n opponents, as in `wins_by_reward`."""
+    k = len(texts) // len(examples)
+    prompts, both_finished = [], []
+    for example, done in zip(examples * k, finished, strict=True):
+        prompts.append(example.prompt)
+        both_finished.append((done, example.finished[0]))
+    return preference(prompts, texts, opponents * k, both_finished)
 
 
 def texts_of(examples, responses, tokenizer):
@@ -160,14 +176,17 @@ def texts_of(examples, responses, tokenizer):
 class Evaluated(Settings, Objective):
     """How models are evaluated. What a run was trained with is the default for it, but for its seed."""
     eval_limit: int = same_as(Settings, "eval_limit", default=256)
+    preference: str | None = setting(None, "FILE.py:FUNCTION, which decides on wins if there is no reward",
+                                     metavar="FILE.py:FUNCTION")
     out: str | None = setting(None, "the figures as JSON (RUN/evaluated.json; --compare: results.json, and a "
                                     "picture as .png, beside RUN)")
 
 
-FLAGS = ("out", "data", "eval_data", "prefer", "reward", "reference", "beta", "max_prompt_length",
-         "max_response_length", "sample_batch_size", "eval_limit", "dtype", "seed", "trust_remote_code")
-OF_A_RUN = ("data", "eval_data", "prefer", "reward", "reference", "beta", "max_prompt_length",
-            "max_response_length", "sample_batch_size", "dtype", "date")
+FLAGS = ("out", "data", "eval_data", "prefer", "score_scale", "reward", "preference", "reference", "beta",
+         "max_prompt_length", "max_response_length", "sample_batch_size", "eval_limit", "dtype", "seed",
+         "trust_remote_code")
+OF_A_RUN = ("data", "eval_data", "prefer", "score_scale", "reward", "preference", "reference", "beta",
+            "max_prompt_length", "max_response_length", "sample_batch_size", "dtype", "date")
 
 
 def find_run(path, given):
@@ -176,8 +195,11 @@ def find_run(path, given):
     args.json names is never executed; the command line has to name it."""
     model, saved = read_run(path, Evaluated, *OF_A_RUN)
     settings = Evaluated(**{"dtype": default_dtype(), **saved, **given})
-    if ".py:" in (settings.reward or "") and "reward" not in given:
-        raise InputError(f"{path}: its reward, {settings.reward}, is code; it runs only if --reward names it")
+    for name in ("reward", "preference"):
+        source = getattr(settings, name) or ""
+        is_needed = name == "reward" or settings.reward is None
+        if ".py:" in source and name not in given and is_needed:
+            raise InputError(f"{path}: its {name}, {source}, is code; it runs only if --{name} names it")
     if settings.reference and "reference" not in given:
         refuse_replaced(run_of_checkpoint(path) or Path(path), settings.reference)
     return model, settings
@@ -192,14 +214,19 @@ def refuse_replaced(run, reference):
 
 
 def held_out_pairs(args, reward):
-    """(held-out pairs that the reward can score, counts of those that it cannot). Raises InputError if there
-    is no held-out pair."""
+    """(held-out pairs that the reward can score, their Account). Raises InputError if there is no held-out
+    pair."""
     if args.data is None and args.eval_data is None:
         raise InputError("no data: the models are no runs of sail.py; name some with --data or --eval-data")
-    _, held_out, _, _ = train_and_held_out(args.data or args.eval_data, args.eval_data, None, args.prefer)
+    _, held_out, account, held_out_account = train_and_held_out(
+        args.data or args.eval_data, args.eval_data, None, args.prefer, args.score_scale)
     if not held_out:
         raise InputError(f"{args.data}: no pair is held out; name some with --eval-data")
-    return drop_unscorable(held_out, reward)
+    if args.eval_data:
+        account = held_out_account
+    held_out, unscorable = drop_unscorable(held_out, reward)
+    account.add(unscorable)
+    return held_out, account
 
 
 def evaluate_models(models, show, given):
@@ -214,10 +241,14 @@ def evaluate_models(models, show, given):
     if references:
         reference_name = references[0]
     set_template_date(args.date)
-    reward = None
+    reward = preference = None
+    judge = "no reward"
     if args.reward:
-        reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
-    held_out, unscorable = held_out_pairs(args, reward)
+        reward, judge = load_reward(args.reward, args.trust_remote_code, args.dtype), f"reward {args.reward}"
+    elif ".py:" in (args.preference or ""):
+        preference, judge = load_preference(args.preference), f"preference {args.preference}"
+    held_out, account = held_out_pairs(args, reward)
+    try_out(held_out[0], reward, preference)
     lengths = args.max_prompt_length, args.max_response_length
     loading = dict(trust_remote_code=args.trust_remote_code, lengths=lengths)
     reference, reference_tokenizer = load_frozen(reference_name, args.dtype, **loading)
@@ -227,18 +258,18 @@ def evaluate_models(models, show, given):
         if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
             raise InputError(f"{model} has another vocabulary than the reference {reference_name}")
         vocabulary = policy.get_input_embeddings().weight.shape[0]
-        examples, counts, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths,
-                                     vocabulary, args.eval_limit)
+        examples, changes, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths,
+                                      vocabulary, args.eval_limit)
         each = responses_to_each(len(examples), args.eval_limit)
         print(f"{name}: {each * len(examples)} responses of up to {args.max_response_length} tokens to "
               f"{len(examples)} prompts …")
         results[name], samples[name] = evaluate_policy(policy, reference, tokenizer, examples, reward, args,
-                                                       each)
+                                                       each, preference=preference)
         del policy                                         # before the next one is loaded
-    print(f"\n{each * len(examples)} responses to {len(examples)} held-out pairs of "
-          f"{args.eval_data or args.data} ({format_counts(+counts + unscorable)}), "
-          f"reference {reference_name}, reward {args.reward}, which also decides on wins over the chosen "
-          f"responses; 95 % intervals over prompts, as ± half or as [low, high]"
+    account.add(changes)
+    print(f"\n{args.eval_data or args.data}: {len(examples)} held-out pairs\n{account}\n"
+          f"{each * len(examples)} responses; reference {reference_name}; {judge}, which decides on wins "
+          f"over the chosen responses; 95 % intervals over prompts, as ± half or as [low, high]"
           f"{few(len(examples), results[name])}\n")
     print_table(results)
     print_samples(samples, show)

@@ -13,7 +13,7 @@ import math
 import re
 import zlib
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from inspect import getfullargspec
 from pathlib import Path
@@ -32,11 +32,49 @@ class TextPair:
     finished: tuple = (True, True)           # whether chosen, whether rejected ended by itself, or was cut
 
 
+@dataclass
+class Account:
+    """What became of a source's rows on their way to what is trained, measured or answered. Whatever reads
+    rows returns its Account, and every command prints the sum."""
+    format: str = ""
+    rows: int = 0                                            # that were read
+    dropped: Counter = field(default_factory=Counter)        # rows, by the reason
+    cut: Counter = field(default_factory=Counter)            # texts of kept rows, by what exceeds a limit
+    altered: Counter = field(default_factory=Counter)        # by what was changed, or looks like a fault
+    unread: Counter = field(default_factory=Counter)         # kept rows, by what nothing reads of them
+
+    def add(self, other):
+        """Add the counts of another Account of the same source."""
+        self.dropped += other.dropped
+        self.cut += other.cut
+        self.altered += other.altered
+        self.unread += other.unread
+
+    def counts(self):
+        """The four counts as {name: {what: how often}}, for JSON."""
+        return {name: dict(getattr(self, name)) for name in ("dropped", "cut", "altered", "unread")}
+
+    def __str__(self):
+        """A line for each kind of count that is not empty."""
+        lines = []
+        if self.dropped:
+            lines.append(f"  dropped: {self.dropped.total()} ({format_counts(self.dropped)})")
+        if self.cut:
+            lines.append(f"      cut: {format_counts(self.cut)}")
+        if self.altered:
+            lines.append(f"  altered: {format_counts(self.altered)}")
+        if self.unread:
+            columns = ", ".join(f"{name} ({rows} rows)" for name, rows in sorted(self.unread.items()))
+            lines.append(f"   unread: {columns}")
+        return "\n".join(lines) or "  nothing dropped, cut, altered or unread"
+
+
 class BadRow(ValueError):
     """One row cannot be used. The exception's text is the reason under which the row is counted."""
 
 
 NO_TEXT, TIE = "null or malformed text", "no preference between the responses"
+BEYOND = "beyond --eval-limit"
 TOO_MANY_CELLS = "more cells than the header"              # the name under which csv stores such cells
 
 # --- what was read of a row ---------------------------------------------------------------------------------
@@ -655,13 +693,11 @@ def stored_rows(rows):
 # --- a file becomes pairs -----------------------------------------------------------------------------------
 
 def load_pairs(source, limit=None, prefer="better", score_scale=None):
-    """(pairs, report) of a source. At most `limit` pairs are kept. `prefer` chooses PKU-SafeRLHF's label,
+    """(pairs, Account) of a source. At most `limit` pairs are kept. `prefer` chooses PKU-SafeRLHF's label,
     "better" or "safer". `score_scale` makes soft labels of the columns score_chosen and score_rejected.
 
-    The report is a dict. `format` is the format's name, and `rows` says how many rows were read. `dropped`
-    counts rows by reason. `altered` counts pairs by what was changed in them, or was left in them although it
-    looks like a fault. `unread` counts the kept rows in which a column or a key of a message holds something
-    that nothing reads, by its name. Raises InputError if no row can be used."""
+    What is unread is a column, or a key of a message, that holds something. Raises InputError if no row can
+    be used."""
     rows = read_rows(source)
     if len(rows) == 0:
         raise InputError(f"{source}: empty, no rows")
@@ -672,33 +708,25 @@ def load_pairs(source, limit=None, prefer="better", score_scale=None):
     form = format_of(columns, source)
     if form.compute is compute_pku:
         form = replace(form, compute=partial(compute_pku, prefer=prefer))
-    pairs, dropped, unread = [], Counter(), Counter()
+    pairs, account = [], Account(form.name)
     for values in stored_rows(rows):
         if len(pairs) == limit:
             break
+        account.rows += 1
         try:
             row = Reader(values)
             pairs.append(pair_of(row, form, score_scale))
-            unread.update(row.unread())
+            account.unread.update(row.unread())
         except BadRow as reason:
-            dropped[str(reason)] += 1
+            account.dropped[str(reason)] += 1
         except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError):
-            dropped[NO_TEXT] += 1
+            account.dropped[NO_TEXT] += 1
     if not pairs:
-        raise InputError(f"{source}: no usable pair in {len(rows)} rows ({format_counts(dropped)})")
-    altered = remove_repeated_prompts(pairs)
+        raise InputError(f"{source}: no usable pair in {len(rows)} rows ({format_counts(account.dropped)})")
+    account.altered = remove_repeated_prompts(pairs)
     if form.name == "dialogues":
-        altered += count_untrained_answers(pairs)
-    return pairs, {"format": form.name, "rows": len(pairs) + sum(dropped.values()), "dropped": dropped,
-                   "altered": altered, "unread": dict(sorted(unread.items()))}
-
-
-def format_unread(unread):
-    """{'lang': 4} -> 'lang (4 rows)'."""
-    parts = []
-    for name, rows in unread.items():
-        parts.append(f"{name} ({rows} rows)")
-    return ", ".join(parts)
+        account.altered += count_untrained_answers(pairs)
+    return pairs, account
 
 
 def count_untrained_answers(pairs):
@@ -751,14 +779,15 @@ def split_held_out(pairs):
 
 
 def train_and_held_out(data, eval_data=None, limit=None, prefer="better", score_scale=None):
-    """(training pairs, held-out pairs, report of `data`, report of `eval_data` or None), for every script. If
-    `eval_data` is given, its pairs are held out; otherwise `split_held_out` divides the pairs of `data`."""
-    pairs, report = load_pairs(data, limit, prefer, score_scale)
+    """(training pairs, held-out pairs, Account of `data`, Account of the held-out pairs), for every script.
+    If `eval_data` is given, its pairs are held out. Otherwise `split_held_out` divides the pairs of `data`,
+    whose Account has what became of both."""
+    pairs, account = load_pairs(data, limit, prefer, score_scale)
     if eval_data:
-        held_out, held_out_report = load_pairs(eval_data, None, prefer, score_scale)
-        return pairs, held_out, report, held_out_report
+        held_out, held_out_account = load_pairs(eval_data, None, prefer, score_scale)
+        return pairs, held_out, account, held_out_account
     train, held_out = split_held_out(pairs)
     if not train:
         raise InputError(f"{data}: all {len(pairs)} pairs are held out; give more, or name others with "
                          "--eval-data")
-    return train, held_out, report, None
+    return train, held_out, account, Account()

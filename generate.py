@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from runtime.command_line import InputError, command_line, first_line, foreign, format_counts, seeded
+from runtime.command_line import InputError, command_line, first_line, foreign, seeded
 from runtime.packing import allow_packing, is_packed, packed_logits, register_packing
 from runtime.processes import (
     computing_in, default_dtype, fails_together, gathered, of_rank_0, own_device, progress, rank, sent, shard)
@@ -502,11 +502,11 @@ def load_answerer(args):
 
 def load_held_out_prompts(run, args):
     """The held-out prompts of a run with these settings. Raises InputError without any."""
-    train, held_out, report, held_out_report = train_and_held_out(args.data, args.eval_data)
+    train, held_out, account, held_out_account = train_and_held_out(args.data, args.eval_data)
     if args.eval_data:
-        print_report(args.eval_data, held_out, held_out_report)
+        print_report(args.eval_data, held_out, held_out_account)
     else:
-        print_report(args.data, train + held_out, report)
+        print_report(args.data, train + held_out, account)
     if not held_out:
         raise InputError(f"{run}: no prompt of {args.data} is held out; name prompts with --data")
     prompts = [pair.prompt for pair in held_out[:args.limit]]
@@ -516,19 +516,19 @@ def load_held_out_prompts(run, args):
 
 def load_prompts(args):
     """The prompts of --data."""
-    pairs, report = load_pairs(args.data, args.limit)
-    print_report(args.data, pairs, report)
+    pairs, account = load_pairs(args.data, args.limit)
+    print_report(args.data, pairs, account)
     return [pair.prompt for pair in pairs]
 
 
 def answer(model, tokenizer, prompts, temperature, args, num_responses=1):
-    """Responses to each prompt that can be asked, those to one prompt after another: ([{prompt, response,
-    tokens, finished}], counts of what was cut, altered and dropped, as in `encode`). A row's prompt is what
-    the model saw, without the turns that were cut. Raises InputError if no prompt can be asked."""
+    """([{prompt, response, tokens, finished}], Account of the prompts): responses to each prompt that can be
+    asked, those to one prompt after another. A row's prompt is what the model saw, without the turns that
+    were cut. Raises InputError if no prompt can be asked."""
     pairs = [TextPair(prompt) for prompt in prompts]
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    examples, counts, _ = encode(pairs, tokenizer, end_token_ids(tokenizer, model), args.max_prompt_length,
-                                 args.max_response_length, vocabulary)
+    examples, account, _ = encode(pairs, tokenizer, end_token_ids(tokenizer, model), args.max_prompt_length,
+                                  args.max_response_length, vocabulary)
     prompt_ids = [example.prompt_ids for example in examples]
     with computing_in(args.dtype, model):
         responses, finished = sample(model, tokenizer, prompt_ids, args.max_response_length, num_responses,
@@ -538,7 +538,7 @@ def answer(model, tokenizer, prompts, temperature, args, num_responses=1):
         for ids, done in zip(answers, ended, strict=True):
             text = response_text(tokenizer, ids, example.prompt_ids)
             rows.append(dict(prompt=example.prompt, response=text, tokens=len(ids), finished=done))
-    return rows, +counts
+    return rows, account
 
 
 def main():
@@ -560,8 +560,8 @@ def main():
         prompts = load_held_out_prompts(given["model"], args)
     model, tokenizer = load_answerer(args)
     torch.manual_seed(seeded("answers", args.seed))
-    rows, counts = answer(model, tokenizer, prompts, args.temperature, args, args.n)
-    print(f"{len(rows) // args.n} prompts asked; dropped, cut or altered: {format_counts(counts)}")
+    rows, account = answer(model, tokenizer, prompts, args.temperature, args, args.n)
+    print(f"{len(rows) // args.n} prompts asked\n{account}")
     write_rows(args.out, rows)
     print(f"{len(rows)} responses in {args.out}, {sum(row['finished'] for row in rows)} of them finished")
 

@@ -34,18 +34,18 @@ from runtime.processes import (
     all_sum, computing_in, default_dtype, fails_together, own_device, print0, process_group, progress,
     share_of_process, sum_gradients, with_equal_counts, world_size)
 from runtime.run_directory import (
-    date_of, fingerprint, fingerprint_files, has_columns, refuse_inputs_inside, refuse_output, run_directory,
-    run_of_checkpoint, write_rows)
+    date_of, fingerprint, fingerprint_files, has_columns, refuse_output, run_directory, run_of_checkpoint,
+    write_rows)
 from runtime.saved_model import save_model
 from runtime.settings import Parser, Settings, flag_of, read_settings, setting
-from runtime.training import micro_batches, steps, training
+from runtime.training import micro_batches, refuse_before_loading, steps, training
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data import apply_template, length_table, load_tokenizer, render, set_template_date
-from formats import BadRow, best_and_worst, read_rows, train_and_held_out
+from formats import BEYOND, Account, BadRow, best_and_worst, read_rows, train_and_held_out
 from generate import (
     add_adapter, has_weights, heads_of, hold_frozen_in_bfloat16, load_model, place, switch_dropout_off,
     with_trained)
@@ -135,6 +135,16 @@ def load_preference(name):
         return scores_of(f"preference {name}", function, finished, prompts, firsts, seconds, low=0, high=1)
 
     return preference
+
+
+def try_out(pair, reward=None, preference=None):
+    """Call each function that is given on one pair of the data, so that one which fails does so before models
+    are loaded and responses sampled."""
+    chosen, rejected = pair.chosen or "answer", pair.rejected or "answer"
+    if reward is not None:
+        reward([pair.prompt] * 2, [chosen, rejected], list(pair.finished))
+    if preference is not None:
+        preference([pair.prompt], [chosen], [rejected], [pair.finished])
 
 
 @contextmanager
@@ -287,24 +297,25 @@ def classifier_scores(model, rows, dtype="float32"):
 
 
 def drop_unscorable(pairs, reward):
-    """(the pairs that a reward can score, counts by reason): without those whose prompt a classifier's chat
-    template refuses. The counts also have the data's dialogues that lose their start to its length limit."""
+    """(the pairs that a reward can score, Account): a classifier's chat template may refuse a prompt, and a
+    dialogue that exceeds its maximum length is cut from the left."""
     if reward is None or reward.ids_of is None or not pairs:
-        return pairs, Counter()
-    kept, counts = [], Counter()
+        return pairs, Account()
+    kept, account = [], Account()
     for pair in pairs:
         try:
             _, chosen_cut = reward.ids_of(pair.prompt, pair.chosen or "answer")
             _, rejected_cut = reward.ids_of(pair.prompt, pair.rejected or "answer")
         except BadRow as reason:
-            counts.update({"dropped": 1, f"for the reward model {reason}": 1})
+            account.dropped[f"for the reward model {reason}"] += 1
             continue
-        if chosen_cut or rejected_cut:
-            counts["dialogues_cut_for_the_reward_model"] += 1
+        account.cut["pairs, from the left, for the reward model"] += chosen_cut or rejected_cut
         kept.append(pair)
     if not kept:
-        raise InputError(f"the reward model can score none of {len(pairs)} pairs: {format_counts(+counts)}")
-    return kept, +counts
+        raise InputError(f"the reward model can score none of {len(pairs)} pairs: "
+                         f"{format_counts(account.dropped)}")
+    account.cut = +account.cut
+    return kept, account
 
 
 # --- labels -------------------------------------------------------------------------------------------------
@@ -372,24 +383,25 @@ def bradley_terry_loss(chosen, rejected, preference=1.0):
 
 
 def encode_for_reward(pairs, ids_of):
-    """([(chosen ids, rejected ids, preference)], counts, lengths in tokens): the counts are of dialogues that
-    were cut, and of pairs dropped as a chat template refuses them, or as their difference was cut off."""
-    encoded, counts, lengths = [], Counter(), {"chosen": [], "rejected": []}
+    """([(chosen ids, rejected ids, preference)], Account, lengths in tokens). A dialogue that is too long is
+    cut from the left. A pair is dropped if a chat template refuses it, or if its difference was cut off."""
+    encoded, account, lengths = [], Account(), {"chosen": [], "rejected": []}
     for pair in pairs:
         try:
             chosen, chosen_cut = ids_of(pair.prompt, pair.chosen)
             rejected, rejected_cut = ids_of(pair.prompt, pair.rejected)
         except BadRow as reason:
-            counts[str(reason)] += 1
+            account.dropped[str(reason)] += 1
             continue
-        counts["dialogues cut from the left"] += chosen_cut + rejected_cut
+        account.cut["dialogues, from the left"] += chosen_cut + rejected_cut
         lengths["chosen"].append(len(chosen))
         lengths["rejected"].append(len(rejected))
         if chosen == rejected:
-            counts["same tokens in both responses"] += 1
+            account.dropped["same tokens in both responses"] += 1
         else:
             encoded.append((chosen, rejected, pair.preference))
-    return encoded, +counts, lengths
+    account.cut = +account.cut
+    return encoded, account, lengths
 
 
 def evaluate_reward(model, held_out, dtype):
@@ -447,19 +459,24 @@ def load_trainee(args):
 
 @fails_together
 def load_reward_data(args, ids_of):
-    """(training pairs of ids, held-out pairs of ids, counts of what was dropped or cut, lengths)."""
-    train_pairs, held_out, report, _ = train_and_held_out(args.data, args.eval_data, args.limit, args.prefer,
-                                                        args.score_scale)
+    """(training pairs of ids, held-out pairs of ids, Account of each, lengths of the training pairs)."""
+    train_pairs, held_out, account, held_out_account = train_and_held_out(
+        args.data, args.eval_data, args.limit, args.prefer, args.score_scale)
     for pair in (train_pairs[0], *held_out[:1]):
         if pair.chosen is None or pair.rejected is None:
             raise InputError(f"{args.eval_data or args.data}: a reward model needs pairs of responses "
                              "throughout")
-    pairs, counts, lengths = encode_for_reward(train_pairs, ids_of)
-    held_out, _, _ = encode_for_reward(held_out[:args.eval_limit], ids_of)
+    pairs, changes, lengths = encode_for_reward(train_pairs, ids_of)
+    account.add(changes)
+    beyond = len(held_out) - args.eval_limit
+    held_out, held_out_changes, _ = encode_for_reward(held_out[:args.eval_limit], ids_of)
+    held_out_account.add(held_out_changes)
+    if beyond > 0:
+        held_out_account.dropped[BEYOND] = beyond
     if not pairs:
         raise InputError(f"{args.data}: no pair of {len(train_pairs)} can be told apart "
-                         f"({format_counts(counts)})")
-    return pairs, held_out, report["dropped"] + counts, lengths
+                         f"({format_counts(changes.dropped)})")
+    return pairs, held_out, account, held_out_account, lengths
 
 
 def merged(trained, args):
@@ -472,11 +489,11 @@ def train_reward(args):
     """Train a reward model, evaluate it on held-out pairs before, on the way and after, and return it. Raises
     InputError for bad input, and after ten steps in a row that are not finite."""
     out = Path(args.out)
-    refuse_inputs_inside(out, {flag_of(name): getattr(args, name) for name in ("model", "data", "eval_data")})
     args.date = args.date or date_of(out, args.resume)
+    refuse_before_loading(out, args, "model", "data", "eval_data")
     set_template_date(args.date)
     model, tokenizer, ids_of = fails_together(load_trainee)(args)
-    pairs, held_out, counts, lengths = load_reward_data(args, ids_of)
+    pairs, held_out, account, held_out_account, lengths = load_reward_data(args, ids_of)
     place([model], args)
     generator = torch.Generator().manual_seed(seeded("reward model's order", args.seed))
     epochs = math.ceil(args.epochs if args.steps is None else args.steps * args.batch_size / len(pairs))
@@ -491,9 +508,9 @@ def train_reward(args):
     recorded = {**asdict(args), "data_sha256": fingerprint([pairs, held_out]),
                 "model_sha256": fingerprint_files(args.model)}
     with training(out, "reward", args, recorded, {}, model, optimizer, scheduler) as loop:
-        print0(f"{args.data}: {len(pairs)} pairs to train on, {len(held_out)} to evaluate on; dropped: "
-               f"{format_counts(counts)}\n{length_table(lengths, 'tokens')}\n"
-               f"{count} steps of {len(batches[0])} -> {out}")
+        print0(f"{args.data}: {len(pairs)} pairs to train on\n{account}\n{length_table(lengths, 'tokens')}\n"
+               f"{args.eval_data or 'held out of these'}: {len(held_out)} pairs to evaluate on\n"
+               f"{held_out_account}\n{count} steps of {len(batches[0])} -> {out}")
         for step in steps(loop, count, lambda: evaluate_reward(model, held_out, args.dtype)):
             places, = share_of_process(batches[step.number - 1].tolist())
             batch = [pairs[place] for place in places]

@@ -46,27 +46,27 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from runtime.command_line import InputError, command_line, format_counts, seeded
+from runtime.command_line import InputError, command_line, seeded
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.processes import (
     all_sum, computing_in, default_dtype, fails_together, print0, process_group, rank, sent,
     share_of_process, sum_gradients, with_equal_counts, world_size)
 from runtime.run_directory import (
-    date_of, fingerprint, fingerprint_files, refuse_inputs_inside, run_directory)
+    date_of, fingerprint, fingerprint_files, run_directory)
 from runtime.saved_model import save_model
 from runtime.settings import Objective, Parser, Settings, flag_of, setting
-from runtime.training import micro_batches, steps, training
+from runtime.training import micro_batches, refuse_before_loading, steps, training
 
 import torch
 import torch.nn.functional as F
 
 from data import Pair, collate, encode, end_token_ids, length_table, set_template_date
 from evaluate import evaluate_policy, responses_to_each
-from formats import format_unread, train_and_held_out
+from formats import train_and_held_out
 from generate import (
     load_models, load_policy, roll_out, sequence_logps, sequence_logps_and_revkl, with_trained)
 from reward import (
-    Reward, drop_unscorable, label_by_preference, label_by_reward, load_preference, load_reward)
+    Reward, drop_unscorable, label_by_preference, label_by_reward, load_preference, load_reward, try_out)
 from toy import draw_toy_pairs, is_toy_model, toy_settings, write_world
 
 # --- the losses ---------------------------------------------------------------------------------------------
@@ -542,10 +542,10 @@ def train(args):
     ten steps in a row that are not finite."""
     out = Path(args.out)
     inputs = ("model", "reference", "data", "eval_data", "reward", "preference")
-    refuse_inputs_inside(out, {flag_of(name): getattr(args, name) for name in inputs})
     args.date = args.date or date_of(out, args.resume)
+    refuse_before_loading(out, args, *inputs)
     set_template_date(args.date)
-    run, counts, held_out_counts, lengths = load_run(args)
+    run, account, held_out_account, lengths = load_run(args)
     total, count = plan(len(run.examples), args.mix, args)
     pairs_a_step = total // max(count, 1)
     if pairs_a_step < world_size():
@@ -555,10 +555,10 @@ def train(args):
     start = {"baseline": 0.0}
     if args.baseline == "running":
         start["baseline"] = utility(torch.zeros(()), args.beta, args.loss_type).item()           # f(0)
-    recorded = {**asdict(args), **fingerprints(run, args), "data_counts": dict(counts)}
+    recorded = {**asdict(args), **fingerprints(run, args), "data_counts": account.counts()}
     with training(out, args.variant, args, recorded, start, run.policy, run.optimizer, run.scheduler) as loop:
         run.progress = loop.progress
-        print_plan(run, counts, held_out_counts, lengths, total, count, args)
+        print_plan(run, account, held_out_account, lengths, total, count, args)
         for step in steps(loop, count, lambda: evaluate_run(run, args)):
             drawn = draw_pairs(run.examples, step.number, total, count, args, args.seed)
             data_pairs, variant_pairs = share_of_process(*drawn)
@@ -588,7 +588,7 @@ def evaluate_run(run, args):
     print0(f"evaluating: {each * n} responses of up to {args.max_response_length} tokens to {n} held-out "
            "prompts …")
     figures, samples = evaluate_policy(run.policy, run.reference, run.tokenizer, run.held_out, run.reward,
-                                       args, each, run.progress["step"])
+                                       args, each, run.progress["step"], run.preference_function)
     return figures, {"prompts": n, "responses": each * n}, samples[:min(8, n)]
 
 
@@ -609,27 +609,26 @@ def fingerprints(run, args):
 
 @fails_together
 def load_data(args):
-    """(training pairs, held-out pairs, reward, Counter of what was dropped and altered among the training
-    pairs, that of the held-out pairs)."""
-    train, held_out, report, held_out_report = train_and_held_out(args.data, args.eval_data, args.limit,
-                                                                  args.prefer, args.score_scale)
+    """(training pairs, held-out pairs, reward, preference function, the Account of the training pairs, that
+    of the held-out pairs)."""
+    train, held_out, account, held_out_account = train_and_held_out(
+        args.data, args.eval_data, args.limit, args.prefer, args.score_scale)
     for side in needed_sides(args):
         if getattr(train[0], side) is None:
             needs = " and ".join(needed_sides(args))
-            raise InputError(f"{args.data}: {report['format']}, without the {needs} responses that --variant "
+            raise InputError(f"{args.data}: {account.format}, without the {needs} responses that --variant "
                              f"{args.variant} learns from (pp, pr and online-dpo do without at --mix 1)")
-    if report["unread"]:
-        print0(f"{args.data}: read by nothing: {format_unread(report['unread'])}")
-    reward = None
+    reward = preference = None
     if args.reward:
         reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
-    train, counts = drop_unscorable(train, reward)
-    held_out, held_out_counts = drop_unscorable(held_out, reward)
-    for each, file in ((counts, report), (held_out_counts, held_out_report)):
-        if file:                                       # None if the held-out pairs are of the training file
-            each["dropped"] += sum(file["dropped"].values())
-            each.update(file["dropped"] + file["altered"])
-    return train, held_out, reward, counts, held_out_counts
+    if ".py:" in args.preference:
+        preference = load_preference(args.preference)
+    train, changes = drop_unscorable(train, reward)
+    account.add(changes)
+    held_out, changes = drop_unscorable(held_out, reward)
+    held_out_account.add(changes)
+    try_out(train[0], reward, preference)
+    return train, held_out, reward, preference, account, held_out_account
 
 
 def needed_sides(args):
@@ -643,26 +642,22 @@ def needed_sides(args):
 
 
 def load_run(args):
-    """(Run without an optimizer, counts, counts of the held-out pairs, lengths): the counts are of what was
-    dropped, cut and altered on the way from the file to token ids, the lengths as in `encode`."""
-    train, held_out, reward, counts, held_out_counts = load_data(args)
+    """(Run without an optimizer, the Account of the training pairs, that of the held-out pairs, the lengths
+    of the training pairs, as in `encode`)."""
+    train, held_out, reward, preference, account, held_out_account = load_data(args)
     policy, reference, tokenizer = load_models(args)
     limits = (end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length,
               policy.get_input_embeddings().weight.shape[0])
-    examples, encoding_counts, lengths = encode(train, tokenizer, *limits)
-    counts = encoding_counts + counts
+    examples, changes, lengths = encode(train, tokenizer, *limits)
+    account.add(changes)
     if held_out:
-        given = len(held_out)
-        held_out, encoding_counts, _ = encode(held_out, tokenizer, *limits, args.eval_limit)
-        held_out_counts.update(encoding_counts)
-        held_out_counts["unread beyond --eval-limit"] = given - len(held_out) - encoding_counts["dropped"]
-    run = Run(policy, reference, tokenizer, reward, examples, held_out, args)
-    if ".py:" in args.preference:
-        run.preference_function = load_preference(args.preference)
-    return run, +counts, +held_out_counts, lengths
+        held_out, changes, _ = encode(held_out, tokenizer, *limits, args.eval_limit)
+        held_out_account.add(changes)
+    run = Run(policy, reference, tokenizer, reward, examples, held_out, args, preference_function=preference)
+    return run, account, held_out_account, lengths
 
 
-def print_plan(run, counts, held_out_counts, lengths, total, count, args):
+def print_plan(run, account, held_out_account, lengths, total, count, args):
     """What is trained, on what, and how."""
     trained = size = 0
     for parameter in run.policy.parameters():
@@ -672,13 +667,12 @@ def print_plan(run, counts, held_out_counts, lengths, total, count, args):
     device = run.policy.device
     print0(f"{args.model} on {device} in {args.dtype}: {trained:,} of {size:,} parameters are trained")
     print0(f"chat template: {run.tokenizer.template_name}")
-    print0(f"{args.data}: {len(run.examples)} pairs to train on; dropped, cut or altered: "
-           f"{format_counts(counts)}")
+    print0(f"{args.data}: {len(run.examples)} pairs to train on\n{account}")
     limits = dict(prompt=args.max_prompt_length, chosen=args.max_response_length,
                   rejected=args.max_response_length)
     print0(length_table(lengths, "tokens", limits))
-    print0(f"{args.eval_data or 'held out of these'}: {len(run.held_out)} pairs to evaluate on; "
-           f"dropped, cut or altered: {format_counts(held_out_counts)}")
+    print0(f"{args.eval_data or 'held out of these'}: {len(run.held_out)} pairs to evaluate on\n"
+           f"{held_out_account}")
     generated = int(total * Fraction(str(args.mix)))
     what = f"{generated} generated"
     if generated and not VARIANTS[args.variant].sampled:

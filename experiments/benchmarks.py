@@ -82,11 +82,10 @@ def answer_benchmark(model, tokenizer, benchmark, rows, turns, args):
         for temperature in sorted(set(temperatures)):
             places = [place for place, own in enumerate(temperatures) if own == temperature]
             asked = [prompts[place] for place in places]
-            answers, counts = answer(model, tokenizer, asked, temperature, args)
-            if counts.pop("dropped", 0):
-                raise InputError(f"questions that cannot be asked: {format_counts(counts)}")
-            if counts:
-                print(f"at temperature {temperature:g}: {format_counts(counts)}")
+            answers, account = answer(model, tokenizer, asked, temperature, args)
+            if account.dropped:
+                raise InputError(f"questions that cannot be asked: {format_counts(account.dropped)}")
+            print(f"at temperature {temperature:g}: {len(asked)} questions\n{account}")
             for place, row in zip(places, answers, strict=True):
                 dialogues[place].append({"role": "assistant", "content": row["response"]})
     return [answer_row(benchmark, row, [turn["content"] for turn in dialogue[1::2]], name)

@@ -122,6 +122,9 @@ def measured_on(path):
     if args["reward"]:
         reward = with_fingerprint(args["reward"], args["reward_sha256"])
         conditions["reward"] = f"reward {reward}"
+    elif ".py:" in (args["preference"] or ""):
+        preference = with_fingerprint(args["preference"], args["preference_sha256"])
+        conditions["reward"] = f"preference {preference}"
     if args["reference"]:
         reference = with_fingerprint(args["reference"], args["reference_sha256"])
         conditions["reference"] = f"reference {reference}"

@@ -202,14 +202,12 @@ def wait_for(path, seconds=10):
 def begin(out, args, recorded, progress, policy, optimizer, scheduler):
     """Begin a run in `out`, or with --resume continue it from its newest checkpoint: (lock, progress). Others
     are kept out for as long as the lock, a file, is open. Raises InputError if there is another run."""
-    lock = lock_directory(out)                                         # first: all take part in what follows
+    lock = lock_directory(out, args)                                   # first: all take part in what follows
     refuse_unlike_directories(out)
     checkpoint = of_rank_0(newest_checkpoint(out))
     continued = checkpoint and args.resume
     if continued:
         progress = resume(checkpoint, recorded, policy, optimizer, scheduler)
-    elif rank() == 0:
-        refuse_earlier_run(out, args, checkpoint)
     if rank() == 0:
         write_json(out / "args.json", recorded)                        # from now on it is a run's
         if not continued:
@@ -218,9 +216,9 @@ def begin(out, args, recorded, progress, policy, optimizer, scheduler):
 
 
 @fails_together
-def lock_directory(out):
+def lock_directory(out, args):
     """Rank 0's open lock of a run's directory, which is made. Raises InputError if another run holds it, or
-    if there is something that is no run's."""
+    as `refuse_occupied` does."""
     if rank() != 0:
         return None
     refuse_foreign(out)
@@ -228,6 +226,7 @@ def lock_directory(out):
     lock = open_lock(out)
     if lock is None:
         raise InputError(f"{out} is in use by another run; wait, or give another --out")
+    refuse_occupied(out, args)                                         # by a run that has ended since
     return lock
 
 
@@ -265,9 +264,12 @@ def is_run_directory(out):
         return False
 
 
-def refuse_earlier_run(out, args, checkpoint):
-    """Raises InputError if `out` holds a run that nobody asked to replace or to continue."""
-    if args.overwrite or not (checkpoint or (out / "model").exists()):
+def refuse_occupied(out, args):
+    """Raises InputError if `out` holds what is no run's, or a run that nobody asked to replace or to
+    continue."""
+    refuse_foreign(out)
+    checkpoint = newest_checkpoint(out)
+    if args.overwrite or checkpoint and args.resume or not (checkpoint or (out / "model").exists()):
         return
     if checkpoint:
         raise InputError(f"{out} holds an earlier run; --overwrite replaces it, --resume continues it, "
@@ -501,6 +503,13 @@ def read_progress(path):
     if not is_sound or str(counts[0]) != path.name or max(counts[1:]) > counts[0]:
         raise InputError(f"{file}: no run has written this; remove {path}, and --resume")
     return progress
+
+
+def refuse_changed_settings(out, recorded):
+    """Raises InputError if a setting has changed since the newest checkpoint of `out`, unless it may."""
+    checkpoint = newest_checkpoint(out)
+    if checkpoint is not None:
+        refuse_changes(read_json(out / "args.json"), recorded, checkpoint)
 
 
 def refuse_changes(before, recorded, path):

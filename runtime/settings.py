@@ -193,5 +193,6 @@ class Settings:
 
 
 def may_change(settings):
-    """The names of the settings that may have another value when a run is continued."""
-    return [field.name for field in fields(settings) if field.metadata["may_change"]]
+    """The names of what, in args.json, may have another value when a run is continued."""
+    names = [field.name for field in fields(settings) if field.metadata["may_change"]]
+    return [*names, "may_change"]

@@ -6,7 +6,7 @@ anywhere in between makes up what is missing when it is continued.
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from tqdm import tqdm
 from runtime.command_line import InputError, one_line, seeded
 from runtime.processes import (
     Interrupted, StopSignals, all_sum, fails_together, gathered, is_sharded, print0, rank, world_size)
-from runtime.run_directory import begin, log_figures, print_step, save_checkpoint, write_line
+from runtime.run_directory import (
+    begin, log_figures, print_step, refuse_changed_settings, refuse_inputs_inside, refuse_occupied,
+    save_checkpoint, write_line)
 from runtime.settings import flag_of, may_change
 
 
@@ -41,6 +43,19 @@ class Step:
     finite: bool = True           # whether the optimizer took it
 
 
+@fails_together
+def refuse_before_loading(out, args, *inputs):
+    """Refuse what would otherwise end the run after its models are loaded. Raises InputError if an input lies
+    in `out`, if `out` holds something that nobody asked to replace or to continue, or if a setting differs
+    that --resume must not change. inputs: the names of the settings that are files or directories."""
+    if rank() != 0:
+        return
+    refuse_inputs_inside(out, {flag_of(name): getattr(args, name) for name in inputs})
+    refuse_occupied(out, args)
+    if args.resume:
+        refuse_changed_settings(out, {**asdict(args), "may_change": may_change(args)})
+
+
 @contextmanager
 def training(out, name, args, recorded, progress, model, optimizer, scheduler):
     """The Loop of a run in `out`, begun, or with --resume continued. Inside, an InputError or an OSError, as
@@ -49,7 +64,7 @@ def training(out, name, args, recorded, progress, model, optimizer, scheduler):
     recorded: what args.json holds, the settings and fingerprints of the inputs. progress: what the caller
     adds to the progress of every run."""
     progress = dict(step=0, skipped=0, in_a_row=0, evaluated=-1, record=None, **progress)
-    recorded = {**recorded, "may_change": [*may_change(args), "may_change"]}
+    recorded = {**recorded, "may_change": may_change(args)}
     lock, progress = begin(out, args, recorded, progress, model, optimizer, scheduler)
     with lock or nullcontext(), StopSignals() as stop:
         try:

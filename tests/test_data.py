@@ -52,8 +52,8 @@ def write(path, rows):
      "Q", "good", "bad"),
 ])
 def test_every_format_is_told_by_its_columns(tmp_path, row, prompt, chosen, rejected):
-    pairs, report = load_pairs(write(tmp_path / "any.jsonl", [row]))
-    assert pairs == [TextPair(prompt, chosen, rejected)] and report["rows"] == 1
+    pairs, account = load_pairs(write(tmp_path / "any.jsonl", [row]))
+    assert pairs == [TextPair(prompt, chosen, rejected)] and account.rows == 1
 
 
 @pytest.mark.parametrize("row, prompt, chosen", [
@@ -61,9 +61,9 @@ def test_every_format_is_told_by_its_columns(tmp_path, row, prompt, chosen, reje
     (dict(messages=[USER, ASSISTANT, USER, GOOD]), [USER, ASSISTANT, USER], "good"),
     (dict(messages=TYPED), [USER], "good")])
 def test_rows_of_prompts_and_of_dialogues_are_pairs_that_lack_responses(tmp_path, row, prompt, chosen):
-    pairs, report = load_pairs(write(tmp_path / "any.jsonl", [row]))
+    pairs, account = load_pairs(write(tmp_path / "any.jsonl", [row]))
     assert pairs == [TextPair(prompt, chosen, None)]
-    assert report["format"] == ("dialogues" if chosen else "prompts")
+    assert account.format == ("dialogues" if chosen else "prompts")
 
 
 @pytest.mark.parametrize("row", [dict(prompt=""), dict(prompt=None), dict(prompt=3), dict(prompt=[]),
@@ -71,8 +71,8 @@ def test_rows_of_prompts_and_of_dialogues_are_pairs_that_lack_responses(tmp_path
                                  dict(messages=None), dict(messages=[USER, {**GOOD, "content": ""}])])
 def test_prompts_and_dialogues_with_nothing_in_them_are_dropped(tmp_path, row):
     good = dict(prompt="Q") if "prompt" in row else dict(messages=[USER, GOOD])
-    pairs, report = load_pairs(write(tmp_path / "any.jsonl", [row, good]))
-    assert len(pairs) == 1 and sum(report["dropped"].values()) == 1
+    pairs, account = load_pairs(write(tmp_path / "any.jsonl", [row, good]))
+    assert len(pairs) == 1 and account.dropped.total() == 1
 
 
 @pytest.mark.parametrize("rows, dropped", [
@@ -81,8 +81,8 @@ def test_prompts_and_dialogues_with_nothing_in_them_are_dropped(tmp_path, row):
     (f"prompt,chosen,rejected\nQ,good,bad\nQ,good,{'long ' * 40_000}\n", {})])
 def test_ragged_csv_is_counted_and_long_csv_is_read(tmp_path, rows, dropped):
     (tmp_path / "x.csv").write_text(rows)
-    pairs, report = load_pairs(str(tmp_path / "x.csv"))
-    assert len(pairs) == 2 and report["dropped"] == dropped
+    pairs, account = load_pairs(str(tmp_path / "x.csv"))
+    assert len(pairs) == 2 and account.dropped == dropped
 
 
 PKU = dict(prompt="Q", response_0="zero", response_1="one", safer_response_id=0)
@@ -107,22 +107,22 @@ def completions(*scores):
 def test_a_label_that_is_a_number_is_used_and_one_that_is_none_drops_its_row(tmp_path, row, chosen):
     name, good = str(tmp_path / "x.jsonl"), dict(row, better_response_id=0, score_0=2,
                                                  completions=completions(1, 2))
-    pairs, report = load_pairs(write(tmp_path / "x.jsonl", [row, good]))
+    pairs, account = load_pairs(write(tmp_path / "x.jsonl", [row, good]))
     assert [pair.chosen for pair in pairs[:-1]] == [chosen] * (chosen is not None), name
-    assert len(pairs) + sum(report["dropped"].values()) == 2
+    assert len(pairs) + account.dropped.total() == 2
 
 
 def test_huge_integers_are_read_or_counted(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps(dict(prompt="Q", chosen="good", rejected="bad")) + "\n" +
                                       '{"prompt": ' + "9" * 4000 + ', "chosen": "a", "rejected": "b"}\n')
-    assert load_pairs(str(tmp_path / "x.jsonl"))[1]["dropped"] == {NO_TEXT: 1}
+    assert load_pairs(str(tmp_path / "x.jsonl"))[1].dropped == {NO_TEXT: 1}
 
 
 def test_an_end_token_that_is_written_out_in_a_response_is_counted():
     pairs = [TextPair("Q", "good<eos> never learned", "bad"),
              TextPair("Q<eos>", "good", "bad")]
-    examples, counts, _ = encode(pairs, byte_tokenizer(), {1}, 90, 90)
-    assert counts["end_token_in_text"] == 1
+    examples, account, _ = encode(pairs, byte_tokenizer(), {1}, 90, 90)
+    assert account.cut["responses with an end token in their text"] == 1
     assert byte_tokenizer().decode(examples[0].chosen_ids) == "good<eos>"
 
 
@@ -137,9 +137,9 @@ def test_unusable_rows_are_dropped_and_counted_by_reason(tmp_path):
             dict(chosen=HH + " a", rejected="\n\nHuman: other\n\nAssistant: b"),
             dict(chosen="no dialogue", rejected="x"), dict(chosen=3, rejected=[USER, BAD]),
             dict(chosen=[USER, USER], rejected=[USER, BAD])]
-    pairs, report = load_pairs(write(tmp_path / "x.jsonl", rows))
-    assert len(pairs) == 1 and report["rows"] == 8
-    assert report["dropped"] == {
+    pairs, account = load_pairs(write(tmp_path / "x.jsonl", rows))
+    assert len(pairs) == 1 and account.rows == 8
+    assert account.dropped == {
         "empty response": 1, "chosen equals rejected": 1, NO_TEXT: 2,
         "last message is not the assistant's": 1, "chosen and rejected have different prompts": 1,
         "not a '\\n\\nHuman: … \\n\\nAssistant: …' dialogue": 1}
@@ -179,8 +179,8 @@ def test_csv_text_stays_text_and_a_byte_order_mark_is_no_text(tmp_path):
 def test_half_a_surrogate_pair_is_dropped(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"prompt": "Q", "chosen": "\\ud83d", "rejected": "b"}\n' + json.dumps(
         dict(prompt="Q", chosen="good", rejected="bad")) + "\n")
-    pairs, report = load_pairs(str(tmp_path / "x.jsonl"))
-    assert len(pairs) == 1 and report["dropped"] == {NO_TEXT: 1}
+    pairs, account = load_pairs(str(tmp_path / "x.jsonl"))
+    assert len(pairs) == 1 and account.dropped == {NO_TEXT: 1}
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json"])
@@ -195,8 +195,8 @@ def test_a_failure_while_writing_rows_leaves_the_file_that_was_there(name, tmp_p
 def test_the_limit_counts_kept_pairs(tmp_path):
     rows = [dict(prompt="Q", chosen="a", rejected="")] + [
         dict(prompt="Q", chosen="a", rejected=str(i)) for i in range(9)]
-    pairs, report = load_pairs(write(tmp_path / "x.jsonl", rows), limit=3)
-    assert [pair.rejected for pair in pairs] == ["0", "1", "2"] and report["rows"] == 4
+    pairs, account = load_pairs(write(tmp_path / "x.jsonl", rows), limit=3)
+    assert [pair.rejected for pair in pairs] == ["0", "1", "2"] and account.rows == 4
 
 
 def test_held_out_prompts_are_never_trained_on(tmp_path):
@@ -222,8 +222,8 @@ def test_the_toy_corpus_is_the_same_every_time_and_prefers_the_better_review():
 # --- text and tokens
 
 def encode_one(pair, tokenizer, prompt_limit=100, response_limit=100):
-    examples, counts, _ = encode([pair], tokenizer, end_token_ids(tokenizer), prompt_limit, response_limit)
-    return examples[0], counts
+    examples, account, _ = encode([pair], tokenizer, end_token_ids(tokenizer), prompt_limit, response_limit)
+    return examples[0], account
 
 
 def test_without_a_template_strings_stay_and_messages_become_the_plain_dialogue():
@@ -277,16 +277,18 @@ def test_bos_is_there_once_where_the_tokenizer_has_one_and_never_before_the_resp
 def test_prompts_are_cut_from_the_left_and_responses_from_the_right_without_an_end_token():
     tokenizer = byte_tokenizer(bos=True)
     pair = TextPair("0123456789", "abcdefgh", "wxyz")          # the last one, with its end token, just fits
-    example, counts = encode_one(pair, tokenizer, 4, 5)
+    example, account = encode_one(pair, tokenizer, 4, 5)
     assert tokenizer.decode(example.prompt_ids) == "<bos>789"
     assert (tokenizer.decode(example.chosen_ids) == "abcde"
             and tokenizer.decode(example.rejected_ids) == "wxyz<eos>")
-    assert counts["truncated_prompts"] == 1 and counts["truncated_responses"] == 1 and counts["dropped"] == 0
+    assert list(account.cut.values()) == [1, 1] and not account.dropped
+    assert str(account) == ("      cut: 1 prompts longer than --max-prompt-length, 1 responses longer than "
+                            "--max-response-length")
 
 
 def test_a_response_that_the_data_lack_has_no_ids():
-    example, counts = encode_one(TextPair("Q", None, None), byte_tokenizer(TEMPLATE))
-    assert example.chosen_ids == example.rejected_ids == [] and counts["dropped"] == 0
+    example, account = encode_one(TextPair("Q", None, None), byte_tokenizer(TEMPLATE))
+    assert example.chosen_ids == example.rejected_ids == [] and account.dropped.total() == 0
     assert byte_tokenizer(gap=True).decode(example.prompt_ids) == "<|user|>Q<|end|><|assistant|>"
     example, _ = encode_one(TextPair("Q", "good", None), byte_tokenizer(gap=True))
     assert byte_tokenizer(gap=True).decode(example.chosen_ids) == "good<eos>" and example.rejected_ids == []
@@ -295,8 +297,8 @@ def test_a_response_that_the_data_lack_has_no_ids():
 def test_pairs_that_truncation_makes_equal_are_dropped_and_counted():
     pairs = [TextPair("Q", "same start, good", "same start, bad"),
              TextPair("Q", "good", "bad")]
-    examples, counts, _ = encode(pairs, byte_tokenizer(), {1}, 9, 9)
-    assert len(examples) == 1 and counts["dropped"] == 1 and counts["same tokens in both responses"] == 1
+    examples, account, _ = encode(pairs, byte_tokenizer(), {1}, 9, 9)
+    assert len(examples) == 1 and account.dropped == {"same tokens in both responses": 1}
 
 
 def test_collation_gives_explicit_masks():

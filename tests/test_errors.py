@@ -157,16 +157,16 @@ def byte_tokenizer_without_eos():
 @pytest.mark.parametrize("name, message", [
     ("absent.py:f", "no such file absent.py"), ("{here}/mine.py:absent", "defines no function absent"),
     ("no/such/classifier", "no tokenizer ("), ("{here}/mine.py:one", "returned 1 scores for"),
-    ("{here}/mine.py:nan", "[nan, nan, nan")])
-def test_bad_rewards_are_named_and_what_was_written_stays(name, message, tmp_path, checkpoint, monkeypatch,
-                                                          capsys):
+    ("{here}/mine.py:nan", "[nan, nan]")])
+def test_bad_rewards_are_named_before_anything_is_written(name, message, tmp_path, checkpoint, monkeypatch,
+                                                         capsys):
     (tmp_path / "mine.py").write_text("def one(p, r): return [1.0]\n"
                                       "def nan(p, r): return [float('nan')] * len(r)\n")
     argv = ["sail.py", "--model", str(checkpoint), "--data", write(tmp_path / "x.jsonl"), "--mix", "0.5",
             "--steps", "2", "--max-prompt-length", "8", "--max-response-length", "8", "--reward",
             name.format(here=tmp_path), "--out", str(tmp_path / "out")]
     assert message in fails(sail.main, argv, monkeypatch, capsys)
-    assert name.startswith("{here}/mine.py:") and "absent" not in name or not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def test_prompts_over_the_limit_a_tokenizer_without_pad_and_one_without_template_are_no_errors(
@@ -187,9 +187,10 @@ def test_prompts_over_the_limit_a_tokenizer_without_pad_and_one_without_template
         "--max-response-length", "8", "--batch-size", "4", "--out", str(tmp_path / "out")])
     last = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
     counts = json.loads((tmp_path / "out/args.json").read_text())["data_counts"]
-    assert counts["truncated_prompts"] > 30 and "dropped" not in counts and last["on_policy"] == 0.5
+    assert counts["cut"]["prompts longer than --max-prompt-length"] > 30 and not counts["dropped"]
+    assert last["on_policy"] == 0.5
     said = capsys.readouterr().out
-    assert ", 40 prompts repeated in their responses, taken out\n" in said
+    assert "  altered: 40 prompts repeated in their responses, taken out\n" in said
     advice = said.split("`")[1]                            # its code runs only where it is named
     assert advice == f"python evaluate.py {tmp_path}/out --reward {tmp_path}/mine.py:score"
 

@@ -9,13 +9,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import byte_tokenizer, sail_main
+from conftest import as_settings, byte_tokenizer, sail_main
 from test_errors import fails
 from test_scale import rows_of
 
 import evaluate
 import generate
+import reward
 import sail
+from runtime.command_line import command_line
 from runtime.processes import StopSignals
 from runtime.training import print_how_long
 
@@ -45,6 +47,78 @@ def test_resume_with_nothing_to_resume_says_so_and_keeps_the_old_logs(two_runs, 
     assert len(rows_of(out)) == 2
 
 
+SCORES = """
+def fails(prompts, responses):
+    raise RuntimeError("no such key")
+
+def short(prompts, responses):
+    return [0.0]
+
+def unsure(prompts, firsts, seconds):
+    return [2.0] * len(prompts)
+
+def good(prompts, *responses):
+    return [0.5] * len(prompts) * len(responses[:1])
+"""
+
+
+@pytest.mark.parametrize("script, more, message", [
+    ("sail", ["--out", "RUN"], "holds a finished run"),
+    ("reward", ["--out", "RUN"], "holds a finished run"),
+    ("sail", ["--out", "HERE"], "model is there, and is no run's"),
+    ("sail", ["--variant", "pr", *SHORT, "--out", "RESUMED", "--resume", "--batch-size", "3"],
+     "--batch-size has changed since"),
+    ("sail", ["--reward", "FILE:fails"], "failed, as shown above"),
+    ("sail", ["--reward", "FILE:short"], "returned 1 scores for 2 responses"),
+    ("sail", ["--preference", "FILE:unsure"], r"want a finite one from 0 to 1 each"),
+    ("sail", ["--preference", "FILE:missing"], "defines no function missing"),
+    ("evaluate", ["--reward", "FILE:short"], "returned 1 scores for 2 responses"),
+    ("evaluate", ["--preference", "FILE:unsure"], "from 0 to 1 each")])
+def test_what_cannot_work_is_refused_before_a_model_is_loaded(
+        script, more, message, two_runs, base, tmp_path, monkeypatch, capfd):
+    (tmp_path / "mine.py").write_text(SCORES)
+    (tmp_path / "here/model").mkdir(parents=True)
+    resumed = shutil.copytree(two_runs / "pr", tmp_path / "resumed")
+    shutil.rmtree(resumed / "model")
+    (resumed / "checkpoints/2").mkdir(parents=True)
+    names = {"RUN": two_runs / "sft", "HERE": tmp_path / "here", "RESUMED": resumed}
+    argv = [str(names.get(word, word)).replace("FILE", f"{tmp_path}/mine.py") for word in more]
+    if "--out" not in argv:
+        argv += ["--out", str(tmp_path / "new.json")]
+    pairs = f"{base}/toy-pairs.jsonl"
+    if script == "evaluate":
+        argv = [base, "--eval-data", pairs, *argv]
+    elif script == "reward":
+        argv = ["--train", "--model", base, "--data", pairs, *argv]
+    elif "--resume" in argv:
+        argv = ["--model", base, *argv]
+    else:
+        argv = ["--variant", "relabelled-dpo", "--model", base, "--data", pairs, *argv]
+        if "--preference" not in argv and "--reward" not in argv:
+            argv += ["--reward", f"{tmp_path}/mine.py:good"]
+
+    def loads(*_, **__):
+        raise AssertionError("a model is loaded")
+
+    main = {"sail": sail, "reward": reward, "evaluate": evaluate}[script]
+    for name in ("load_policy", "load_models", "load_frozen", "load_trainee"):
+        if hasattr(main, name):
+            monkeypatch.setattr(main, name, loads)
+    assert message in complaint(main.main, [f"{script}.py", *argv], monkeypatch, capfd)
+    assert (two_runs / "sft/model").is_dir() and not (tmp_path / "new.json").exists()
+
+
+def complaint(main, argv, monkeypatch, capfd):
+    """The last line that a script writes, below the traceback of a user's function."""
+    flags, chosen = as_settings(argv[1:])
+    monkeypatch.setattr("sys.argv", [argv[0], *flags])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        command_line(lambda: main(**(chosen if argv[0] != "evaluate.py" else {})))
+    assert stop.value.code == 2
+    return capfd.readouterr().err.strip().split("\n")[-1]
+
+
 def test_a_signal_is_acknowledged_at_once(capfd):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 0)):
@@ -62,6 +136,7 @@ def test_the_held_out_loss_of_sft_is_that_of_its_training(two_runs, base, tmp_pa
     step, before the first update, sees its own loss."""
     rows = [dict(prompt=f"review the soup : {i}", chosen="the soup was good .", rejected="bad")
             for i in range(4)]
+    rows[0]["chosen"] += " the service was bad ."              # lengths differ, and so would other means
     path = tmp_path / "x.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sail_main(["--variant", "sft", "--model", base, "--data", str(path), "--eval-data", str(path), "--steps",
@@ -125,7 +200,7 @@ def test_columns_that_nothing_reads_are_said_before_training(base, tmp_path, cap
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sail_main(["--variant", "dpo", "--model", base, "--data", str(path), *SHORT, "--max-prompt-length", "9",
                "--out", str(tmp_path / "run")])
-    assert f"{path}: read by nothing: persona (40 rows)\n" in capsys.readouterr().out
+    assert " pairs to train on\n   unread: persona (40 rows)\n" in capsys.readouterr().out
 
 
 def test_run_sh_gives_the_sft_flags_of_its_own(tmp_path):

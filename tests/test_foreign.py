@@ -262,8 +262,8 @@ def test_a_data_set_opens_nothing_that_it_names(tmp_path, monkeypatch):
     opened = []
     monkeypatch.setattr(datasets.Image, "decode_example", lambda *_, **__: opened.append(1))
     for source in (tmp_path / "set/train.parquet", tmp_path / "set"):
-        pairs, report = load_pairs(str(source))
-        assert [pair.chosen for pair in pairs] == ["a", "b"] and report["unread"] == {"picture": 2}
+        pairs, account = load_pairs(str(source))
+        assert [pair.chosen for pair in pairs] == ["a", "b"] and account.unread == {"picture": 2}
     rows["prompt"] = rows.pop("picture")
     features["prompt"] = features.pop("picture")
     datasets.Dataset.from_dict(rows, features=features).to_parquet(tmp_path / "set/train.parquet")

@@ -271,9 +271,9 @@ def test_what_is_cut_dropped_altered_or_unread_is_said_and_a_row_has_what_the_po
                         "--max-response-length", 2)
     assert [row["prompt"] for row in rows] == [turns[2:], "e"]
     said = capsys.readouterr().out
-    assert "x.jsonl: prompts; 3 rows, 3 kept, dropped: none\nread by nothing: lang (1 rows)" in said
-    assert ("2 prompts asked; dropped, cut or altered: 1 dropped, 1 truncated_prompts, 1 prompt longer than"
-            in said)
+    assert "x.jsonl: prompts; 3 rows, 3 kept\n   unread: lang (1 rows)\n" in said
+    assert ("2 prompts asked\n  dropped: 1 (1 prompt longer than --max-prompt-length)\n"
+            "      cut: 1 prompts longer than --max-prompt-length\n" in said)
 
 
 def test_n_responses_to_each_prompt_stand_one_after_another(checkpoint, tmp_path, monkeypatch):

@@ -40,8 +40,8 @@ def answered(*before, **more):
           summaries=[dict(text="good", note="n"), dict(text="bad")]), {"info.id", "summaries.note"}),
     (dict(instruction="Q", input="", chosen="yes", rejected="no", note=None, tags=[]), set())])
 def test_what_nothing_reads_is_named(row, unread, tmp_path):
-    assert load(tmp_path, row)[1]["unread"] == dict.fromkeys(unread, 1)
-    assert load(tmp_path, row, {name: row[name] for name in row if name not in unread}, row)[1]["unread"] == (
+    assert load(tmp_path, row)[1].unread == dict.fromkeys(unread, 1)
+    assert load(tmp_path, row, {name: row[name] for name in row if name not in unread}, row)[1].unread == (
         dict.fromkeys(unread, 3 if any("." in name for name in unread) else 2))
 
 
@@ -49,7 +49,7 @@ def test_what_nothing_reads_is_named(row, unread, tmp_path):
 def test_a_column_is_named_wherever_it_first_appears(place, tmp_path):
     rows = [dict(PLAIN) for _ in range(300)]
     rows[place]["persona"] = rows[-1]["persona"] = "pirate"
-    assert load(tmp_path, *rows)[1]["unread"] == {"persona": len({place, 299})}
+    assert load(tmp_path, *rows)[1].unread == {"persona": len({place, 299})}
 
 
 def test_rows_of_columns_count_in_files_of_every_kind(tmp_path):
@@ -60,22 +60,22 @@ def test_rows_of_columns_count_in_files_of_every_kind(tmp_path):
     table.to_csv(str(tmp_path / "x.csv"))
     table.to_parquet(str(tmp_path / "dir/x.parquet"))
     for name in ("x.parquet", "x.csv", "dir"):
-        assert load_pairs(str(tmp_path / name))[1]["unread"] == {"lang": 1}
+        assert load_pairs(str(tmp_path / name))[1].unread == {"lang": 1}
 
 
 @pytest.mark.parametrize("earlier, counted", [(0, []), (1, [1]), (2, [1]), (5, [1])])
 def test_dialogues_of_which_only_the_last_answer_is_trained_are_counted(earlier, counted, tmp_path):
-    _, report = load(tmp_path, dict(messages=[*FIRST * earlier, Q, GOOD]), dict(messages=[Q, GOOD]))
-    assert list(report["altered"].values()) == counted
-    assert {*report["altered"]} <= {"dialogues of which only the last answer is trained"}
+    _, account = load(tmp_path, dict(messages=[*FIRST * earlier, Q, GOOD]), dict(messages=[Q, GOOD]))
+    assert list(account.altered.values()) == counted
+    assert {*account.altered} <= {"dialogues of which only the last answer is trained"}
 
 
 @pytest.mark.parametrize("echoes, plain", [(1, 2), (3, 4), (10, 90)])
 def test_answers_that_repeat_their_prompt_are_counted_where_most_do_not(echoes, plain, tmp_path):
     rows = [dict(prompt=f"question {i}", chosen=f"question {i} yes", rejected=f"question {i} no")
             for i in range(echoes)] + [PLAIN] * plain
-    pairs, report = load(tmp_path, *rows)
-    assert report["altered"] == {"prompts repeated in their responses, left in": echoes}
+    pairs, account = load(tmp_path, *rows)
+    assert account.altered == {"prompts repeated in their responses, left in": echoes}
     assert pairs[0].chosen == "question 0 yes"
 
 
@@ -90,10 +90,10 @@ def test_an_answer_that_is_not_to_be_trained_drops_its_row(mark, tmp_path):
                 dict(conversations=[Q], chosen=dict(GOOD, **mark), rejected=BAD),
                 dict(messages=[Q, GOOD, Q, dict(GOOD, **mark)])):
         good = json.loads(json.dumps(row).replace(json.dumps(mark)[1:-1], f'"{name}": null'))
-        pairs, report = load(tmp_path, row, good)
-        assert len(pairs) == 1 and report["dropped"] == reason and report["unread"] == {}
+        pairs, account = load(tmp_path, row, good)
+        assert len(pairs) == 1 and account.dropped == reason and account.unread == {}
     kept = answered(dict(Q, **mark), dict(FIRST[1], **mark), ASKED, **{name: 1})         # as it should be
-    assert load(tmp_path, kept)[1]["unread"] == {}
+    assert load(tmp_path, kept)[1].unread == {}
 
 
 @pytest.mark.parametrize("row", [
@@ -105,8 +105,8 @@ def test_turns_in_the_answers_that_both_do_not_share_drop_the_row(row, tmp_path)
     start = [SYSTEM, FIRST[0]]
     for prompt in (dict(conversations=start), dict(prompt=start)):
         good = dict(prompt, chosen=[GOOD], rejected=[BAD])
-        pairs, report = load(tmp_path, dict(prompt, **row), good)
-        assert pairs == [TextPair(start, "good", "bad")] and sum(report["dropped"].values()) == 1
+        pairs, account = load(tmp_path, dict(prompt, **row), good)
+        assert pairs == [TextPair(start, "good", "bad")] and account.dropped.total() == 1
 
 
 # --- a turn stands once
@@ -165,7 +165,7 @@ def test_a_name_that_stands_twice_in_a_parquet_file_or_a_message_in_a_string(tmp
     with pytest.raises(InputError, match="x.parquet: the name 'chosen' stands twice"):
         load_pairs(str(tmp_path / "x.parquet"))
     row = dict(PLAIN, prompt='[{"role": "user", "content": "Q", "content": "R"}]')
-    assert load(tmp_path, row, PLAIN)[1]["dropped"] == {"the name 'content' stands twice in an object": 1}
+    assert load(tmp_path, row, PLAIN)[1].dropped == {"the name 'content' stands twice in an object": 1}
 
 
 # --- text is recognised for what it is
@@ -205,9 +205,9 @@ def test_text_that_only_speaks_of_hh_stays_text(text, tmp_path):
 def test_messages_in_a_string_are_messages_whatever_their_first_key_is(keys, quote, tmp_path):
     prompt, chosen, rejected = ({**keys, **turn} for turn in (Q, GOOD, BAD))
     row = dict(prompt=quote([prompt]), chosen=quote([chosen]), rejected=quote(rejected))
-    pairs, report = load(tmp_path, row)
+    pairs, account = load(tmp_path, row)
     assert pairs == [TextPair([Q], "good", "bad")]
-    assert report["unread"] == {f"message.{key}": 1 for key in keys if key != "content"}
+    assert account.unread == {f"message.{key}": 1 for key in keys if key != "content"}
 
 
 @pytest.mark.parametrize("text", ['{"from": "EUR", "to": "USD"}', '[{"id": 1, "role": "admin"}]',
@@ -232,10 +232,10 @@ def test_the_white_space_of_an_answer_is_kept(said, tmp_path):
     (0.75, 0.75), (1, 1.0), (0, 0.0), ("0.25", 0.25), (0.5, 0.5), (1.5, None), (-0.1, None), (math.nan, None),
     (None, None), ("chosen", None), ([0.5], None), (math.inf, None)])
 def test_a_column_preference_is_the_probability_that_chosen_is_preferred(value, preference, tmp_path):
-    pairs, report = load(tmp_path, dict(PLAIN, preference=value), PLAIN)
+    pairs, account = load(tmp_path, dict(PLAIN, preference=value), PLAIN)
     assert [pair.preference for pair in pairs] == [preference] * (preference is not None) + [1.0]
-    assert sum(report["dropped"].values()) == (preference is None) and report["unread"] == {}
-    assert NO_TEXT not in report["dropped"]
+    assert account.dropped.total() == (preference is None) and account.unread == {}
+    assert NO_TEXT not in account.dropped
 
 
 @pytest.mark.parametrize("scores, scale, preference", [
@@ -244,12 +244,12 @@ def test_a_column_preference_is_the_probability_that_chosen_is_preferred(value, 
 def test_scores_are_soft_labels_in_units_of_their_scale(scores, scale, preference, tmp_path):
     row = dict(PLAIN, score_chosen=scores[0], score_rejected=scores[1])
     load(tmp_path, row, PLAIN)
-    pairs, report = load_pairs(str(tmp_path / "x.jsonl"), score_scale=scale)
+    pairs, account = load_pairs(str(tmp_path / "x.jsonl"), score_scale=scale)
     if preference is None:
-        assert len(pairs) == 1 and sum(report["dropped"].values()) == 1
+        assert len(pairs) == 1 and account.dropped.total() == 1
     else:
         assert [pair.preference for pair in pairs] == [pytest.approx(preference), 1.0]
-    assert report["unread"] == {}
+    assert account.unread == {}
 
 
 # --- packed files

@@ -232,10 +232,11 @@ def limited():
 
 
 def run_mine(base, out, at, harm, *more, sick=True):
-    """A run in a process of its own, whose reward does harm in its call number `at`; with --eval-every 2 that
-    are an evaluation, twice a step, an evaluation (of two calls each), twice a step, and so on."""
+    """A run in a process of its own, whose reward does harm in its call number `at` after the trial. With
+    --eval-every 2 the calls are an evaluation, twice a step, an evaluation (of two calls each), twice a step,
+    and so on."""
     mine = out.parent / "mine.py"
-    mine.write_text(MINE.replace("AT", str(at)).replace("HARM", harm))
+    mine.write_text(MINE.replace("AT", str(at + 1)).replace("HARM", harm))
     command = [sys.executable, ROOT / "sail.py", *arguments(base, out, "--reward", f"{mine}:score", *more)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "SICK": "1" if sick else ""}
     return subprocess.run(command, text=True, capture_output=True, timeout=50, env=environment)

@@ -73,8 +73,8 @@ def tokenizer_of(family):
 
 
 def encode_one(pair, tokenizer, *limits):
-    examples, counts, _ = encode([pair], tokenizer, end_token_ids(tokenizer), *(limits or (500, 500)))
-    return examples[0], counts
+    examples, account, _ = encode([pair], tokenizer, end_token_ids(tokenizer), *(limits or (500, 500)))
+    return examples[0], account
 
 
 DIALOGUES = [[Q], [Q, turn("assistant", "A1"), turn("user", "Q2\nmore")],
@@ -87,19 +87,19 @@ DIALOGUES = [[Q], [Q, turn("assistant", "A1"), turn("user", "Q2\nmore")],
 def test_prompt_and_answer_are_the_template_of_the_whole_dialogue(family, prompt, answer):
     tokenizer, (*_, closing) = tokenizer_of(family), FAMILIES[family]
     if family == "deepseek" and "think" in answer:
-        with pytest.raises(InputError, match="2 dropped, 2 the chat template rewrites the answer"):
+        with pytest.raises(InputError, match=": 2 the chat template rewrites the answer"):
             encode([TextPair(prompt, answer, answer + "!")] * 2, tokenizer, {1}, 99, 99)
         return
     whole = tokenizer.apply_chat_template([*prompt, turn("assistant", answer)], tokenize=False)
     assert "".join(render(prompt, answer, tokenizer)) == whole
-    example, counts = encode_one(TextPair(prompt, answer, "bad"), tokenizer)
+    example, account = encode_one(TextPair(prompt, answer, "bad"), tokenizer)
     ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
     trained = example.prompt_ids + example.chosen_ids
     assert trained == ids[:len(trained)]
     assert tokenizer.convert_ids_to_tokens(example.chosen_ids[-1]) == closing
     assert trained.count(tokenizer.bos_token_id) == (family in WRITES_BOS)
     assert (example.prompt, example.chosen, example.rejected) == (prompt, answer, "bad")
-    assert not +counts
+    assert not account.cut + account.altered
 
 
 @every_family
@@ -112,10 +112,10 @@ def test_the_end_of_an_answer_is_the_token_that_closes_it(family):
 @pytest.mark.parametrize("answer", ["    return 1", "\n\n- one", "good \n"])
 def test_white_space_of_an_answer_is_trained_or_counted(family, answer):
     tokenizer = tokenizer_of(family)
-    example, counts = encode_one(TextPair([Q], answer, "bad"), tokenizer)
+    example, account = encode_one(TextPair([Q], answer, "bad"), tokenizer)
     kept = answer.strip() if family in TRIMS else answer.lstrip("\n") if family == "qwen-3" else answer
     assert example.chosen == kept
-    assert counts["answers_stripped_by_the_template"] == (kept != answer)
+    assert account.altered["responses whose outer white space the template strips"] == (kept != answer)
     assert tokenizer.decode(example.chosen_ids).endswith(kept + FAMILIES[family][3])
 
 
@@ -123,7 +123,7 @@ def test_white_space_of_an_answer_is_trained_or_counted(family, answer):
 @pytest.mark.parametrize("limit", [1, 4, 9, 16, 30])
 def test_a_cut_answer_has_the_text_of_the_tokens_that_are_left(family, limit):
     tokenizer = tokenizer_of(family)
-    example, counts = encode_one(TextPair("Q", "abcdefghijklmnopqrstuvwxyz", None), tokenizer, 500, limit)
+    example, account = encode_one(TextPair("Q", "abcdefghijklmnopqrstuvwxyz", None), tokenizer, 500, limit)
     written = tokenizer.decode(example.chosen_ids)
     filler = {"qwen-3": "<think>\n\n</think>\n\n", "mistral": " "}.get(family, "")
     assert len(example.chosen_ids) == min(limit, 27 + len(filler))
@@ -151,10 +151,11 @@ def test_a_prompt_that_is_templated_already_is_dropped_and_counted(family):
     pairs = [TextPair(**PLAIN), TextPair(templated, "yes", "no"),
              TextPair([turn("user", templated)], "yes", "no"),
              TextPair(injected, "yes", "no"), TextPair([turn("assistant", injected), Q], "yes", "no")]
-    examples, counts, _ = encode(pairs, tokenizer, end_token_ids(tokenizer), 500, 500)
+    examples, account, _ = encode(pairs, tokenizer, end_token_ids(tokenizer), 500, 500)
     assert [example.prompt for example in examples] == ["Q0"]
-    refused = counts["refused by the chat template: roles must alternate"]
-    assert counts["prompt that holds special tokens, as one that is templated already"] == 4 - refused
+    refused = account.dropped["refused by the chat template: roles must alternate"]
+    counted = account.dropped["prompt that holds special tokens, as one that is templated already"]
+    assert counted == 4 - refused
     plain = byte_tokenizer()
     assert encode_one(TextPair(templated, "yes", "no"), plain)[0].prompt == templated     # without a template
 
@@ -175,14 +176,14 @@ THOUGHT = turn("assistant", "<think>hm</think>\n\nA")
     ("llama-3", [turn("user", " Q\n"), THOUGHT, Q], 0), ("qwen-3", [SYSTEM, Q], 0),
     ("gemma-3", [SYSTEM, Q], 0)])
 def test_pairs_are_counted_in_which_the_template_rewrites_a_turn(family, prompt, count):
-    _, counts = encode_one(TextPair(prompt, "yes", "no"), tokenizer_of(family))
-    assert counts["turns_rewritten_by_the_template"] == count
+    _, account = encode_one(TextPair(prompt, "yes", "no"), tokenizer_of(family))
+    assert account.altered["prompts with turns that the template rewrites"] == count
 
 
 def test_a_system_turn_that_the_template_leaves_out_is_counted():
     silent = TEMPLATE.replace("in messages", "in messages if message.role != 'system'")
-    _, counts = encode_one(TextPair([turn("system", "secret"), Q], "yes", "no"), byte_tokenizer(silent))
-    assert counts["turns_rewritten_by_the_template"] == 1
+    _, account = encode_one(TextPair([turn("system", "secret"), Q], "yes", "no"), byte_tokenizer(silent))
+    assert account.altered["prompts with turns that the template rewrites"] == 1
 
 
 # --- end tokens
@@ -295,8 +296,8 @@ def test_the_report_says_what_is_left_and_which_labels_are_soft(tmp_path, monkey
     rows = [dict(PLAIN, score_chosen=8, score_rejected=6, lang="en"),
             dict(PLAIN, score_chosen=1, score_rejected=2)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    unread = "read by nothing: lang (1 rows), score_chosen (2 rows), score_rejected (2 rows)\n"
-    soft = ("read by nothing: lang (1 rows)\n"
+    unread = "   unread: lang (1 rows), score_chosen (2 rows), score_rejected (2 rows)\n"
+    soft = ("   unread: lang (1 rows)\n"
             "soft labels: 2 pairs, P(chosen ≻ rejected) from 0.378 to 0.731\n")
     for more, said in (([], unread), (["--score-scale", "2"], soft)):
         monkeypatch.setattr("sys.argv", ["data.py", str(tmp_path / "rows.jsonl"), *more])

@@ -145,8 +145,8 @@ def test_so_it_is_in_evaluations_and_of_a_file_of_responses(mine, tmp_path):
 def test_a_cut_answer_in_a_file_gets_no_end_token(flag, ended, template, tmp_path):
     row = {"prompt": "Q", "chosen": "good", "rejected": "bad", "chosen_finished": flag}
     (tmp_path / "x.jsonl").write_text(json.dumps(row) + "\n")
-    pairs, report = load_pairs(str(tmp_path / "x.jsonl"))
-    assert pairs[0].finished == (ended, True) and report["unread"] == {}
+    pairs, account = load_pairs(str(tmp_path / "x.jsonl"))
+    assert pairs[0].finished == (ended, True) and account.unread == {}
     tokenizer = byte_tokenizer(template)
     ends = {EOS, END} if template else {EOS}
     example = encode(pairs, tokenizer, ends, 50, 50)[0][0]

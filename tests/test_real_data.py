@@ -25,9 +25,9 @@ def load(tmp_path, *rows):
 
 def dropped_of(tmp_path, row):
     """Why this row is dropped; a good one beside it, with the same columns, is kept."""
-    pairs, report = load(tmp_path, row, PLAIN)
+    pairs, account = load(tmp_path, row, PLAIN)
     assert len(pairs) == 1
-    return dict(report["dropped"])
+    return dict(account.dropped)
 
 
 def pair_of(row):
@@ -36,8 +36,8 @@ def pair_of(row):
 
 def encode_one(pair, tokenizer, *limits):
     pair = pair if isinstance(pair, TextPair) else pair_of(pair)
-    examples, counts, _ = encode([pair], tokenizer, end_token_ids(tokenizer), *(limits or (100, 100)))
-    return examples[0], counts
+    examples, account, _ = encode([pair], tokenizer, end_token_ids(tokenizer), *(limits or (100, 100)))
+    return examples[0], account
 
 
 # --- where the response begins
@@ -74,18 +74,18 @@ def sentencepiece(words):
 def test_the_responses_ids_are_those_of_the_whole_text():
     tokenizer = sentencepiece(["▁say", "▁the", "▁word", "the"])
     pair = TextPair("say", " the word", " word")
-    example, counts = encode_one(pair, tokenizer)
+    example, account = encode_one(pair, tokenizer)
     whole = tokenizer("say the word")["input_ids"]
     assert example.prompt_ids + example.chosen_ids == whole + [1]
-    assert not counts["prompt_merges_with_response"]
+    assert not account.altered["responses whose first token would merge with the prompt"]
 
 
 def test_a_token_that_would_reach_over_the_boundary_is_counted():
     tokenizer = sentencepiece(["▁say", "▁the", "▁saythe"])
-    example, counts = encode_one(TextPair("say", "the", " say"), tokenizer)
+    example, account = encode_one(TextPair("say", "the", " say"), tokenizer)
     assert tokenizer.convert_ids_to_tokens(example.prompt_ids) == ["▁say"]
     assert tokenizer.convert_ids_to_tokens(example.chosen_ids) == ["▁the", "<eos>"]
-    assert counts["prompt_merges_with_response"] == 1
+    assert account.altered["responses whose first token would merge with the prompt"] == 1
 
 
 # --- turns before the answer
@@ -101,14 +101,14 @@ def test_turns_before_the_answer_follow_the_prompt_or_repeat_it(prompt, first, b
 def test_strings_that_begin_with_their_prompt_lose_it_if_most_rows_have_that_form(tmp_path):
     rows = [dict(prompt=f"question {i}", chosen=f"question {i} yes", rejected=f"question {i} no")
             for i in range(9)]
-    pairs, report = load(tmp_path, *rows, PLAIN)
+    pairs, account = load(tmp_path, *rows, PLAIN)
     assert pairs[:9] == [TextPair(f"question {i}", " yes", " no") for i in range(9)]
     assert pairs[9] == pair_of(PLAIN)
-    assert report["altered"] == {"prompts repeated in their responses, taken out": 9}
+    assert account.altered == {"prompts repeated in their responses, taken out": 9}
     echo = dict(prompt="Hello", chosen="Hello you", rejected="Hello there")          # an answer, in its file
-    pairs, report = load(tmp_path, echo, PLAIN, PLAIN)
+    pairs, account = load(tmp_path, echo, PLAIN, PLAIN)
     assert pairs[0] == pair_of(echo)
-    assert report["altered"] == {"prompts repeated in their responses, left in": 1}
+    assert account.altered == {"prompts repeated in their responses, left in": 1}
 
 
 # --- columns and keys
@@ -155,23 +155,23 @@ def test_what_cannot_be_rendered_drops_its_row_by_name(row, reason, tmp_path):
 
 
 def test_columns_that_nothing_reads_are_named(tmp_path):
-    assert load(tmp_path, dict(PLAIN, persona="pirate", lang="en"))[1]["unread"] == {"lang": 1, "persona": 1}
+    assert load(tmp_path, dict(PLAIN, persona="pirate", lang="en"))[1].unread == {"lang": 1, "persona": 1}
 
 
 def test_a_column_that_only_another_format_reads_is_named(tmp_path):
     alpaca = dict(instruction="Add.", input="1 + 1", chosen="2", rejected="3")
-    pairs, report = load(tmp_path, alpaca)
-    assert pairs[0].prompt == "Add.\n1 + 1" and report["unread"] == {}
-    assert load(tmp_path, dict(PLAIN, input="1 + 1"))[1]["unread"] == {"input": 1}
+    pairs, account = load(tmp_path, alpaca)
+    assert pairs[0].prompt == "Add.\n1 + 1" and account.unread == {}
+    assert load(tmp_path, dict(PLAIN, input="1 + 1"))[1].unread == {"input": 1}
 
 
 def test_turns_inside_the_answers_of_sharegpt_are_kept(tmp_path):
     between = [turn("assistant", "A1"), turn("user", "Q2")]
     row = dict(conversations=[Q], chosen=between + [GOOD], rejected=between + [BAD])
     other = dict(row, rejected=BAD)
-    pairs, report = load(tmp_path, row, other)
+    pairs, account = load(tmp_path, row, other)
     assert pairs == [TextPair([Q] + between, "good", "bad")]
-    assert report["dropped"] == {"chosen and rejected have different prompts": 1}
+    assert account.dropped == {"chosen and rejected have different prompts": 1}
 
 
 @pytest.mark.parametrize("quote", [json.dumps, repr])
@@ -198,9 +198,9 @@ THINKS = TEMPLATE.replace("{{ message['content'] }}", "{{ message['content'].spl
 def test_an_answer_that_the_template_rewrites_drops_its_pair_by_that_reason():
     pairs = [dict(prompt="Q", chosen="<think>yes</think>A", rejected="<think>no</think>A"),
              dict(prompt="Q", chosen="A", rejected="<think>no</think>B"), PLAIN]
-    examples, counts, _ = encode(pairs_of(pairs), byte_tokenizer(THINKS), {END}, 90, 90)
+    examples, account, _ = encode(pairs_of(pairs), byte_tokenizer(THINKS), {END}, 90, 90)
     assert len(examples) == 1
-    assert counts["the chat template rewrites the answer"] == counts["dropped"] == 2
+    assert account.dropped["the chat template rewrites the answer"] == account.dropped.total() == 2
 
 
 def test_a_template_that_adds_an_empty_block_of_thoughts_keeps_the_answers_own():
@@ -215,8 +215,8 @@ def test_one_row_that_the_template_refuses_leaves_the_others():
     strict = ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
               + TEMPLATE)
     pairs = [PLAIN, dict(PLAIN, prompt=[SYSTEM, Q]), PLAIN]
-    examples, counts, _ = encode(pairs_of(pairs), byte_tokenizer(strict), {END}, 90, 90)
-    assert len(examples) == 2 and counts["refused by the chat template: no system turns"] == 1
+    examples, account, _ = encode(pairs_of(pairs), byte_tokenizer(strict), {END}, 90, 90)
+    assert len(examples) == 2 and account.dropped["refused by the chat template: no system turns"] == 1
 
 
 def test_a_prompt_that_ends_in_a_started_answer_is_continued():
@@ -258,23 +258,24 @@ def test_too_long_a_dialogue_loses_its_oldest_turns_whole_and_keeps_the_system_t
     assert whole == tokenizer.apply_chat_template(LONG, tokenize=False, add_generation_prompt=True)
     short = tokenizer.apply_chat_template([LONG[0], LONG[3]], tokenize=False, add_generation_prompt=True)
     assert kept(LONG, 60) == short
-    example, counts = encode_one(dict(prompt=LONG, chosen="yes", rejected="no"), tokenizer, 60, 9)
-    assert counts["truncated_prompts"] == 1 and tokenizer.decode(example.prompt_ids) == short
+    example, account = encode_one(dict(prompt=LONG, chosen="yes", rejected="no"), tokenizer, 60, 9)
+    assert account.cut.total() == 1 and tokenizer.decode(example.prompt_ids) == short
 
 
 def test_a_dialogue_that_does_not_fit_without_its_older_turns_is_dropped():
     pairs = [dict(prompt=LONG, chosen="yes", rejected="no"), PLAIN, dict(PLAIN, prompt="d" * 50)]
-    examples, counts, lengths = encode(pairs_of(pairs), byte_tokenizer(TEMPLATE), {END}, 20, 9)
+    examples, account, lengths = encode(pairs_of(pairs), byte_tokenizer(TEMPLATE), {END}, 20, 9)
     assert [example.prompt for example in examples] == ["Q0"]
-    assert counts["prompt longer than --max-prompt-length"] == counts["dropped"] == 2
+    assert account.dropped["prompt longer than --max-prompt-length"] == account.dropped.total() == 2
     assert max(lengths["prompt"]) > 60                                         # as they were before
 
 
 def test_lengths_are_those_before_cutting():
     pair = dict(prompt="12345678", chosen="123456789", rejected="1")
-    _, counts, lengths = encode([pair_of(pair)], byte_tokenizer(), {1}, 4, 5)
+    _, account, lengths = encode([pair_of(pair)], byte_tokenizer(), {1}, 4, 5)
     assert lengths == {"prompt": [8], "chosen": [10], "rejected": [2]}
-    assert counts["truncated_prompts"] == counts["truncated_responses"] == 1
+    assert account.cut["prompts longer than --max-prompt-length"] == 1
+    assert account.cut["responses longer than --max-response-length"] == 1
 
 
 # --- files

@@ -17,7 +17,7 @@ import generate
 import reward
 import sail
 from data import Pair, encode, load_tokenizer, render, response_text
-from formats import BadRow
+from formats import Account, BadRow
 from runtime.command_line import InputError
 from runtime import processes, run_directory
 from runtime.processes import process_group
@@ -169,11 +169,11 @@ def test_a_reward_model_in_bfloat16_is_run_in_float32(classifier):
 def test_a_row_that_the_reward_models_template_refuses_is_dropped_before_training(classifier, base, tmp_path):
     reward = load_reward(classifier)
     pairs = [Pair(prompt, "good", None) for prompt in ("yes", "no", "yes")]
-    kept, counts = drop_unscorable(pairs, reward)
+    kept, account = drop_unscorable(pairs, reward)
     assert [pair.prompt for pair in kept] == ["yes", "yes"]
-    assert counts == {"dropped": 1, "for the reward model refused by the chat template: not that": 1}
-    assert drop_unscorable(pairs, None) == (pairs, {})
-    with pytest.raises(InputError, match="none of 1 pairs: 1 dropped, 1 for the reward model refused"):
+    assert account.dropped == {"for the reward model refused by the chat template: not that": 1}
+    assert drop_unscorable(pairs, None) == (pairs, Account())
+    with pytest.raises(InputError, match="none of 1 pairs: 1 for the reward model refused"):
         drop_unscorable(pairs[1:2], reward)
     rows = [{"prompt": "no" if i % 4 == 0 else f"q {i}", "chosen": "the soup", "rejected": "the tea"}
             for i in range(40)]
@@ -181,8 +181,8 @@ def test_a_row_that_the_reward_models_template_refuses_is_dropped_before_trainin
     sail_main(["--variant", "pr", "--model", base, "--data", write(tmp_path / "x.jsonl", rows), "--eval-data",
                write(tmp_path / "y.jsonl", rows[:3]), "--reward", classifier, "--out", str(out), *SHORT,
                "--max-prompt-length", "40"])
-    counts = json.loads((out / "args.json").read_text())["data_counts"]
-    assert counts["for the reward model refused by the chat template: not that"] == counts["dropped"] == 10
+    dropped = json.loads((out / "args.json").read_text())["data_counts"]["dropped"]
+    assert dropped == {"for the reward model refused by the chat template: not that": 10}
     assert rows_of(out, "eval")[-1]["prompts"] == 2
 
 
@@ -191,7 +191,7 @@ def test_dialogues_that_a_reward_model_cuts_are_counted(checkpoint, tmp_path):
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path)
     pairs = [Pair("Q", "a" * n, "b" * m) for n, m in ((1, 1), (1, 30), (30, 1), (30, 30))]
-    assert drop_unscorable(pairs, load_reward(str(tmp_path)))[1] == {"dialogues_cut_for_the_reward_model": 3}
+    assert drop_unscorable(pairs, load_reward(str(tmp_path)))[1].cut.total() == 3
 
 
 # --- clocks
@@ -306,5 +306,5 @@ def test_any_error_of_a_template_drops_the_row():
 
 
 def test_a_bad_template_is_told_by_the_count_of_its_rows():
-    with pytest.raises(InputError, match="none of 2 prompts or .* 2 dropped, 2 the chat template leaves"):
+    with pytest.raises(InputError, match="none of 2 prompts or .* 2 the chat template leaves"):
         encode([Pair("Q", "a", "b")] * 2, byte_tokenizer("fixed"), {1}, 9, 9)

@@ -122,7 +122,7 @@ TERMINATING = """import os, signal
 calls = []
 def score(prompts, responses):
     calls.append(1)
-    if len(calls) == 3 and os.environ.get("TERMINATE") == os.environ.get("RANK", "0"):
+    if len(calls) == 4 and os.environ.get("TERMINATE") == os.environ.get("RANK", "0"):
         os.kill(os.getpid(), signal.SIGTERM)
     return [float(len(response)) for response in responses]
 """
@@ -215,7 +215,7 @@ REWARD = """import os
 calls = []
 def score(prompts, responses):
     calls.append(1)
-    if os.path.exists({sick!r}) and len(calls) >= 5 and os.environ.get("RANK") in (None, {rank!r}):
+    if os.path.exists({sick!r}) and len(calls) >= 6 and os.environ.get("RANK") in (None, {rank!r}):
         {harm}
     return [float(len(response)) for response in responses]
 """

@@ -19,7 +19,7 @@ from formats import load_pairs, read_rows
 from runtime.command_line import command_line, InputError, seeded
 from runtime.intervals import format_figure
 from evaluate import evaluate_policy
-from runtime.compare import compare, read_runs, tables_of, track_of
+from runtime.compare import compare, measured_on, read_runs, tables_of, track_of
 from runtime.intervals import length_controlled, scaled_lengths, win_figures
 from runtime.run_directory import write_rows
 from generate import sample
@@ -92,13 +92,40 @@ def test_a_preference_labels_without_a_reward_and_may_be_cyclic(tmp_path):
 def test_what_no_reward_has_measured_is_null_and_is_not_printed(base, tmp_path, capsys):
     (tmp_path / "mine.py").write_text("def first(prompts, *responses):\n    return [1.0] * len(prompts)\n")
     sail_main(["--variant", "online-dpo", "--mix", "1", "--model", base, "--preference",
-               f"{tmp_path}/mine.py:first", "--data", f"{base}/toy-pairs.jsonl", "--max-prompt-length", "12",
-               "--max-response-length", "6", "--batch-size", "4", "--steps", "1", "--eval-every", "0",
+               f"{tmp_path}/mine.py:first", "--data", f"{base}/toy-pairs.jsonl", "--eval-data",
+               f"{base}/toy-pairs.jsonl", "--max-prompt-length", "12", "--max-response-length", "6",
+               "--batch-size", "4", "--steps", "1", "--eval-every", "0",
                "--eval-limit", "2", "--out", str(tmp_path / "run")])
     row = json.loads((tmp_path / "run/metrics.jsonl").read_text())
     assert row["reward"] is row["ties"] is row["cut_for_reward"] is None and row["response_length"] > 0
     line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/1")]
     assert "reward" not in line and "response_length" in line
+    figures = json.loads((tmp_path / "run/eval.jsonl").read_text().splitlines()[-1])
+    assert figures["win_rate"] == 1.0 and "reward" not in figures and "objective" not in figures
+
+
+def test_without_a_reward_the_preference_says_how_often_a_policy_wins(base, held_out, tmp_path, capsys,
+                                                                       monkeypatch):
+    """In training, and by evaluate.py where the command line names it. The first of two is the sample."""
+    source = tmp_path / "mine.py"
+    source.write_text("""def ended(prompts, firsts, seconds, finished):
+    return [0.9 * first + 0.05 * second for first, second in finished]
+""")
+    sail_main(["--variant", "online-dpo", "--model", base, "--preference", f"{source}:ended", "--data",
+               held_out, "--eval-data", held_out, "--steps", "1", "--batch-size", "4", "--eval-limit", "6",
+               "--max-prompt-length", "12", "--max-response-length", "6", "--out", str(tmp_path / "run")])
+    row = json.loads((tmp_path / "run/eval.jsonl").read_text().splitlines()[-1])
+    unfinished = row["unfinished"]
+    seconds = round((row["win_rate"] - 0.9 * (1 - unfinished)) / 0.05 * 6)         # chosen ones that end
+    assert row["win_rate"] == pytest.approx(0.9 * (1 - unfinished) + 0.05 * seconds / 6)
+    message = fails(evaluate.main, ["evaluate.py", str(tmp_path / "run")], monkeypatch, capsys)
+    assert "is code; it runs only if --preference names it" in message
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(tmp_path / "run"), "--eval-limit", "6",
+                                     "--preference", f"{source}:ended"])
+    evaluate.main()
+    said = capsys.readouterr().out
+    assert f"preference {source}:ended, which decides on wins" in said and "win rate" in said
+    assert measured_on(tmp_path / "run")["reward"].startswith("preference mine.py:ended (")
 
 
 @pytest.mark.parametrize("body, message", [
@@ -508,15 +535,19 @@ def test_a_run_is_evaluated_as_it_was_trained(tmp_path, base):
         assert saved[name] == asked.get(name, saved[name])
 
 
-def test_the_held_out_loss_of_sft_is_each_responses_mean_over_its_tokens(base):
+def test_the_held_out_loss_of_sft_is_over_all_tokens_and_its_interval_a_ratios(base):
     policy, _ = generate.load_policy(base)
     examples = [Pair("", "a", prompt_ids=[5, 6], chosen_ids=ids) for ids in ([7, 8], [9, 7, 8, 6, 1])]
     loss = evaluate.pair_columns(policy, None, examples, sail_args(["--variant", "sft"]))["loss"]
-    for each, example in zip(loss, examples, strict=True):
+    sums = []
+    for example in examples:
         with torch.no_grad():
             logits = policy(torch.tensor([example.prompt_ids + example.chosen_ids])).logits[0, 1:-1]
         chosen = torch.tensor(example.chosen_ids)
-        assert each == pytest.approx(torch.nn.functional.cross_entropy(logits, chosen).item(), abs=1e-5)
+        sums.append(torch.nn.functional.cross_entropy(logits, chosen, reduction="sum").item())
+    ratio = sum(sums) / 7
+    assert sum(loss) / 2 == pytest.approx(ratio, abs=1e-5)
+    assert loss[0] - ratio == pytest.approx((sums[0] - 2 * ratio) / 3.5, abs=1e-5)
 
 
 def test_of_few_held_out_prompts_each_is_answered_as_often_as_the_limit_allows(tmp_path, base, capsys):

@@ -207,8 +207,10 @@ def test_pairs_whose_difference_is_cut_off_are_dropped_and_counted(monkeypatch, 
     source = write(tmp_path / "x.jsonl", rows)
     trained(monkeypatch, checkpoint, source, tmp_path / "out", "--max-length", "20", "--eval-data", source)
     said = capsys.readouterr().out
-    assert "10 pairs to train on, 10 to evaluate on; dropped: 60 dialogues cut" in said
-    assert "30 same tokens in both responses" in said
+    account = ("  dropped: 30 (30 same tokens in both responses)\n"
+               "      cut: 60 dialogues, from the left\n")
+    assert f"10 pairs to train on\n{account}" in said
+    assert f"10 pairs to evaluate on\n{account}" in said
 
 
 def test_prompts_without_responses_are_refused(monkeypatch, checkpoint, pairs, tmp_path, capsys):

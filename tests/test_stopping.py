@@ -123,7 +123,7 @@ def interrupted(base, out, *more):
     mine = out.parent / "mine.py"
     mine.write_text("import os, signal\ncalls = []\ndef score(prompts, responses):\n    calls.append(1)\n"
                     "    for _ in range(1 + ('TWICE' in os.environ)):\n"
-                    "        if len(calls) == 2: os.kill(os.getpid(), signal.SIGINT)\n"
+                    "        if len(calls) == 3: os.kill(os.getpid(), signal.SIGINT)\n"
                     "    return [float(len(r)) for r in responses]\n")
     return [sys.executable, ROOT / "sail.py", "--model", base, *FLAGS, "--steps", "50", "--reward",
             f"{mine}:score", "--out", str(out), *more]
@@ -165,8 +165,15 @@ def test_a_run_that_sigterm_stopped_exits_with_0(run, monkeypatch):
 def test_a_step_longer_than_torchruns_patience_is_lost(patience, saved, base, tmp_path):
     """As run.sh and README say: torchrun waits --shutdown-timeout seconds at SIGTERM, then kills."""
     mine, began = tmp_path / "mine.py", tmp_path / "began"
-    mine.write_text(f"import pathlib, time\ndef score(prompts, responses):\n    pathlib.Path({str(began)!r})"
-                    ".touch()\n    time.sleep(8)\n    return [float(len(r)) for r in responses]\n")
+    mine.write_text(f"""import pathlib, time
+calls = []
+def score(prompts, responses):
+    calls.append(1)
+    if len(calls) > 1:                                     # the first one is a trial, before the run begins
+        pathlib.Path({str(began)!r}).touch()
+        time.sleep(8)
+    return [float(len(r)) for r in responses]
+""")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1",
               "--shutdown-timeout", patience, ROOT / "sail.py", "--model", base, *FLAGS, "--steps", "50",
               "--eval-limit", "1", "--reward", f"{mine}:score", "--out", tmp_path / "run"]
@@ -305,13 +312,16 @@ def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_mode
     size = sum(parameter.numel() for parameter in load_policy(base)[0].parameters())
     assert lines[0] == f"{base} on cpu in float32: {size:,} of {size:,} parameters are trained"
     assert lines.pop(1) == "chat template: none"
-    assert lines[1].startswith(f"{base}/toy-pairs.jsonl: 39 pairs to train on; "
-                               "dropped, cut or altered: 1 dropped, ")
+    assert lines[1] == f"{base}/toy-pairs.jsonl: 39 pairs to train on"
+    assert lines.pop(2).startswith("  dropped: 1 (1 ")
+    if lines[2].startswith("      cut: "):
+        lines.pop(2)
     assert lines[2] == "   prompt: tokens median 5, 90 % 6, most 6; 0 of 40 longer than 8"
     assert lines[3].startswith("   chosen: tokens median ")
     assert lines[4].startswith(" rejected: tokens median ")
-    assert re.fullmatch(r"runs/toy/world/held-out.jsonl: 4 pairs to evaluate on; dropped, cut or altered: "
-                        r"\d truncated_responses, 1020 unread beyond --eval-limit", lines[5])
+    assert lines[5] == "runs/toy/world/held-out.jsonl: 4 pairs to evaluate on"
+    assert lines.pop(6) == "  dropped: 1020 (1020 beyond --eval-limit)"
+    assert re.fullmatch(r"      cut: \d responses longer than --max-response-length", lines.pop(6))
     assert lines[6] == f"pr: 2 pairs from the data, 2 generated; 1 steps of 4 -> {tmp_path}/run"
     assert lines[7].startswith("step 1/1 | loss ")
     assert re.fullmatch(r"the first step took [\d.]+ s: about 0 s to go", lines[8])

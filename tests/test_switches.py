@@ -15,6 +15,7 @@ import generate
 import reward
 import sail
 from data import Pair
+from formats import Account
 from generate import add_adapter, load_policy
 from runtime.command_line import InputError
 from runtime.optimizer import make_optimizer, optimizer_step
@@ -85,7 +86,7 @@ def test_the_label_that_is_followed_is_the_preferred_one(prefer, chosen, base, t
     by_evaluate, _ = evaluate.held_out_pairs(settings, None)
     by_reward = []
     monkeypatch.setattr(reward, "encode_for_reward",
-                        lambda pairs, _: by_reward.append(pairs) or ([], Counter(), {}))
+                        lambda pairs, _: by_reward.append(pairs) or ([], Account(), {}))
     with pytest.raises(InputError, match="no pair of 30 can be told apart"):
         reward.train_reward(reward.parse_args(["--train", "--model", base, *flags], limit=30))
     read = [[pair.chosen for pair in pairs] for pairs in (*by_sail, by_evaluate, *by_reward)]
@@ -265,12 +266,13 @@ def test_rows_that_were_dropped_from_either_file_or_altered_are_counted_by_reaso
     write_rows(tmp_path / "held-out.jsonl", good + bad[:1])
     args = sail_args(["--variant", "dpo", "--model", base, "--data", str(tmp_path / "train.jsonl"),
                        "--eval-data", str(tmp_path / "held-out.jsonl")])
-    train, held_out, _, counts, held_out_counts = sail.load_data(args)
+    train, held_out, _, _, account, held_out_account = sail.load_data(args)
     assert len(train) == len(held_out) == 3
     altered = {"prompts repeated in their responses, taken out": 3}
-    assert counts == {"dropped": 3, "chosen equals rejected": 1, "empty prompt": 1, "empty response": 1,
-                      **altered}
-    assert held_out_counts == {"dropped": 1, "chosen equals rejected": 1, **altered}
+    assert account.dropped == {"chosen equals rejected": 1, "empty prompt": 1, "empty response": 1}
+    assert str(account).startswith("  dropped: 3 (1 ")
+    assert held_out_account.dropped == {"chosen equals rejected": 1}
+    assert account.altered == held_out_account.altered == altered
 
 
 def test_the_held_out_loss_of_sft_is_per_token(base):
@@ -280,7 +282,7 @@ def test_the_held_out_loss_of_sft_is_per_token(base):
     figures, _ = evaluate.evaluate_policy(policy, None, tokenizer, pairs, None, args)
     with torch.no_grad():
         losses, _ = sail.sft_losses(policy, pairs)
-    assert figures["loss"][0] == pytest.approx((losses[0] / 4 + losses[1]).item() / 2)
+    assert figures["loss"][0] == pytest.approx(losses.sum().item() / 5)
 
 
 def test_held_out_figures_are_what_their_names_say(base, monkeypatch):
