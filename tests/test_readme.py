@@ -122,10 +122,9 @@ def test_the_tables_of_the_studies_follow_from_the_committed_rows(table):
 
 def test_the_measured_rows_of_the_front_page_are_rows_of_the_studies():
     rows = {line for table in TABLES for line in table.splitlines()}
-    page = re.sub(r"^## Two commands.*?^## ", "", TEXTS["README.md"], flags=re.DOTALL | re.MULTILINE)
+    page = re.sub(r"^## One command.*?^## ", "", TEXTS["README.md"], flags=re.DOTALL | re.MULTILINE)
     measured = [line for line in page.splitlines() if line.startswith("|") and "±" in line]
-    assert len(measured) > 8 and [line for line in measured if line not in rows] == []
-    assert ANSWERS in page
+    assert len(measured) > 5 and [line for line in measured if line not in rows] == []
 
 
 def test_the_front_page_is_short():
