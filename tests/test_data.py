@@ -320,7 +320,7 @@ def test_the_command_line_shows_format_counts_lengths_and_pairs(tmp_path, monkey
         monkeypatch.setattr("sys.argv", ["data.py", path, *more])
         data.main()
         shown = capsys.readouterr().out
-        assert "2 rows, 1 kept, dropped: 1 empty response" in shown and "good" in shown
+        assert "2 rows, 1 kept\n  dropped: 1 (1 empty response)\n" in shown and "good" in shown
         assert ("tokens" in shown and "<|user|>" in shown) if more else "characters" in shown
 
 
@@ -334,5 +334,20 @@ def test_the_command_line_shows_rows_that_lack_responses(tmp_path, monkeypatch, 
     monkeypatch.setattr("sys.argv", ["data.py", path, *more, *[str(checkpoint)] * len(more)])
     data.main()
     shown = capsys.readouterr().out
-    assert f"{told}; 1 rows, 1 kept, dropped: none" in shown and "What?" in shown
+    assert f"{told}; 1 rows, 1 kept\n  nothing dropped, cut, altered or unread\n" in shown
+    assert "What?" in shown
     assert ("good" in shown) == ("chosen" in shown) == (told == "dialogues") and "rejected" not in shown
+
+
+def test_pairs_beyond_the_limit_are_counted_apart_from_those_that_were_dropped_before_it():
+    pairs = pairs_of([dict(prompt="Q", chosen="same", rejected="same"),
+                      *[dict(prompt=f"Q{i}", chosen="good", rejected="bad") for i in range(5)]])
+    examples, account, _ = encode(pairs, byte_tokenizer(), {1}, 90, 90, limit=2)
+    assert [example.prompt for example in examples] == ["Q0", "Q1"]
+    assert account.dropped == {"same tokens in both responses": 1, "beyond --eval-limit": 3}
+
+
+def test_the_columns_of_all_rows_tell_the_format(tmp_path):
+    rows = [{"prompt": "a", "chosen": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c"}]
+    pairs, account = load_pairs(write(tmp_path / "x.jsonl", rows))
+    assert pairs == [TextPair("a", "b", "c")] and account.dropped == {NO_TEXT: 1}

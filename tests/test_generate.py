@@ -238,6 +238,10 @@ def test_a_model_smaller_than_its_tokenizer_is_refused_only_where_an_id_that_occ
     for side in ("prompt", *SIDES):
         with pytest.raises(InputError, match="the data hold 'z', id .*the model has only 50 ids"):
             encode([known, replace(known, **{side: "z"})], tokenizer, {1}, 9, 9, rows=50)
+    highest = max(byte_tokenizer(gap=True)("#")["input_ids"])
+    encode([known], tokenizer, {1}, 9, 9, rows=highest + 1)
+    with pytest.raises(InputError, match=f"the data hold '#', id {highest}"):
+        encode([known], tokenizer, {1}, 9, 9, rows=highest)
     tokenizer.eos_token = "z"
     with pytest.raises(InputError, match="263 ids, the model only 50, and an end token is among"):
         prepare(model, tokenizer)
@@ -334,3 +338,26 @@ def test_a_response_is_called_finished_if_it_is(monkeypatch):
 def test_a_policy_loads_as_float32_without_touching_the_network(checkpoint):
     policy, tokenizer = load_policy(str(checkpoint))
     assert next(policy.parameters()).dtype == torch.float32 and tokenizer.chat_template
+
+
+def test_at_temperature_0_the_likeliest_token_is_drawn_however_near_the_next():
+    logits = torch.tensor([[20.0, 20.001, 19.0]]).repeat(200, 1)
+    assert generate.draw_tokens(logits, 0.0).unique().tolist() == [1]
+
+
+def test_the_chat_template_of_the_command_line_is_the_one_that_answers(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows("x.jsonl", [{"prompt": "Q"}])
+    Path("mine.jinja").write_text("A talk." + TEMPLATE)
+    seen, load = [], generate.load_policy
+
+    def watched(*names, **options):
+        model, tokenizer = load(*names, **options)
+        seen.append(tokenizer.chat_template)
+        return model, tokenizer
+
+    monkeypatch.setattr(generate, "load_policy", watched)
+    for more in ([], ["--chat-template", "mine.jinja"]):
+        run_generate(monkeypatch, "--model", checkpoint, "--data", "x.jsonl", "--max-prompt-length", 60,
+                     "--max-response-length", 2, *more)
+    assert seen == [TEMPLATE, "A talk." + TEMPLATE]

@@ -58,7 +58,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         host, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert self.path == "/v1/chat/completions" and (body["model"], body["temperature"]) == ("m", 0)
+        assert self.path == "/v1/chat/completions" and body["temperature"] == 0
+        assert body["model"] in ("m", "another")
         question = body["messages"][0]["content"]
         fault = host.fault(question, host.log.count(question))
         host.log.append(question)
@@ -268,6 +269,8 @@ def test_a_question_is_asked_once_in_a_call_and_in_all_calls(host, judge_of, tmp
     assert len(host.log) == 4
     judge_of("harmless")(*ONE)                                              # another question
     assert len(host.log) == 6 == len(lines_of(tmp_path / "verdicts.jsonl"))
+    load_judge(host.url, "another", "helpful", tmp_path / "verdicts.jsonl")(*ONE)       # another judge
+    assert len(host.log) == 8
 
 
 def test_a_line_says_what_was_asked_and_answered(host, judge_of, tmp_path):

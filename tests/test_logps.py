@@ -1,5 +1,6 @@
 """sequence_logps against a slow float64 computation, and what must not change it."""
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from data import Pair, collate
 from generate import prepare, sequence_logps, sequence_logps_and_revkl
 from runtime import training
 from runtime.command_line import InputError
-from runtime.packing import allow_packing
+from runtime.packing import allow_packing, can_be_packed
 from runtime.training import micro_batches
 from sail import response_tokens
 
@@ -273,3 +274,13 @@ def test_revkl_is_zero_at_the_reference():
     model = tiny_model().double()
     _, _, revkl = sequence_logps_and_revkl(model, copy.deepcopy(model), *collate(PROMPTS, RESPONSES))
     assert revkl.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("config, packed", [
+    (dict(), True), (dict(sliding_window=None), True), (dict(sliding_window=16), False),
+    (dict(sliding_window=16, use_sliding_window=True), False),
+    (dict(sliding_window=16, use_sliding_window=False), True),
+    (dict(layer_types=["full_attention", "sliding_attention"]), False),
+    (dict(layer_types=["full_attention"] * 2), True)])
+def test_a_window_forbids_packing_unless_the_model_says_that_it_uses_none(config, packed):
+    assert can_be_packed(SimpleNamespace(_attn_implementation="sdpa", **config)) == packed

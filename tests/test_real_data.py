@@ -109,6 +109,7 @@ def test_strings_that_begin_with_their_prompt_lose_it_if_most_rows_have_that_for
     pairs, account = load(tmp_path, echo, PLAIN, PLAIN)
     assert pairs[0] == pair_of(echo)
     assert account.altered == {"prompts repeated in their responses, left in": 1}
+    assert load(tmp_path, echo, PLAIN)[0][0] == TextPair("Hello", " you", " there")    # at least half do
 
 
 # --- columns and keys

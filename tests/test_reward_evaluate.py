@@ -890,3 +890,17 @@ def test_wins_are_counted_against_the_chosen_responses_each_to_its_prompt(tmp_pa
 def test_nothing_to_evaluate_is_one_line(argv, monkeypatch, capsys):
     assert "want the directory of a run or a model" in fails(
         evaluate.main, ["evaluate.py", *argv], monkeypatch, capsys)
+
+
+def test_a_row_of_the_toy_says_of_each_response_whether_it_ended():
+    """Whichever of the two is drawn as the chosen one."""
+    import random
+
+    from toy import toy_pair
+    rng, kept = random.Random(0), set()
+    for _ in range(20):
+        row = toy_pair(rng, "review the soup :", "the soup was good .", "the soup was bad", (True, False))
+        ended = {row["chosen"]: row["chosen_finished"], row["rejected"]: row["rejected_finished"]}
+        assert ended == {"the soup was good .": True, "the soup was bad": False}
+        kept.add(row["chosen"])
+    assert len(kept) == 2

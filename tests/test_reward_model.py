@@ -332,3 +332,26 @@ def test_a_full_disk_saves_the_steps_that_were_done(checkpoint, pairs, tmp_path,
     message = fails(reward.main, argv, monkeypatch, capsys)
     assert "metrics.jsonl: No space left on device (step 2 is saved; --resume continues)" in message
     assert (tmp_path / "run/checkpoints/2/progress.json").is_file()
+
+
+def test_a_fraction_of_an_epoch_is_so_many_pairs(monkeypatch, checkpoint, pairs, tmp_path):
+    trained(monkeypatch, checkpoint, pairs, tmp_path / "out", "--epochs", "0.5", "--eval-data", pairs,
+            "--eval-limit", "4")
+    assert len(lines(tmp_path / "out/metrics.jsonl")) == math.ceil(60 / 16)
+
+
+def test_held_out_pairs_beyond_the_limit_are_counted(monkeypatch, checkpoint, pairs, tmp_path, capsys):
+    trained(monkeypatch, checkpoint, pairs, tmp_path / "out", "--steps", "1", "--eval-data", pairs,
+            "--eval-limit", "4")
+    said = capsys.readouterr().out
+    assert f"{pairs}: 4 pairs to evaluate on\n  dropped: 116 (116 beyond --eval-limit)\n" in said
+
+
+def test_a_checkpoint_that_is_trained_on_takes_the_length_of_the_command_line(
+        monkeypatch, checkpoint, pairs, tmp_path):
+    trained(monkeypatch, checkpoint, pairs, tmp_path / "out", "--steps", "1", "--save-every", "1",
+            "--max-length", "40", "--eval-limit", "2")
+    saved = str(tmp_path / "out/checkpoints/1")
+    for given, length in ((None, 40), (20, 20)):
+        _, _, ids_of = load_classifier(saved, max_length=given, **TRAINEE)
+        assert len(ids_of("Q" * 90, "yes")[0]) == length

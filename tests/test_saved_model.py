@@ -152,5 +152,7 @@ def test_a_reward_models_card_says_that_it_is_one(checkpoint, held_out, tmp_path
     reward.main(["--train", "--model", str(checkpoint), "--data", held_out, "--steps", "1", "--batch-size",
                  "4", "--max-length", "60", "--out", str(tmp_path / "rm")])
     card = (tmp_path / "rm/model/README.md").read_text()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "rm/eval.jsonl").read_text().splitlines()]
+    assert len(steps) > 1 and f"Held-out figures after step {steps[-1]}, on " in card
     assert f"A reward model: `{checkpoint}`, trained with Bradley-Terry's likelihood on `{held_out}`" in card
     assert "    python reward.py --model" in card and "--train" in card and "accuracy" in card

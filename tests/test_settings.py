@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import sail_args, tiny_model
 from test_errors import fails
 
 import reward
@@ -133,4 +133,16 @@ def test_the_help_names_each_default_once_from_its_declaration(capsys):
 
 def test_a_resumed_run_may_change_only_what_changes_no_figure():
     assert set(may_change(Arguments())) == {"micro_batch_size", "gradient_checkpointing", "shard", "out",
-                                            "save_every", "resume", "overwrite"}
+                                            "save_every", "resume", "overwrite", "may_change"}
+
+
+def test_an_underscore_in_a_value_stays():
+    given = sail_args(["--variant", "dpo", "--model", "my_model", "--data=my_file.jsonl"])
+    assert (given.model, given.data) == ("my_model", "my_file.jsonl")
+
+
+@pytest.mark.parametrize("more, rate", [
+    (["--variant", "sft"], 2e-5), (["--variant", "sft", "--lora", "8"], 2e-5),
+    (["--variant", "dpo", "--lora", "8"], 1e-5), (["--variant", "dpo"], 1e-6)])
+def test_an_adapter_has_the_higher_learning_rate_of_its_own_and_the_variants(more, rate):
+    assert sail_args([*more, "--model", "M", "--data", "D"]).learning_rate == rate

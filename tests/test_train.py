@@ -403,3 +403,16 @@ def test_pr_learns_the_toy_reward(tmp_path, monkeypatch):
     assert "training it, once" in finished.stdout and "drawing pairs from" in finished.stdout
     curve = [json.loads(line)["reward"] for line in Path("runs/toy/pr/eval.jsonl").read_text().splitlines()]
     assert curve[-1] - curve[0] > 0.6
+
+
+def test_each_process_samples_from_a_stream_of_its_own(base, tmp_path, monkeypatch):
+    from runtime import training
+    seeds = {}
+    for rank in (0, 1):
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "rank", lambda rank=rank: rank)
+            patch.setattr(sail, "roll_out", lambda policy, tokenizer, pairs, *_, rank=rank: (
+                seeds.setdefault(rank, torch.initial_seed()), pairs)[1])
+            sail_main(["--variant", "pr", "--model", base, "--steps", "1", "--batch-size", "4",
+                       "--eval-limit", "1", "--eval-every", "0", "--out", str(tmp_path / str(rank))])
+    assert seeds[0] != seeds[1]
