@@ -56,6 +56,8 @@ class Pair:
     cut_for_reward: int = 0                  # how many of the two dialogues lost their start to a classifier
     # by `encode`, or by `generate.roll_out`
     finished: tuple = (True, True)           # whether chosen_ids, whether rejected_ids has its end token
+    # by `generate.score_once`
+    reference_logps: torch.Tensor | None = None       # (2,): log π_ref of chosen, of rejected, where known
 
 # --- text to tokens -----------------------------------------------------------------------------------------
 

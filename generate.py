@@ -17,10 +17,12 @@ from pathlib import Path
 from runtime.command_line import InputError, command_line, first_line, foreign, seeded
 from runtime.packing import allow_packing, is_packed, packed_logits, register_packing
 from runtime.processes import (
-    computing_in, default_dtype, fails_together, gathered, of_rank_0, own_device, progress, rank, sent, shard)
+    computing_in, default_dtype, fails_together, gathered, of_all, of_rank_0, own_device, progress, rank,
+    sent, shard, share_of_process, with_equal_counts)
 from runtime.run_directory import has_columns, refuse_output, trained_weights, write_rows
 from runtime.saved_model import base_of
 from runtime.settings import Parser, Settings, read_run, same_as, setting
+from runtime.training import micro_batches
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -330,6 +332,52 @@ def sequence_logps_and_revkl(model, reference, input_ids, attention_mask, respon
     return tuple(sum_rows(values, rows, len(input_ids)) for values in (our_logps, their_logps, revkl))
 
 
+def response_tokens(pair):
+    """How many tokens of a pair's responses are scored."""
+    return len(pair.chosen_ids) + len(pair.rejected_ids)
+
+
+def collate_pairs(pairs):
+    """`collate` of the chosen responses and then of the rejected ones, to be scored in one forward: (2B, T)
+    each."""
+    prompts = [pair.prompt_ids for pair in pairs]
+    chosen = [pair.chosen_ids for pair in pairs]
+    rejected = [pair.rejected_ids for pair in pairs]
+    return collate(prompts + prompts, chosen + rejected)
+
+
+def pair_logps(model, pairs, dtype="float32"):
+    """`sequence_logps` of the chosen and the rejected responses, (2, B)."""
+    with computing_in(dtype, model):
+        return sequence_logps(model, *collate_pairs(pairs)).unflatten(0, (2, len(pairs)))
+
+
+@torch.no_grad()
+def reference_logps(reference, pairs, dtype="float32"):
+    """`pair_logps` of the reference: what `score_once` has entered into all pairs, or computed here."""
+    known = [pair.reference_logps for pair in pairs]
+    if any(logps is None for logps in known):
+        return pair_logps(reference, pairs, dtype)
+    return sent(torch.stack(known, 1), next(reference.parameters()).device)                           # (2, B)
+
+
+@torch.no_grad()
+def score_once(reference, policy, pairs, dtype="float32"):
+    """Enter the reference's log-probabilities into pairs of the data, in place, so that no step computes them
+    again. Each process scores a part of the pairs, and all get all. The batches depend on the pairs alone, so
+    that a run which is continued computes the same numbers to the bit."""
+    places, = share_of_process(list(range(len(pairs))))
+    micros = micro_batches(places, lambda place: response_tokens(pairs[place]), policy)
+    scored = {}
+    batches = with_equal_counts(micros, policy)
+    for micro, _ in progress(batches, "log-probabilities of the reference, batches"):
+        logps = pair_logps(reference, [pairs[place] for place in micro], dtype)
+        scored.update(zip(micro, logps.T.cpu(), strict=True))
+    for part in of_all(scored):
+        for place, logps in part.items():
+            pairs[place].reference_logps = logps
+
+
 def scored_tokens(model, input_ids, response_mask):
     """The rows and the ids of the response's tokens, one row after another, on the model's device: (N,)."""
     device = next(model.parameters()).device
@@ -454,7 +502,7 @@ def roll_out(policy, tokenizer, pairs, sides, args):
     sampled = []
     for pair, ids_of_sides, done in zip(pairs, responses, finished, strict=True):
         finished_of = dict(zip(SIDES, pair.finished, strict=True))
-        new = {"preference": 1.0}                                      # the data's was of another response
+        new = {"preference": 1.0, "reference_logps": None}             # the data's were of another response
         for side, ids, ended in zip(sides, ids_of_sides, done, strict=True):
             new[f"{side}_ids"] = ids
             new[side] = response_text(tokenizer, ids, pair.prompt_ids)

@@ -371,6 +371,8 @@ def swap_responses(pair):
     pair.chosen, pair.rejected = pair.rejected, pair.chosen
     pair.chosen_ids, pair.rejected_ids = pair.rejected_ids, pair.chosen_ids
     pair.finished = pair.finished[::-1]
+    if pair.reference_logps is not None:
+        pair.reference_logps = pair.reference_logps.flip(0)
 
 
 # --- training a reward model --------------------------------------------------------------------------------

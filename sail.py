@@ -64,7 +64,8 @@ from data import Pair, collate, encode, end_token_ids, length_table, set_templat
 from evaluate import evaluate_policy, responses_to_each
 from formats import train_and_held_out
 from generate import (
-    load_models, load_policy, roll_out, sequence_logps, sequence_logps_and_revkl, with_trained)
+    collate_pairs, load_models, load_policy, pair_logps, reference_logps, response_tokens, roll_out,
+    score_once, sequence_logps, sequence_logps_and_revkl, with_trained)
 from reward import (
     Reward, drop_unscorable, label_by_preference, label_by_reward, load_preference, load_reward, try_out)
 from toy import draw_toy_pairs, is_toy_model, toy_settings, write_world
@@ -365,8 +366,7 @@ def preference_losses(policy, reference, pairs, method, baseline=None, dtype="fl
             ours, theirs, revkl = sequence_logps_and_revkl(policy, reference, *collate_pairs(pairs))
             ours, theirs, revkl = (each.unflatten(0, (2, len(pairs))) for each in (ours, theirs, revkl))
     else:
-        with torch.no_grad():
-            theirs = pair_logps(reference, pairs, dtype)
+        theirs = reference_logps(reference, pairs, dtype)
         ours = pair_logps(policy, pairs, dtype)
         revkl = torch.zeros_like(ours)
 
@@ -403,21 +403,6 @@ def preference_losses(policy, reference, pairs, method, baseline=None, dtype="fl
         metrics["offline"] = from_data.float().mean()
         metrics["revkl"] = revkl.mean()
     return losses + method.nll_coef * nll + method.revkl_coef * revkl, metrics
-
-
-def collate_pairs(pairs):
-    """`collate` of the chosen responses and then of the rejected ones, to be scored in one forward: (2B, T)
-    each."""
-    prompts = [pair.prompt_ids for pair in pairs]
-    chosen = [pair.chosen_ids for pair in pairs]
-    rejected = [pair.rejected_ids for pair in pairs]
-    return collate(prompts + prompts, chosen + rejected)
-
-
-def pair_logps(model, pairs, dtype="float32"):
-    """`sequence_logps` of the chosen and the rejected responses, (2, B)."""
-    with computing_in(dtype, model):
-        return sequence_logps(model, *collate_pairs(pairs)).unflatten(0, (2, len(pairs)))
 
 
 def sft_losses(policy, pairs, dtype="float32"):
@@ -480,11 +465,6 @@ def draw_pairs(examples, step, total, count, method, seed):
         else:
             data_pairs.append(pair)
     return data_pairs, variant_pairs
-
-
-def response_tokens(pair):
-    """How many tokens of a pair's responses are scored."""
-    return len(pair.chosen_ids) + len(pair.rejected_ids)
 
 
 def counts_of(pairs, likelihood):
@@ -552,6 +532,8 @@ def train(args):
         raise InputError(f"--batch-size: {pairs_a_step} pairs a step are too few for {world_size()} "
                          "processes; raise it, or --epochs")
     run.optimizer, run.scheduler = make_optimizer(run.policy.parameters(), count, args)
+    if meets_data_again(total, run, args):                             # after the optimizer: a forward leaves
+        score_once(run.reference, run.policy, run.examples, args.dtype)          # a sharded model gathered
     start = {"baseline": 0.0}
     if args.baseline == "running":
         start["baseline"] = utility(torch.zeros(()), args.beta, args.loss_type).item()           # f(0)
@@ -569,6 +551,13 @@ def train(args):
     if ".py:" in (args.reward or ""):
         command += f" --reward {args.reward}"
     print0(f"saved {out}/model; `{command}` samples from it and sets it beside other runs")
+
+
+def meets_data_again(total, run, args):
+    """Whether a run of `total` pairs needs the reference's log-probabilities of the data's responses more
+    than once, and those of no other responses."""
+    samples = args.mix > 0 and VARIANTS[args.variant].sampled
+    return run.reference is not None and not samples and not args.revkl_coef and total > len(run.examples)
 
 
 def merged(trained, args):

@@ -88,9 +88,11 @@ def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(base, stopped, unbrok
 
 
 @pytest.mark.parametrize("more", [
-    ["--optimizer", "rmsprop", "--schedule", "cosine", "--warmup-steps", "3"], ["--lora", "4"], ["--shard"]],
-    ids=["rmsprop", "lora", "shard"])
-def test_so_does_one_with_another_optimizer_an_adapter_or_shards(base, tmp_path, more):
+    ["--optimizer", "rmsprop", "--schedule", "cosine", "--warmup-steps", "3"], ["--lora", "4"], ["--shard"],
+    ["--variant", "dp", "--limit", "20"], ["--variant", "dp", "--limit", "20", "--lora", "4", "--shard"]],
+    ids=["rmsprop", "lora", "shard", "reference once", "reference once, lora, shard"])
+def test_so_does_one_with_another_optimizer_an_adapter_shards_or_a_reference_that_scores_once(
+        base, tmp_path, more):
     if "--lora" in more:
         pytest.importorskip("peft")
         more = [*more, "--reference", base]                            # the policy without its adapter

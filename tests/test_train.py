@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import sail_args, sail_main, tiny_model
+from conftest import TOY_REWARD, sail_args, sail_main, tiny_model
 from ranks import batch_gradient, pairs_of
 from test_scale import rows_of
 
+import generate
 import sail
 from data import Pair
 from generate import load_policy
+from reward import swap_responses
 from runtime import processes
 from runtime.command_line import seeded
 from runtime.packing import allow_packing
@@ -416,3 +418,42 @@ def test_each_process_samples_from_a_stream_of_its_own(base, tmp_path, monkeypat
             sail_main(["--variant", "pr", "--model", base, "--steps", "1", "--batch-size", "4",
                        "--eval-limit", "1", "--eval-every", "0", "--out", str(tmp_path / str(rank))])
     assert seeds[0] != seeds[1]
+
+
+# --- the reference's log-probabilities, computed once
+
+@pytest.mark.parametrize("more, is_once", [
+    (["--variant", "dpo", "--epochs", "2"], True), (["--variant", "dpo"], False),
+    (["--variant", "dp"], True),                                      # its own pairs are the data's again
+    (["--variant", "relabelled-dpo", "--epochs", "2", "--reward", TOY_REWARD], True),
+    (["--variant", "dpo", "--epochs", "2", "--revkl-coef", "0.1"], False),        # it needs whole softmaxes
+    (["--variant", "pr", "--epochs", "2", "--reward", TOY_REWARD], False),
+    (["--variant", "pr", "--epochs", "2", "--mix", "0", "--reward", TOY_REWARD], True)])
+def test_the_reference_scores_pairs_that_are_met_again_once_and_the_run_is_the_same(more, is_once, base,
+                                                                                     tmp_path, monkeypatch):
+    """The same up to the rounding of sums in float32, which depends on what else is in a batch."""
+    argv = ["--model", base, "--data", f"{base}/toy-pairs.jsonl", "--limit", "60", "--batch-size", "16",
+            "--max-prompt-length", "12", "--max-response-length", "6", "--learning-rate", "1e-3",
+            "--eval-every", "0", "--eval-limit", "1", *more]
+    by_reference, scored = generate.pair_logps, []
+    monkeypatch.setattr(generate, "pair_logps", lambda model, pairs, dtype: (
+        scored.append(len(pairs)), by_reference(model, pairs, dtype))[1])
+    sail_main([*argv, "--out", str(tmp_path / "once")])
+    assert (40 < sum(scored) < 60) == (is_once or more == ["--variant", "dpo"])
+    started = []
+    monkeypatch.setattr(sail, "score_once", lambda *_: started.append(True))
+    sail_main([*argv, "--out", str(tmp_path / "each time")])
+    assert bool(started) == is_once
+    losses = [[row["loss"] for row in rows_of(tmp_path / name)] for name in ("once", "each time")]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_a_fresh_response_forgets_the_log_probability_of_the_one_it_replaces(base):
+    policy, tokenizer = load_policy(base)
+    known = torch.tensor([-3.0, -4.0])
+    pairs = [Pair("Q", "a", "b", [5, 6], [7, 1], [8, 1], reference_logps=known) for _ in range(2)]
+    args = sail_args(["--variant", "spin", "--max-response-length", "4"])
+    fresh = generate.roll_out(policy, tokenizer, pairs, ("rejected",), args)
+    assert all(pair.reference_logps is None for pair in fresh) and pairs[0].reference_logps is known
+    swap_responses(pairs[0])
+    assert pairs[0].reference_logps.tolist() == [-4.0, -3.0]
