@@ -50,6 +50,7 @@ class Pair:
     samples: int = 0                         # how many of the two responses were sampled
     sampled_tokens: int = 0                  # their length
     unfinished: int = 0                      # how many of them have no end token
+    sampling_logps: tuple = (0.0, 0.0)       # log π of chosen, of rejected, summed as they were sampled
     # by the data's soft labels, or by `reward.label_by_reward`
     preference: float = 1.0                  # P(chosen ≻ rejected)
     rewards: tuple = ()                      # of chosen, of rejected

@@ -73,8 +73,8 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
         prompt_ids.append(example.prompt_ids)
     torch.manual_seed(seeded("held-out samples", args.seed, step))
     with computing_in(args.dtype, policy):
-        drawn, ended = sample(policy, tokenizer, prompt_ids, args.max_response_length, num_responses,
-                              batch_size=args.sample_batch_size)
+        drawn, ended, _ = sample(policy, tokenizer, prompt_ids, args.max_response_length, num_responses,
+                                 batch_size=args.sample_batch_size)
     responses, finished = [], []
     for nth in range(num_responses):
         for answers, done in zip(drawn, ended, strict=True):
@@ -339,8 +339,8 @@ def reference_rewards(args, count):
     prompt_ids = [example.prompt_ids for example in examples]
     torch.manual_seed(seeded("frontier", args.seed))
     with computing_in(args.dtype, reference):
-        drawn, finished = sample(reference, tokenizer, prompt_ids, args.max_response_length, count,
-                                 batch_size=1)
+        drawn, finished, _ = sample(reference, tokenizer, prompt_ids, args.max_response_length, count,
+                                    batch_size=1)
     rewards = []
     for example, responses, done in zip(examples, drawn, finished, strict=True):
         texts = texts_of([example] * count, responses, tokenizer)

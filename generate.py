@@ -5,13 +5,17 @@
 
 SAIL's second term is the score of the distribution that was sampled from. So `sample` draws from the full
 softmax, whatever the checkpoint's generation_config says, and hands on the very ids it drew; `sequence_logps`
-scores these ids under the same softmax.
+scores these ids under the same softmax. The same up to rounding, since a cache of keys and a whole row add up
+in different orders: `sampler_gap` in metrics.jsonl is the root mean square, over a step's responses, of the
+difference between log π(y|x) as y was sampled and as it is scored. experiments/README.md, Sampler gap, has
+figures for float32 and bfloat16. The output layer computes in float32 in either case.
 
 Shapes: B rows, T tokens of prompt and response with padding, P of the prompt, V vocabulary, N scored tokens.
 """
 import copy
 import math
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from runtime.command_line import InputError, command_line, first_line, foreign, seeded
@@ -143,6 +147,7 @@ def prepare(model, tokenizer, name="model"):
     except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
         raise InputError(f"{name}: {type(model).__name__} lacks logits_to_keep, position_ids, or the usual "
                          f"cache, which scoring and sampling need ({first_line(error)})") from None
+    compute_in_float32(head)
     if rows > known:
         def mask_unknown(_, __, logits):
             unknown = torch.arange(known, rows, device=logits.device)
@@ -150,6 +155,16 @@ def prepare(model, tokenizer, name="model"):
 
         head.register_forward_hook(mask_unknown)
     return model
+
+
+def compute_in_float32(layer):
+    """Let an output layer compute in float32, also under autocast to bfloat16: what is sampled and what is
+    scored then differ less."""
+    def in_float32(forward, hidden):
+        with torch.autocast(hidden.device.type, enabled=False):
+            return forward(hidden.float())
+
+    layer.forward = partial(in_float32, layer.forward)
 
 
 def switch_dropout_off(model):
@@ -167,7 +182,7 @@ def switch_dropout_off(model):
 def try_out(model):
     """Sample from the model and score that, as training will; raises what a model raises that cannot."""
     prompts, no_ends = [[0, 1, 1], [1]], torch.tensor([], dtype=torch.long, device=model.device)
-    responses = draw(model, prompts, no_ends, 2, 1, 1.0)
+    responses, _ = draw(model, prompts, no_ends, 2, 1, 1.0)
     sequence_logps(model, *collate(prompts, responses, model.device))
 
 
@@ -238,9 +253,11 @@ def load_frozen(name, dtype, **options):
 
 def hold_frozen_in_bfloat16(model):
     """Hold the frozen weights of linear layers in bfloat16, to which autocast would round them at each
-    forward: the same results in less memory. The embedding, which autocast does not round, and a classifier's
-    head, whose scores would tie, stay in float32."""
+    forward: the same results in less memory. What autocast does not round stays in float32: the embedding and
+    the output layers."""
     kept = [model.get_input_embeddings().weight, *(head.weight for head in heads_of(model))]
+    if model.get_output_embeddings() is not None:
+        kept.append(model.get_output_embeddings().weight)
     for module in model.modules():
         if isinstance(module, torch.nn.Linear) and not any(module.weight is weight for weight in kept):
             if not module.weight.requires_grad:
@@ -415,28 +432,30 @@ def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, t
     """Draw `num_responses` responses to each prompt (lists of ids) from the full softmax at `temperature`; at
     0, the likeliest token each time. Uses torch's global random state.
 
-    Returns (responses, finished), with a list of num_responses entries per prompt: the generated ids, up to
-    and with the first end token; whether there is one, as a response that reaches max_response_length gets
-    none. Raises InputError if the logits are not finite."""
+    Returns (responses, finished, logps), with a list of num_responses entries per prompt: the generated ids,
+    up to and with the first end token; whether there is one, as a response that reaches max_response_length
+    gets none; the sum of the log-probabilities with which the ids were drawn. Raises InputError if the logits
+    are not finite."""
     end_ids = torch.tensor(sorted(end_token_ids(tokenizer, model)), device=model.device)
     by_length = sorted(range(len(prompt_ids)), key=lambda place: len(prompt_ids[place]))
-    responses = [None] * len(prompt_ids)
+    responses, logps = [None] * len(prompt_ids), [None] * len(prompt_ids)
     starts = range(0, len(prompt_ids), batch_size)
     for start in progress(starts, f"responses to {len(prompt_ids)} prompts, batches"):
         batch = by_length[start:start + batch_size]
-        rows = draw(model, [prompt_ids[place] for place in batch], end_ids, max_response_length,
-                    num_responses, temperature)
+        rows, sums = draw(model, [prompt_ids[place] for place in batch], end_ids, max_response_length,
+                          num_responses, temperature)
         for nth, place in enumerate(batch):
-            responses[place] = rows[nth * num_responses:(nth + 1) * num_responses]
+            of_prompt = slice(nth * num_responses, (nth + 1) * num_responses)
+            responses[place], logps[place] = rows[of_prompt], sums[of_prompt]
     ends, finished = set(end_ids.tolist()), []
     for group in responses:
         finished.append([ids[-1] in ends for ids in group])
-    return responses, finished
+    return responses, finished, logps
 
 
 def draw(model, prompt_ids, end_ids, max_response_length, num_responses, temperature):
-    """`sample` for one batch: num_responses consecutive lists of ids per prompt. A prompt is read once, for
-    all its responses; a finished response leaves the batch."""
+    """`sample` for one batch: (responses, log-probabilities), num_responses consecutive lists of ids per
+    prompt. A prompt is read once, for all its responses; a finished response leaves the batch."""
     from transformers import DynamicCache
     prompts = [torch.tensor(ids, device=model.device) for ids in prompt_ids]
     tokens = pad_sequence(prompts, batch_first=True, padding_side="left")                           # (B, P)
@@ -452,9 +471,12 @@ def draw(model, prompt_ids, end_ids, max_response_length, num_responses, tempera
     positions = positions[:, -1:].repeat_interleave(num_responses, 0)                               # (B, 1)
     responses = [[] for _ in range(len(mask))]
     going = list(responses)                                            # those without an end token yet
+    logps = torch.zeros(len(mask), dtype=torch.float64, device=model.device)
+    rows = torch.arange(len(mask), device=model.device)                # of `going` in `logps`
     what = f"responses to {len(prompt_ids)} prompts, tokens"
     for length in progress(range(1, max_response_length + 1), what):
-        tokens = draw_tokens(logits, temperature)                                                   # (B, 1)
+        tokens, token_logps = draw_tokens(logits, temperature)                                      # (B, 1)
+        logps[rows] += token_logps[:, 0]
         for response, token in zip(going, tokens[:, 0].tolist(), strict=True):
             response.append(token)
         going_on = (~torch.isin(tokens[:, 0], end_ids)).nonzero()[:, 0]
@@ -462,12 +484,12 @@ def draw(model, prompt_ids, end_ids, max_response_length, num_responses, tempera
             break
         if len(going_on) < len(going):
             cache.batch_select_indices(going_on)
-            tokens, mask, positions = tokens[going_on], mask[going_on], positions[going_on]
+            tokens, mask, positions, rows = (each[going_on] for each in (tokens, mask, positions, rows))
             going = [going[row] for row in going_on.tolist()]
         mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
         positions = positions + 1
         logits = next_logits(model, tokens, mask, positions, cache)
-    return responses
+    return responses, logps.tolist()
 
 
 def next_logits(model, tokens, mask, positions, cache):
@@ -478,14 +500,16 @@ def next_logits(model, tokens, mask, positions, cache):
 
 
 def draw_tokens(logits, temperature):
-    """A token of each row, (B, 1), from the softmax of logits (B, V) at `temperature`."""
+    """(a token of each row, its log-probability), (B, 1) each, from the softmax of logits (B, V) at
+    `temperature`."""
     probabilities = (logits / max(temperature, 1e-30)).softmax(-1)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     if not total.isfinite().all():
         raise InputError("the policy's logits are not finite; try a lower --learning-rate")
     uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
-    return torch.searchsorted(cumulative, total * uniform, right=True)
+    tokens = torch.searchsorted(cumulative, total * uniform, right=True)
+    return tokens, probabilities.gather(-1, tokens).double().log()
 
 
 @fails_together
@@ -497,17 +521,19 @@ def roll_out(policy, tokenizer, pairs, sides, args):
     policy.eval()
     prompts = [pair.prompt_ids for pair in pairs]
     with gathered(policy), computing_in(args.dtype, policy):
-        responses, finished = sample(policy, tokenizer, prompts, args.max_response_length, len(sides),
-                                     batch_size=args.sample_batch_size)
+        responses, finished, logps = sample(policy, tokenizer, prompts, args.max_response_length, len(sides),
+                                            batch_size=args.sample_batch_size)
     sampled = []
-    for pair, ids_of_sides, done in zip(pairs, responses, finished, strict=True):
-        finished_of = dict(zip(SIDES, pair.finished, strict=True))
+    for pair, ids_of_sides, done, sums in zip(pairs, responses, finished, logps, strict=True):
+        finished_of, logps_of = dict(zip(SIDES, pair.finished, strict=True)), dict.fromkeys(SIDES, 0.0)
         new = {"preference": 1.0, "reference_logps": None}             # the data's were of another response
+        logps_of.update(zip(sides, sums, strict=True))
         for side, ids, ended in zip(sides, ids_of_sides, done, strict=True):
             new[f"{side}_ids"] = ids
             new[side] = response_text(tokenizer, ids, pair.prompt_ids)
             finished_of[side] = ended
         sampled.append(replace(pair, **new, finished=tuple(finished_of.values()), samples=len(sides),
+                               sampling_logps=tuple(logps_of.values()),
                                sampled_tokens=sum(map(len, ids_of_sides)), unfinished=done.count(False)))
     return sampled
 
@@ -579,8 +605,8 @@ def answer(model, tokenizer, prompts, temperature, args, num_responses=1):
                                   args.max_response_length, vocabulary)
     prompt_ids = [example.prompt_ids for example in examples]
     with computing_in(args.dtype, model):
-        responses, finished = sample(model, tokenizer, prompt_ids, args.max_response_length, num_responses,
-                                     temperature, args.sample_batch_size)
+        responses, finished, _ = sample(model, tokenizer, prompt_ids, args.max_response_length, num_responses,
+                                        temperature, args.sample_batch_size)
     rows = []
     for example, answers, ended in zip(examples, responses, finished, strict=True):
         for ids, done in zip(answers, ended, strict=True):

@@ -21,7 +21,6 @@ import traceback
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from inspect import signature
 from itertools import groupby
 from pathlib import Path
@@ -47,8 +46,8 @@ from torch.nn.utils.rnn import pad_sequence
 from data import apply_template, length_table, load_tokenizer, render, set_template_date
 from formats import BEYOND, Account, BadRow, best_and_worst, read_rows, train_and_held_out
 from generate import (
-    add_adapter, has_weights, heads_of, hold_frozen_in_bfloat16, load_model, place, switch_dropout_off,
-    with_trained)
+    add_adapter, compute_in_float32, has_weights, heads_of, hold_frozen_in_bfloat16, load_model, place,
+    switch_dropout_off, with_trained)
 
 # --- rewards ------------------------------------------------------------------------------------------------
 
@@ -217,7 +216,8 @@ def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, 
                          "shifted and divided by its mean and std, which no classifier here does")
     if model.config.num_labels != 1:
         raise InputError(f"{name}: has {model.config.num_labels} logits per response; want a model with one")
-    compute_heads_in_float32(model)
+    for head in heads_of(model):
+        compute_in_float32(head)                         # scores that are rounded to bfloat16 tie
     if trainee:
         # Whoever loads the model needs an id to pad with. Whichever it is, training sees the same one.
         for token in (0, tokenizer.eos_token_id, tokenizer.pad_token_id, model.config.pad_token_id):
@@ -242,17 +242,6 @@ def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, 
         return ids, cut
 
     return model, tokenizer, ids_of
-
-
-def compute_heads_in_float32(model):
-    """Let the layers that make a classifier's logits compute in float32, also under autocast: scores that are
-    rounded to bfloat16 tie."""
-    def in_float32(forward, hidden):
-        with torch.autocast(hidden.device.type, enabled=False):
-            return forward(hidden.float())
-
-    for head in heads_of(model):
-        head.forward = partial(in_float32, head.forward)
 
 
 def dialogue_text(prompt, response, tokenizer):
@@ -371,6 +360,7 @@ def swap_responses(pair):
     pair.chosen, pair.rejected = pair.rejected, pair.chosen
     pair.chosen_ids, pair.rejected_ids = pair.rejected_ids, pair.chosen_ids
     pair.finished = pair.finished[::-1]
+    pair.sampling_logps = pair.sampling_logps[::-1]
     if pair.reference_logps is not None:
         pair.reference_logps = pair.reference_logps.flip(0)
 

@@ -398,6 +398,8 @@ def preference_losses(policy, reference, pairs, method, baseline=None, dtype="fl
         kl = (ours - theirs).mean(0)                                   # estimates KL(π ‖ π_ref) on samples
         metrics["kl"] = (kl * on_policy).mean()
         metrics["sampled_nll"] = -(ours * sampled).sum(0).mean()
+        sampling_logps = tensor([pair.sampling_logps for pair in pairs], ours.dtype).T
+        metrics["squared_sampler_gap"] = ((ours - sampling_logps) * sampled).square().sum(0).mean()
         metrics["on_policy_loss"] = (losses * on_policy).mean()
         metrics["nll"] = nll.mean()
         metrics["offline"] = from_data.float().mean()
@@ -505,6 +507,8 @@ def record_of(step, totals, method, figures):
     record["response_length"] = mean("sampled_tokens", "samples")
     record["unfinished"] = mean("unfinished", "samples")
     record["entropy"] = mean("sampled_nll", "sampled_tokens")          # of the policy, estimated from samples
+    squared_gap = mean("squared_sampler_gap", "samples")
+    record["sampler_gap"] = None if squared_gap is None else math.sqrt(squared_gap)      # see generate.py
     record["label_reversed"] = mean("label_reversed", "self_labelled")
     record["nll"] = mean("nll", "offline")
     record["revkl"] = mean("revkl") if method.revkl_coef else None

@@ -118,8 +118,8 @@ def draw_toy_pairs(model, path, count=18000, seed=0):
     prompts = [prompt for prompt, _ in asked]
     torch.manual_seed(seeded("toy pairs", seed))
     prompt_ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    responses, finished = sample(policy, tokenizer, prompt_ids, DEFAULTS["max_response_length"], 2,
-                                 batch_size=512)
+    responses, finished, _ = sample(policy, tokenizer, prompt_ids, DEFAULTS["max_response_length"], 2,
+                                    batch_size=512)
     rows = []
     for prompt, ids, done in zip(prompts, responses, finished, strict=True):
         first, second = (response_text(tokenizer, each) for each in ids)

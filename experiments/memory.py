@@ -22,8 +22,8 @@ SHAPES = {
 
 
 def sizes_of(config):
-    """(parameters in all, outside the decoder layers, in the largest layer, in linear layers that autocast
-    rounds, of LoRA per rank) of a model with this configuration, which is not allocated."""
+    """(parameters in all, outside the decoder layers, in the largest layer, in linear layers that compute in
+    bfloat16, of LoRA per rank) of a model with this configuration, which is not allocated."""
     from transformers import AutoModelForCausalLM
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
@@ -34,11 +34,9 @@ def sizes_of(config):
     layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=count)
     linear = lora = 0
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            if module.weight is not model.get_input_embeddings().weight:
-                linear += count(module)
-            if module is not model.get_output_embeddings():
-                lora += module.in_features + module.out_features
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            linear += count(module)
+            lora += module.in_features + module.out_features
     return count(model), count(model) - count(layers), max(map(count, layers)), linear, lora
 
 
@@ -56,28 +54,25 @@ def estimate(config, processes=1, shard=False, lora=0, bytes_=2, prompts=8, resp
     adapter *= lora
     trained, part = adapter or total, processes if shard else 1
     frozen = 4 * (total - linear) + bytes_ * linear                # of a model that is not trained
-    tied = config.tie_word_embeddings
     embedding = config.vocab_size * config.hidden_size
-    gathered = bytes_ * (outside + 2 * layer) if shard else 0      # one layer computes, the next is coming
+    gathered = 4 * outside + bytes_ * 2 * layer if shard else 0    # one layer computes, the next is coming
     wide = 4 if not shard else bytes_                              # residuals and rotated keys, in autocast
     copied = 0 if shard or bytes_ == 4 else bytes_                 # by autocast, of what is trained
-    cast = copied * (adapter or total - embedding * (not tied))
+    cast = copied * (adapter or linear)
     return {
         "weights": (frozen + 4 * adapter if lora else 4 * total) / part,
-        "reference": 0 if lora else frozen / part + (bytes_ * outside if shard else 0),
+        "reference": 0 if lora else frozen / part + (4 * outside if shard else 0),
         "optimizer": 8 * trained / part,
-        "rollout": (bytes_ * (total + adapter) if shard else 0)    # sharded ones are whole, to sample
-        + rollout_bytes(config, prompts, responses, prompt, response, wide, bytes_, cast,
-                        copied * embedding, 4 if lora else 3),
+        "rollout": (4 * outside + bytes_ * (total - outside + adapter) if shard else 0)    # whole, to sample
+        + rollout_bytes(config, prompts, responses, prompt, response, wide, bytes_, cast, 4 if lora else 3),
         "update": 4 * trained / part + gathered
         + update_bytes(config, pairs * (prompt + 2 * response), 2 * pairs * response, wide, bytes_, cast,
-                       copied * embedding, 0 if lora else copied * layer, 4 * embedding * (not lora))
+                       0 if lora else copied * layer, 4 * embedding * (not lora))
         + (4 * outside if shard and not lora else 0),              # a gradient that is not yet sharded
     }
 
 
-def rollout_bytes(config, prompts, responses, prompt, response, wide, bytes_, cast, cast_embedding,
-                  wide_layers):
+def rollout_bytes(config, prompts, responses, prompt, response, wide, bytes_, cast, wide_layers):
     """The most that sampling holds beside the weights: while it reads the prompts, of which a layer makes
     `wide_layers` tensors of the intermediate size, or while it decodes."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -88,20 +83,20 @@ def rollout_bytes(config, prompts, responses, prompt, response, wide, bytes_, ca
                + read * (4 * wide * config.hidden_size + wide_layers * bytes_ * config.intermediate_size))
     tokens, logits = samples * (prompt + response), samples * config.vocab_size
     decoding = cache * tokens + max(
-        max(cast, cast_embedding) + wide * keys * tokens + 12 * logits,    # keys grow by copying, or
+        cast + wide * keys * tokens + 12 * logits,     # keys grow by copying, or
         cast + 24 * logits)                # logits, softmax, its sums in float64, and those before
     return max(reading, decoding)
 
 
-def update_bytes(config, packed, scored, wide, bytes_, cast, cast_embedding, cast_layer, gradient):
+def update_bytes(config, packed, scored, wide, bytes_, cast, cast_layer, gradient):
     """The most that a micro-batch of `packed` tokens, `scored` of them in responses, holds beside the
     gradients. gradient: bytes of the embedding's, which autograd makes anew each time; where it is the output
     layer's too, it holds both and their sum."""
     kept = packed * config.num_hidden_layers * config.hidden_size * wide        # each layer's input
     logits = scored * config.vocab_size
     of_layer = packed * (32 * config.hidden_size + 7 * bytes_ * config.intermediate_size) + cast_layer
-    of_head = max(max(cast, cast_embedding) + 8 * logits,          # logits and log-softmax, or
-                  cast_embedding + 12 * logits)                    # log-softmax and two gradients
+    of_head = max(cast + 8 * logits,                               # logits and log-softmax, or
+                  12 * logits)                                     # log-softmax and two gradients
     if not config.tie_word_embeddings:
         return max(kept + max(of_layer, of_head), gradient)
     return max(kept + max(gradient + of_layer, of_head), 3 * gradient)

@@ -105,7 +105,7 @@ def plain_model(source, folder):
 def continuations(policy, tokenizer, texts, n, seed):
     """n samples to each text: [[response]], without their end tokens."""
     torch.manual_seed(seed)
-    responses, _ = sample(policy, tokenizer, [tokenizer(text)["input_ids"] for text in texts], TOKENS, n,
+    responses, _, _ = sample(policy, tokenizer, [tokenizer(text)["input_ids"] for text in texts], TOKENS, n,
                           batch_size=max(1, 256 // n))
     return [[tokenizer.decode(ids, skip_special_tokens=True) for ids in group] for group in responses]
 

@@ -279,14 +279,15 @@ def shard(model, device="cpu", dtype="float32"):
 
 
 def split_layers(model, dtype):
-    """Let FSDP2 gather decoder layer by decoder layer, in `dtype`, while it computes."""
+    """Let FSDP2 gather decoder layer by decoder layer, in `dtype`, while it computes. What is outside of them,
+    the embedding and the output layer, is gathered in float32, in which it computes."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     policy = MixedPrecisionPolicy()
     if dtype == "bfloat16":
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for layer in decoder_layers(model):
         fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
+    fully_shard(model)
 
 
 def decoder_layers(model):

@@ -54,7 +54,7 @@ def calls(monkeypatch):
     def record(model, tokenizer, prompt_ids, max_response_length, num_responses, temperature, batch_size):
         texts = [f"answer {len(seen) + place}" for place in range(len(prompt_ids))]
         seen.extend((tokenizer.decode(ids), ids, temperature) for ids in prompt_ids)
-        return [[tokenizer(text)["input_ids"]] for text in texts], [[True]] * len(texts)
+        return [[tokenizer(text)["input_ids"]] for text in texts], [[True]] * len(texts), None
 
     monkeypatch.setattr(generate, "sample", record)
     return seen

@@ -17,6 +17,7 @@ from runtime.run_directory import write_rows
 from data import end_token_ids
 from formats import read_rows, split_held_out
 from generate import load_policy, prepare, roll_out, sample
+from reward import swap_responses
 from data import SIDES
 from sail import pair_logps, sequence_logps
 
@@ -40,7 +41,7 @@ def test_sample_frequencies_fit_the_softmax_whatever_the_generation_config_says(
     own = model.generation_config
     torch.manual_seed(0)
     n = 20_000
-    responses, _ = sample(model, tokenizer, [[2, 2]], 2, num_responses=n)
+    responses, *_ = sample(model, tokenizer, [[2, 2]], 2, num_responses=n)
     # all there are in two tokens
     outcomes = [(1,)] + [(first, second) for first in (0, 2) for second in (0, 1, 2)]
     counts = torch.tensor([sum(tuple(ids) == outcome for ids in responses[0])
@@ -57,7 +58,7 @@ def test_sample_frequencies_fit_the_softmax_whatever_the_generation_config_says(
 def test_another_temperature_is_another_distribution():
     model, tokenizer = three_token_model()
     torch.manual_seed(0)
-    responses, _ = sample(model, tokenizer, [[2]], 1, num_responses=5000, temperature=0.25)
+    responses, *_ = sample(model, tokenizer, [[2]], 1, num_responses=5000, temperature=0.25)
     logits = model(torch.tensor([[2]])).logits[0, -1]
     shares = torch.tensor([sum(ids == [token] for ids in responses[0]) for token in range(3)]) / 5000
     torch.testing.assert_close(shares, (logits / 0.25).softmax(-1).detach(), rtol=0, atol=0.03)
@@ -69,7 +70,7 @@ def test_at_temperature_0_each_token_is_the_likeliest_also_with_masked_ids_and_g
         model.lm_head.weight *= 1e4
         for seed in range(2):
             torch.manual_seed(seed)
-            (response,) = generate.draw(model, [[5, 6, 7]], torch.tensor([1]), 10, 1, 0.0)
+            (response,), _ = generate.draw(model, [[5, 6, 7]], torch.tensor([1]), 10, 1, 0.0)
             logits = model(torch.tensor([[5, 6, 7] + response])).logits[0, 2:-1]
             assert response == logits.argmax(-1).tolist() and logits.abs().max() > 1e4
 
@@ -79,7 +80,7 @@ def test_a_response_ends_with_its_first_end_token_or_is_counted_unfinished(ends)
     """With the template's end token too, if there is one."""
     model, tokenizer = three_token_model() if ends == {EOS} else (tiny_model(), byte_tokenizer(TEMPLATE))
     torch.manual_seed(1)
-    responses, finished = sample(model, tokenizer, [[2], [2, 2, 2]], 4, num_responses=50 * len(ends) ** 2)
+    responses, finished, _ = sample(model, tokenizer, [[2], [2, 2, 2]], 4, num_responses=50 * len(ends) ** 2)
     rows = [row for group in responses for row in group]
     done = [flag for group in finished for flag in group]
     assert 0 < sum(done) < len(done) and {row[-1] for row in rows} >= ends
@@ -94,8 +95,9 @@ def test_trained_ids_are_generated_ids_also_where_text_does_not_round_trip(monke
 
     def watch(model, prompt_ids, *more):
         prompts.extend(prompt_ids)
-        drawn.extend(original(model, prompt_ids, *more))
-        return drawn
+        responses, logps = original(model, prompt_ids, *more)
+        drawn.extend(responses)
+        return responses, logps
 
     monkeypatch.setattr(generate, "draw", watch)
     pairs = [Pair("", "", "", [12], [1], [1]), Pair("", "", "", [10], [1], [1])]
@@ -123,7 +125,7 @@ def test_a_rollout_sees_the_logits_of_the_plain_forward(family, config):
     hook = model.register_forward_hook(lambda _, __, output: seen.append(output.logits[:, -1]))
     torch.manual_seed(0)
     prompts = [[5, 6, 7], [9], [11] * 20]
-    responses = generate.draw(model, prompts, torch.arange(0, IDS, 7), 10, 3, 1.0)      # many end tokens
+    responses, _ = generate.draw(model, prompts, torch.arange(0, IDS, 7), 10, 3, 1.0)      # many end tokens
     hook.remove()
     assert len({len(response) for response in responses}) > 3 and max(map(len, responses)) <= 10
     seen[0] = seen[0].repeat_interleave(3, 0)
@@ -140,7 +142,7 @@ def test_prompts_are_read_once_and_finished_responses_leave_the_batch():
     model.register_forward_pre_hook(lambda _, __, inputs: rows.append(tuple(inputs["input_ids"].shape)),
                                     with_kwargs=True)
     torch.manual_seed(0)
-    responses = generate.draw(model, [[5, 6, 7], [8]], torch.arange(0, IDS, 7), 12, 4, 1.0)
+    responses, _ = generate.draw(model, [[5, 6, 7], [8]], torch.arange(0, IDS, 7), 12, 4, 1.0)
     assert rows[0] == (2, 3)
     assert rows[1:] == [(sum(len(response) > step for response in responses), 1)
                         for step in range(1, max(map(len, responses)))]
@@ -166,14 +168,15 @@ def options(max_response_length, dtype="float32"):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_rollout_computes_in_the_dtype_in_which_its_responses_are_scored(dtype):
-    model, seen = prepare(tiny_model(), byte_tokenizer()), []
-    model.lm_head.register_forward_hook(lambda _, __, logits: seen.append(logits.dtype))
+    model, seen, heads = prepare(tiny_model(), byte_tokenizer()), [], []
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda _, __, hidden: seen.append(hidden.dtype))
+    model.lm_head.register_forward_hook(lambda _, __, logits: heads.append(logits.dtype))
     pair = Pair("", "", "", [10, 11])
     (rolled,) = roll_out(model, byte_tokenizer(), [pair], SIDES, options(4, dtype))
     drawing = {*seen}
     seen.clear()
     pair_logps(model, [rolled], dtype)
-    assert drawing == {*seen} == {getattr(torch, dtype)}
+    assert drawing == {*seen} == {getattr(torch, dtype)} and {*heads} == {torch.float32}
 
 
 def test_a_half_sampled_pair_keeps_the_datas_chosen_response():
@@ -195,7 +198,7 @@ def test_each_prompt_gets_its_own_samples_whatever_the_batching():
         model.model.embed_tokens.weight.copy_(torch.randn(IDS, 32).sign() * 3)
         model.lm_head.weight.copy_(model.model.embed_tokens.weight)
     prompts = [[50 + i] * (1 + i % 3) for i in range(7)]
-    responses, _ = sample(model, tokenizer, prompts, 3, num_responses=2, batch_size=3)
+    responses, *_ = sample(model, tokenizer, prompts, 3, num_responses=2, batch_size=3)
     assert [group for group in responses] == [[[50 + i] * 3] * 2 for i in range(7)]
 
 
@@ -203,7 +206,7 @@ def test_ids_beyond_the_tokenizers_are_never_sampled():
     model, tokenizer = tiny_model(vocab_size=2000), byte_tokenizer(gap=True)
     prepare(model, tokenizer)
     torch.manual_seed(0)
-    responses, _ = sample(model, tokenizer, [[5]], 8, num_responses=400)
+    responses, *_ = sample(model, tokenizer, [[5]], 8, num_responses=400)
     assert max(max(row) for row in responses[0]) == IDS - 1
 
 
@@ -329,7 +332,7 @@ def test_of_a_long_file_it_is_shown_how_far_it_is(monkeypatch, capsys):
 
 
 def test_a_response_is_called_finished_if_it_is(monkeypatch):
-    monkeypatch.setattr(generate, "sample", lambda *_: ([[[70, 71]], [[70, 1]]], [[False], [True]]))
+    monkeypatch.setattr(generate, "sample", lambda *_: ([[[70, 71]], [[70, 1]]], [[False], [True]], None))
     rows, _ = generate.answer(tiny_model(), byte_tokenizer(gap=True), ["a", "b"], 1.0, SimpleNamespace(
         max_prompt_length=8, max_response_length=2, sample_batch_size=2, dtype="float32"))
     assert [row["finished"] for row in rows] == [False, True]
@@ -342,7 +345,7 @@ def test_a_policy_loads_as_float32_without_touching_the_network(checkpoint):
 
 def test_at_temperature_0_the_likeliest_token_is_drawn_however_near_the_next():
     logits = torch.tensor([[20.0, 20.001, 19.0]]).repeat(200, 1)
-    assert generate.draw_tokens(logits, 0.0).unique().tolist() == [1]
+    assert generate.draw_tokens(logits, 0.0)[0].unique().tolist() == [1]
 
 
 def test_the_chat_template_of_the_command_line_is_the_one_that_answers(checkpoint, tmp_path, monkeypatch):
@@ -361,3 +364,53 @@ def test_the_chat_template_of_the_command_line_is_the_one_that_answers(checkpoin
         run_generate(monkeypatch, "--model", checkpoint, "--data", "x.jsonl", "--max-prompt-length", 60,
                      "--max-response-length", 2, *more)
     assert seen == [TEMPLATE, "A talk." + TEMPLATE]
+
+
+# --- the sampler's gap
+
+@pytest.mark.parametrize("family", ["llama", "tied", "gpt2", "gemma3"])
+@pytest.mark.parametrize("sides", [SIDES, ("rejected",)])
+def test_a_response_keeps_the_log_probability_with_which_it_was_sampled(family, sides):
+    model, tokenizer = prepare(tiny_model(family), byte_tokenizer()), byte_tokenizer()
+    torch.manual_seed(0)
+    pairs = roll_out(model, tokenizer, [Pair("", "a", "b", [10 + i] * (i + 1), [7, 1], [8, 1])
+                                        for i in range(6)], sides, options(12))
+    scored = pair_logps(model, pairs)
+    sampled = torch.tensor([pair.sampling_logps for pair in pairs]).T
+    if sides != SIDES:
+        assert (sampled[0] == 0).all()
+    torch.testing.assert_close(sampled[-len(sides):], scored[-len(sides):], rtol=0, atol=1e-4)
+    swap_responses(pairs[0])
+    assert pairs[0].sampling_logps == pytest.approx(sampled[:, 0].flip(0).tolist(), abs=1e-5)
+
+
+def test_the_output_layer_in_float32_halves_the_gap_of_bfloat16():
+    """The root mean square of the difference between sampling and scoring."""
+    gaps = []
+    for layer_in_float32 in (False, True):
+        model, tokenizer = tiny_model("llama", hidden_size=64), byte_tokenizer()
+        with torch.no_grad():
+            model.lm_head.weight.mul_(20)                              # sharper than a random model
+        if layer_in_float32:
+            prepare(model, tokenizer)
+        torch.manual_seed(0)
+        pairs = [Pair("", "", "", [10 + i] * 6) for i in range(24)]
+        pairs = roll_out(model, tokenizer, pairs, SIDES, options(24, "bfloat16"))
+        sampled = torch.tensor([pair.sampling_logps for pair in pairs]).T
+        gaps.append((pair_logps(model, pairs, "bfloat16") - sampled).square().mean().sqrt().item())
+    assert gaps[1] < 0.7 * gaps[0]
+
+
+def test_the_gap_of_a_step_is_the_root_mean_square_over_its_samples():
+    from sail import Method, preference_losses, record_of
+    model = prepare(tiny_model(), byte_tokenizer())
+    pairs = [Pair("", "a", "b", [10], [11, 1], [12, 1], on_policy=True, samples=2) for _ in range(2)]
+    pairs += [Pair("", "a", "b", [10], [11, 1], [12, 1])]              # of the data: it has no gap
+    (chosen, *_), (rejected, *_) = pair_logps(model, pairs).tolist()
+    pairs[0].sampling_logps = (chosen + 0.3, rejected)
+    pairs[1].sampling_logps = (chosen, rejected - 0.1)
+    _, metrics = preference_losses(model, model, pairs, Method(variant="pr", mix=0.3, response_coef=1.0, label_coef=0.0))
+    totals = {name: value.item() * 3 for name, value in metrics.items()}
+    totals.update(pairs=3, samples=4, tokens=0, scored=0, chosen_tokens=6, unfinished=0, sampled_tokens=8)
+    record = record_of(1, totals, Method(variant="pr"), {})
+    assert record["sampler_gap"] == pytest.approx(((0.3 ** 2 + 0.1 ** 2) / 4) ** 0.5, abs=1e-5)

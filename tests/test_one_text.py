@@ -314,7 +314,7 @@ def test_a_reward_sees_the_answer_of_a_sample_without_what_the_template_writes(f
     tokenizer = tokenizer_of(family)
     example, _ = encode_one(TextPair("What is 4 * 8?", "It is 32.", "No."), tokenizer)
     drawn = [[example.chosen_ids, example.rejected_ids]]
-    monkeypatch.setattr(generate, "sample", lambda *_, **__: (drawn, [[True, True]]))
+    monkeypatch.setattr(generate, "sample", lambda *_, **__: (drawn, [[True, True]], [[-1.0, -2.0]]))
     model = torch.nn.Linear(1, 1)
     settings = Settings(max_response_length=50, dtype="float32")
     pair, = generate.roll_out(model, tokenizer, [replace(example, chosen="", rejected="")], SIDES, settings)

@@ -486,7 +486,7 @@ def test_kl_and_loss_are_of_each_examples_own_rows_in_its_place(monkeypatch):
     monkeypatch.setattr(evaluate, "mean_of", list)                     # each example's figure, not the mean
     figures, _ = evaluate_policy(policy, reference, tokenizer, examples, None, args)
     torch.manual_seed(seeded("held-out samples", 0, 0))                  # the same samples again
-    samples, _ = sample(policy, tokenizer, [example.prompt_ids for example in examples], 48)
+    samples, *_ = sample(policy, tokenizer, [example.prompt_ids for example in examples], 48)
     assert len({len(ids) for ids, in samples}) > 20 and figures["length"] == [len(ids) for ids, in samples]
     for nth, (example, (ids,)) in enumerate(zip(examples, samples, strict=True)):
         with torch.no_grad():
@@ -567,7 +567,7 @@ def test_the_figures_count_all_responses_to_a_prompt(monkeypatch, base):
     policy, tokenizer = generate.load_policy(base)
     examples = [Pair(prompt, "the", "the", [5], [6, 1], [7, 1]) for prompt in ("a", "b")]
     drawn = [[[8, 1], [8] * 4], [[8] * 6, [8] * 8]]
-    monkeypatch.setattr(evaluate, "sample", lambda *_, **__: (drawn, [[True, False], [True, True]]))
+    monkeypatch.setattr(evaluate, "sample", lambda *_, **__: (drawn, [[True, False], [True, True]], None))
     rewards = []
 
     def reward(prompts, responses, finished):

@@ -363,7 +363,7 @@ def test_the_estimate_fits_the_measured_bytes_of_rollout_and_update(checkpointin
     policy.eval()
     prompts = [ids(64) for _ in range(8)]
     with PeakBytes() as sampling:
-        responses, _ = generate.sample(policy, tokenizer, prompts, 64, 2)
+        responses, *_ = generate.sample(policy, tokenizer, prompts, 64, 2)
     assert sum(len(each) for group in responses for each in group) > 900       # hardly one ends early
     wanted = estimate(policy.config, bytes_=4, prompts=8, responses=2, prompt=64, response=64)
     assert sum(p.nbytes for p in policy.parameters()) == wanted["weights"] == wanted["reference"]
@@ -414,17 +414,17 @@ def bytes_of(model):
 
 @pytest.mark.parametrize("family", ["llama", "tied", "gpt2", "qwen2", "gemma3"])
 def test_frozen_weights_in_bfloat16_score_as_autocast_does_in_fewer_bytes(family):
-    """Linear layers' (qwen2's have biases), not an embedding's, which autocast leaves in float32."""
+    """Linear layers' (qwen2's have biases), but not the output layer's, nor an embedding's, which autocast
+    leaves in float32."""
     model, pairs = tiny_model(family), sum(pairs_of(6, "dpo"), [])
     held = copy.deepcopy(model).requires_grad_(False)
     generate.hold_frozen_in_bfloat16(held)
     with torch.no_grad():
         assert torch.equal(pair_logps(held, pairs, "bfloat16"), pair_logps(model, pairs, "bfloat16"))
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    head = model.get_output_embeddings().weight
     linear = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
     saved = sum(parameter.nbytes for module in linear for parameter in module.parameters())
-    if head is embedding:
-        saved -= head.nbytes
+    saved -= head.nbytes
     assert bytes_of(held) == bytes_of(model) - saved // 2
     generate.hold_frozen_in_bfloat16(model)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}    # it is trained

@@ -297,7 +297,7 @@ def test_held_out_figures_are_what_their_names_say(base, monkeypatch):
         pair.prompt_ids, pair.chosen_ids, pair.rejected_ids = [5, 6], [7, 8, 1], [9, 1]
     drawn = [[[7, 8, 1]], [[7, 1]], [[8, 9, 1]], [[9, 7, 8, 9]]]
     finished = [[True], [True], [True], [False]]
-    monkeypatch.setattr(evaluate, "sample", lambda *_, **__: (drawn, finished))
+    monkeypatch.setattr(evaluate, "sample", lambda *_, **__: (drawn, finished, None))
     scores = {3: 1.0, 2: -1.0, 4: 2.0}
 
     def reward(prompts, responses):
