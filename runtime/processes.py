@@ -279,8 +279,8 @@ def shard(model, device="cpu", dtype="float32"):
 
 
 def split_layers(model, dtype):
-    """Let FSDP2 gather decoder layer by decoder layer, in `dtype`, while it computes. What is outside of them,
-    the embedding and the output layer, is gathered in float32, in which it computes."""
+    """Let FSDP2 gather decoder layer by decoder layer, in `dtype`, while it computes. What is outside of
+    them, the embedding and the output layer, is gathered in float32, in which it computes."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     policy = MixedPrecisionPolicy()
     if dtype == "bfloat16":
