@@ -49,7 +49,8 @@ def main():
         settings = Settings(max_response_length=args.tokens, dtype=dtype)
         examples, _, _ = encode(pairs, tokenizer, end_token_ids(tokenizer, model), 128, args.tokens)
         gaps = gaps_of(model, tokenizer, examples, settings)
-        print(f"| {dtype} | {head} | {gaps.square().mean().sqrt():.2g} | {gaps.abs().max():.2g} |", flush=True)
+        root_mean_square = gaps.square().mean().sqrt()
+        print(f"| {dtype} | {head} | {root_mean_square:.2g} | {gaps.abs().max():.2g} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -409,7 +409,8 @@ def test_the_gap_of_a_step_is_the_root_mean_square_over_its_samples():
     (chosen, *_), (rejected, *_) = pair_logps(model, pairs).tolist()
     pairs[0].sampling_logps = (chosen + 0.3, rejected)
     pairs[1].sampling_logps = (chosen, rejected - 0.1)
-    _, metrics = preference_losses(model, model, pairs, Method(variant="pr", mix=0.3, response_coef=1.0, label_coef=0.0))
+    method = Method(variant="pr", mix=0.3, response_coef=1.0, label_coef=0.0)
+    _, metrics = preference_losses(model, model, pairs, method)
     totals = {name: value.item() * 3 for name, value in metrics.items()}
     totals.update(pairs=3, samples=4, tokens=0, scored=0, chosen_tokens=6, unfinished=0, sampled_tokens=8)
     record = record_of(1, totals, Method(variant="pr"), {})
