@@ -185,12 +185,22 @@ def test_an_adapter_directory_is_named_as_one(held_out, tmp_path, monkeypatch, c
     (70, "cuda", True), (50, "cuda", False), (50, "cpu", True), (1, "cpu", False)])
 def test_a_long_run_says_which_flags_make_it_shorter(seconds, device, told, capsys):
     args = SimpleNamespace(eval_every=10, batch_size=31, max_response_length=512, max_prompt_length=512,
-                           eval_limit=128)
+                           eval_limit=128, dtype="float32")
     print_how_long(seconds, 30.0, 40, args, torch.device(device))
     said = capsys.readouterr().out
     minutes = (40 * seconds + 4 * 30) / 60
     assert f"about {minutes:.0f} min to go" in said
     assert ("--batch-size (31), --max-response-length (512)" in said) == told
+
+
+@pytest.mark.parametrize("features, dtype, told", [
+    (["avx512_bf16"], "float32", True), (["amx_bf16"], "float32", True), (["avx512_bf16"], "bfloat16", False),
+    (["avx512_f"], "float32", False)])
+def test_a_processor_that_is_faster_in_bfloat16_is_told_of_it(features, dtype, told, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(features, True))
+    args = SimpleNamespace(eval_every=10, batch_size=31, eval_limit=128, dtype=dtype)
+    print_how_long(70, 30.0, 40, args, torch.device("cpu"))
+    assert ("--dtype bfloat16, --steps" in capsys.readouterr().out) == told
 
 
 def test_columns_that_nothing_reads_are_said_before_training(base, tmp_path, capsys):
