@@ -33,8 +33,8 @@ SIDES = ("chosen", "rejected")
 
 @dataclass
 class Pair:
-    """A pair of responses to one prompt, as it is trained on: token ids and their texts, who wrote the
-    responses, who labels them."""
+    """A pair of responses to one prompt, as it is trained on. It holds their token ids and texts, and says
+    who wrote them and who labels them."""
     # filled in by `encode`, or, where the policy responds, by `generate.roll_out`
     prompt: str | list                       # what of the data's prompt is left in prompt_ids
     chosen: str | None = None                # the text of chosen_ids; None if the data lacks it
@@ -63,9 +63,9 @@ class Pair:
 # --- text to tokens -----------------------------------------------------------------------------------------
 
 def load_tokenizer(name, trust_remote_code=False, ends=True, chat_template=None):
-    """The tokenizer of a directory or hub name; of a run's checkpoint that of its base, with the run's chat
-    template. chat_template: as in `set_chat_template`. Raises InputError if there is no tokenizer, or it has
-    no EOS."""
+    """Load the tokenizer of a directory or hub name. A run's checkpoint has the tokenizer of the run's base
+    model, with the run's chat template. chat_template: see `set_chat_template`. Raises InputError if there is
+    no tokenizer, or if it has no end-of-sequence token."""
     from transformers import AutoTokenizer
     run = base_of(name)
     if run is not None:
@@ -145,7 +145,8 @@ def find_frame(tokenizer, template, size, eos_id):
 
 def end_token_ids(tokenizer, model=None):
     """The ids that end a response: the tokenizer's EOS, the token with which the chat template closes an
-    answer, and those of generation_config that are added tokens: a config's default id may be any word."""
+    answer, and the end tokens of generation_config that are added tokens. A default id in generation_config
+    may be an ordinary word, so only added tokens count."""
     ids = set(frame_of(tokenizer).end_ids)
     if model is None:
         return ids
@@ -186,13 +187,15 @@ def apply_template(tokenizer, messages, **options):
 
 
 class Dialogue:
-    """A prompt as text, and what the chat template puts around its answer.
+    """A prompt as text, together with what the chat template writes around its answer.
 
-    head: the text of the prompt, up to where a response begins, as the policy is given it for sampling.
-    filler: what is written before an answer that is not of it: the template's empty block of thoughts, the
-    space after "Assistant:"; mostly "".
-    closing: what it writes after an answer. Both are found once, with an answer that occurs in no text.
-    A prompt that ends in an assistant's message is an answer that was started, and is continued."""
+    head: the text of the prompt up to the place where a response begins, as the policy is given it for
+    sampling. filler: what the template writes between head and answer, such as an empty block of thoughts or
+    the space after "Assistant:"; usually "". closing: what the template writes after an answer. Filler and
+    closing are found by rendering an answer that occurs in no text.
+
+    If a prompt ends in an assistant's message, this message is the beginning of the answer, and the response
+    continues it."""
 
     def __init__(self, prompt, tokenizer=None):
         self.tokenizer, self.template = tokenizer, tokenizer is not None and bool(tokenizer.chat_template)
@@ -232,8 +235,8 @@ class Dialogue:
         return apply_template(self.tokenizer, messages + [{"role": "assistant", "content": answer}])
 
     def tail(self, response):
-        """The text that follows `head`: the response, with what is written around it. Raises BadRow where the
-        template makes another text of the response, apart from outer white space."""
+        """The text that follows `head`: the response, with the text that the template writes around it.
+        Raises BadRow if the template changes the response, apart from its outer white space."""
         if not self.template:
             return self.filler + response
         whole = self.answered_by(response)
@@ -281,11 +284,13 @@ def token_ids(text, tokenizer):
 
 
 def fitting_prompt(prompt, tokenizer, limit, lengths=None):
-    """(Dialogue, its ids, those that are left within `limit`); the whole prompt's length goes to `lengths`.
+    """Shorten a prompt to `limit` tokens: (its Dialogue, the ids of the whole prompt or of the turns that are
+    left, the ids within the limit). The length of the whole prompt is appended to `lengths`.
 
-    Raises BadRow if the prompt holds tokens that a chat template writes, as one that is templated already. A
-    text without turns is cut from the left, but for a BOS token. A dialogue loses whole turns, the oldest
-    first, never its system turn, and begins with a user's. Raises BadRow where what is left is too long."""
+    A text without turns is cut from the left, but keeps a BOS token. A dialogue loses its oldest turns as a
+    whole; it keeps its system turn, and what is left begins with a user's turn. Raises BadRow if the prompt
+    is empty, if what is left is too long, or if the prompt holds special tokens, as a prompt that is
+    templated already does."""
     dialogue = Dialogue(prompt, tokenizer)
     if dialogue.template:
         for turn in dialogue.messages:
@@ -347,8 +352,8 @@ def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length, ro
 
 
 def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length, lengths):
-    """(a copy of the pair with its ids and their texts, the Account of what was cut and altered). Adds the
-    pair's numbers of tokens to `lengths`. Raises BadRow. See `encode`."""
+    """Encode one pair for `encode`: (a copy of the pair with its ids and their texts, the Account of what was
+    cut and altered). The pair's numbers of tokens are appended to `lengths`. Raises BadRow."""
     dialogue, uncut, prompt_ids = fitting_prompt(pair.prompt, tokenizer, max_prompt_length, lengths)
     cut, altered = Counter(), Counter()
     prompt_is_cut = lengths["prompt"][-1] > len(prompt_ids)
@@ -400,8 +405,8 @@ def prompt_left(prompt, dialogue, ids):
 
 
 def up_to_end(ids, end, end_ids):
-    """A response's ids with one end token: up to the first of `end_ids` in it, or with `end`, a list of one
-    id or of none, appended."""
+    """The ids of a response with one end token: the ids up to the first of `end_ids` in them, or else all ids
+    followed by `end`, a list of one id or an empty list."""
     for place, token in enumerate(ids):
         if token in end_ids:
             return ids[:place + 1]
@@ -432,7 +437,8 @@ def response_text(tokenizer, ids, prompt_ids=()):
 
 
 def text_after(tokenizer, ids, before):
-    """The text of ids that follow others. Of ids alone, a sentencepiece tokenizer drops the first space."""
+    """The text of `ids`, which follow the ids `before`. Decoded alone, the ids would lose their first space
+    with a sentencepiece tokenizer."""
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     if not ids or not before:
         return text

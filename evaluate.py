@@ -286,8 +286,8 @@ def names_of(paths):
 
 
 def write_evaluated(results, models, runs, out):
-    """Write all figures to `out`. Without it, write those of a run to its evaluated.json, and those of models
-    that are no runs to evaluated.json in the working directory."""
+    """Write all figures to `out`. Without `out`, the figures of a run go to evaluated.json in its directory,
+    and the figures of other models to evaluated.json in the working directory."""
     by_file = defaultdict(dict)
     for name, path, (model, _) in zip(results, models, runs, strict=True):
         file = Path("evaluated.json")

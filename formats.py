@@ -34,8 +34,8 @@ class TextPair:
 
 @dataclass
 class Account:
-    """What became of a source's rows on their way to what is trained, measured or answered. Whatever reads
-    rows returns its Account, and every command prints the sum."""
+    """What became of a source's rows on their way to what is trained, measured or answered. Each function
+    that reads rows returns the Account of what it did, and every command prints the sum."""
     format: str = ""
     rows: int = 0                                            # that were read
     dropped: Counter = field(default_factory=Counter)        # rows, by the reason
@@ -87,9 +87,10 @@ NOT_RENDERED = ("tools", "functions", "tool_calls", "function_call", "tool_call_
 
 
 class Reader:
-    """A row, or an object inside it such as a message, that keeps account of which values were read.
+    """A row of a file, or an object inside it such as a message, that remembers which of its values were
+    read.
 
-    Raises BadRow if one of NOT_RENDERED is there. All other values that nobody reads are in `unread`."""
+    Raises BadRow if it holds one of NOT_RENDERED. `unread` lists all other values that were not read."""
 
     def __init__(self, values, name="row"):
         self.values = values
@@ -185,7 +186,7 @@ def join_parts(parts, message):
 
 
 def read_training_marks(message, is_trained):
-    """Read the marks that say of a message whether it is trained, where they agree with what is done to it.
+    """Read the marks with which a message says whether it is trained, if they agree with how it is used here.
     Raises BadRow if an answer is marked as not to be trained. Other marks stay unread."""
     for mark in TRAINING_MARKS:
         value = str(message.values.get(mark)).lower()
@@ -739,8 +740,9 @@ def count_untrained_answers(pairs):
 
 
 def remove_repeated_prompts(pairs):
-    """If at least half of the pairs have responses that begin with the prompt, remove it from them, in place.
-    Returns how many pairs were altered, or left as they are because they are fewer, by reason."""
+    """Remove the prompt from responses that begin with it, in place, if at least half of the pairs have such
+    responses. Returns a count by reason: pairs whose prompt was removed, or pairs that were left as they are
+    because they are the minority."""
     repeating = []
     for pair in pairs:
         if repeats_its_prompt(pair):

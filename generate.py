@@ -59,10 +59,13 @@ def load_policy(name, trust_remote_code=False, lengths=(0, 0), whole=True, chat_
 
 def load_model(auto_class, name, trust_remote_code=False, may_lack=frozenset(), may_leave=frozenset(),
                whole=True, **options):
-    """auto_class.from_pretrained(name) in float32 and eval mode, offline for a directory; not whole: without
-    weights, on the meta device. A run's checkpoint is loaded into its base. Raises InputError if there is no
-    such model, if weights are missing but for those that it `may_lack`, which transformers would make up, or
-    if tensors are left over but for those that it `may_leave`, which transformers would drop."""
+    """Load auto_class.from_pretrained(name) in float32 and eval mode, without the network if `name` is a
+    directory. For a run's checkpoint, the run's base model is loaded and the trained weights are put into it.
+    With whole=False the model is built on the meta device, without weights.
+
+    Raises InputError if there is no such model, if the checkpoint lacks weights that are not in `may_lack`,
+    which transformers would invent, or if it holds tensors that are not in `may_leave`, which transformers
+    would drop."""
     from transformers import AutoConfig
     run = base_of(name)
     if run is not None:
@@ -97,9 +100,10 @@ def load_model(auto_class, name, trust_remote_code=False, may_lack=frozenset(), 
 
 
 def with_trained(model, trained, lora, name, may_lack=frozenset(), may_leave=frozenset()):
-    """The base model with the parameters that a run has trained of it, {name: tensor}; an adapter of rank
-    `lora`, or None, is merged into it. name: of the checkpoint, for the error. Raises InputError if these are
-    other parameters than such a run trains, but for those that `load_model` lets be lacking or left over."""
+    """Put the parameters that a run has trained, {name: tensor}, into its base model. An adapter of rank
+    `lora` is merged into the base; lora=None means full fine-tuning. name: the checkpoint, for error
+    messages. Raises InputError if the parameters are not exactly those that such a run trains, except for
+    `may_lack` and `may_leave` as in `load_model`."""
     tuner = None
     if lora:
         tuner = add_adapter(model, lora)
@@ -116,9 +120,9 @@ def with_trained(model, trained, lora, name, may_lack=frozenset(), may_leave=fro
 
 
 def positions_of(model):
-    """How many tokens a model can sample and score alike. From a certain length on, rotary encodings of the
-    kinds longrope and dynamic turn all positions of a sequence by other angles; keys that are in the cache by
-    then keep the old ones, so that such a length is as good as none."""
+    """The greatest number of tokens that a model can both sample and score. Beyond a certain length, the
+    rotary encodings longrope and dynamic rescale all positions, which invalidates cached keys, so this length
+    is their maximum."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     rope = getattr(config, "rope_parameters", None) or {}
@@ -158,8 +162,8 @@ def prepare(model, tokenizer, name="model"):
 
 
 def compute_in_float32(layer):
-    """Let an output layer compute in float32, also under autocast to bfloat16: what is sampled and what is
-    scored then differ less."""
+    """Let an output layer compute in float32, also under autocast to bfloat16. This makes the
+    log-probabilities of sampling and of scoring differ less."""
     def in_float32(forward, hidden):
         with torch.autocast(hidden.device.type, enabled=False):
             return forward(hidden.float())
@@ -201,8 +205,8 @@ def load_models(args):
 
 @fails_together
 def load_parts(args):
-    """([policy], tokenizer), or ([policy, reference], tokenizer) if the reference is a model of its own, on
-    the CPU. For shards, rank 0 alone has the weights."""
+    """Load ([policy], tokenizer) on the CPU, or ([policy, reference], tokenizer) if the reference needs a
+    model of its own. With --shard only rank 0 loads weights."""
     options = dict(trust_remote_code=args.trust_remote_code, whole=has_weights(args),
                    chat_template=args.chat_template,
                    lengths=(args.max_prompt_length, args.max_response_length))
@@ -408,7 +412,8 @@ def sum_rows(values, rows, n):
 
 
 def response_logits(model, input_ids, attention_mask, response_mask):
-    """The logits that predict the response's tokens, (N, V), float32 at least; no others are made."""
+    """The logits that predict the response's tokens, (N, V), in float32 at least. The model computes no other
+    logits."""
     if is_packed(model):                                               # the same, faster: runtime/packing.py
         logits = packed_logits(model, input_ids, attention_mask, response_mask)
     else:

@@ -54,8 +54,8 @@ from generate import (
 
 @dataclass
 class Reward:
-    """reward(prompts, responses) -> a list of finite floats. Raises InputError if the scores are others, and,
-    below the traceback, if scoring fails."""
+    """A callable: reward(prompts, responses) -> a list of finite floats. Raises InputError if the scores are
+    invalid, and, below the traceback, if scoring fails."""
     name: str
     score: Callable                       # the user's function, or that of a classifier
     ids_of: Callable | None = None        # a classifier's: see `load_classifier`
@@ -66,17 +66,17 @@ class Reward:
 
 
 def as_reward(reward):
-    """The Reward of a function; a Reward as it is."""
+    """Wrap a function in a Reward; a Reward is returned unchanged."""
     if isinstance(reward, Reward):
         return reward
     return Reward(getattr(reward, "__name__", "reward"), reward)
 
 
 def scores_of(name, function, finished, prompts, *responses, low=-math.inf, high=math.inf):
-    """function(prompts, *responses) as a list of finite floats from `low` to `high`, one for each prompt. The
-    function gets copies, so that it may change what it is given. One with a parameter `finished` is told
-    which responses ended by themselves, see `load_reward`; None: all. Raises InputError if the scores are
-    invalid, and, below the traceback, if the function fails."""
+    """Call function(prompts, *responses) and return a list of finite floats from `low` to `high`, one for
+    each prompt. The function gets copies, so it may change its arguments. If it has a parameter `finished`,
+    it is told which responses ended by themselves, see `load_reward`; finished=None means all of them. Raises
+    InputError if the scores are invalid, and, below the traceback, if the function fails."""
     inputs, options = copy.deepcopy([prompts, *responses]), {}
     if finished is None:
         finished = [True] * len(prompts)
@@ -123,9 +123,10 @@ def load_reward(name, trust_remote_code=False, dtype="float32"):
 
 
 def load_preference(name):
-    """preference(prompts, firsts, seconds, finished) -> P(first ≻ second), a list of floats, by
-    FILE.py:FUNCTION. finished: (whether the first response ended by itself, whether the second did) of each
-    pair, for a function that has such a parameter. Raises InputError as a Reward does."""
+    """Load the preference FILE.py:FUNCTION: preference(prompts, firsts, seconds, finished) -> a list of
+    floats, P(first ≻ second). finished: for each pair, whether the first and whether the second response
+    ended by itself; it is passed on if the function has such a parameter. Raises InputError as a Reward
+    does."""
     function = load_function("preference", name)
 
     def preference(prompts, firsts, seconds, finished=None):
@@ -148,9 +149,9 @@ def try_out(pair, reward=None, preference=None):
 
 @contextmanager
 def users_code(problem):
-    """Around code that the user wrote: whatever it raises becomes its traceback and one line. The working
-    directory, torch's gradient mode and os._exit are afterwards what they were; inside, os._exit raises
-    SystemExit in this process, so that a run never ends in silence with status 0."""
+    """A context for calling code that the user wrote. An exception becomes its traceback and one line.
+    Afterwards the working directory, torch's gradient mode and os._exit are what they were before. Inside,
+    os._exit raises SystemExit in this process, so that a run never ends silently with status 0."""
     directory, gradients, leave, process = os.getcwd(), torch.is_grad_enabled(), os._exit, os.getpid()
 
     def leave_child_only(status):

@@ -332,8 +332,8 @@ def training_step(run, data_pairs, variant_pairs, method):
 
 
 def accumulate_gradients(run, pairs, method):
-    """Back-propagate the mean loss over the pairs of all processes, by micro-batches; for SFT, over the
-    tokens of their chosen responses. Returns the sums of what was counted and measured."""
+    """Back-propagate the mean loss over the pairs of all processes in micro-batches; for SFT, the mean over
+    the tokens of their chosen responses. Returns the sums of all counts and metrics."""
     run.policy.train(run.settings.gradient_checkpointing)              # eval mode, unless it needs train mode
     likelihood = VARIANTS[method.variant].likelihood
     totals, sums = all_sum(counts_of(pairs, likelihood), run.policy.device), {}
@@ -571,8 +571,8 @@ def merged(trained, args):
 
 
 def evaluate_run(run, args):
-    """(figures, how many prompts and responses they are of, samples to keep) of the policy as it is; None
-    without any held-out pair."""
+    """Evaluate the current policy: (figures, the numbers of prompts and responses behind them, samples to
+    keep); None if no pair is held out."""
     if not run.held_out:
         return None
     run.policy.eval()
@@ -635,8 +635,8 @@ def needed_sides(args):
 
 
 def load_run(args):
-    """(Run without an optimizer, the Account of the training pairs, that of the held-out pairs, the lengths
-    of the training pairs, as in `encode`)."""
+    """Load the data and the models: (Run without an optimizer, Account of the training pairs, Account of the
+    held-out pairs, lengths of the training pairs as in `encode`)."""
     train, held_out, reward, preference, account, held_out_account = load_data(args)
     policy, reference, tokenizer = load_models(args)
     limits = (end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length,

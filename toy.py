@@ -137,7 +137,8 @@ def toy_vocabulary():
 
 
 def is_toy_model(model):
-    """Whether a directory, or what is yet to be made, is a model of the toy: one that writes its words."""
+    """Whether a directory holds a model of the toy, which has the toy's vocabulary, or is a place where the
+    toy will write one."""
     file = Path(model, "tokenizer.json")
     if not Path(model).is_dir():
         return str(model).startswith(str(WORLD.parent))

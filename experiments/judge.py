@@ -120,8 +120,9 @@ def preference(prompts, firsts, seconds):
 
 
 def question_of(template, prompt, first, second):
-    """What the judge is asked. The texts stand between lines with a number made of them, so that none can
-    close itself, and marks in them get blanks: who quotes them gives no verdict."""
+    """The question for the judge. The texts stand between lines that carry a number computed from them, so no
+    text can close its own block. Verdict marks inside the texts get blanks, so a judge that quotes a text
+    gives no verdict by that."""
     texts = [MARK.sub(r"[ [\1] ]", text) for text in (render(prompt, "")[0].strip(), first, second)]
     fence = hashlib.sha256(json.dumps(sorted(texts)).encode()).hexdigest()[:16]
     return QUESTION.format(TEMPLATES[template], *texts, fence=fence)

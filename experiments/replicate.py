@@ -168,8 +168,8 @@ def clear_pairs(pairs):
 
 
 def write_data(model, folder):
-    """The pairs of an SFT model, in its directory, and what the other worlds make of them; a reward model of
-    the first 4,500."""
+    """Write the pairs that an SFT model has sampled, the variations of them that the other worlds need, and a
+    reward model trained on the first 4,500 pairs."""
     source = model / "toy-pairs.jsonl"
     if not source.is_file():
         draw_toy_pairs(str(model), source)

@@ -60,7 +60,7 @@ def end_interrupted(*_):
 
 
 def is_open(stream):
-    """Whether what was written to a stream arrives."""
+    """Whether text that is written to a stream reaches its reader."""
     try:
         stream.flush()
     except OSError:

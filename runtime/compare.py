@@ -142,9 +142,9 @@ def with_fingerprint(source, sha256):
 
 
 def groups_of(conditions):
-    """{name: paths of runs that are seeds of each other}, from {path: what it was measured on}. The paths of
-    seeds differ in the ending -sN alone, and they were measured on the same, except that each may have a
-    reference of its own."""
+    """Group runs that are seeds of each other: {name: paths}, from {path: what the run was measured on}. The
+    paths of seeds differ only in their ending -sN, and the seeds were measured on the same, except that each
+    may have its own reference."""
     groups = defaultdict(list)
     for path, words in conditions.items():
         variant = Path(re.sub(r"-s\d+$", "", str(path)))

@@ -38,10 +38,10 @@ def process_group(shard=False):
 
 
 def own_device():
-    """This process's GPU, or the CPU if there is none. On a CPU, gradients are added up in a fixed order,
-    however many threads there are. On a GPU, products of float32 are computed in TF32, and attention is not
-    cuDNN's, which from torch 2.11 on comes first and plans anew for each shape: that is, for every token that
-    is decoded."""
+    """This process's GPU, or the CPU if there is none. On a CPU, gradients are summed in a fixed order,
+    whatever the number of threads. On a GPU, float32 products are computed in TF32, and attention does not
+    use cuDNN: torch 2.11 and later prefer it, and it plans again for each new shape, which means for each
+    decoded token."""
     if not torch.cuda.is_available():
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False    # it only helps to find mistakes
@@ -165,8 +165,8 @@ def raise_together(problem=None, where=""):
 
 
 def fails_together(function):
-    """A decorator: if one process's call raises InputError, or an OSError such as of a full disk, every
-    process's call raises InputError, and none waits."""
+    """A decorator: if one process's call raises InputError, or an OSError such as a full disk, every
+    process's call raises InputError, so that no process waits for another in vain."""
     @wraps(function)
     def wrapped(*args, **options):
         problem, result = None, None
@@ -298,8 +298,9 @@ def decoder_layers(model):
 
 @contextmanager
 def gathered(model):
-    """While inside, each process has a whole copy of a sharded model, in its compute dtype, and calls it as
-    often as it likes: no call needs the other processes. For other models, nothing."""
+    """A context in which each process holds a whole copy of a sharded model in its compute dtype, so that it
+    can call the model as often as it likes without the other processes. It does nothing for a model that is
+    not sharded."""
     parts = [module for module in model.modules() if is_sharded(module)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
@@ -315,9 +316,10 @@ def gathered(model):
 
 
 def with_equal_counts(micro_batches, model):
-    """Micro-batches as [(pairs, weight)], the weight 1; of a sharded model, whose forwards every process must
-    take part in, as many on each process: the ones that are added weigh 0, the others the number of
-    processes, by which FSDP divides gradients."""
+    """Pair micro-batches with weights: [(pairs, weight)]. The weight is 1 for a model that is not sharded.
+    Every process must take part in each forward of a sharded model, so processes with fewer micro-batches
+    repeat one with weight 0; the others have the number of processes as their weight, because FSDP divides
+    gradients by it."""
     weighted = []
     if not is_sharded(model):
         for pairs in micro_batches:

@@ -79,9 +79,9 @@ def write_rows(path, rows):
 
 
 def refuse_output(path, is_own, *inputs, flag="--out"):
-    """Raises InputError, before there is work to lose, where a command cannot write its results, or would
-    replace what it has not written. is_own: tells by a file's text whether such a command wrote it. inputs:
-    the files that the command reads, which it never replaces."""
+    """Refuse an output file before there is work to lose. Raises InputError if the command cannot write it,
+    or if it would replace a file that such a command has not written. is_own: tells from a file's text
+    whether such a command wrote it. inputs: the files that the command reads; they are never replaced."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise InputError(f"{flag} {path} is a directory, or no regular file; want the name of a file")
@@ -127,7 +127,7 @@ def write_directory(directory, write):
 
 
 def remove(directory):
-    """Remove a directory, if there is one; of a symbolic link, the link."""
+    """Remove a directory if it exists. Of a symbolic link, only the link is removed."""
     if directory.is_symlink():
         directory.unlink()
     elif directory.exists():
@@ -257,7 +257,7 @@ def refuse_foreign(out):
 
 
 def is_run_directory(out):
-    """Whether args.json is that of a run."""
+    """Whether a directory has the args.json of a run."""
     try:
         return "may_change" in read_json(out / "args.json")
     except (InputError, OSError):
@@ -294,7 +294,7 @@ def start_afresh(out, args):
 
 
 def write_line(out, name, row):
-    """Append a row to out/name.jsonl; what is not a finite number is written as null."""
+    """Append a row to out/name.jsonl. A number that is not finite is written as null."""
     if rank() != 0:
         return
     written = {}

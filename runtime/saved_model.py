@@ -172,9 +172,9 @@ def save_adapter(policy, state, out):
 
 
 def base_of(name):
-    """The Settings model, lora and chat_template of the run that wrote the checkpoint `name`; None if `name`
-    is no checkpoint. The model is the directory of the run's base. Raises InputError if the base is not on
-    this machine, or no longer what it was."""
+    """The settings model, lora and chat_template of the run that wrote the checkpoint `name`, with the
+    directory of the base as `model`; None if `name` is no checkpoint. Raises InputError if the base is not on
+    this machine, or if its files have changed since."""
     out = run_of_checkpoint(name)
     if out is None:
         return None

@@ -24,7 +24,8 @@ def setting(default, help=None, low=-math.inf, high=math.inf, choices=None, meta
 
 
 def same_as(cls, name, **changes):
-    """The field of this name of another dataclass of settings, with a default of its own if one is given."""
+    """A field like the field of this name in another dataclass of settings. `changes` replace its default or
+    what else is declared of it."""
     field, = (field for field in fields(cls) if field.name == name)
     return setting(**{"default": field.default, **field.metadata, **changes})
 
@@ -101,8 +102,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_settings(file, cls, *names):
-    """{name: value} of those of these fields that a run's args.json holds. It may have been edited: raises
-    InputError for a value that no flag accepts."""
+    """Read some settings back from a run's args.json: {name: value}. The file may have been edited, so this
+    raises InputError for a value that no flag would accept."""
     saved, settings = read_json(file), {}
     for field in fields(cls):
         value = saved.get(field.name)
