@@ -20,6 +20,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from runtime.command_line import InputError, command_line, first_line, foreign, format_counts
+from runtime.run_directory import is_run_directory
 from runtime.saved_model import base_of
 from runtime.settings import Parser, Settings, same_as, setting
 
@@ -70,13 +71,17 @@ def load_tokenizer(name, trust_remote_code=False, ends=True, chat_template=None)
     run = base_of(name)
     if run is not None:
         return load_tokenizer(run.model, trust_remote_code, ends, chat_template or run.chat_template)
+    if not Path(name).exists() and (str(name)[:1] in "/.~" or str(name).count("/") > 1):
+        raise InputError(f"{name}: no such directory")
+    if is_run_directory(Path(name)):
+        raise InputError(f"{name} is the directory of a run; name its {name}/model")
     if Path(name, "adapter_config.json").is_file():
         raise InputError(f"{name} is an adapter; merge it into its base first, as OUT/model of sail.py is")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code,
                                                   local_files_only=Path(name).is_dir())
     except Exception as error:                           # foreign files: they can raise anything
-        raise InputError(f"{name}: no tokenizer ({first_line(error)}); of a run, name its model/") from None
+        raise InputError(f"{name}: no tokenizer ({first_line(error)})") from None
     if ends and tokenizer.eos_token_id is None:
         raise InputError(f"{name}: its tokenizer has no end-of-sequence token; tokenizer_config.json sets it")
     set_chat_template(tokenizer, name, chat_template)

@@ -1,6 +1,7 @@
 """Evaluate policies side by side on held-out data, every figure with its 95 % interval.
 
     python evaluate.py runs/mine/*                       # runs of sail.py: their own data, reward, lengths
+    python evaluate.py MODEL runs/mine                   # a run beside the model that it started from
     python evaluate.py MODEL … --data D --reward R       # any checkpoints
     python evaluate.py --compare runs/mine/*             # what finished runs have measured: table and picture
 
@@ -16,7 +17,8 @@ from pathlib import Path
 from runtime.command_line import InputError, command_line, seeded
 from runtime.compare import (
     are_figures, compare, frontier, print_samples, print_table, refuse_comparison, write_figures)
-from runtime.intervals import few, mean_of, means_of_prompts, prefers_chosen, share_of, win_figures
+from runtime.intervals import (
+    few, format_figure, mean_of, means_of_prompts, prefers_chosen, share_of, win_figures)
 from runtime.processes import computing_in, default_dtype, progress
 from runtime.run_directory import fingerprint_files, read_json, refuse_output, run_of_checkpoint
 from runtime.settings import Objective, Parser, Settings, read_run, same_as, setting
@@ -25,7 +27,7 @@ from runtime.training import micro_batches
 import torch
 import torch.nn.functional as F
 
-from data import collate, encode, end_token_ids, response_text, set_template_date
+from data import collate, encode, end_token_ids, print_report, response_text, set_template_date
 from formats import train_and_held_out
 from generate import load_frozen, sample, sequence_logps
 from reward import as_reward, drop_unscorable, load_preference, load_reward, try_out
@@ -102,9 +104,9 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
     samples = []
     for prompt, text in zip(prompts, texts, strict=True):
         samples.append({"prompt": prompt, "response": text})
-    if reward is not None:
-        for row, score in zip(samples, columns["reward"], strict=True):
-            row["reward"] = score
+    for name in ("reward", "kl"):
+        for row, value in zip(samples, columns.get(name, []), strict=False):
+            row[name] = value
     if examples[0].chosen is None or reward is None and preference is None:
         return figures, samples
     opponents = texts_of(examples, [example.chosen_ids for example in examples], tokenizer)
@@ -186,7 +188,7 @@ FLAGS = ("out", "data", "eval_data", "prefer", "score_scale", "reward", "prefere
          "max_prompt_length", "max_response_length", "sample_batch_size", "eval_limit", "dtype", "seed",
          "trust_remote_code")
 OF_A_RUN = ("data", "eval_data", "prefer", "score_scale", "reward", "preference", "reference", "beta",
-            "max_prompt_length", "max_response_length", "sample_batch_size", "dtype", "date")
+            "max_prompt_length", "max_response_length", "sample_batch_size", "eval_limit", "dtype", "date")
 
 
 def find_run(path, given):
@@ -213,20 +215,17 @@ def refuse_replaced(run, reference):
                          "--reference to measure to what it is now")
 
 
-def held_out_pairs(args, reward):
-    """(held-out pairs that the reward can score, their Account). Raises InputError if there is no held-out
-    pair."""
+def held_out_pairs(args):
+    """(held-out pairs, their Account). Raises InputError if there is no held-out pair."""
     if args.data is None and args.eval_data is None:
         raise InputError("no data: the models are no runs of sail.py; name some with --data or --eval-data")
-    _, held_out, account, held_out_account = train_and_held_out(
+    train, held_out, account, held_out_account = train_and_held_out(
         args.data or args.eval_data, args.eval_data, None, args.prefer, args.score_scale)
     if not held_out:
         raise InputError(f"{args.data}: no pair is held out; name some with --eval-data")
-    if args.eval_data:
-        account = held_out_account
-    held_out, unscorable = drop_unscorable(held_out, reward)
-    account.add(unscorable)
-    return held_out, account
+    if args.eval_data is None:
+        print_report(args.data, train + held_out, account)
+    return held_out, held_out_account
 
 
 def evaluate_models(models, show, given):
@@ -235,7 +234,10 @@ def evaluate_models(models, show, given):
     if "out" in given:
         refuse_output(given["out"], are_figures)
     runs = [find_run(path, given) for path in models]
-    first_model, args = runs[0]                 # the same held-out pairs, lengths and seed for every model
+    first_model, args = runs[0]
+    for _, settings in runs[::-1]:              # the same held-out pairs, lengths and seed for every model:
+        if settings.data or settings.eval_data:                        # those of the first run among them
+            args = settings
     references = [settings.reference for _, settings in runs if settings.reference]
     reference_name = first_model
     if references:
@@ -247,7 +249,7 @@ def evaluate_models(models, show, given):
         reward, judge = load_reward(args.reward, args.trust_remote_code, args.dtype), f"reward {args.reward}"
     elif ".py:" in (args.preference or ""):
         preference, judge = load_preference(args.preference), f"preference {args.preference}"
-    held_out, account = held_out_pairs(args, reward)
+    held_out, account = held_out_pairs(args)
     try_out(held_out[0], reward, preference)
     lengths = args.max_prompt_length, args.max_response_length
     loading = dict(trust_remote_code=args.trust_remote_code, lengths=lengths)
@@ -260,6 +262,7 @@ def evaluate_models(models, show, given):
         vocabulary = policy.get_input_embeddings().weight.shape[0]
         examples, changes, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths,
                                       vocabulary, args.eval_limit)
+        examples, unscorable = drop_unscorable(examples, reward)
         each = responses_to_each(len(examples), args.eval_limit)
         print(f"{name}: {each * len(examples)} responses of up to {args.max_response_length} tokens to "
               f"{len(examples)} prompts …")
@@ -267,21 +270,54 @@ def evaluate_models(models, show, given):
                                                        each, preference=preference)
         del policy                                         # before the next one is loaded
     account.add(changes)
+    account.add(unscorable)
     print(f"\n{args.eval_data or args.data}: {len(examples)} held-out pairs\n{account}\n"
-          f"{each * len(examples)} responses; reference {reference_name}; {judge}, which decides on wins "
-          f"over the chosen responses; 95 % intervals over prompts, as ± half or as [low, high]"
-          f"{few(len(examples), results[name])}\n")
+          f"{each * len(examples)} new samples of each model; reference {reference_name}; {judge}, which "
+          "decides on wins over the chosen responses; 95 % intervals over prompts, as ± half or as [low, "
+          f"high]{few(len(examples), results[name])}\n")
     print_table(results)
+    print_differences(samples, len(examples), args.beta)
     print_samples(samples, show)
     write_evaluated(results, models, runs, args.out)
+
+
+def print_differences(samples, prompts, beta):
+    """Print by how much the reward − β·KL of each model exceeds the first model's, prompt by prompt, which is
+    less noisy than the difference of two rows of the table. samples: {model: rows}, as `evaluate_policy`
+    returns them. Nothing is printed for one model, or without a reward and a reference."""
+    objectives = {}
+    for name, rows in samples.items():
+        if not {"reward", "kl"} <= rows[0].keys() or len(rows) % prompts:
+            return
+        objectives[name] = means_of_prompts([row["reward"] - beta * row["kl"] for row in rows], prompts)
+    first, *others = objectives
+    if others:
+        print(f"\nreward − β·KL beside {first}, prompt by prompt:")
+    for name in others:
+        if len(objectives[name]) != len(objectives[first]):
+            continue
+        differences = []
+        for ours, theirs in zip(objectives[name], objectives[first], strict=True):
+            differences.append(ours - theirs)
+        mean, low, high = mean_of(differences)
+        verdict = "no difference seen" if low <= 0 <= high else ("more" if mean > 0 else "less")
+        print(f"  {name}: {format_figure(mean, low, high)}: {verdict}")
 
 
 def names_of(paths):
     """The names of the models in tables: the last parts of their paths, or the whole paths if two last parts
     are alike."""
-    names = [Path(path).name or path for path in paths]
+    names = []
+    for path in paths:
+        parts = Path(path).parts[-1:]
+        if run_of_checkpoint(path):
+            parts = Path(path).parts[-3:]                # as mine/checkpoints/40
+        names.append("/".join(parts) or path)
     if len(set(names)) < len(names):
-        return paths
+        names = list(paths)
+    for nth, name in enumerate(names):
+        if name in names[:nth]:                          # the same model again
+            names[nth] = f"{name} ({nth + 1})"
     return names
 
 
@@ -329,9 +365,10 @@ def reference_rewards(args, count):
     reference, tokenizer = load_frozen(args.reference, args.dtype, trust_remote_code=args.trust_remote_code,
                                        lengths=lengths)
     reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
-    held_out, _ = held_out_pairs(args, reward)
+    held_out, _ = held_out_pairs(args)
     held_out, _, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, reference), *lengths,
                             limit=args.eval_limit)
+    held_out, _ = drop_unscorable(held_out, reward)
     by_prompt = {}
     for example in held_out:                    # each prompt once
         by_prompt[str(example.prompt)] = example
@@ -356,7 +393,8 @@ def parse_args(argv=None):
     add("models", nargs="*", metavar="RUN", help="a run's or a checkpoint's directory, or a hub name")
     add("--compare", action="store_true", default=False,
         help="only read what finished runs have measured, and draw it")
-    add("--show", type=int, default=0, metavar="N", help="all answers to the first N prompts (0)")
+    add("--show", type=int, default=0, metavar="N",
+        help="print an answer of each model to the first N prompts (0)")
     add("--frontier", type=int, default=0, metavar="N",
         help="with --compare: the best possible, from N samples of the reference to each held-out prompt")
     parser.add_settings(Evaluated, *FLAGS)

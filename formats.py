@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Callable
 
 from runtime.command_line import DATA_FILES, InputError, first_line, format_counts
+from runtime.run_directory import is_run_directory, read_json
 
 
 @dataclass
@@ -782,9 +783,14 @@ def split_held_out(pairs):
 
 def train_and_held_out(data, eval_data=None, limit=None, prefer="better", score_scale=None):
     """(training pairs, held-out pairs, Account of `data`, Account of the held-out pairs), for every script.
-    If `eval_data` is given, its pairs are held out. Otherwise `split_held_out` divides the pairs of `data`,
-    whose Account has what became of both."""
+    If `eval_data` is given, its pairs are held out; of the directory of a run, the pairs that this run held
+    out. Otherwise `split_held_out` divides the pairs of `data`, whose Account has what became of both."""
     pairs, account = load_pairs(data, limit, prefer, score_scale)
+    if eval_data and is_run_directory(Path(eval_data)):
+        run = read_json(Path(eval_data, "args.json"))
+        _, held_out, *_ = train_and_held_out(run.get("data"), run.get("eval_data"), run.get("limit"), prefer,
+                                             score_scale)
+        return pairs, held_out, account, Account()
     if eval_data:
         held_out, held_out_account = load_pairs(eval_data, None, prefer, score_scale)
         return pairs, held_out, account, held_out_account

@@ -23,7 +23,7 @@ from runtime.packing import allow_packing, is_packed, packed_logits, register_pa
 from runtime.processes import (
     computing_in, default_dtype, fails_together, gathered, of_all, of_rank_0, own_device, progress, rank,
     sent, shard, share_of_process, with_equal_counts)
-from runtime.run_directory import has_columns, refuse_output, trained_weights, write_rows
+from runtime.run_directory import has_columns, is_run_directory, refuse_output, trained_weights, write_rows
 from runtime.saved_model import base_of
 from runtime.settings import Parser, Settings, read_run, same_as, setting
 from runtime.training import micro_batches
@@ -550,7 +550,8 @@ class Answers:
     """The settings of generate.py. Fields without a help are no flags."""
     model: str | None = setting(None, "a directory or hub name; a run's directory stands for its model, its "
                                       "lengths and its held-out prompts")
-    data: str | None = setting(None, "a .jsonl, .json, .csv or .parquet file, or a hub name: its prompts")
+    data: str | None = setting(None, "a .jsonl, .json, .csv or .parquet file, or a hub name: its prompts; or "
+                                     "a run: its held-out prompts, and its lengths")
     n: int = setting(1, "responses to each prompt", low=1, metavar="N")
     out: str = setting("responses.jsonl", "JSON lines")
     limit: int | None = setting(None, "answer the first N prompts only", low=1, metavar="N")
@@ -627,7 +628,11 @@ def main():
     given = vars(parser.parse_args())
     if "model" not in given:
         parser.error("argument --model: want a directory or a hub name")
-    model, of_run = read_run(given["model"], Answers, *OF_A_RUN)
+    source = given["model"]                                            # a run, whose prompts are answered
+    if is_run_directory(Path(given.get("data", source))):
+        source = given.pop("data", source)
+    model, _ = read_run(given["model"], Answers)
+    _, of_run = read_run(source, Answers, *OF_A_RUN)
     args = Answers(**{**of_run, **given, "model": model})
     if args.data is None:
         parser.error("argument --data: want a file, a directory or a hub name")
@@ -636,7 +641,7 @@ def main():
     if "data" in given:
         prompts = load_prompts(args)
     else:
-        prompts = load_held_out_prompts(given["model"], args)
+        prompts = load_held_out_prompts(source, args)
     model, tokenizer = load_answerer(args)
     torch.manual_seed(seeded("answers", args.seed))
     rows, account = answer(model, tokenizer, prompts, args.temperature, args, args.n)

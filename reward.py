@@ -36,8 +36,8 @@ from runtime.run_directory import (
     date_of, fingerprint, fingerprint_files, has_columns, refuse_output, run_directory, run_of_checkpoint,
     write_rows)
 from runtime.saved_model import save_model
-from runtime.settings import Parser, Settings, flag_of, read_settings, setting
-from runtime.training import micro_batches, refuse_before_loading, steps, training
+from runtime.settings import Parser, Settings, flag_of, read_settings, setting, settings_to_resume
+from runtime.training import NOT_MEASURED, micro_batches, refuse_before_loading, steps, training
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,7 @@ def scores_of(name, function, finished, prompts, *responses, low=-math.inf, high
         options["finished"] = copy.deepcopy(finished)
     with users_code(f"{name}: failed, as shown above"):
         scores = function(*inputs, **options)
-        if isinstance(scores, (dict, set, str, bytes)):
+        if scores is None or isinstance(scores, (dict, set, str, bytes, int, float)):
             raise InputError(f"{name}: returned a {type(scores).__name__}; want a list of floats, one for "
                              "each response")
         scores = [float(value) for value in scores]
@@ -138,10 +138,10 @@ def load_preference(name):
 
 
 def try_out(pair, reward=None, preference=None):
-    """Call each function that is given on one pair of the data, so that one which fails does so before models
-    are loaded and responses sampled."""
+    """Call the user's functions on one pair of the data, so that one which fails does so before models are
+    loaded and responses sampled."""
     chosen, rejected = pair.chosen or "answer", pair.rejected or "answer"
-    if reward is not None:
+    if reward is not None and reward.ids_of is None:
         reward([pair.prompt] * 2, [chosen, rejected], list(pair.finished))
     if preference is not None:
         preference([pair.prompt], [chosen], [rejected], [pair.finished])
@@ -503,7 +503,9 @@ def train_reward(args):
     with training(out, "reward", args, recorded, {}, model, optimizer, scheduler) as loop:
         print0(f"{args.data}: {len(pairs)} pairs to train on\n{account}\n{length_table(lengths, 'tokens')}\n"
                f"{args.eval_data or 'held out of these'}: {len(held_out)} pairs to evaluate on\n"
-               f"{held_out_account}\n{count} steps of {len(batches[0])} -> {out}")
+               f"{held_out_account}\n{count} steps of up to {len(batches[0])} -> {out}")
+        if not held_out:
+            print0(NOT_MEASURED)
         for step in steps(loop, count, lambda: evaluate_reward(model, held_out, args.dtype)):
             places, = share_of_process(batches[step.number - 1].tolist())
             batch = [pairs[place] for place in places]
@@ -550,9 +552,12 @@ def score_file(args):
         raise InputError(f"{args.responses}: want lines with prompt and response, as generate.py writes them")
     refuse_output(args.out, has_columns("prompt", "response", "reward"), args.responses)
     if args.pairs:
+        if Path(args.pairs).suffix != ".jsonl":
+            raise InputError(f"--pairs {args.pairs}: want a name that ends in .jsonl, by which it is read")
         refuse_output(args.pairs, has_columns("prompt", "chosen", "rejected", "score_chosen"),
                       args.responses, args.out, flag="--pairs")
     reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
+    print(f"scoring {len(rows)} responses of {args.responses} …", flush=True)
     scores = reward(prompts, responses, finished)
     for row, score in zip(rows, scores, strict=True):
         row["reward"] = score
@@ -592,7 +597,8 @@ def parse_args(argv=None, **unflagged):
     parser = Parser("Score a file of responses, or train a reward model on pairs. Defaults in brackets.")
     parser.add_settings(RewardSettings)
     given = {**vars(parser.parse_args(argv)), **unflagged}
-    args = RewardSettings(**{"dtype": default_dtype(), **given})
+    saved = settings_to_resume(given, RewardSettings)
+    args = RewardSettings(**{"dtype": default_dtype(), **saved, **given})
     if args.train and not (args.model and args.data):
         parser.error("argument --train: needs --model and --data")
     if not args.train and not args.reward:

@@ -54,8 +54,8 @@ from runtime.processes import (
 from runtime.run_directory import (
     date_of, fingerprint, fingerprint_files, run_directory)
 from runtime.saved_model import save_model
-from runtime.settings import Objective, Parser, Settings, flag_of, setting
-from runtime.training import micro_batches, refuse_before_loading, steps, training
+from runtime.settings import Objective, Parser, Settings, flag_of, setting, settings_to_resume
+from runtime.training import NOT_MEASURED, micro_batches, refuse_before_loading, steps, training
 
 import torch
 import torch.nn.functional as F
@@ -616,10 +616,6 @@ def load_data(args):
         reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
     if ".py:" in args.preference:
         preference = load_preference(args.preference)
-    train, changes = drop_unscorable(train, reward)
-    account.add(changes)
-    held_out, changes = drop_unscorable(held_out, reward)
-    held_out_account.add(changes)
     try_out(train[0], reward, preference)
     return train, held_out, reward, preference, account, held_out_account
 
@@ -641,13 +637,22 @@ def load_run(args):
     policy, reference, tokenizer = load_models(args)
     limits = (end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length,
               policy.get_input_embeddings().weight.shape[0])
-    examples, changes, lengths = encode(train, tokenizer, *limits)
-    account.add(changes)
+    examples, lengths = encode_scorable(train, account, tokenizer, limits, reward)
     if held_out:
-        held_out, changes, _ = encode(held_out, tokenizer, *limits, args.eval_limit)
-        held_out_account.add(changes)
+        limits += (args.eval_limit,)
+        held_out, _ = encode_scorable(held_out, held_out_account, tokenizer, limits, reward)
     run = Run(policy, reference, tokenizer, reward, examples, held_out, args, preference_function=preference)
     return run, account, held_out_account, lengths
+
+
+def encode_scorable(pairs, account, tokenizer, limits, reward):
+    """(the encoded pairs that the reward can score, lengths as in `encode`). What becomes of the pairs is
+    added to their Account."""
+    encoded, changes, lengths = encode(pairs, tokenizer, *limits)
+    account.add(changes)
+    encoded, changes = drop_unscorable(encoded, reward)
+    account.add(changes)
+    return encoded, lengths
 
 
 def print_plan(run, account, held_out_account, lengths, total, count, args):
@@ -666,11 +671,13 @@ def print_plan(run, account, held_out_account, lengths, total, count, args):
     print0(length_table(lengths, "tokens", limits))
     print0(f"{args.eval_data or 'held out of these'}: {len(run.held_out)} pairs to evaluate on\n"
            f"{held_out_account}")
+    if not run.held_out:
+        print0(NOT_MEASURED)
     generated = int(total * Fraction(str(args.mix)))
-    what = f"{generated} generated"
+    what = f"{generated} generated to its prompts"
     if generated and not VARIANTS[args.variant].sampled:
         what = f"{generated} with new labels"
-    print0(f"{args.variant}: {total - generated} pairs from the data, {what}; {count} steps of "
+    print0(f"{args.variant}: {total - generated} pairs as in the data, {what}; {count} steps of up to "
            f"{math.ceil(total / count)} -> {args.out}")
 
 
@@ -695,10 +702,15 @@ def parse_args(argv=None, **unflagged):
                         data="toy, a .jsonl, .json, .csv or .parquet file, or a hub name (toy)",
                         learning_rate="after the warm-up (1e-6, lora 1e-5, sft 2e-5; toy 4e-4, sft 2e-3)",
                         out="directory for logs and model (runs/DATA/VARIANT)")
-    given = {**vars(parser.parse_args(argv)), **unflagged}
+    flags = {**vars(parser.parse_args(argv)), **unflagged}
+    saved = settings_to_resume(flags, Arguments)
+    toy = toy_settings(saved.get("variant"), saved.get("model"))
+    if saved and saved.get("data") == toy["data"]:
+        saved["reward"] = toy["reward"]                                # our own code
+    given = {**saved, **flags}
     name = given.get("variant", Method.variant)
     variant = VARIANTS[name]
-    for unused in sorted(variant.unused & given.keys()):
+    for unused in sorted(variant.unused & flags.keys()):
         parser.error(f"argument {flag_of(unused)}: has no effect on --variant {name}")
     source = given.get("data", "toy")
     defaults = dict(mix=variant.mix, response_coef=variant.response_coef, label_coef=variant.label_coef,

@@ -70,12 +70,17 @@ def read_runs(paths):
     """{path: evaluations} of the finished runs of sail.py among the paths. Raises InputError without any."""
     runs = {}
     for path in map(Path, paths):
+        why = "it is no run; evaluate.py without --compare measures any model"
+        if is_run_directory(path):
+            why = "it has no model yet"
         if (path / "model").is_dir() and (path / "eval.jsonl").is_file():
             evaluations = read_log(path / "eval.jsonl", evaluation_of)
             if evaluations:
                 runs[path] = evaluations
-        elif is_run_directory(path):
-            print(f"{path} is left out: it has no model, or no held-out figures, yet")
+                continue
+            why = ("no pair was held out in it, so it has no figures; evaluate.py without --compare, with "
+                   "--eval-data, measures it")
+        print(f"{path} is left out: {why}")
     if not runs:
         raise InputError("--compare: no finished run with held-out figures among the arguments")
     return runs
@@ -108,12 +113,7 @@ def measured_on(path):
     if not (path / "args.json").is_file():
         return conditions
     args = defaultdict(lambda: None, read_json(path / "args.json"))
-    pairs = str(args["eval_data"] or args["data"])
-    if Path(pairs).exists():
-        pairs = os.path.relpath(pairs)                     # the same path in whatever way it was given
-    if args["eval_data"] is None:
-        pairs = f"{pairs}, one in twenty of {args['limit'] or 'all'} rows"
-    conditions["pairs"] = f"up to {args['eval_limit']} pairs of {pairs}"
+    conditions["pairs"] = f"up to {args['eval_limit']} pairs of {held_out_of(args)}"
     if args["max_length"]:                                 # of a reward model
         conditions["lengths"] = f"dialogues of up to {args['max_length']} tokens"
     else:
@@ -130,6 +130,18 @@ def measured_on(path):
         conditions["reference"] = f"reference {reference}"
         conditions["beta"] = f"β {args['beta']}"
     return conditions
+
+
+def held_out_of(args):
+    """Which pairs the run with these settings held out, in words."""
+    pairs = str(args["eval_data"] or args["data"])
+    if args["eval_data"] and is_run_directory(Path(pairs)):
+        return held_out_of(defaultdict(lambda: None, read_json(Path(pairs, "args.json"))))
+    if Path(pairs).exists():
+        pairs = os.path.relpath(pairs)                     # the same path in whatever way it was given
+    if args["eval_data"] is None:
+        pairs = f"{pairs}, one in twenty of {args['limit'] or 'all'} rows"
+    return pairs
 
 
 def with_fingerprint(source, sha256):
@@ -466,8 +478,10 @@ def compare(paths, out=None, show=0, best=None, curve=(), best_run=None):
     write_figures(results, out)
     picture = out.with_suffix(".png")
     plot(tables, results, curve, best_run, picture)
-    print("\n95 % intervals, as ± half or as [low, high]: over seeds (t) if there are several, else over "
-          f"prompts\nfigures in {out}, picture in {picture}")
+    print("\nwin rate: over the data's chosen responses, by the reward or the preference\n"
+          "95 % intervals, as ± half or as [low, high]: over seeds (t) if there are several, else over "
+          "prompts\n"
+          f"figures in {out}, picture in {picture}")
     if best:
         print(f"the best reward − β·KL at β {best['temperature']:g} is {best['best']:.3f} ± "
               f"{best['error']:.3f}, reward {best['reward']:.2f} at KL {best['kl']:.2f} (effective sample "

@@ -2,6 +2,7 @@
 
 Nothing here is needed by a run of one process: every function then does nothing, or returns what it got."""
 import os
+import shutil
 import signal
 import time
 from collections import Counter
@@ -112,7 +113,7 @@ def progress(items, what, total=None):
     if rank() != 0 or total == 1:
         yield from items
         return
-    bar = tqdm(items, what, total, leave=False, delay=3, disable=None)
+    bar = tqdm(items, what, total, leave=False, delay=3, **bar_options())
     started = printed = time.perf_counter()
     for done, item in enumerate(bar, 1):
         yield item
@@ -120,6 +121,11 @@ def progress(items, what, total=None):
         if bar.disable and now - printed > 30:
             print0(f"{what}: {done} of {total} after {now - started:.0f} s")
             printed = now
+
+
+def bar_options():
+    """How a progress bar is shown: by rank 0, on a terminal, also on one that does not tell its width."""
+    return dict(disable=None if rank() == 0 else True, ncols=shutil.get_terminal_size().columns)
 
 
 def of_rank_0(value):

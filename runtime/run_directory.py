@@ -307,12 +307,9 @@ def write_line(out, name, row):
 
 
 def print_step(record, steps):
-    """Print the record of every tenth step, the first and the last as a line."""
-    step = record["step"]
-    if step % 10 and step not in (1, steps):
-        return
+    """Print a step's record as a line."""
     fields = [f"{name} {record[name]:.4g}" for name in PRINTED if record.get(name) is not None]
-    print0(f"step {step}/{steps} | " + " | ".join(fields))
+    print0(f"step {record['step']}/{steps} | " + " | ".join(fields))
 
 
 def log_figures(out, step, figures, counts):

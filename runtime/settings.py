@@ -7,6 +7,7 @@ flag: a study sets it, as in sail.main(flags, warmup_steps=0).
 import argparse
 import dataclasses
 import math
+import shlex
 import sys
 import typing
 from dataclasses import dataclass, fields
@@ -120,6 +121,34 @@ def read_settings(file, cls, *names):
     return settings
 
 
+def settings_to_resume(given, cls):
+    """What --resume takes over from the run in --out, {name: value}; {} if it is not given, or if there is no
+    run. Code that the run's args.json names is not taken over: the command line has to name it. Neither are
+    switches, nor settings that may change."""
+    out = Path(given.get("out") or "")
+    if not given.get("resume") or "out" not in given or not is_run_directory(out):
+        return {}
+    names = []
+    for field in fields(cls):
+        if not field.metadata["may_change"] and kind_of(cls, field.name) is not bool:
+            names.append(field.name)
+    saved = read_settings(out / "args.json", cls, *names)
+    return {name: value for name, value in saved.items() if ".py:" not in str(value)}
+
+
+def resume_command(script, args):
+    """The command line that continues a run with these settings."""
+    words = ["python", *script.split(), "--resume", "--out", str(args.out)]
+    for field in fields(args):
+        value = getattr(args, field.name)
+        is_switch = value is True and field.name not in ("resume", "overwrite", "train")
+        if field.metadata["help"] and is_switch:
+            words.append(flag_of(field.name))
+        elif field.metadata["help"] and ".py:" in str(value):
+            words += [flag_of(field.name), value]
+    return shlex.join(words)
+
+
 def read_run(path, cls, *names):
     """(a model's directory or hub name, {name: value} of these fields of its run): for a run's directory its
     model, for one of its checkpoints the checkpoint, for any other model itself and {}. Raises InputError for
@@ -154,7 +183,8 @@ class Settings:
     model: str | None = setting(None, "a directory or hub name")
     lora: int | None = setting(None, "train a LoRA adapter of this rank (needs peft)", low=1, metavar="RANK")
     data: str | None = setting(None, "a .jsonl, .json, .csv (also .gz) or .parquet file, or a hub name")
-    eval_data: str | None = setting(None, "held-out pairs (one prompt in twenty of --data)")
+    eval_data: str | None = setting(None, "held-out pairs, or a run for those it held out (one prompt in "
+                                          "twenty of --data)")
     prefer: str = setting("better", "label of PKU-SafeRLHF", choices=("better", "safer"))
     score_scale: float | None = setting(None, "soft labels σ((score_chosen − score_rejected) / S)", low=1e-9,
                                         metavar="S")

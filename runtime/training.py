@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from runtime.command_line import InputError, one_line, seeded
 from runtime.processes import (
-    Interrupted, StopSignals, all_sum, fails_together, gathered, is_sharded, print0, rank, world_size)
+    Interrupted, StopSignals, all_sum, bar_options, fails_together, gathered, is_sharded, print0, rank,
+    world_size)
 from runtime.run_directory import (
     begin, log_figures, print_step, refuse_changed_settings, refuse_inputs_inside, refuse_occupied,
     save_checkpoint, write_line)
-from runtime.settings import flag_of, may_change
+from runtime.settings import flag_of, may_change, resume_command
 
 
 @dataclass
@@ -88,17 +89,16 @@ def steps(loop, count, evaluate):
     progress, args = loop.progress, loop.args
     if progress["record"] is not None:                       # logging it had failed
         log_step(loop, count)
-    first, bar = progress["step"] + 1, tqdm(desc=loop.name, total=count, initial=progress["step"],
-                                            disable=None if rank() == 0 else True)
-    evaluation = 0.0
+    first, evaluation, printed = progress["step"] + 1, None, 0.0
+    bar = tqdm(desc=loop.name, total=count, initial=progress["step"], **bar_options())
     while True:
         step = progress["step"]
         stopping = is_stopped(loop)
         is_due = step == count or args.eval_every and step % args.eval_every == 0
         if is_due and progress["evaluated"] < step and not stopping:
             started = time.perf_counter()
-            evaluate_step(loop, evaluate)
-            evaluation = time.perf_counter() - started
+            if evaluate_step(loop, evaluate):
+                evaluation = time.perf_counter() - started
             stopping = is_stopped(loop)
         save_every = args.save_every or count + 1
         if step and (stopping or step % save_every == 0 or step == count and args.save_every):
@@ -114,7 +114,9 @@ def steps(loop, count, evaluate):
         yield current
         seconds = time.perf_counter() - started
         count_step(progress, current, seconds)
-        log_step(loop, count)
+        is_long_ago = bar.disable and time.perf_counter() - printed > 30
+        if log_step(loop, count, is_long_ago):
+            printed = time.perf_counter()
         bar.update()
         if current.number == first:
             print_how_long(seconds, evaluation, count - first + 1, args, loop.model.device)
@@ -131,10 +133,11 @@ def is_stopped(loop):
 def end_early(loop):
     """Say how to go on, and end the process."""
     step = loop.progress["step"]
-    users = "evaluate.py and generate.py take it as a model"
+    users, script = "evaluate.py and generate.py take it as a model", "sail.py"
     if loop.name == "reward":
-        users = "sail.py and reward.py take it as a --reward"
+        users, script = "sail.py and reward.py take it as a --reward", "reward.py --train"
     if step:
+        print0(f"to continue: {resume_command(script, loop.args)}")
         print0(f"stopped after step {step}, which is saved in {loop.out}/checkpoints/{step}; --resume "
                f"continues, and {users}")
     else:
@@ -154,35 +157,43 @@ def count_step(progress, step, seconds):
 
 
 @fails_together
-def log_step(loop, count):
-    """Append the step's record to metrics.jsonl, and print it now and then. If that fails, the record stays
-    in the progress, and is logged by the run that goes on."""
+def log_step(loop, count, is_long_ago=False):
+    """Append the step's record to metrics.jsonl, and print every tenth record, the first and the last, and
+    one whenever the last print is long ago. Returns whether it was printed. If logging fails, the record
+    stays in the progress, and the run that goes on logs it."""
     record = loop.progress["record"]
     write_line(loop.out, "metrics", record)
     loop.progress["record"] = None
-    print_step(record, count)
+    is_due = record["step"] % 10 == 0 or record["step"] in (1, count) or is_long_ago
+    if is_due:
+        print_step(record, count)
+    return is_due
 
 
 @fails_together
 def evaluate_step(loop, evaluate):
-    """Evaluate the model and log its figures. A signal ends this at once, and nothing is logged then."""
+    """Evaluate the model and log its figures; returns whether there were any. A signal ends this at once, and
+    nothing is logged then."""
     if rank() != 0 and not is_sharded(loop.model):
-        return
+        return False
     step = loop.progress["step"]
     with gathered(loop.model):
         try:
             with loop.stop.interrupting():
                 result = evaluate()
         except Interrupted:
-            return
+            return False
     if result is not None:
         figures, counts, samples = result
         log_figures(loop.out, step, figures, counts)
         for row in samples:
             write_line(loop.out, "samples", {"step": step, **row})
     loop.progress["evaluated"] = step
+    return result is not None
 
 
+NOT_MEASURED = ("no pair is held out, so nothing will be measured; --eval-data names pairs, or a run, whose "
+                "held-out pairs are taken")
 LOGITS = 3 * 2**24                        # of a forward on a CPU: 192 MB, several times
 
 
@@ -218,13 +229,17 @@ def micro_batches(items, tokens_of, model, size=None):
 @fails_together
 def print_how_long(seconds, evaluation, steps_left, args, device):
     """After the first step, print how long the run will take, and, if that is long, what makes it shorter.
-    evaluation: the seconds that the first one took, 0 if there was none."""
+    evaluation: the seconds that the first evaluation took; None if there was none so far."""
     took, total = f"the first step took {seconds:.1f} s", seconds * steps_left
-    if evaluation:
+    evaluations = 1
+    if args.eval_every:
         evaluations = max(1, steps_left // args.eval_every)
+    if evaluation is not None:
         took += f", an evaluation {evaluation:.1f} s"
         total += evaluation * evaluations
     left = f"{total:.0f} s" if total < 100 else f"{total / 60:.0f} min"
+    if evaluation is None:
+        left += f", without {evaluations} evaluation{'s' if evaluations > 1 else ''}"
     print0(f"{took}: about {left} to go")
     if seconds > 60 or device.type == "cpu" and total > 1200:
         flags = []

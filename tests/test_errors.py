@@ -94,7 +94,7 @@ def write(path):
     (lambda path: (path / "model.safetensors").write_text("version https://git-lfs"),
      "no model for CausalLM to load"),
     (lambda path: (path / "tokenizer.json").unlink(), "no tokenizer ("),
-    (lambda path: shutil.rmtree(path), "no tokenizer ("),
+    (lambda path: shutil.rmtree(path), "no such directory"),
     (lambda path: byte_tokenizer_without_eos().save_pretrained(path), "no end-of-sequence token"),
     (lambda path: tiny_model(vocab_size=50).save_pretrained(path), "wrong tokenizer?"),
 ], ids=["no weights", "no real weights", "no tokenizer", "no directory", "no eos", "small vocabulary"])
@@ -156,7 +156,7 @@ def byte_tokenizer_without_eos():
 
 @pytest.mark.parametrize("name, message", [
     ("absent.py:f", "no such file absent.py"), ("{here}/mine.py:absent", "defines no function absent"),
-    ("no/such/classifier", "no tokenizer ("), ("{here}/mine.py:one", "returned 1 scores for"),
+    ("no/such/classifier", "no such directory"), ("{here}/mine.py:one", "returned 1 scores for"),
     ("{here}/mine.py:nan", "[nan, nan]")])
 def test_bad_rewards_are_named_before_anything_is_written(name, message, tmp_path, checkpoint, monkeypatch,
                                                          capsys):
@@ -250,7 +250,7 @@ def test_an_adapter_has_a_learning_rate_of_its_own():
 
 @pytest.mark.parametrize("main, argv, message", [
     (generate.main, ["generate.py", "--model", "/no/such/model", "--data", "DATA"],
-     "; of a run, name its model/"),
+     ": no such directory"),
     (reward.main, ["reward.py", "--reward", "m.py:f", "--responses", "/no/such.jsonl"], "no such file")])
 def test_the_companions_complain_in_the_same_way(main, argv, message, tmp_path, monkeypatch, capsys):
     argv = [write(tmp_path / "x.jsonl") if word == "DATA" else word for word in argv]

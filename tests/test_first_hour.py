@@ -1,6 +1,7 @@
 """What a new user meets in the first hour: what is said, how long it takes, what is kept."""
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import as_settings, byte_tokenizer, sail_main
+from conftest import TOY_REWARD, as_settings, byte_tokenizer, sail_main
 from test_errors import fails
 from test_scale import rows_of
 
@@ -19,6 +20,7 @@ import reward
 import sail
 from runtime.command_line import command_line
 from runtime.processes import StopSignals
+from runtime.settings import resume_command
 from runtime.training import print_how_long
 
 ROOT = Path(sail.__file__).parent
@@ -232,3 +234,129 @@ def test_what_a_person_reads_of_samples_has_no_end_token(two_runs):
     assert byte_tokenizer().eos_token == "<eos>"
     for row in rows_of(two_runs / "pr", "samples"):
         assert "<eos>" not in row["response"] and row["response"] == row["response"].strip()
+
+
+# --- a second round, beside the first
+
+def test_a_run_may_be_measured_on_the_pairs_that_another_has_held_out(base, tmp_path, capsys):
+    """--eval-data takes a run; --compare then sets both into one table; without it, nothing is measured, and
+    that is said."""
+    flags = ["--variant", "dpo", "--model", base, "--steps", "1", "--batch-size", "2", "--max-prompt-length",
+             "20", "--max-response-length", "6", "--eval-limit", "4"]
+    few = [dict(prompt="a", chosen="the soup", rejected="the tea"),
+           dict(prompt="b", chosen="the soup", rejected="the tea")]
+    many = [dict(few[0], prompt=f"question {i}") for i in range(200)]
+    for name, rows in (("few", few), ("many", many)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, alone, second = (str(tmp_path / name) for name in ("first", "alone", "second"))
+    sail_main([*flags, "--data", f"{tmp_path}/many.jsonl", "--out", first])
+    assert "so nothing will be measured" not in capsys.readouterr().out
+    sail_main([*flags, "--data", f"{tmp_path}/few.jsonl", "--out", alone])
+    assert "no pair is held out, so nothing will be measured; --eval-data names" in capsys.readouterr().out
+    sail_main([*flags, "--data", f"{tmp_path}/few.jsonl", "--eval-data", first, "--out", second])
+    asked = [[row["prompt"] for row in rows_of(Path(out), "samples")] for out in (first, second)]
+    assert asked[0] == asked[1] and len({*asked[0]}) == 4
+    capsys.readouterr()
+    evaluate.main(["--compare", first, alone, second, "--out", str(tmp_path / "figures.json")])
+    said = capsys.readouterr().out
+    assert said.count("Measured on: ") == 1 and "| second |" in said
+    assert f"{alone} is left out: no pair was held out in it" in said
+
+
+def test_generate_answers_the_held_out_prompts_of_a_run_with_another_model(two_runs, base, tmp_path,
+                                                                           monkeypatch):
+    files = []
+    for model in (str(two_runs / "pr"), base):
+        files.append(tmp_path / f"{len(files)}.jsonl")
+        monkeypatch.setattr("sys.argv", ["generate.py", "--model", model, "--data", str(two_runs / "pr"),
+                                         "--limit", "4", "--out", str(files[-1])])
+        generate.main()
+    ours, theirs = ([json.loads(line) for line in file.read_text().splitlines()] for file in files)
+    assert [row["prompt"] for row in ours] == [row["prompt"] for row in theirs]
+    assert max(row["tokens"] for row in theirs) <= 8                   # the run's length
+
+
+def test_models_are_set_beside_the_first_prompt_by_prompt(two_runs, base, monkeypatch, capsys):
+    """A model that is no run may stand first; the run says what both are measured on."""
+    monkeypatch.setattr("sys.argv", ["evaluate.py", base, str(two_runs / "pr"), base, "--reward", TOY_REWARD,
+                                     "--eval-limit", "6", "--out", str(two_runs / "beside.json")])
+    evaluate.main()
+    said = capsys.readouterr().out
+    rows = json.loads((two_runs / "beside.json").read_text())
+    objectives = [row["objective"]["value"] for row in rows.values()]
+    below = said[said.index(f"reward − β·KL beside {base}, prompt by prompt:"):].splitlines()[1:3]
+    assert f"{objectives[1] - objectives[0]:.3f}" in below[0]
+    assert below[1].endswith("0.000 ± 0.000: no difference seen")      # the same model, the same samples
+
+
+@pytest.mark.parametrize("first, second, verdict", [
+    ([0.0, 0.1, 0.2], [1.0, 1.1, 1.2], "1.000 ± 0.000: more"), ([1.0, 1.1], [0.0, 0.0], "less"),
+    ([0.0, 1.0], [1.0, 0.0], "no difference seen")])
+def test_a_difference_is_paired_and_has_a_verdict(first, second, verdict, capsys):
+    samples = {name: [dict(reward=value + 0.5, kl=1.0) for value in values]
+               for name, values in (("a", first), ("b", second))}
+    evaluate.print_differences(samples, len(first), 0.5)
+    assert verdict in capsys.readouterr().out
+    evaluate.print_differences({"a": [dict(reward=1.0)] * 2, "b": [dict(reward=1.0)] * 2}, 2, 0.5)
+    evaluate.print_differences({"a": samples["a"]}, len(first), 0.5)
+    assert capsys.readouterr().out == ""
+
+
+# --- going on
+
+def test_resume_needs_no_flag_but_the_directory_and_code(base, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("def score(p, r): return [float(len(x)) for x in r]\n")
+    common = ["--variant", "online-dpo", "--mix", "0.5", "--model", base, "--reference", f"{base}/reference",
+              "--data", f"{base}/toy-pairs.jsonl", *SHORT, "--learning-rate", "3e-4", "--max-prompt-length",
+              "12", "--beta", "0.7", "--reward", f"{tmp_path}/mine.py:score", "--save-every", "1",
+              "--gradient-checkpointing"]
+    common[common.index("--steps") + 1] = "3"
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    sail_main([*common, "--out", str(whole)])
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "checkpoints/3")
+    shutil.rmtree(stopped / "model")
+    args = sail.parse_args(as_settings([*common, "--out", str(stopped)])[0])
+    words = shlex.split(resume_command("sail.py", args))
+    assert words == ["python", "sail.py", "--resume", "--out", str(stopped), "--reward",
+                     f"{tmp_path}/mine.py:score", "--gradient-checkpointing"]
+    sail.main(words[2:])
+    assert rows_of(stopped) == rows_of(whole)
+
+
+def test_code_that_the_settings_of_a_run_name_is_not_taken_over(base, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.py").write_text("def score(p, r): return [float(len(x)) for x in r]\n")
+    shutil.copy(f"{base}/toy-pairs.jsonl", tmp_path / "x.jsonl")
+    sail_main(["--variant", "online-dpo", "--mix", "1", "--model", base, "--data", f"{tmp_path}/x.jsonl",
+               *SHORT, "--max-prompt-length", "12", "--reward", f"{tmp_path}/mine.py:score", "--save-every",
+               "1", "--out", str(tmp_path / "run")])
+    message = fails(sail.main, ["sail.py", "--resume", "--out", str(tmp_path / "run")], monkeypatch, capsys)
+    assert "argument --reward: online-dpo needs one to label its samples" in message
+    message = fails(sail.main, ["sail.py", "--resume", "--beta", "9", "--reward", f"{tmp_path}/mine.py:score",
+                                "--out", str(tmp_path / "run")], monkeypatch, capsys)
+    assert "--beta has changed since" in message
+
+
+def test_a_reward_models_training_goes_on_from_its_directory_alone(base, tmp_path):
+    flags = ["--train", "--model", base, "--data", f"{base}/toy-pairs.jsonl", "--steps", "3", "--batch-size",
+             "4", "--save-every", "1", "--eval-limit", "4", "--max-length", "20"]
+    flags, chosen = as_settings([*flags, "--out", str(tmp_path / "rm")])
+    reward.main(flags, **chosen)
+    before = rows_of(tmp_path / "rm")
+    shutil.rmtree(tmp_path / "rm/checkpoints/3")
+    shutil.rmtree(tmp_path / "rm/model")
+    reward.main(["--train", "--resume", "--out", str(tmp_path / "rm")])
+    assert rows_of(tmp_path / "rm") == before and (tmp_path / "rm/model").is_dir()
+
+
+@pytest.mark.parametrize("minutes, printed", [(0, [1, 10, 12]), (1, list(range(1, 13)))])
+def test_steps_that_take_long_are_printed_each(minutes, printed, base, tmp_path, monkeypatch, capsys):
+    """Where there is no bar. The clock goes a minute further at each look, or stands."""
+    from runtime import training
+    clock = iter(range(10 ** 6))
+    monkeypatch.setattr(training.time, "perf_counter", lambda: next(clock) * 60.0 * minutes)
+    sail_main(["--variant", "sft", "--model", base, "--steps", "12", "--batch-size", "4", "--limit", "40",
+               "--eval-limit", "2", "--eval-every", "0", "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().out
+    assert [int(line.split("/")[0].removeprefix("step ")) for line in said.splitlines()
+            if line.startswith("step ")] == printed

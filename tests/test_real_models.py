@@ -180,7 +180,7 @@ def test_a_row_that_the_reward_models_template_refuses_is_dropped_before_trainin
     out = tmp_path / "run"
     sail_main(["--variant", "pr", "--model", base, "--data", write(tmp_path / "x.jsonl", rows), "--eval-data",
                write(tmp_path / "y.jsonl", rows[:3]), "--reward", classifier, "--out", str(out), *SHORT,
-               "--max-prompt-length", "40"])
+               "--max-prompt-length", "40", "--eval-limit", "3"])
     dropped = json.loads((out / "args.json").read_text())["data_counts"]["dropped"]
     assert dropped == {"for the reward model refused by the chat template: not that": 10}
     assert rows_of(out, "eval")[-1]["prompts"] == 2

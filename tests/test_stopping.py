@@ -322,9 +322,10 @@ def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_mode
     assert lines[5] == "runs/toy/world/held-out.jsonl: 4 pairs to evaluate on"
     assert lines.pop(6) == "  dropped: 1020 (1020 beyond --eval-limit)"
     assert re.fullmatch(r"      cut: \d responses longer than --max-response-length", lines.pop(6))
-    assert lines[6] == f"pr: 2 pairs from the data, 2 generated; 1 steps of 4 -> {tmp_path}/run"
+    assert lines[6] == (f"pr: 2 pairs as in the data, 2 generated to its prompts; 1 steps of up to 4 -> "
+                        f"{tmp_path}/run")
     assert lines[7].startswith("step 1/1 | loss ")
-    assert re.fullmatch(r"the first step took [\d.]+ s: about 0 s to go", lines[8])
+    assert re.fullmatch(r"the first step took [\d.]+ s: about 0 s, without 1 evaluation to go", lines[8])
     assert lines[9] == "evaluating: 4 responses of up to 6 tokens to 4 held-out prompts …"
     assert lines[-1].startswith(f"saved {tmp_path}/run/model; `python evaluate.py {tmp_path}/run --reward ")
 

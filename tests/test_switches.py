@@ -83,7 +83,7 @@ def test_the_label_that_is_followed_is_the_preferred_one(prefer, chosen, base, t
     flags = ["--data", str(file), "--eval-data", str(file), "--prefer", prefer]
     by_sail = sail.load_data(sail.parse_args(["--variant", "dpo", "--model", base, *flags], limit=30))[:2]
     _, settings = evaluate.find_run(base, evaluate.parse_args([base, *flags])[2])
-    by_evaluate, _ = evaluate.held_out_pairs(settings, None)
+    by_evaluate, _ = evaluate.held_out_pairs(settings)
     by_reward = []
     monkeypatch.setattr(reward, "encode_for_reward",
                         lambda pairs, _: by_reward.append(pairs) or ([], Account(), {}))
