@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import matplotlib.axes
 import pytest
 import torch
 from conftest import IDS, TOY_REWARD, byte_tokenizer, pairs_of, sail_args, sail_main
@@ -19,7 +20,7 @@ from formats import load_pairs, read_rows
 from runtime.command_line import command_line, InputError, seeded
 from runtime.intervals import format_figure
 from evaluate import evaluate_policy
-from runtime.compare import compare, measured_on, read_runs, tables_of, track_of
+from runtime.compare import COLOURS, compare, measured_on, read_runs, tables_of, track_of
 from runtime.intervals import length_controlled, scaled_lengths, win_figures
 from runtime.run_directory import write_rows
 from generate import sample
@@ -721,6 +722,21 @@ def test_finished_runs_are_compared_with_their_seeds_together(tmp_path, capsys):
     assert list(json.loads((tmp_path / "two.json").read_text())) == [f"{tmp_path.name}/dpo", "other/dpo"]
     with pytest.raises(InputError, match="no finished run"):
         compare([tmp_path / "results.json"], tmp_path / "results.json")
+
+
+def test_each_group_is_drawn_in_a_colour_of_its_own(tmp_path, monkeypatch):
+    """Those of the methods are fixed, and no other name gets one that is drawn beside it."""
+    drawn, errorbar = [], matplotlib.axes.Axes.errorbar
+    monkeypatch.setattr(matplotlib.axes.Axes, "errorbar", lambda *inputs, **more: (
+        drawn.append(more["color"]), errorbar(*inputs, **more))[1])
+    names = ["mine", "sft", "other", "dpo", "third"]
+    compare([finished_run(tmp_path / name, (5, 1.0, 2.0)) for name in names])
+    assert len({*drawn}) == len(names) and [drawn[1], drawn[3]] == [COLOURS["sft"], COLOURS["dpo"]]
+
+
+def test_a_dollar_in_a_path_begins_no_formula_in_the_picture(tmp_path):
+    compare([run_measured_on(tmp_path / name, eval_data=f"{name}$^$x") for name in ("a$^$", "b$_$")])
+    assert (tmp_path / "results.png").is_file()
 
 
 def test_a_track_goes_through_the_steps_that_all_seeds_have_measured(tmp_path):

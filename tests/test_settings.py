@@ -11,7 +11,7 @@ from test_errors import fails
 import reward
 import sail
 from data import Pair
-from reward import label_by_reward
+from reward import RewardSettings, label_by_reward
 from runtime.settings import Parser, Settings, flag_of, may_change, read_settings, setting
 from sail import VARIANTS, Arguments, Method, draw_pairs, parse_args, preference_losses, sft_losses
 
@@ -132,8 +132,9 @@ def test_the_help_names_each_default_once_from_its_declaration(capsys):
 
 
 def test_a_resumed_run_may_change_only_what_changes_no_figure():
-    assert set(may_change(Arguments())) == {"micro_batch_size", "gradient_checkpointing", "shard", "out",
-                                            "save_every", "resume", "overwrite", "may_change"}
+    assert set(may_change(Arguments())) == {*may_change(RewardSettings())} == {
+        "micro_batch_size", "gradient_checkpointing", "shard", "out", "save_every", "resume", "overwrite",
+        "may_change"}
 
 
 def test_an_underscore_in_a_value_stays():

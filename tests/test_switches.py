@@ -404,3 +404,44 @@ def test_every_forward_computes_in_the_dtype_of_the_run(dtype, base, tmp_path, m
         train(base, tmp_path / variant, "--variant", variant, "--steps", "2", "--dtype", dtype,
               "--eval-every", "1")
         assert {*seen} == {(place, dtype == "bfloat16") for place in models}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_so_does_every_forward_of_the_other_commands(dtype, base, held_out, tmp_path, monkeypatch):
+    """A reward model in training, in scoring and as a run's reward; answers; evaluations; the frontier."""
+    seen = []
+
+    def watch(module, name):
+        original = getattr(module, name)
+
+        def loading(*inputs, **options):
+            loaded = original(*inputs, **options)
+            loaded[0].register_forward_pre_hook(
+                lambda *_: seen.append((name, torch.is_autocast_enabled("cpu"))))
+            return loaded
+
+        monkeypatch.setattr(module, name, loading)
+
+    for module, name in ((reward, "load_classifier"), (generate, "load_answerer"), (evaluate, "load_frozen")):
+        watch(module, name)
+    same = ["--dtype", dtype, "--max-prompt-length", "8", "--max-response-length", "6"]
+    monkeypatch.chdir(tmp_path)
+
+    def computed(main, *argv):
+        """The loaders of the models that a command has called, if all compute in the dtype."""
+        seen.clear()
+        monkeypatch.setattr("sys.argv", ["x", *map(str, argv)])
+        main()
+        assert {computes for _, computes in seen} == {dtype == "bfloat16"}
+        return {name for name, _ in seen}
+
+    data, scorer = ["--data", held_out, "--limit", "8"], f"{tmp_path}/rm/model"
+    assert computed(reward.main, "--train", "--model", base, "--data", held_out, "--dtype", dtype, "--steps",
+                    "1", "--eval-limit", "4", "--out", "rm") == {"load_classifier"}
+    assert computed(generate.main, "--model", base, *data, *same) == {"load_answerer"}
+    assert computed(reward.main, "--reward", scorer, "--dtype", dtype) == {"load_classifier"}
+    train(base, "run", "--variant", "dpo", "--steps", "1", "--reward", scorer, "--dtype", dtype)
+    both = {"load_frozen", "load_classifier"}
+    assert computed(evaluate.main, "run", "--eval-limit", "4") == both
+    assert computed(evaluate.main, "run", "--compare", "--frontier", "100", "--eval-limit", "2",
+                    "--beta", "9") == both
