@@ -9,7 +9,7 @@ from test_enumeration import World
 from test_reward_evaluate import run_evaluate
 
 from formats import read_rows
-from runtime.command_line import InputError
+from runtime.command_line import InputError, seeded
 from runtime.compare import frontier
 
 TEMPERATURES, SAMPLES, PROMPTS = (0.4, 0.6, 1.0, 2.0), 800, 9
@@ -75,12 +75,14 @@ def test_compare_sets_runs_beside_the_best_possible(base, held_out, tmp_path, mo
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
     code = ["--compare", "--reward", TOY_REWARD, "--eval-data", held_out, "--eval-limit", "24"]
-    asked, sample = [], evaluate.sample
+    asked, limits, sample = [], [], evaluate.sample
     monkeypatch.setattr(evaluate, "sample", lambda *inputs, **more: (
-        asked.extend(map(tuple, inputs[2])), sample(*inputs, **more))[1])
+        asked.extend(map(tuple, inputs[2])), limits.append((*inputs[3:], torch.initial_seed())),
+        sample(*inputs, **more))[2])
     figures = run_evaluate(monkeypatch, "dpo", *code, "--frontier", "200")["dpo"]
     prompts = {row["prompt"] for row in read_rows(held_out)[:24]}
     assert len(asked) == len({*asked}) == len(prompts) < 20            # the prompts of 24 pairs, each once
+    assert limits == [(24, 200, seeded("frontier", 0))]                # of tokens, samples, and their seed
     lines = capsys.readouterr().out.splitlines()
     assert lines[2].startswith("| | reward | KL | reward − β·KL | below the best |")
     assert len(lines[2].split("|")) <= 13

@@ -254,6 +254,8 @@ def test_each_script_tells_all_its_models_the_date_and_whether_their_code_may_ru
                 *model, "--data", pairs, "--eval-data", pairs, "--reward", classifier, *lengths,
                 "--steps", "1", "--batch-size", "2", "--out", out]),
             (evaluate.main, [day] * 3, [out, "--out", str(tmp_path / "figures.json")]),
+            (evaluate.main, [day] * 2, [out, "--compare", "--frontier", "100", "--beta", "9"]),
+            (generate.main, [day], ["--model", out, "--out", answers]),
             (generate.main, [None], [*model, "--data", pairs, *lengths, "--out", answers]),
             (reward.main, [None], [
                 "--reward", classifier, "--responses", answers, "--out", f"{answers}.scored"]),

@@ -19,7 +19,9 @@ from test_errors import fails
 from test_scale import largest_difference, rows_of, weights
 
 import data
+import reward
 import sail
+from runtime import processes
 
 ROOT = Path(sail.__file__).parent
 COMMON = ["--variant", "pr", "--mix", "0.5", "--steps", "10", "--save-every", "4", "--batch-size", "4",
@@ -263,6 +265,25 @@ def test_what_fails_on_one_rank_stops_all_with_one_line_at_a_saved_step(base, tm
     assert said in finished.stderr and f"(step {step} is saved" in finished.stderr
     assert 'sail.py", line' not in finished.stderr                     # no rank leaves a traceback
     assert checkpoints(tmp_path / "run") == [step]
+
+
+def test_the_ranks_meet_after_all_that_may_fail_on_one_of_them(base, tmp_path, monkeypatch):
+    met = {}
+    monkeypatch.setattr(processes, "raise_together", lambda _, where: met.setdefault(where))
+    monkeypatch.chdir(tmp_path)
+    run(base, "pr", "--variant", "pr", "--save-every", "4", "--eval-every", "4")
+    loaded = {"make_toy", "load_data", "load_parts"}
+    before = {"refuse_before_loading", "place", "lock_directory", "begin"}
+    after = {"print_how_long", "log_step", "evaluate_step", "make_empty", "finish_checkpoint", "save_model"}
+    assert {*met} == loaded | before | {"roll_out", "label_by_reward"} | after
+    met.clear()
+    reward.main(["--train", "--model", base, "--data", f"{base}/toy-pairs.jsonl", "--steps", "1",
+                 "--save-every", "1", "--out", "rm"])
+    assert {*met} == {"load_trainee", "load_reward_data"} | before | after
+    met.clear()
+    (tmp_path / "mine.py").write_text("def first(prompts, *responses):\n    return [1.0] * len(prompts)\n")
+    run(base, "mine", "--variant", "pr", "--preference", "mine.py:first")
+    assert "label_by_preference" in met
 
 
 def test_ten_losses_that_are_not_finite_stop_the_run_at_a_saved_step(base, tmp_path, monkeypatch, capsys):
