@@ -1,6 +1,7 @@
 """Rewards of every kind, the label they give, and the figures of an evaluation."""
 import json
 import math
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from sail import pair_logps
 from reward import label_by_preference, label_by_reward, load_preference, load_reward
 from runtime.intervals import mean_of, means_of_prompts, share_of
 from sail import dpo_loss
-from toy import grammar_pairs, toy_model, toy_reward
+from toy import grammar_pairs, toy_model, toy_pair, toy_reward
 
 
 @pytest.mark.parametrize("response, expected", [
@@ -911,10 +912,7 @@ def test_nothing_to_evaluate_is_one_line(argv, monkeypatch, capsys):
 
 
 def test_a_row_of_the_toy_says_of_each_response_whether_it_ended():
-    """Whichever of the two is drawn as the chosen one."""
-    import random
-
-    from toy import toy_pair
+    """Whichever of the two is drawn as the chosen one; a row says nothing where both have."""
     rng, kept = random.Random(0), set()
     for _ in range(20):
         row = toy_pair(rng, "review the soup :", "the soup was good .", "the soup was bad", (True, False))
@@ -922,3 +920,7 @@ def test_a_row_of_the_toy_says_of_each_response_whether_it_ended():
         assert ended == {"the soup was good .": True, "the soup was bad": False}
         kept.add(row["chosen"])
     assert len(kept) == 2
+    for done in (True, False):
+        row = toy_pair(rng, "review the soup :", "the soup", "the tea", (done, done))
+        assert [row.get("chosen_finished", True), row.get("rejected_finished", True)] == [done, done]
+        assert ("chosen_finished" in row) == (not done)

@@ -107,6 +107,16 @@ def test_a_rank_without_weights_does_as_the_first_has_found_out(on_two_ranks):
     assert [rank["ends"] for rank in ranks] == [[1, 2], [1, 2]]
 
 
+@pytest.mark.parametrize("family, attention", [("llama", "packed"), ("gemma3", "sdpa")])
+def test_only_where_the_first_packs_rows_do_the_others(family, attention):
+    models = [generate.prepare(tiny_model(family), byte_tokenizer()), tiny_model(family)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate, "of_rank_0", lambda _: (attention, models[0].generation_config))
+        generate.copy_settings_of_rank_0(models[1])
+    assert [model.config._attn_implementation for model in models] == [attention] * 2
+    assert models[1].generation_config is models[0].generation_config
+
+
 @pytest.mark.parametrize("name", ["full", "full shard", "lora", "lora shard"])
 def test_two_ranks_reach_the_parameters_of_one_process(base, in_one_process, on_two_ranks, name):
     one, two = in_one_process / name.split()[0], on_two_ranks / name
