@@ -296,15 +296,17 @@ def test_ten_losses_that_are_not_finite_stop_the_run_at_a_saved_step(base, tmp_p
     assert json.loads((tmp_path / "checkpoints/10/progress.json").read_text())["in_a_row"] == 10
 
 
-def test_data_that_changed_under_a_resume_are_named(base, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("flag", ["--data", "--eval-data"])
+def test_data_that_changed_under_a_resume_are_named(flag, base, tmp_path, monkeypatch, capsys):
     file = tmp_path / "mine.jsonl"
     rows = [{"prompt": f"review the soup {i // 2}", "chosen": f"good {'very ' * (i % 3)}.",
              "rejected": f"bad soup {'very ' * i}"} for i in range(60)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    more = ["--data", str(file), "--reward", TOY_REWARD, "--max-prompt-length", "8"]
+    more = ["--data", f"{base}/toy-pairs.jsonl", "--reward", TOY_REWARD, "--max-prompt-length", "8",
+            flag, str(file)]
     run(base, tmp_path / "run", *more)
     assert len(json.loads((tmp_path / "run/args.json").read_text())["data_sha256"]) == 64
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:40] + rows[41:]))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows[:1] + rows[2:]))
     message = fails_here(base, tmp_path / "run", monkeypatch, capsys, *more, "--resume")
     assert "--resume: the data have changed since" in message
 

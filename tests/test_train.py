@@ -311,6 +311,21 @@ def test_the_baseline_follows_the_utility_of_past_fresh_pairs(loss_type, f_zero,
         assert later == pytest.approx(baseline + 0.1 * (utility - baseline), abs=1e-6)
 
 
+def test_a_step_that_is_not_finite_leaves_the_baseline_where_it_was(base, tmp_path, monkeypatch):
+    seen, original = [], sail.preference_losses
+
+    def poisoned(policy, reference, pairs, method, baseline, dtype):
+        losses, metrics = original(policy, reference, pairs, method, baseline, dtype)
+        seen.append(baseline)
+        if len(seen) == 3:
+            losses, metrics["on_policy_loss"] = losses * math.nan, metrics["on_policy_loss"] * math.nan
+        return losses, metrics
+
+    monkeypatch.setattr(sail, "preference_losses", poisoned)
+    run(base, tmp_path, "--variant", "pr", "--mix", "1", "--steps", "5", "--max-response-length", "8")
+    assert len(seen) == 5 and seen[1] != seen[2] == seen[3] != seen[4] and math.isfinite(seen[4])
+
+
 def test_the_logged_kl_is_the_mean_log_ratio_of_the_fresh_responses():
     args = sail_args(["--variant", "pr"])
     data_pairs, fresh = pairs_of(6, "pr")
