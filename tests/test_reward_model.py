@@ -355,3 +355,33 @@ def test_a_checkpoint_that_is_trained_on_takes_the_length_of_the_command_line(
     for given, length in ((None, 40), (20, 20)):
         _, _, ids_of = load_classifier(saved, max_length=given, **TRAINEE)
         assert len(ids_of("Q" * 90, "yes")[0]) == length
+
+
+@pytest.mark.parametrize("changed, said", [
+    ("start", "the files of --model have"), ("data", "the data have"), ("held-out", "the data have")])
+def test_a_training_does_not_go_on_from_another_start_or_on_other_data(
+        changed, said, checkpoint, pairs, tmp_path, monkeypatch, capsys):
+    start = shutil.copytree(checkpoint, tmp_path / "start")
+    data, held_out = (write(tmp_path / f"{name}.jsonl", lines(Path(pairs))) for name in ("data", "held-out"))
+    argv = ["reward.py", "--train", "--model", str(start), "--data", data, "--eval-data", held_out, "--steps",
+            "1", "--save-every", "1", "--eval-limit", "8", "--out", f"{tmp_path}/out"]
+    monkeypatch.setattr("sys.argv", argv)
+    reward.main()
+    if changed == "start":
+        tiny_model("tied", seed=1).save_pretrained(start)
+    else:
+        write(tmp_path / f"{changed}.jsonl", lines(Path(pairs))[1:])
+    message = fails(reward.main, [*argv, "--resume"], monkeypatch, capsys)
+    assert f"--resume: {said} changed since" in message
+
+
+@pytest.mark.parametrize("flag", ["--model", "--data", "--eval-data"])
+def test_what_is_read_does_not_lie_where_the_training_writes(
+        flag, checkpoint, pairs, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(checkpoint, out / "start")
+    shutil.copy(pairs, out / "mine.jsonl")
+    inside = str(out / ("start" if flag == "--model" else "mine.jsonl"))
+    argv = ["reward.py", "--train", "--model", str(checkpoint), "--data", pairs, flag, inside,
+            "--out", str(out)]
+    assert f"{flag} {inside} lies in --out {out}" in fails(reward.main, argv, monkeypatch, capsys)
