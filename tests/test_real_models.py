@@ -166,7 +166,8 @@ def test_a_reward_model_in_bfloat16_is_run_in_float32(classifier):
     assert scores[:3] == pytest.approx(one_by_one, abs=1e-5)
 
 
-def test_a_row_that_the_reward_models_template_refuses_is_dropped_before_training(classifier, base, tmp_path):
+def test_a_row_that_the_reward_models_template_refuses_is_dropped_and_said_before_training_and_evaluation(
+        classifier, base, tmp_path, monkeypatch, capsys):
     reward = load_reward(classifier)
     pairs = [Pair(prompt, "good", None) for prompt in ("yes", "no", "yes")]
     kept, account = drop_unscorable(pairs, reward)
@@ -178,11 +179,20 @@ def test_a_row_that_the_reward_models_template_refuses_is_dropped_before_trainin
     rows = [{"prompt": "no" if i % 4 == 0 else f"q {i}", "chosen": "the soup", "rejected": "the tea"}
             for i in range(40)]
     out = tmp_path / "run"
+    held_out = write(tmp_path / "y.jsonl", [{**row, "lang": "en"} for row in rows[:4]])
     sail_main(["--variant", "pr", "--model", base, "--data", write(tmp_path / "x.jsonl", rows), "--eval-data",
-               write(tmp_path / "y.jsonl", rows[:3]), "--reward", classifier, "--out", str(out), *SHORT,
-               "--max-prompt-length", "40", "--eval-limit", "3"])
+               held_out, "--reward", classifier, "--out", str(out), *SHORT, "--max-prompt-length", "40",
+               "--eval-limit", "3"])
+    reason = "for the reward model refused by the chat template: not that"
+    account = f"  dropped: 2 (1 {reason}, 1 beyond --eval-limit)\n   unread: lang (4 rows)\n"
+    said = capsys.readouterr().out
+    assert f"x.jsonl: 30 pairs to train on\n  dropped: 10 (10 {reason})\n" in said
+    assert f"y.jsonl: 2 pairs to evaluate on\n{account}" in said
+    monkeypatch.setattr("sys.argv", ["evaluate.py", str(out), "--eval-limit", "3"])
+    evaluate.main()
+    assert f"y.jsonl: 2 held-out pairs\n{account}" in capsys.readouterr().out
     dropped = json.loads((out / "args.json").read_text())["data_counts"]["dropped"]
-    assert dropped == {"for the reward model refused by the chat template: not that": 10}
+    assert dropped == {reason: 10}
     assert rows_of(out, "eval")[-1]["prompts"] == 2
 
 
@@ -270,7 +280,7 @@ def test_each_script_tells_all_its_models_the_date_and_whether_their_code_may_ru
 
 # --- the text of a response
 
-@pytest.mark.parametrize("end", [EOS, END])
+@pytest.mark.parametrize("end", [EOS, END, 2])                         # 2: as generation_config may name
 def test_special_tokens_inside_a_response_stay_and_the_end_token_goes(end):
     tokenizer = byte_tokenizer()
     ids = tokenizer("thought<|assistant|> Hello!", add_special_tokens=False)["input_ids"]

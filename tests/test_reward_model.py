@@ -349,7 +349,11 @@ def test_held_out_pairs_beyond_the_limit_are_counted(monkeypatch, checkpoint, pa
 
 def test_a_checkpoint_that_is_trained_on_takes_the_length_of_the_command_line(
         monkeypatch, checkpoint, pairs, tmp_path):
-    trained(monkeypatch, checkpoint, pairs, tmp_path / "out", "--steps", "1", "--save-every", "1",
+    """Its tokenizer needs no end token, as no reward model's does."""
+    start, tokenizer = shutil.copytree(checkpoint, tmp_path / "start"), byte_tokenizer(TEMPLATE)
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(start)
+    trained(monkeypatch, start, pairs, tmp_path / "out", "--steps", "1", "--save-every", "1",
             "--max-length", "40", "--eval-limit", "2")
     saved = str(tmp_path / "out/checkpoints/1")
     for given, length in ((None, 40), (20, 20)):

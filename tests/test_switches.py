@@ -72,15 +72,19 @@ def test_the_preference_of_a_step_is_soft_or_hard(kind, base, tmp_path, monkeypa
         assert p == (1.0 if kind == "hard" else pytest.approx(1 / (1 + math.exp(-difference))))
 
 
-@pytest.mark.parametrize("prefer, chosen", [("better", "good"), ("safer", "harmless")])
-def test_the_label_that_is_followed_is_the_preferred_one(prefer, chosen, base, tmp_path, monkeypatch):
+PKU = {"response_0": "good", "response_1": "harmless", "better_response_id": 0, "safer_response_id": 1}
+SCORED = {"chosen": "good", "rejected": "bad", "score_chosen": 5, "score_rejected": 4}
+
+
+@pytest.mark.parametrize("row, more, label", [
+    (PKU, ["--prefer", "better"], ("good", 1.0)), (PKU, ["--prefer", "safer"], ("harmless", 1.0)),
+    (SCORED, ["--score-scale", "0.5"], ("good", 1 / (1 + math.exp(-2))))])
+def test_the_label_that_is_followed_is_the_one_asked_for(row, more, label, base, tmp_path, monkeypatch):
     """In training and on held-out pairs of another file, by every script that has the flag. So is the limit,
     which is of the training pairs alone."""
-    row = {"prompt": "Q", "response_0": "good", "response_1": "harmless", "better_response_id": 0,
-           "safer_response_id": 1}
-    file = tmp_path / "pku.jsonl"
+    file = tmp_path / "pairs.jsonl"
     file.write_text("".join(json.dumps({**row, "prompt": f"Q{n}"}) + "\n" for n in range(40)))
-    flags = ["--data", str(file), "--eval-data", str(file), "--prefer", prefer]
+    flags = ["--data", str(file), "--eval-data", str(file), *more]
     by_sail = sail.load_data(sail.parse_args(["--variant", "dpo", "--model", base, *flags], limit=30))[:2]
     _, settings = evaluate.find_run(base, evaluate.parse_args([base, *flags])[2])
     by_evaluate, _ = evaluate.held_out_pairs(settings)
@@ -89,8 +93,9 @@ def test_the_label_that_is_followed_is_the_preferred_one(prefer, chosen, base, t
                         lambda pairs, _: by_reward.append(pairs) or ([], Account(), {}))
     with pytest.raises(InputError, match="no pair of 30 can be told apart"):
         reward.train_reward(reward.parse_args(["--train", "--model", base, *flags], limit=30))
-    read = [[pair.chosen for pair in pairs] for pairs in (*by_sail, by_evaluate, *by_reward)]
-    assert read == [[chosen] * n for n in (30, 40, 40, 30, 40)]
+    for pairs, n in zip((*by_sail, by_evaluate, *by_reward), (30, 40, 40, 30, 40), strict=True):
+        assert len(pairs) == n and {(pair.chosen, round(pair.preference, 9)) for pair in pairs} == {
+            (label[0], round(label[1], 9))}
 
 
 def test_so_many_prompts_as_the_flag_says_are_answered_at_a_time(base, held_out, tmp_path, monkeypatch):

@@ -135,6 +135,16 @@ PURPOSES = [purpose for name in sorted([*ROOT.glob("*.py"), *ROOT.glob("runtime/
             for purpose in re.findall(r'(?<!def )seeded\("([^"]+)"', name.read_text())]
 
 
+def test_the_toy_computes_on_one_thread_and_other_data_on_as_many_as_there_are(base, tmp_path, monkeypatch):
+    shutil.copy(f"{base}/toy-pairs.jsonl", tmp_path / "mine.jsonl")
+    for more, threads in (([], [1]), (["--data", f"{tmp_path}/mine.jsonl", "--max-prompt-length", "8",
+                                       "--max-response-length", "24"], [])):
+        seen = []
+        monkeypatch.setattr(torch, "set_num_threads", seen.append)
+        run(base, tmp_path / f"run{len(more)}", "--variant", "dpo", "--steps", "1", *more)
+        assert seen == threads
+
+
 def test_any_two_of_purpose_seed_step_and_rank_give_different_streams():
     """Numbers in the seed that differ by a power of two were the same to a generator of 32 bits."""
     assert len(PURPOSES) == len({*PURPOSES}) >= 8
