@@ -280,7 +280,10 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path, monkeypatch, c
             "--limit", "3", "--epochs", "1",
             "--batch-size", "1", "--max-prompt-length", "8", "--max-response-length", "8", "--out",
             str(tmp_path / "out")]
+    capsys.readouterr()
     assert "too few for 2 processes" in fails(sail.main, argv, monkeypatch, capsys)
+    message = fails(sail.main, [*argv, "--epochs", "0.1"], monkeypatch, capsys)
+    assert "--batch-size: 0 pairs a step are too few" in message and not (tmp_path / "out").exists()
 
 
 def test_the_real_command_line_gives_one_line_and_status_2(tmp_path):

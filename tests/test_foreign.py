@@ -198,6 +198,8 @@ def test_files_are_told_apart_by_their_bytes(tmp_path):
             file.write(b"x")
         assert fingerprint_files(str(tmp_path)) != before
         before = fingerprint_files(str(tmp_path))
+    (tmp_path / "config.json").rename(tmp_path / "configuration.json")           # it is another file now
+    assert fingerprint_files(str(tmp_path)) != before
     code = tmp_path / "mine.py"
     code.write_text("def score(prompts, responses): return [0.0] * len(responses)")
     before = fingerprint_files(f"{code}:score")

@@ -5,12 +5,13 @@ import evaluate
 import pytest
 import torch
 from conftest import TOY_REWARD, sail_main
+from matplotlib.figure import Figure
 from test_enumeration import World
-from test_reward_evaluate import run_evaluate
+from test_reward_evaluate import run_evaluate, run_measured_on
 
 from formats import read_rows
 from runtime.command_line import InputError, seeded
-from runtime.compare import frontier
+from runtime.compare import draw_best, frontier
 
 TEMPERATURES, SAMPLES, PROMPTS = (0.4, 0.6, 1.0, 2.0), 800, 9
 
@@ -96,3 +97,19 @@ def test_compare_sets_runs_beside_the_best_possible(base, held_out, tmp_path, mo
     assert f"is {best:.3f} ±" not in capsys.readouterr().out           # drawn anew
     with pytest.raises(InputError, match="--frontier 100: too few samples at β 0.1; give more"):
         run_evaluate(monkeypatch, "dpo", *code, "--frontier", "100", "--beta", "0.1")
+
+
+@pytest.mark.parametrize("lacking", ["reward", "reference"])
+def test_without_a_run_of_reference_and_reward_there_is_no_best_possible(lacking, base, tmp_path):
+    both = {"reward": base, "reference": base, "reference_sha256": None}
+    run = run_measured_on(tmp_path / "run", **{**both, lacking: None})
+    with pytest.raises(InputError, match="--frontier: no run has a reference and a reward"):
+        evaluate.best_possible([str(run)], 100, {})
+
+
+def test_the_line_of_the_best_ends_where_the_picture_does():
+    axes = Figure().subplots()
+    axes.set_xlim(-0.5, 2.0)
+    curve = [{"kl": kl, "reward": reward} for kl, reward in ((3.0, 9.0), (1.0, 5.0), (0.5, 4.0), (2.5, 8.0))]
+    assert draw_best(axes, curve)[:2] == (5.0, 1.0) and axes.get_xlim() == (-0.5, 2.0)
+    assert axes.lines[0].get_xydata().tolist() == [[0.5, 4.0], [1.0, 5.0]]

@@ -837,6 +837,20 @@ def test_figures_of_unlike_things_are_in_tables_and_panels_of_their_own(other, t
         "responses of up to 24; reference sft/model (22222222); β 0.1")
 
 
+def test_the_held_out_pairs_are_told_apart_by_their_file_or_by_the_rows_that_they_are_held_out_of(
+        tmp_path, monkeypatch):
+    """A path is the same in whatever way it is written."""
+    monkeypatch.chdir(tmp_path)
+    Path("y").touch()
+    for nth, (one, other, tables) in enumerate([
+            (dict(eval_data="y"), dict(eval_data=f"{tmp_path}/y"), 1),
+            (dict(eval_data="y"), dict(eval_data="x"), 2), (dict(eval_data=None), dict(eval_data="x"), 2),
+            (dict(eval_data=None), dict(eval_data=None, limit=5), 2)]):
+        runs = [run_measured_on(tmp_path / f"{nth}/{name}", **more)
+                for name, more in (("one", one), ("other", other))]
+        assert len(tables_of(read_runs(runs))) == tables, other
+
+
 def test_seeds_that_were_measured_on_unlike_things_are_no_seeds_of_each_other(tmp_path, capsys):
     compare([run_measured_on(tmp_path / "pr-s0"), run_measured_on(tmp_path / "pr-s1", reward="mine.py:other"),
              run_measured_on(tmp_path / "pr-s2")])

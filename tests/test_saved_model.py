@@ -103,6 +103,8 @@ def test_other_tools_stop_at_the_end_tokens_of_training(checkpoint, held_out, tm
                "--chat-template", str(tmp_path / "template.jinja"), *more, "--out", str(tmp_path / "run")])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     assert model.generation_config.eos_token_id == [EOS, END]
+    saved = json.loads((tmp_path / "run/model/generation_config.json").read_text())
+    assert not saved.get("_from_model_config")                         # or version 4 takes config.json's
     with torch.no_grad():
         model.get_output_embeddings().weight[END] *= 100               # so that it comes soon
     prompt = torch.tensor([[5, 6, 7]])

@@ -95,6 +95,10 @@ def test_settings_that_do_not_go_together_are_refused(more, said, monkeypatch, c
     assert said in fails(sail.main, ["sail.py", *MINE, *more], monkeypatch, capsys)
 
 
+def test_a_variant_that_labels_no_pair_needs_no_reward():
+    assert parse_args(["--variant", "pr", "--mix", "0", "--data", "x.jsonl", "--model", "m"]).reward is None
+
+
 @pytest.mark.parametrize("argv, said", [
     (["--train", "--model", "m", "--data", "d", "--responses", "r"], "--responses: is not for training"),
     (["--reward", "r", "--epochs", "2"], "--epochs: is not for scoring"),

@@ -15,14 +15,14 @@ import generate
 import reward
 import sail
 from data import Pair
-from formats import Account
+from formats import Account, read_rows
 from generate import add_adapter, load_policy
-from runtime.command_line import InputError
+from runtime.command_line import InputError, seeded
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.run_directory import write_line, write_rows
 from runtime.settings import Settings
 from sail import draw_pairs, preference_losses, record_of
-from toy import toy_model
+from toy import draw_toy_pairs, toy_model
 
 SHORT = ["--batch-size", "4", "--limit", "40", "--eval-limit", "4", "--eval-every", "0",
          "--max-prompt-length", "8", "--max-response-length", "6"]
@@ -375,6 +375,30 @@ def test_the_seed_is_that_of_the_adapter_and_of_the_toys_model():
     assert layers and all(layer.scaling == {"default": 2.0} for layer in layers)       # alpha / rank
     weights = [next(toy_model(seed=seed)[0].parameters()) for seed in (0, 0, 1)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
+    assert sail_args(["--variant", "sft", "--seed", "3"]).model == "runs/toy/world/untrained-3"
+
+
+def test_a_run_hands_its_seed_to_its_adapter(base):
+    pytest.importorskip("peft")
+    given = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (generate, reward):
+            patch.setattr(module, "add_adapter", lambda _, *more: given.append(more))
+        generate.load_parts(sail_args(["--variant", "sft", "--model", base, "--lora", "4", "--seed", "7"]))
+        reward.load_trainee(reward.parse_args(["--train", "--model", base, "--data", "x.jsonl", "--lora", "5",
+                                               "--seed", "8"]))
+    assert given == [(4, 7), (5, 8)]
+
+
+def test_the_toys_pairs_are_drawn_by_a_seed_of_their_own(base, tmp_path):
+    def drawn(seed):
+        torch.rand(1)                                      # a global random state of its own
+        draw_toy_pairs(base, tmp_path / "pairs.jsonl", 12, seed)
+        assert torch.initial_seed() == seeded("toy pairs", seed)
+        return [list(row.values()) for row in read_rows(tmp_path / "pairs.jsonl")]
+
+    first, again, other = drawn(0), drawn(0), drawn(1)
+    assert first == again and [prompt for prompt, *_ in first] != [prompt for prompt, *_ in other]
 
 
 def test_the_seed_is_that_of_generate_py(base, held_out, tmp_path, monkeypatch):
