@@ -104,6 +104,7 @@ def test_a_reward_that_asks_is_told_which_of_datas_responses_were_cut(mine):
     assert [pair.finished for pair in examples] == [(True, False)] * 2           # with the labels' order
     label_by_preference(examples, load_preference(mine + "first"))
     assert [pair.preference for pair in examples] == [0.9, 0.9]
+    assert [pair.finished for pair in examples] == [(True, False)] * 2           # the first one was preferred
 
 
 @pytest.mark.parametrize("sides", [("chosen", "rejected"), ("rejected",)])

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import reward
 import sail
-from runtime.saved_model import add_keys_of_version_4, model_card
+from runtime.saved_model import add_keys_of_version_4, last_figures, model_card
 
 LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=16)
@@ -158,3 +158,11 @@ def test_a_reward_models_card_says_that_it_is_one(checkpoint, held_out, tmp_path
     assert len(steps) > 1 and f"Held-out figures after step {steps[-1]}, on " in card
     assert f"A reward model: `{checkpoint}`, trained with Bradley-Terry's likelihood on `{held_out}`" in card
     assert "    python reward.py --model" in card and "--train" in card and "accuracy" in card
+
+
+def test_the_card_names_figures_without_an_interval_alone(tmp_path):
+    """As those of one prompt. What was not measured is left out."""
+    (tmp_path / "eval.jsonl").write_text('{"step": 3, "prompts": 1, "length": 4, "length_interval": null, '
+                                         '"reward": null, "reward_interval": null}\n')
+    assert last_figures(tmp_path) == (
+        "Held-out figures after step 3, on 1 prompts, with 95 % intervals: length 4.000.")
