@@ -703,10 +703,7 @@ def parse_args(argv=None, **unflagged):
                         learning_rate="after the warm-up (1e-6, lora 1e-5, sft 2e-5; toy 4e-4, sft 2e-3)",
                         out="directory for logs and model (runs/DATA/VARIANT)")
     flags = {**vars(parser.parse_args(argv)), **unflagged}
-    saved = settings_to_resume(flags, Arguments)
-    toy = toy_settings(saved.get("variant"), saved.get("model"))
-    if saved and saved.get("data") == toy["data"]:
-        saved["reward"] = toy["reward"]                                # our own code
+    saved = settings_to_resume(flags, Arguments, toy_settings("dpo")["reward"])
     given = {**saved, **flags}
     name = given.get("variant", Method.variant)
     variant = VARIANTS[name]

@@ -121,10 +121,10 @@ def read_settings(file, cls, *names):
     return settings
 
 
-def settings_to_resume(given, cls):
+def settings_to_resume(given, cls, own_code=None):
     """What --resume takes over from the run in --out, {name: value}; {} if it is not given, or if there is no
-    run. Code that the run's args.json names is not taken over: the command line has to name it. Neither are
-    switches, nor settings that may change."""
+    run. Code that the run's args.json names is not taken over, unless it is `own_code`: the command line has
+    to name it. Neither are switches, nor settings that may change."""
     out = Path(given.get("out") or "")
     if not given.get("resume") or "out" not in given or not is_run_directory(out):
         return {}
@@ -133,7 +133,7 @@ def settings_to_resume(given, cls):
         if not field.metadata["may_change"] and kind_of(cls, field.name) is not bool:
             names.append(field.name)
     saved = read_settings(out / "args.json", cls, *names)
-    return {name: value for name, value in saved.items() if ".py:" not in str(value)}
+    return {name: value for name, value in saved.items() if ".py:" not in str(value) or value == own_code}
 
 
 def resume_command(script, args):
