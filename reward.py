@@ -527,7 +527,8 @@ class RewardSettings(Settings):
     pairs: str | None = setting(None, "FILE for the best and the worst response to each prompt, as pairs to "
                                       "train on; see generate.py --n", metavar="FILE")
     train: bool = setting(False, "train a reward model instead, with all that follows:")
-    max_length: int | None = setting(None, "tokens of a dialogue; cut from the left, also when served", low=1)
+    max_length: int | None = setting(None, "tokens of a dialogue, also when served; longer ones are "
+                                        "cut from the left (as many as the model takes)", low=1)
     learning_rate: float = setting(1e-5, "after the warm-up", low=1e-12)
     eval_limit: int = setting(1024, "held-out pairs to evaluate on", low=1)
     out: str | None = setting(None, "FILE for the lines with their reward (scored.jsonl), or, with --train, "

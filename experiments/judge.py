@@ -180,6 +180,9 @@ def main():
     args = parser.parse_args()
     ours, theirs = read_rows(args.ours), read_rows(args.theirs)
     prompts = [row.get("prompt") for row in ours]
+    if len(ours) != len(theirs):
+        raise InputError(f"{args.ours} has {len(ours)} lines, {args.theirs} {len(theirs)}; want answers to "
+                         "the same prompts, in the same order")
     if not ours or prompts != [row.get("prompt") for row in theirs] or not all(
             isinstance(row.get("prompt"), (str, list)) and isinstance(row.get("response"), str)
             for row in (*ours, *theirs)):
@@ -187,6 +190,7 @@ def main():
                          f"{args.ours}")
     judge = load_judge(args.url, args.model, args.template, args.verdicts)
     ours, theirs = ([row["response"] for row in rows] for rows in (ours, theirs))
+    print(f"asking {args.model} at {args.url}: {2 * len(prompts)} questions at most …", flush=True)
     wins, flipped, unparsable = zip(*judge(prompts, ours, theirs), strict=True)
     figures = {**win_figures(wins, ours, theirs), "flipped": share_of(flipped),
                "unparsable": share_of(unparsable)}

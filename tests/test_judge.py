@@ -236,7 +236,8 @@ def test_the_command_line_prints_win_rates_flips_and_unparsable_answers(host, tm
     argv = files(tmp_path, monkeypatch, ours, [(prompt, "b") for prompt, _ in ours])
     monkeypatch.setattr("sys.argv", [*argv, host.url])
     judges.main()
-    *figures, last = capsys.readouterr().out.splitlines()
+    first, *figures, last = capsys.readouterr().out.splitlines()
+    assert first == f"asking m at {host.url}: 8 questions at most …"
     assert dict(line.split(maxsplit=1) for line in figures) == {                     # (1 + 1 + ½ + ½) / 4
         "win_rate": "0.750 [0.30, 0.95]", "flipped": "0.250 [0.05, 0.70]", "unparsable": "0.250 [0.05, 0.70]"}
     assert last == ("n = 4: ours.jsonl against theirs.jsonl, judged by m | of 4 prompts only: the intervals "
@@ -249,7 +250,10 @@ def test_the_command_line_prints_win_rates_flips_and_unparsable_answers(host, tm
     ([(None, "a")], [(None, "b")]), ([({"p": 1}, "a")], [({"p": 1}, "b")])])
 def test_files_that_cannot_be_set_side_by_side_are_one_line(ours, theirs, tmp_path, monkeypatch, capsys):
     argv = files(tmp_path, monkeypatch, ours, theirs) + ["http://host/v1"]
-    assert ("theirs.jsonl: want prompt and response in each line, and the prompts of ours.jsonl"
+    expected = "ours.jsonl has 1 lines, theirs.jsonl 2; want answers to the same prompts"
+    if len(ours) == len(theirs):
+        expected = "theirs.jsonl: want prompt and response in each line, and the prompts of ours.jsonl"
+    assert (expected
             in fails(judges.main, argv, monkeypatch, capsys))
 
 
