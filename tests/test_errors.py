@@ -187,6 +187,8 @@ def test_prompts_over_the_limit_a_tokenizer_without_pad_and_one_without_template
         "--max-response-length", "8", "--batch-size", "4", "--out", str(tmp_path / "out")])
     last = json.loads((tmp_path / "out/metrics.jsonl").read_text().splitlines()[-1])
     counts = json.loads((tmp_path / "out/args.json").read_text())["data_counts"]
+    assert counts["altered"] == {"prompts repeated in their responses, taken out": 40}
+    assert counts["unread"] == {} and set(counts) == {"dropped", "cut", "altered", "unread"}
     assert counts["cut"]["prompts longer than --max-prompt-length"] > 30 and not counts["dropped"]
     assert last["on_policy"] == 0.5
     said = capsys.readouterr().out

@@ -308,6 +308,19 @@ def test_a_reward_leaves_gradients_and_directory_as_they_were(tmp_path):
     assert torch.is_grad_enabled() and os.getcwd() == directory
 
 
+def test_a_child_process_of_a_reward_ends_with_the_status_that_it_gives():
+    def score(prompts, responses):
+        child = os.fork()
+        if child == 0:
+            try:
+                os._exit(7)
+            finally:
+                os.kill(os.getpid(), signal.SIGKILL)                   # or it would go on with the tests
+        return [float(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))]
+
+    assert Reward("mine", score)(["Q"], ["A"]) == [7.0]
+
+
 @pytest.mark.parametrize("scores", [{"1": 2.0}, {1.0}, "1"])
 def test_a_reward_that_returns_no_list_is_named(scores):
     with pytest.raises(InputError, match=f"returned a {type(scores).__name__}; want a list of floats"):
@@ -324,6 +337,7 @@ def test_a_reward_that_raises_keyboard_interrupt_is_one_line_in_training(monkeyp
     signal.signal(signal.SIGINT, signal.SIG_DFL)                       # a run in training has its own
     with pytest.raises(InputError, match="reward mine: failed"):
         Reward("mine", score)(["Q"], ["A"])
+    assert capsys.readouterr().err.startswith("Traceback")
 
 
 # --- disks, pipes

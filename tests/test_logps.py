@@ -112,6 +112,13 @@ def test_a_micro_batch_has_at_most_the_given_number_of_pairs():
     assert [len(micro) for micro in micro_batches(pairs, response_tokens, tiny_model(), 3)] == [3, 3, 1]
 
 
+def test_the_logits_of_a_model_that_also_sees_are_those_of_its_text(monkeypatch):
+    monkeypatch.setattr(training, "logits_at_once", lambda: 20)
+    text = SimpleNamespace(vocab_size=5)
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: text))
+    assert micro_batches([2] * 5, int, model) == [[2, 2], [2, 2], [2]]
+
+
 SHARED = [[5, 6, 7], [9], [5, 6, 7], [11, 12, 13, 14, 15, 16, 17] * 9, [5, 6, 7]]      # three share a prompt
 ANSWERS = [[20, 21, 1], [30, 1], [22] * 40 + [1], [31, 32, 33], [20, 21, 1]]
 

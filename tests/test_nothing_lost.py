@@ -61,7 +61,8 @@ def same(out, whole):
 @pytest.mark.parametrize("flag, place, more", [
     ("--model", "model", "--overwrite"), ("--model", ".", "--resume"),
     ("--reference", "notes", "--overwrite"), ("--data", "model", "--overwrite"),
-    ("--eval-data", ".", "--overwrite"), ("--reward", "model", "--resume")])
+    ("--eval-data", ".", "--overwrite"), ("--reward", "model", "--resume"),
+    ("--preference", ".", "--overwrite")])
 def test_an_input_in_the_directory_of_the_run_is_refused_with_both_paths(
         flag, place, more, base, held_out, whole, tmp_path, monkeypatch, capsys):
     out = shutil.copytree(whole, tmp_path / "run")
@@ -70,10 +71,11 @@ def test_an_input_in_the_directory_of_the_run_is_refused_with_both_paths(
     if flag in ("--model", "--reference"):
         shutil.copytree(base, inside, dirs_exist_ok=True)
     else:
-        inside = inside / {"--reward": "mine.py"}.get(flag, "pairs.jsonl")
-        shutil.copy(ROOT / "toy.py" if flag == "--reward" else held_out, inside)
+        is_code = flag in ("--reward", "--preference")
+        inside = inside / ("mine.py" if is_code else "pairs.jsonl")
+        shutil.copy(ROOT / "toy.py" if is_code else held_out, inside)
     before = files_of(out)
-    value = f"{inside}:toy_reward" if flag == "--reward" else str(inside)
+    value = f"{inside}:toy_reward" if inside.suffix == ".py" else str(inside)
     argv = ["sail.py", *arguments(base, out, "--reward", TOY_REWARD, flag, value, more)]
     message = fails(sail.main, argv, monkeypatch, capsys)
     assert f"{flag} {inside} lies in --out {out}" in message and files_of(out) == before

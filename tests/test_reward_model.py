@@ -336,8 +336,8 @@ def test_a_full_disk_saves_the_steps_that_were_done(checkpoint, pairs, tmp_path,
 
 def test_a_fraction_of_an_epoch_is_so_many_pairs(monkeypatch, checkpoint, pairs, tmp_path):
     trained(monkeypatch, checkpoint, pairs, tmp_path / "out", "--epochs", "0.5", "--eval-data", pairs,
-            "--eval-limit", "4")
-    assert len(lines(tmp_path / "out/metrics.jsonl")) == math.ceil(60 / 16)
+            "--eval-limit", "4", "--batch-size", "12")
+    assert len(lines(tmp_path / "out/metrics.jsonl")) == 5             # 60 of the 120 pairs
 
 
 def test_held_out_pairs_beyond_the_limit_are_counted(monkeypatch, checkpoint, pairs, tmp_path, capsys):

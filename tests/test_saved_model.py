@@ -7,11 +7,14 @@ from dataclasses import asdict, fields, replace
 import pytest
 import torch
 from conftest import END, EOS, TEMPLATE, byte_tokenizer, sail_main, tiny_model
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import reward
 import sail
+from runtime import saved_model
 from runtime.saved_model import add_keys_of_version_4, last_figures, model_card
+from runtime.settings import Settings
 
 LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=16)
@@ -166,3 +169,11 @@ def test_the_card_names_figures_without_an_interval_alone(tmp_path):
                                          '"reward": null, "reward_interval": null}\n')
     assert last_figures(tmp_path) == (
         "Held-out figures after step 3, on 1 prompts, with 95 % intervals: length 4.000.")
+
+
+def test_a_buffer_that_belongs_to_a_models_state_is_saved(tmp_path, monkeypatch):
+    model = tiny_model()
+    model.model.register_buffer("offset", torch.tensor([3.0, 4.0]))
+    monkeypatch.setattr(saved_model, "model_card", lambda _: "")
+    saved_model.save_model(model, byte_tokenizer(), replace(Settings(), out=str(tmp_path)), None)
+    assert load_file(tmp_path / "model/model.safetensors")["model.offset"].tolist() == [3.0, 4.0]

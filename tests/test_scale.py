@@ -440,6 +440,11 @@ def test_frozen_weights_in_bfloat16_score_as_autocast_does_in_fewer_bytes(family
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}    # it is trained
 
 
+def test_a_model_that_is_not_trained_is_loaded_frozen_and_so_in_fewer_bytes(base):
+    sizes = [bytes_of(generate.load_frozen(base, dtype)[0]) for dtype in ("float32", "bfloat16")]
+    assert sizes[1] < 0.8 * sizes[0]
+
+
 @pytest.mark.parametrize("family", ["llama", "tied", "qwen2"])
 def test_an_adapter_on_a_base_in_bfloat16_has_the_gradients_of_one_in_float32(family):
     pytest.importorskip("peft")

@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import as_settings, sail_args, sail_main
 from test_errors import fails
 
 import evaluate
 import sail
 from generate import load_policy
+from runtime.processes import process_group
 from runtime.run_directory import fingerprint, write_text
 
 ROOT = Path(sail.__file__).parent
@@ -337,3 +339,13 @@ def test_a_process_that_does_not_come_is_named_by_one_that_waited():
     lines = [line for line in done.stderr.splitlines() if line.startswith("hang.py: error:")]
     assert len(lines) == 1
     assert "rank 0 waited in vain at the end of load_data" in lines[0] and "Ranks 1 failed" in lines[0]
+
+
+@pytest.mark.parametrize("error", [dist.DistBackendError("closed"), RuntimeError("[gloo] closed by peer")])
+def test_a_process_that_is_lost_is_one_line_and_other_faults_show_themselves(error):
+    with pytest.raises(OSError, match="rank 0 has lost another process .*closed.*--resume goes on"):
+        with process_group():
+            raise error
+    with pytest.raises(RuntimeError, match="^ours$"):
+        with process_group():
+            raise RuntimeError("ours")
