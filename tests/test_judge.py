@@ -191,11 +191,13 @@ def test_a_body_that_is_no_completion_is_one_line(host, judge_of, body):
 
 
 def test_a_host_that_is_not_there_is_one_line(host, judge_of, monkeypatch):
-    client = openai.OpenAI
-    monkeypatch.setattr(openai, "OpenAI", lambda **options: client(**{**options, "max_retries": 0}))
+    client, given = openai.OpenAI, {}
+    monkeypatch.setattr(openai, "OpenAI", lambda **options: (
+        given.update(options), client(**{**options, "max_retries": 0}))[1])
     host.server_close()
     with pytest.raises(InputError, match=r"APIConnectionError \(Connection error\)"):
         judge_of()(*ONE)
+    assert (given["timeout"], given["max_retries"]) == (60.0, 5)
 
 
 @pytest.mark.parametrize("key, sent", [("sk-secret\n", "Bearer sk-secret"), ("", "Bearer no-key")])

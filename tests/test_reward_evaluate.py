@@ -24,6 +24,7 @@ from evaluate import evaluate_policy
 from runtime.compare import COLOURS, compare, measured_on, read_runs, tables_of, track_of
 from runtime.intervals import length_controlled, scaled_lengths, win_figures
 from runtime.run_directory import write_rows
+from runtime.settings import read_run
 from generate import sample
 from sail import pair_logps
 from reward import label_by_preference, label_by_reward, load_preference, load_reward
@@ -526,15 +527,18 @@ def test_each_evaluation_draws_samples_of_its_own(tmp_path, base, held_out):
 
 def test_a_run_is_evaluated_as_it_was_trained(tmp_path, base):
     asked = {"beta": 0.7, "max_prompt_length": 9, "max_response_length": 11, "sample_batch_size": 3,
-             "dtype": "bfloat16"}
+             "dtype": "bfloat16", "prefer": "safer", "score_scale": 2.5}
     flags = [text for name, value in asked.items() for text in ("--" + name.replace("_", "-"), str(value))]
     sail_main(["--variant", "dpo", "--model", base, "--steps", "1", "--eval-limit", "2", "--out",
                str(tmp_path / "run"), *flags])
     saved = json.loads((tmp_path / "run/args.json").read_text())
     _, settings = evaluate.find_run(str(tmp_path / "run"), {"reward": saved["reward"]})
-    for name in ("data", "eval_data", "prefer", "reference", *asked):
+    for name in ("data", "eval_data", "reference", "date", *asked):
         assert getattr(settings, name) == saved[name], name
         assert saved[name] == asked.get(name, saved[name])
+    _, answered = read_run(tmp_path / "run", generate.Answers, *generate.OF_A_RUN)
+    assert answered == {name: saved[name] for name in (
+        "data", "eval_data", "date", *{*asked} - {"beta", "prefer", "score_scale"})}
 
 
 def test_the_held_out_loss_of_sft_is_over_all_tokens_and_its_interval_a_ratios(base):
