@@ -344,14 +344,14 @@ def test_a_reward_that_raises_keyboard_interrupt_is_one_line_in_training(monkeyp
 
 def test_a_closed_output_saves_what_was_reached(base, tmp_path, monkeypatch, capsys):
     def closed(record, _):
-        if record["step"] == 2:
+        if record["step"] == 4:                                        # the last one, which is printed
             raise BrokenPipeError(32, "Broken pipe")
 
     monkeypatch.setattr("runtime.training.print_step", closed)
     argv = ["sail.py", "--model", base, *SHORT, "--steps", "4", "--out", str(tmp_path / "run")]
     message = fails(sail.main, argv, monkeypatch, capsys)
-    assert "standard output is closed (step 2 is saved; --resume continues)" in message
-    assert (tmp_path / "run/checkpoints/2/progress.json").is_file()
+    assert "standard output is closed (step 4 is saved; --resume continues)" in message
+    assert (tmp_path / "run/checkpoints/4/progress.json").is_file()
 
 
 def test_a_model_that_cannot_be_written_is_one_line_and_its_steps_stay(base, tmp_path, monkeypatch, capsys):
