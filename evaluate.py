@@ -230,31 +230,25 @@ def held_out_pairs(args):
 
 def evaluate_models(models, show, given):
     """Sample from the models and print a table of their figures, and `show` answers of each. Write the
-    figures into each run's evaluated.json, or all of them into --out."""
+    figures into each run's evaluated.json, or all of them into --out. The held-out pairs, the lengths and the
+    seed are the same for all models: those of the first run among them."""
     if "out" in given:
         refuse_output(given["out"], are_figures)
     runs = [find_run(path, given) for path in models]
     first_model, args = runs[0]
-    for _, settings in runs[::-1]:              # the same held-out pairs, lengths and seed for every model:
-        if settings.data or settings.eval_data:                        # those of the first run among them
+    for _, settings in runs[::-1]:
+        if settings.data or settings.eval_data:
             args = settings
     references = [settings.reference for _, settings in runs if settings.reference]
-    reference_name = first_model
-    if references:
-        reference_name = references[0]
+    reference_name = references[0] if references else first_model
     set_template_date(args.date)
-    reward = preference = None
-    judge = "no reward"
-    if args.reward:
-        reward, judge = load_reward(args.reward, args.trust_remote_code, args.dtype), f"reward {args.reward}"
-    elif ".py:" in (args.preference or ""):
-        preference, judge = load_preference(args.preference), f"preference {args.preference}"
+    reward, preference, judge = load_judge(args)
     held_out, account = held_out_pairs(args)
     try_out(held_out[0], reward, preference)
     lengths = args.max_prompt_length, args.max_response_length
     loading = dict(trust_remote_code=args.trust_remote_code, lengths=lengths)
     reference, reference_tokenizer = load_frozen(reference_name, args.dtype, **loading)
-    results, samples = {}, {}
+    results, samples, prompts = {}, {}, {}
     for name, (model, _) in zip(names_of(models), runs, strict=True):
         policy, tokenizer = load_frozen(model, args.dtype, **loading)
         if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
@@ -263,44 +257,59 @@ def evaluate_models(models, show, given):
         examples, changes, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths,
                                       vocabulary, args.eval_limit)
         examples, unscorable = drop_unscorable(examples, reward)
-        each = responses_to_each(len(examples), args.eval_limit)
+        prompts[name], each = len(examples), responses_to_each(len(examples), args.eval_limit)
         print(f"{name}: {each * len(examples)} responses of up to {args.max_response_length} tokens to "
-              f"{len(examples)} prompts …")
+              f"{len(examples)} prompts …", flush=True)
         results[name], samples[name] = evaluate_policy(policy, reference, tokenizer, examples, reward, args,
                                                        each, preference=preference)
         del policy                                         # before the next one is loaded
-    account.add(changes)
+    account.add(changes)                                   # of the last model
     account.add(unscorable)
     print(f"\n{args.eval_data or args.data}: {len(examples)} held-out pairs\n{account}\n"
           f"{each * len(examples)} new samples of each model; reference {reference_name}; {judge}, which "
           "decides on wins over the chosen responses; 95 % intervals over prompts, as ± half or as [low, "
           f"high]{few(len(examples), results[name])}\n")
     print_table(results)
-    print_differences(samples, len(examples), args.beta)
+    print_differences(samples, prompts, args.beta)
     print_samples(samples, show)
     write_evaluated(results, models, runs, args.out)
+
+
+def load_judge(args):
+    """(reward, preference, which of them decides on wins, in words): one of the two is None, or both."""
+    if args.reward:
+        reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
+        return reward, None, f"reward {args.reward}"
+    if ".py:" in (args.preference or ""):
+        return None, load_preference(args.preference), f"preference {args.preference}"
+    return None, None, "no reward"
 
 
 def print_differences(samples, prompts, beta):
     """Print by how much the reward − β·KL of each model exceeds the first model's, prompt by prompt, which is
     less noisy than the difference of two rows of the table. samples: {model: rows}, as `evaluate_policy`
-    returns them. Nothing is printed for one model, or without a reward and a reference."""
+    returns them; prompts: {model: how many}. Nothing is printed for one model, or without a reward and a
+    reference."""
     objectives = {}
     for name, rows in samples.items():
-        if not {"reward", "kl"} <= rows[0].keys() or len(rows) % prompts:
+        if not {"reward", "kl"} <= rows[0].keys():
             return
-        objectives[name] = means_of_prompts([row["reward"] - beta * row["kl"] for row in rows], prompts)
+        values = [row["reward"] - beta * row["kl"] for row in rows]
+        objectives[name] = means_of_prompts(values, prompts[name])
     first, *others = objectives
     if others:
         print(f"\nreward − β·KL beside {first}, prompt by prompt:")
     for name in others:
-        if len(objectives[name]) != len(objectives[first]):
+        if prompts[name] != prompts[first]:
+            print(f"  {name}: was asked {prompts[name]} prompts, not {prompts[first]}, by its chat template")
             continue
         differences = []
         for ours, theirs in zip(objectives[name], objectives[first], strict=True):
             differences.append(ours - theirs)
         mean, low, high = mean_of(differences)
-        verdict = "no difference seen" if low <= 0 <= high else ("more" if mean > 0 else "less")
+        verdict = "more" if mean > 0 else "less"
+        if not (low > 0 or high < 0):
+            verdict = "no difference seen"
         print(f"  {name}: {format_figure(mean, low, high)}: {verdict}")
 
 

@@ -295,11 +295,13 @@ def test_models_are_set_beside_the_first_prompt_by_prompt(two_runs, base, monkey
 def test_a_difference_is_paired_and_has_a_verdict(first, second, verdict, capsys):
     samples = {name: [dict(reward=value + 0.5, kl=1.0) for value in values]
                for name, values in (("a", first), ("b", second))}
-    evaluate.print_differences(samples, len(first), 0.5)
+    evaluate.print_differences(samples, dict.fromkeys("ab", len(first)), 0.5)
     assert verdict in capsys.readouterr().out
-    evaluate.print_differences({"a": [dict(reward=1.0)] * 2, "b": [dict(reward=1.0)] * 2}, 2, 0.5)
-    evaluate.print_differences({"a": samples["a"]}, len(first), 0.5)
+    evaluate.print_differences({"a": [dict(reward=1.0)] * 2, "b": [dict(reward=1.0)] * 2}, {}, 0.5)
+    evaluate.print_differences({"a": samples["a"]}, {"a": len(first)}, 0.5)
     assert capsys.readouterr().out == ""
+    evaluate.print_differences({**samples, "b": samples["b"][1:]}, {"a": len(first), "b": len(first) - 1}, 0.5)
+    assert f"b: was asked {len(first) - 1} prompts, not {len(first)}" in capsys.readouterr().out
 
 
 # --- going on
