@@ -300,7 +300,8 @@ def test_a_difference_is_paired_and_has_a_verdict(first, second, verdict, capsys
     evaluate.print_differences({"a": [dict(reward=1.0)] * 2, "b": [dict(reward=1.0)] * 2}, {}, 0.5)
     evaluate.print_differences({"a": samples["a"]}, {"a": len(first)}, 0.5)
     assert capsys.readouterr().out == ""
-    evaluate.print_differences({**samples, "b": samples["b"][1:]}, {"a": len(first), "b": len(first) - 1}, 0.5)
+    fewer = {"a": len(first), "b": len(first) - 1}
+    evaluate.print_differences({**samples, "b": samples["b"][1:]}, fewer, 0.5)
     assert f"b: was asked {len(first) - 1} prompts, not {len(first)}" in capsys.readouterr().out
 
 
