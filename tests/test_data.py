@@ -351,3 +351,14 @@ def test_the_columns_of_all_rows_tell_the_format(tmp_path):
     rows = [{"prompt": "a", "chosen": "b"}, {"prompt": "a", "chosen": "b", "rejected": "c"}]
     pairs, account = load_pairs(write(tmp_path / "x.jsonl", rows))
     assert pairs == [TextPair("a", "b", "c")] and account.dropped == {NO_TEXT: 1}
+
+
+def test_the_held_out_pairs_of_a_run_are_those_within_its_limit(tmp_path):
+    rows = [dict(prompt=f"question {i}", chosen="yes", rejected="no") for i in range(400)]
+    source = write(tmp_path / "x.jsonl", rows)
+    (tmp_path / "run").mkdir()
+    for limit in (None, 200):
+        (tmp_path / "run/args.json").write_text(json.dumps(dict(data=source, limit=limit, may_change=[])))
+        _, expected, *_ = train_and_held_out(source, limit=limit)
+        train, held_out, *_ = train_and_held_out(source, str(tmp_path / "run"))
+        assert held_out == expected and len(train) == 400 and 4 < len(held_out) < 30

@@ -183,7 +183,9 @@ def test_a_half_sampled_pair_keeps_the_datas_chosen_response():
     model, tokenizer = tiny_model(), byte_tokenizer()
     pair = Pair("", "data", "", [10, 11], [7, 1], [1])
     torch.manual_seed(0)
+    pair.preference = 0.3                                  # of a response that is replaced
     (rolled,) = roll_out(model, tokenizer, [pair], ("rejected",), options(6))
+    assert rolled.preference == 1.0
     assert rolled.chosen_ids == [7, 1] and rolled.chosen == "data" and rolled.samples == 1
     assert rolled.rejected_ids != [1] and rolled.unfinished in (0, 1)
 

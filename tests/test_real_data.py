@@ -4,7 +4,7 @@ import json
 import pytest
 from conftest import END, TEMPLATE, byte_tokenizer, pairs_of
 
-from data import Dialogue, encode, end_token_ids, fitting_prompt, render
+from data import Dialogue, encode, end_token_ids, fitting_prompt, render, token_ids
 from formats import NO_TEXT, TextPair, load_pairs
 
 
@@ -313,3 +313,19 @@ def test_a_dialogue_knows_what_stands_around_its_answer():
     assert dialogue.filler == "" and dialogue.closing == "<eos>\n"
     example, _ = encode_one(dict(prompt=[Q], chosen="yes", rejected="no"), chatml)
     assert chatml.decode(example.chosen_ids) == "yes<eos>"                # nothing is learned after it
+
+
+def test_a_shortened_dialogue_may_have_just_as_many_tokens_as_the_limit():
+    tokenizer = byte_tokenizer(TEMPLATE)
+    turns = [turn for word in ("first", "second", "third") for turn in (
+        {"role": "user", "content": word}, {"role": "assistant", "content": "ok"})][:-1]
+    left = len(token_ids(Dialogue(turns[2:], tokenizer).head, tokenizer))
+    for limit, expected in ((left, turns[2:]), (left - 1, turns[4:])):
+        example, account = encode_one(TextPair(turns, "yes", "no"), tokenizer, limit, 9)
+        assert example.prompt == expected and account.cut.total() == 1
+
+
+def test_a_response_that_is_nothing_but_its_prompt_is_left_as_it_is(tmp_path):
+    rows = [dict(prompt="Say hi", chosen="Say hi", rejected="Say hi then")]
+    pairs, account = load(tmp_path, *rows)
+    assert pairs == [pair_of(rows[0])] and not account.altered

@@ -180,6 +180,9 @@ def test_the_datas_pairs_are_relabelled_by_the_reward_with_the_probability_itsel
         ("longer", "no", False, False)}
     assert [pair.preference for pair in seen] == pytest.approx([1 / (1 + math.exp(-0.5))] * len(seen))
     assert {pair.rewards for pair in seen} == {(0.75, 0.25)}
+    row = json.loads((tmp_path / "out/metrics.jsonl").read_text())
+    assert row["reward"] is row["response_length"] is row["unfinished"] is row["sampler_gap"] is None
+    assert row["ties"] == 0
 
 
 def test_a_function_of_a_file_is_a_reward(tmp_path):
