@@ -201,7 +201,11 @@ def test_dialogues_that_a_reward_model_cuts_are_counted(checkpoint, tmp_path):
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path)
     pairs = [Pair("Q", "a" * n, "b" * m) for n, m in ((1, 1), (1, 30), (30, 1), (30, 30))]
-    assert drop_unscorable(pairs, load_reward(str(tmp_path)))[1].cut.total() == 3
+    reward = load_reward(str(tmp_path))
+    assert drop_unscorable(pairs, reward)[1].cut.total() == 3
+    for lengths in ((30, 1), (1, 30), (1, 1)):                         # of the last call alone
+        reward(["Q"] * 2, ["a" * length for length in lengths])
+        assert reward.cut == [length == 30 for length in lengths]
 
 
 # --- clocks

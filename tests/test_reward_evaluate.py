@@ -116,11 +116,9 @@ def test_without_a_reward_the_preference_says_how_often_a_policy_wins(base, held
 """)
     sail_main(["--variant", "online-dpo", "--model", base, "--preference", f"{source}:ended", "--data",
                held_out, "--eval-data", held_out, "--steps", "1", "--batch-size", "4", "--eval-limit", "6",
-               "--max-prompt-length", "12", "--max-response-length", "6", "--out", str(tmp_path / "run")])
+               "--max-prompt-length", "12", "--max-response-length", "24", "--out", str(tmp_path / "run")])
     row = json.loads((tmp_path / "run/eval.jsonl").read_text().splitlines()[-1])
-    unfinished = row["unfinished"]
-    seconds = round((row["win_rate"] - 0.9 * (1 - unfinished)) / 0.05 * 6)         # chosen ones that end
-    assert row["win_rate"] == pytest.approx(0.9 * (1 - unfinished) + 0.05 * seconds / 6)
+    assert 0 < row["unfinished"] and row["win_rate"] == pytest.approx(0.9 * (1 - row["unfinished"]) + 0.05)
     message = fails(evaluate.main, ["evaluate.py", str(tmp_path / "run")], monkeypatch, capsys)
     assert "is code; it runs only if --preference names it" in message
     monkeypatch.setattr("sys.argv", ["evaluate.py", str(tmp_path / "run"), "--eval-limit", "6",
@@ -945,3 +943,13 @@ def test_a_row_of_the_toy_says_of_each_response_whether_it_ended():
         row = toy_pair(rng, "review the soup :", "the soup", "the tea", (done, done))
         assert [row.get("chosen_finished", True), row.get("rejected_finished", True)] == [done, done]
         assert ("chosen_finished" in row) == (not done)
+
+
+def test_a_reward_may_switch_gradients_off_for_itself(tmp_path):
+    (tmp_path / "mine.py").write_text("""import torch
+def score(prompts, responses):
+    torch.set_grad_enabled(False)
+    return [0.0] * len(responses)
+""")
+    load_reward(f"{tmp_path}/mine.py:score")(["p"], ["r"])
+    assert torch.is_grad_enabled()

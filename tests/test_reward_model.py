@@ -389,3 +389,16 @@ def test_what_is_read_does_not_lie_where_the_training_writes(
     argv = ["reward.py", "--train", "--model", str(checkpoint), "--data", pairs, flag, inside,
             "--out", str(out)]
     assert f"{flag} {inside} lies in --out {out}" in fails(reward.main, argv, monkeypatch, capsys)
+
+
+def test_the_held_out_loss_is_of_soft_labels_too(checkpoint):
+    model, _, ids_of = load_classifier(str(checkpoint), **TRAINEE)
+    chosen, rejected = (ids_of("Q", answer)[0] for answer in ("yes", "no way"))
+    difference = sum(sign * score for sign, score in zip(
+        (1, -1), reward.classifier_scores(model, [chosen, rejected]), strict=True))
+    for preference in (1.0, 0.3):
+        figures, *_ = reward.evaluate_reward(model, [(chosen, rejected, preference)] * 2, "float32")
+        expected = (preference * math.log1p(math.exp(-difference))
+                    + (1 - preference) * math.log1p(math.exp(difference)))
+        assert figures["loss"][0] == pytest.approx(expected, abs=1e-6)
+    assert abs(difference) > 1e-4
