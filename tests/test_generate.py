@@ -8,9 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import END, EOS, IDS, TEMPLATE, byte_tokenizer, pairs_of, sail_main, tiny_model
+from test_errors import fails
 from transformers import GenerationConfig
 
+import evaluate
 import generate
+import sail
 from data import Pair, collate, encode, response_text
 from runtime.command_line import InputError
 from runtime.run_directory import write_rows
@@ -261,6 +264,47 @@ def test_the_command_line_writes_one_row_per_prompt(checkpoint, held_out, tmp_pa
     rows = [json.loads(line) for line in out.read_text().split("\n") if line]
     assert len(rows) == 5 and all(set(row) == {"prompt", "response", "tokens", "finished"} for row in rows)
     assert all(1 <= row["tokens"] <= 6 for row in rows) and "5 responses" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2", "gemma3"])
+def test_a_loaded_model_answers_a_prompt_as_it_does_alone_whatever_pads_it(family):
+    """Also one that scores packed rows: it samples from padded ones."""
+    model, tokenizer = prepare(tiny_model(family), byte_tokenizer()), byte_tokenizer()
+    assert (model.config._attn_implementation == "packed") == (family != "gemma3")
+    prompts = [[5, 6, 7], [*range(40, 60)], [9], [30, 31]]
+    together, _ = sample(model, tokenizer, prompts, 8, temperature=0.0)
+    alone = [sample(model, tokenizer, [prompt], 8, temperature=0.0)[0][0] for prompt in prompts]
+    assert together == alone
+
+
+def test_an_id_that_the_model_lacks_is_named_by_every_command(tmp_path, monkeypatch, capsys):
+    for part in (tiny_model(vocab_size=50), byte_tokenizer(gap=True)):
+        part.save_pretrained(tmp_path / "small")
+    monkeypatch.chdir(tmp_path)
+    write_rows("x.jsonl", [{"prompt": "z", "chosen": f"!{'!' * nth}", "rejected": "#"} for nth in range(4)])
+    lengths = ["--max-prompt-length", "8", "--max-response-length", "8"]
+    for main, argv in ((sail.main, ["--variant", "dpo", "--model", "small", "--data", "x.jsonl"]),
+                       (generate.main, ["--model", "small", "--data", "x.jsonl"]),
+                       (evaluate.main, ["small", "--eval-data", "x.jsonl"])):
+        capsys.readouterr()
+        assert "the data hold 'z'" in fails(main, ["x.py", *argv, *lengths], monkeypatch, capsys)
+
+
+def test_an_end_token_that_only_the_model_names_ends_the_datas_responses(tmp_path, monkeypatch, capsys):
+    model = tiny_model()
+    model.generation_config.eos_token_id = [1, 2]
+    for part in (model, byte_tokenizer()):
+        part.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    write_rows("x.jsonl", [{"prompt": "Q", "chosen": f"{nth}<|user|>", "rejected": "no"} for nth in range(4)])
+    flags = ["--eval-data", "x.jsonl", "--max-prompt-length", "8", "--max-response-length", "8"]
+    sail_main(["--variant", "dpo", "--model", "model", "--data", "x.jsonl", "--steps", "1", "--batch-size",
+               "2", *flags, "--out", "run"])
+    cut = "cut: 4 responses with an end token in their text\n"
+    assert capsys.readouterr().out.count(cut) == 2                     # of both files
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "model", *flags])
+    evaluate.main()
+    assert cut in capsys.readouterr().out
 
 
 def run_generate(monkeypatch, *argv):

@@ -566,13 +566,15 @@ def test_of_few_held_out_prompts_each_is_answered_as_often_as_the_limit_allows(t
     row = json.loads((tmp_path / "run/eval.jsonl").read_text().splitlines()[0])
     assert (row["prompts"], row["responses"]) == (3, 12)
     assert row["unfinished"] * 12 == pytest.approx(round(row["unfinished"] * 12))
+    assert [evaluate.responses_to_each(n, 128) for n in (128, 65, 64, 9)] == [1, 1, 2, 14]
     first = [sample["prompt"] for sample in samples_of(tmp_path / "run") if sample["step"] == 1]
     assert first == [row["prompt"] for row in rows]                    # each once
 
 
 def test_the_figures_count_all_responses_to_a_prompt(monkeypatch, base):
     policy, tokenizer = generate.load_policy(base)
-    examples = [Pair(prompt, "the", "the", [5], [6, 1], [7, 1]) for prompt in ("a", "b")]
+    examples = [Pair(prompt, "the", "the", [5], [6, 1], [7, 1], finished=(prompt == "a", True))
+                for prompt in ("a", "b")]
     drawn = [[[8, 1], [8] * 4], [[8] * 6, [8] * 8]]
     monkeypatch.setattr(evaluate, "sample", lambda *_, **__: (drawn, [[True, False], [True, True]], None))
     rewards = []
@@ -585,6 +587,7 @@ def test_the_figures_count_all_responses_to_a_prompt(monkeypatch, base):
     figures, samples = evaluate_policy(policy, policy, tokenizer, examples, reward, args, num_responses=2)
     assert figures["length"] == mean_of([3.0, 7.0]) and figures["unfinished"] == share_of([0.5, 0.0])
     assert rewards[0] == (["a", "b", "a", "b"], [True, True, False, True])    # of which the rewards are 0 … 3
+    assert rewards[1] == (["a", "b"], [True, False])                   # of the data's chosen responses
     assert figures["reward"] == mean_of([1.0, 2.0])
     assert figures["win_rate"] == share_of([0.75, 0.75])               # 0, 2 against 0 and 1, 3 against 1
     assert [row["prompt"] for row in samples] == ["a", "b", "a", "b"]

@@ -254,6 +254,7 @@ def test_out_adapter_on_its_base_is_the_policy(base, adapted):
     from peft import PeftModel
     out, policy, _ = adapted
     loaded = PeftModel.from_pretrained(load_policy(base)[0], out / "adapter")
+    assert loaded.peft_config["default"].base_model_name_or_path == base
     torch.testing.assert_close(scored(loaded), scored(policy), rtol=0, atol=1e-5)
 
 
