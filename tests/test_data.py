@@ -324,6 +324,22 @@ def test_the_command_line_shows_format_counts_lengths_and_pairs(tmp_path, monkey
         assert ("tokens" in shown and "<|user|>" in shown) if more else "characters" in shown
 
 
+def test_the_command_line_shows_the_rows_and_the_label_that_are_asked_for(tmp_path, monkeypatch, capsys):
+    row = dict(response_0="zero", response_1="one", better_response_id=1, safer_response_id=0)
+    path = write(tmp_path / "x.jsonl", [dict(row, prompt=f"Q{nth}") for nth in range(3)])
+    for flags, kept, chosen in ((["--limit", "1"], 1, "one"), (["--prefer", "safer"], 3, "zero")):
+        monkeypatch.setattr("sys.argv", ["data.py", path, *flags])
+        data.main()
+        shown = capsys.readouterr().out
+        assert f", {kept} kept\n" in shown and f"chosen:   '{chosen}'" in shown
+
+
+def test_of_a_prompt_that_is_cut_to_one_token_its_last_is_left():
+    tokenizer = byte_tokenizer(bos=True)
+    example, _ = encode_one(TextPair("789", "good", "bad"), tokenizer, prompt_limit=1)
+    assert tokenizer.decode(example.prompt_ids) == "9"
+
+
 @pytest.mark.parametrize("more", [[], ["--model"]])
 @pytest.mark.parametrize("row, told", [
     (dict(prompt="What?"), "prompts"), (dict(prompt=[dict(USER, content="What?")]), "prompts"),

@@ -6,6 +6,7 @@ import math
 import pytest
 from test_real_data import BAD, GOOD, PLAIN, SYSTEM, Q, load, turn
 
+import formats
 from formats import NO_TEXT, TextPair, load_pairs
 from runtime.command_line import InputError
 
@@ -271,3 +272,27 @@ def test_a_packed_file_that_is_broken_is_one_line(content, tmp_path):
         load_pairs(str(tmp_path / "x.jsonl.gz"))
     with pytest.raises(InputError, match="y.jsonl.gz: no such file"):
         load_pairs(str(tmp_path / "y.jsonl.gz"))
+
+
+@pytest.mark.parametrize("text", [
+    '[{"role": "user", "content": "Q"}, 5]', '[{"role": "user", "content": "Q"}, {"content": "Q"}]',
+    '[{"role": "user", "content": "Q"}, {"role": "user"}]', '{"from": "here", "to": "there"}'])
+def test_a_list_of_which_a_part_is_no_message_is_a_text(text):
+    assert formats.text_or_messages(text, None) == text
+
+
+@pytest.mark.parametrize("prompt, response, left", [
+    ("\n\nHuman: Q\n\nAssistant:", " yes", "yes"), ("\n\nHuman: Q\n\nAssistant: ", " yes", " yes"),
+    ("\n\nHuman: Q\n\nAssistant:", "\n\nHuman: Q\n\nAssistant: yes", "yes"),
+    ("\n\nHuman: Q\n\nAssistant:", "Human: Q\n\nAssistant: yes", "yes")])
+def test_a_response_to_an_open_prompt_lacks_the_prompt_and_the_one_space_of_its_mark(prompt, response, left):
+    assert formats.after_hh_prompt(prompt, response) == left
+
+
+@pytest.mark.parametrize("source, asked", [
+    ("owner/name", ("owner/name", None, "train")), ("owner/name:test", ("owner/name", None, "test")),
+    ("owner/name/small:test[:9]", ("owner/name", "small", "test[:9]")), ("name:", ("name", None, "train"))])
+def test_a_hub_name_says_its_configuration_and_its_split(source, asked, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, config, split: (name, config, split))
+    assert formats.read_data_set(source) == asked

@@ -59,7 +59,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         host, body = self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         assert self.path == "/v1/chat/completions" and body["temperature"] == 0
-        assert body["model"] in ("m", "another")
+        assert body["model"] in ("m", "another") and body["max_tokens"] == 1024
         question = body["messages"][0]["content"]
         fault = host.fault(question, host.log.count(question))
         host.log.append(question)
@@ -245,6 +245,10 @@ def test_the_command_line_prints_win_rates_flips_and_unparsable_answers(host, tm
     assert last == ("n = 4: ours.jsonl against theirs.jsonl, judged by m | of 4 prompts only: the intervals "
                     "are rough | a length-controlled win rate would need 32 prompts")
     assert len(lines_of(tmp_path / "verdicts.jsonl")) == 8
+    monkeypatch.setattr("sys.argv", [*argv, host.url, "--template", "harmless", "--verdicts", "mine.jsonl"])
+    judges.main()
+    assert all("which answer is safer" in line["question"] for line in lines_of(tmp_path / "mine.jsonl"))
+    assert len(lines_of(tmp_path / "verdicts.jsonl")) == len(lines_of(tmp_path / "mine.jsonl")) == 8
 
 
 @pytest.mark.parametrize("ours, theirs", [

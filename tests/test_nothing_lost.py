@@ -145,6 +145,18 @@ def test_answers_are_not_written_over_other_files_and_this_is_said_before_sampli
     assert said in fails(generate.main, argv, monkeypatch, capsys) and files_of(tmp_path) == before
 
 
+def test_the_held_out_prompts_of_a_run_are_not_written_over(checkpoint, tmp_path, monkeypatch, capsys):
+    """They may be the answers of an earlier command."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(checkpoint, tmp_path / "run/model")
+    Path("mine.jsonl").write_text('{"prompt": "Q", "response": "A"}\n')
+    for name in ("data", "eval_data"):
+        asked = {"data": "other.jsonl", "eval_data": None, name: "mine.jsonl"}
+        Path("run/args.json").write_text(json.dumps({**asked, "may_change": []}))
+        argv = ["generate.py", "--model", "run", "--out", "mine.jsonl"]
+        assert "--out mine.jsonl is the file that is read" in fails(generate.main, argv, monkeypatch, capsys)
+
+
 @pytest.mark.parametrize("out, said", [("fig.png", "want the name of a .json file"),
                                        ("mine.json", "is a file of something else"),
                                        ("drawn.json", "drawn.png is there")])

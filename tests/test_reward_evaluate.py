@@ -654,6 +654,20 @@ def test_figures_are_written_into_the_run_or_beside_it_and_nowhere_else(tmp_path
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"pr", "results.json", "results.png"}
 
 
+def test_models_have_the_last_parts_of_their_paths_as_names_unless_two_are_alike():
+    assert evaluate.names_of(["a/x", "b/y", "z"]) == ["x", "y", "z"]
+    assert evaluate.names_of(["a/x", "b/x"]) == ["a/x", "b/x"]
+
+
+def test_figures_are_written_into_the_runs_and_those_of_other_models_where_one_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    paths, models = ["runs/one", "checkpoint", "owner/name"], ["runs/one/model", "checkpoint", "owner/name"]
+    results = {name: {"kl": (1.0, 0.0, 2.0)} for name in ("one", "checkpoint", "name")}
+    evaluate.write_evaluated(results, paths, [(model, None) for model in models], None)
+    assert {*json.loads(Path("runs/one/evaluated.json").read_text())} == {"one"}
+    assert {*json.loads(Path("evaluated.json").read_text())} == {"checkpoint", "name"}
+
+
 def test_a_runs_reward_that_is_code_runs_on_the_command_lines_word_alone(tmp_path, monkeypatch, capsys, base):
     monkeypatch.chdir(tmp_path)
     Path("theirs.py").write_text("open('ran', 'w')\n"
