@@ -21,7 +21,7 @@ from formats import BadRow, load_pairs
 from reward import Reward
 from runtime.command_line import InputError
 from runtime.compare import compare
-from runtime.run_directory import NAMES, fingerprint_files, run_directory, start_afresh
+from runtime.run_directory import NAMES, fingerprint_files, remove, run_directory, start_afresh
 
 SHORT = ["--variant", "dpo", "--batch-size", "4", "--limit", "40", "--eval-limit", "4", "--eval-every", "0",
          "--max-response-length", "6", "--steps", "2"]
@@ -167,6 +167,15 @@ def test_a_name_with_a_dollar_is_drawn_as_it_is(run, monkeypatch):
     compare([str(named)])
     assert not link.is_symlink() and link.read_bytes()[1:4] == b"PNG"
     assert (named / "args.json").read_text() == before
+
+
+def test_of_a_link_to_a_directory_the_link_alone_is_removed(tmp_path):
+    (tmp_path / "theirs").mkdir()
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "theirs")
+    for _ in range(2):                                                 # the second time nothing is there
+        remove(link)
+        assert not link.is_symlink() and (tmp_path / "theirs").is_dir()
 
 
 @pytest.mark.parametrize("source, name", [

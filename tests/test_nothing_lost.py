@@ -131,7 +131,8 @@ def test_a_file_that_is_none_of_verdicts_is_not_emptied(text, tmp_path):
 
 @pytest.mark.parametrize("out, said", [
     ("DATA", "is the file that is read"), ("MODEL/config.json", "is a file of something else"),
-    ("notes.txt", "is a file of something else"), (".", "is a directory"), ("/proc/no/file", "/proc/no")])
+    ("notes.txt", "is a file of something else"), (".", "is a directory"), ("/proc/no/file", "/proc/no"),
+    ("/proc/no.jsonl", "/proc/no.jsonl")])
 def test_answers_are_not_written_over_other_files_and_this_is_said_before_sampling(
         out, said, checkpoint, held_out, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

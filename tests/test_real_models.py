@@ -174,6 +174,8 @@ def test_a_row_that_the_reward_models_template_refuses_is_dropped_and_said_befor
     assert [pair.prompt for pair in kept] == ["yes", "yes"]
     assert account.dropped == {"for the reward model refused by the chat template: not that": 1}
     assert drop_unscorable(pairs, None) == (pairs, Account()) and drop_unscorable([], reward)[0] == []
+    with pytest.raises(InputError, match="^reward .*: a dialogue is refused by the chat template: not that$"):
+        reward(["yes", "no"], ["good"] * 2)
     with pytest.raises(InputError, match="none of 1 pairs: 1 for the reward model refused"):
         drop_unscorable(pairs[1:2], reward)
     rows = [{"prompt": "no" if i % 4 == 0 else f"q {i}", "chosen": "the soup", "rejected": "the tea"}

@@ -12,7 +12,7 @@ import reward
 import sail
 from data import Pair
 from reward import RewardSettings, label_by_reward
-from runtime.settings import Parser, Settings, flag_of, may_change, read_settings, setting
+from runtime.settings import Parser, Settings, flag_of, may_change, read_run, read_settings, setting
 from sail import VARIANTS, Arguments, Method, draw_pairs, parse_args, preference_losses, sft_losses
 
 MINE = ["--data", "x.jsonl", "--model", "m", "--reward", "mine.py:score"]
@@ -119,6 +119,13 @@ def test_settings_of_a_run_are_read_back_by_the_same_declarations(name, value, s
     file.write_text(json.dumps({name: value}))
     with pytest.raises(sail.InputError, match=f"args.json: argument {said}"):
         read_settings(file, Arguments, *names)
+
+
+def test_a_directory_without_settings_is_a_model_also_beside_another(tmp_path):
+    (tmp_path / "model").mkdir()
+    assert read_run(tmp_path, Arguments, "beta") == (str(tmp_path), {})
+    (tmp_path / "args.json").write_text('{"beta": 0.3}')
+    assert read_run(tmp_path, Arguments, "beta") == (str(tmp_path / "model"), {"beta": 0.3})
 
 
 def test_the_help_names_each_default_once_from_its_declaration(capsys):

@@ -22,7 +22,7 @@ from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.run_directory import write_line, write_rows
 from runtime.settings import Settings
 from sail import draw_pairs, preference_losses, record_of
-from toy import draw_toy_pairs, toy_model
+from toy import WORLD, draw_toy_pairs, toy_model, write_world
 
 SHORT = ["--batch-size", "4", "--limit", "40", "--eval-limit", "4", "--eval-every", "0",
          "--max-prompt-length", "8", "--max-response-length", "6"]
@@ -390,6 +390,14 @@ def test_a_run_hands_its_seed_to_its_adapter(base):
     assert given == [(4, 7), (5, 8)]
 
 
+def test_each_seed_has_an_untrained_model_of_its_own_in_the_toys_world(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed in (0, 3):
+        write_world(seed)
+        saved, drawn = load_policy(WORLD / f"untrained-{seed}")[0], toy_model(seed)[0]
+        assert all(map(torch.equal, saved.parameters(), drawn.parameters()))
+
+
 def test_the_toys_pairs_are_drawn_by_a_seed_of_their_own(base, tmp_path):
     def drawn(seed):
         torch.rand(1)                                      # a global random state of its own
@@ -398,6 +406,7 @@ def test_the_toys_pairs_are_drawn_by_a_seed_of_their_own(base, tmp_path):
         return [list(row.values()) for row in read_rows(tmp_path / "pairs.jsonl")]
 
     first, again, other = drawn(0), drawn(0), drawn(1)
+    assert 8 < max(len(chosen.split()) for _, chosen, *_ in first) <= 24
     assert first == again and [prompt for prompt, *_ in first] != [prompt for prompt, *_ in other]
 
 
