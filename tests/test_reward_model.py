@@ -402,3 +402,11 @@ def test_the_held_out_loss_is_of_soft_labels_too(checkpoint):
                     + (1 - preference) * math.log1p(math.exp(difference)))
         assert figures["loss"][0] == pytest.approx(expected, abs=1e-6)
     assert abs(difference) > 1e-4
+
+
+def test_a_model_in_shards_may_be_trained_by_one_process_alone(monkeypatch, checkpoint, pairs, tmp_path):
+    for name, more in (("whole", []), ("shards", ["--shard"])):
+        trained(monkeypatch, checkpoint, pairs, tmp_path / name, "--steps", "2", "--eval-limit", "2", *more)
+    one, other = ([row["loss"] for row in lines(tmp_path / name / "metrics.jsonl")]
+                  for name in ("whole", "shards"))
+    assert one == pytest.approx(other, abs=1e-5)

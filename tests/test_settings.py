@@ -1,4 +1,5 @@
 """Settings: declared once. Flags, checks and refusals follow from the declarations."""
+import argparse
 import dataclasses
 import json
 from dataclasses import replace
@@ -10,9 +11,12 @@ from test_errors import fails
 
 import reward
 import sail
-from data import Pair
+from data import Pair, Reported
+from evaluate import Evaluated
+from generate import Answers
 from reward import RewardSettings, label_by_reward
-from runtime.settings import Parser, Settings, flag_of, may_change, read_run, read_settings, setting
+from runtime.settings import (
+    Parser, Settings, converter, flag_of, kind_of, may_change, read_run, read_settings, setting)
 from sail import VARIANTS, Arguments, Method, draw_pairs, parse_args, preference_losses, sft_losses
 
 MINE = ["--data", "x.jsonl", "--model", "m", "--reward", "mine.py:score"]
@@ -119,6 +123,17 @@ def test_settings_of_a_run_are_read_back_by_the_same_declarations(name, value, s
     file.write_text(json.dumps({name: value}))
     with pytest.raises(sail.InputError, match=f"args.json: argument {said}"):
         read_settings(file, Arguments, *names)
+
+
+@pytest.mark.parametrize("cls", [Arguments, RewardSettings, Evaluated, Answers, Reported])
+def test_every_number_of_things_is_at_least_one(cls):
+    counts = [field for field in dataclasses.fields(cls) if kind_of(cls, field.name) is int
+              and field.name not in ("seed", "eval_every", "warmup_steps")]
+    assert len(counts) > 2
+    for field in counts:
+        assert converter(cls, field)("1") == 1
+        with pytest.raises(argparse.ArgumentTypeError, match="0 is not in 1"):
+            converter(cls, field)("0")
 
 
 def test_a_directory_without_settings_is_a_model_also_beside_another(tmp_path):
