@@ -1,6 +1,7 @@
 """Sampling matches scoring: the distribution, the ids, the end tokens."""
 import itertools
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -305,6 +306,22 @@ def test_an_end_token_that_only_the_model_names_ends_the_datas_responses(tmp_pat
     monkeypatch.setattr("sys.argv", ["evaluate.py", "model", *flags])
     evaluate.main()
     assert cut in capsys.readouterr().out
+
+
+def test_a_sample_ends_at_a_token_that_only_the_model_names():
+    model, tokenizer = prepare(tiny_model(), byte_tokenizer()), byte_tokenizer()
+    model.generation_config.eos_token_id = [1, 2]
+    model.lm_head.register_forward_hook(lambda _, __, logits: logits.index_fill(-1, torch.tensor([2]), 1e4))
+    assert sample(model, tokenizer, [[5]], 4) == ([[[2]]], [[True]])
+
+
+def test_tokens_of_however_small_a_probability_may_be_drawn(monkeypatch):
+    """A thousand of 1e-10 each, behind one that is nearly certain."""
+    logits = torch.tensor([[0.0, *[math.log(1e-10)] * 1000]])
+    for missing in (200, 400, 500, 600, 800):
+        uniform = torch.tensor([[1 - missing * 1e-10]], dtype=torch.float64)
+        monkeypatch.setattr(torch, "rand", lambda *_, uniform=uniform, **__: uniform)
+        assert generate.draw_tokens(logits, 1.0).item() == pytest.approx(1000 - missing, abs=20)
 
 
 def run_generate(monkeypatch, *argv):

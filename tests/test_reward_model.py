@@ -194,10 +194,11 @@ def test_weights_are_float32_whatever_the_checkpoints_are(monkeypatch, checkpoin
     assert json.loads((tmp_path / "out/model/config.json").read_text())["dtype"] == "float32"
 
 
-def test_dropout_is_off(monkeypatch, pairs, tmp_path):
+@pytest.mark.parametrize("more", [[], ["--gradient-checkpointing"]])   # for which it is in train mode
+def test_dropout_is_off(more, monkeypatch, pairs, tmp_path):
     for part in (tiny_model("gpt2", resid_pdrop=0.9, embd_pdrop=0.9, attn_pdrop=0.9), byte_tokenizer()):
         part.save_pretrained(tmp_path / "base")
-    model = trained(monkeypatch, tmp_path / "base", pairs, tmp_path / "out", "--epochs", "3")
+    model = trained(monkeypatch, tmp_path / "base", pairs, tmp_path / "out", "--epochs", "3", *more)
     assert not model.training and lines(tmp_path / "out/metrics.jsonl")[-1]["loss"] < 0.3
 
 
