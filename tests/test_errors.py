@@ -12,6 +12,7 @@ import data
 import generate
 import reward
 import sail
+from runtime.command_line import one_line
 from toy import toy_model
 
 GOOD = {"prompt": "Q", "chosen": "good", "rejected": "bad"}
@@ -271,6 +272,11 @@ def test_every_script_gives_one_line_and_status_2(argv, tmp_path, checkpoint):
                               capture_output=True, text=True, cwd=tmp_path, check=False)
     assert finished.returncode == 2, finished.stderr
     assert finished.stderr.startswith(f"{argv[0]}: error: ") and finished.stderr.count("\n") == 1
+
+
+def test_a_file_that_cannot_be_renamed_is_told_by_the_name_that_it_was_to_have():
+    assert one_line(OSError(28, "No space left", "x.writing", None, "x.jsonl")) == "x.jsonl: No space left"
+    assert one_line(OSError(28, "No space left", "x.jsonl")) == "x.jsonl: No space left"
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path, monkeypatch, capsys):
