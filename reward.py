@@ -493,10 +493,10 @@ def train_reward(args):
     order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(epochs)])
     order = order[:args.steps * args.batch_size if args.steps else int(args.epochs * len(pairs))]
     count = math.ceil(len(order) / args.batch_size)
-    batches = order.tensor_split(count)                                # they differ by one at most
+    batches = order.tensor_split(max(count, 1))                        # they differ by one at most
     if len(batches[-1]) < world_size():
         raise InputError(f"--batch-size: {len(batches[-1])} pairs a step are too few for {world_size()} "
-                         "processes; raise it")
+                         "processes; raise it, or --epochs")
     optimizer, scheduler = make_optimizer(model.parameters(), count, args)
     recorded = {**asdict(args), "data_sha256": fingerprint([pairs, held_out]),
                 "model_sha256": fingerprint_files(args.model)}

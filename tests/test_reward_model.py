@@ -411,3 +411,11 @@ def test_a_model_in_shards_may_be_trained_by_one_process_alone(monkeypatch, chec
     one, other = ([row["loss"] for row in lines(tmp_path / name / "metrics.jsonl")]
                   for name in ("whole", "shards"))
     assert one == pytest.approx(other, abs=1e-5)
+
+
+def test_less_than_one_pair_is_one_line(monkeypatch, checkpoint, tmp_path, capsys):
+    source = write(tmp_path / "x.jsonl", [{"prompt": f"{i}?", "chosen": "yes", "rejected": "no"}
+                                          for i in range(3)])
+    argv = ["reward.py", "--train", "--model", checkpoint, "--data", source, "--epochs", "0.2", "--out",
+            str(tmp_path / "out")]
+    assert "0 pairs a step are too few for 1 processes" in fails(reward.main, argv, monkeypatch, capsys)
