@@ -1,6 +1,7 @@
 """Reading preference data by its columns, rendering, truncation, masks; the toy's corpus."""
 import json
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ from conftest import END, EOS, TEMPLATE, byte_tokenizer, pairs_of
 
 import data
 from data import collate, encode, end_token_ids, render
-from formats import NO_TEXT, TOO_MANY_CELLS, TextPair, load_pairs, read_rows, train_and_held_out
+from formats import (
+    NO_TEXT, TOO_MANY_CELLS, Account, TextPair, load_pairs, read_rows, train_and_held_out)
 from runtime.command_line import InputError
 from runtime.run_directory import write_rows
 from toy import NOUNS, grammar_pairs, toy_reward
@@ -378,3 +380,22 @@ def test_the_held_out_pairs_of_a_run_are_those_within_its_limit(tmp_path):
         _, expected, *_ = train_and_held_out(source, limit=limit)
         train, held_out, *_ = train_and_held_out(source, str(tmp_path / "run"))
         assert held_out == expected and len(train) == 400 and 4 < len(held_out) < 30
+
+
+def test_accounts_add_up_kind_by_kind():
+    account = Account("prompts", 9, *(Counter(a=1) for _ in range(4)))
+    account.add(Account("", 0, *(Counter(a=nth, b=1) for nth in range(4))))
+    assert account.counts() == {name: dict(a=1 + nth, b=1) for nth, name in enumerate(
+        ("dropped", "cut", "altered", "unread"))}
+    assert (account.format, account.rows) == ("prompts", 9)
+
+
+def test_scores_make_soft_labels_of_the_held_out_pairs_of_another_file_too(tmp_path):
+    rows = [dict(prompt=f"question {i}", chosen="yes", rejected="no", score_chosen=3, score_rejected=1)
+            for i in range(60)]
+    source, other = write(tmp_path / "x.jsonl", rows), write(tmp_path / "y.jsonl", rows[:2])
+    soft = pytest.approx(1 / (1 + math.exp(-1)))
+    for eval_data in (None, other):
+        train, held_out, *_ = train_and_held_out(source, eval_data, score_scale=2.0)
+        assert held_out and {pair.preference for pair in train + held_out} == {held_out[0].preference}
+        assert held_out[0].preference == soft

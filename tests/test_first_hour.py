@@ -363,3 +363,20 @@ def test_steps_that_take_long_are_printed_each(minutes, printed, base, tmp_path,
     said = capsys.readouterr().out
     assert [int(line.split("/")[0].removeprefix("step ")) for line in said.splitlines()
             if line.startswith("step ")] == printed
+
+
+def test_several_runs_are_measured_on_what_the_first_of_them_was(base, tmp_path, monkeypatch, capsys):
+    lengths = {"short": "5", "long": "9"}
+    for name, length in lengths.items():
+        sail_main(["--variant", "dpo", "--model", base, "--data", f"{base}/toy-pairs.jsonl", "--eval-data",
+                   f"{base}/toy-pairs.jsonl", "--steps", "1", "--batch-size", "2", "--eval-limit", "2",
+                   "--max-prompt-length", "12", "--max-response-length", length, "--out",
+                   str(tmp_path / name)])
+    for order in (["short", "long"], ["long", "short"]):
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["evaluate.py", *(str(tmp_path / name) for name in order), "--out",
+                                         str(tmp_path / "figures.json")])
+        evaluate.main()
+        said = capsys.readouterr().out
+        for name in order:
+            assert f"{name}: 2 responses of up to {lengths[order[0]]} tokens" in said

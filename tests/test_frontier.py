@@ -113,3 +113,10 @@ def test_the_line_of_the_best_ends_where_the_picture_does():
     curve = [{"kl": kl, "reward": reward} for kl, reward in ((3.0, 9.0), (1.0, 5.0), (0.5, 4.0), (2.5, 8.0))]
     assert draw_best(axes, curve)[:2] == (5.0, 1.0) and axes.get_xlim() == (-0.5, 2.0)
     assert axes.lines[0].get_xydata().tolist() == [[0.5, 4.0], [1.0, 5.0]]
+
+
+def test_samples_that_all_weigh_the_same_estimate_without_error():
+    """As where all rewards are equal: the best is that reward, however few the samples."""
+    row, = frontier([[2.0] * 40, [1.0] * 40], [0.5])
+    assert row["best"] == pytest.approx(1.5) and row["effective"] == pytest.approx(40)
+    assert row["error"] == pytest.approx(0, abs=1e-6)
