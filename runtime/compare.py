@@ -353,7 +353,7 @@ def frontier(rewards, temperatures):
             continue
         reward = (weights * rewards).sum(-1)
         log_mean = scaled.logsumexp(-1) - math.log(n)          # of exp(r/t)
-        variance = 1 / effective - 1 / n
+        variance = (1 / effective - 1 / n).clamp(min=0)        # rounding may leave it a little below
         row = {"temperature": t, "reward": reward.mean().item(), "best": t * log_mean.mean().item()}
         row["kl"] = (row["reward"] - row["best"]) / t
         row["error"] = 1.96 * t * variance.sum().sqrt().item() / prompts

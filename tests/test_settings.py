@@ -117,9 +117,10 @@ def test_flags_of_the_other_half_of_reward_are_refused(argv, said, monkeypatch, 
     ("eval_limit", 0, "--eval-limit: 0 is not in 1")])
 def test_settings_of_a_run_are_read_back_by_the_same_declarations(name, value, said, tmp_path):
     file = tmp_path / "args.json"
-    file.write_text(json.dumps({"beta": 0.3, "dtype": "bfloat16", "eval_limit": None, "other": 1}))
-    names = ("beta", "dtype", "eval_limit")
-    assert read_settings(file, Arguments, *names) == {"beta": 0.3, "dtype": "bfloat16"}
+    file.write_text(json.dumps({"beta": 0.3, "dtype": "bfloat16", "eval_limit": None, "eval_every": 0,
+                                "other": 1}))
+    names = ("beta", "dtype", "eval_limit", "eval_every")
+    assert read_settings(file, Arguments, *names) == {"beta": 0.3, "dtype": "bfloat16", "eval_every": 0}
     file.write_text(json.dumps({name: value}))
     with pytest.raises(sail.InputError, match=f"args.json: argument {said}"):
         read_settings(file, Arguments, *names)
