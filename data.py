@@ -362,11 +362,12 @@ def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length
     dialogue, uncut, prompt_ids = fitting_prompt(pair.prompt, tokenizer, max_prompt_length, lengths)
     cut, altered = Counter(), Counter()
     prompt_is_cut = lengths["prompt"][-1] > len(prompt_ids)
-    cut["prompts longer than --max-prompt-length"] += prompt_is_cut
-    altered["prompts with turns that the template rewrites"] += dialogue.rewritten()
+    if dialogue.rewritten():
+        altered["prompts with turns that the template rewrites"] += 1
     ends = tokenizer.convert_ids_to_tokens(sorted(end_ids))
     encoded = Pair(pair.prompt, prompt_ids=prompt_ids, preference=pair.preference)
     if prompt_is_cut:
+        cut["prompts longer than --max-prompt-length"] += 1
         encoded.prompt = prompt_left(pair.prompt, dialogue, prompt_ids)
     finished = []
     for side, ended in zip(SIDES, pair.finished, strict=True):
@@ -389,11 +390,12 @@ def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length
         finished.append(kept[-1] in end_ids)
         setattr(encoded, f"{side}_ids", kept)
         setattr(encoded, side, response_text(tokenizer, kept, prompt_ids))
-        cut["responses longer than --max-response-length"] += len(ids) > max_response_length
-        cut["responses with an end token in their text"] += any(end in response for end in ends)
-        without_filler = text.removeprefix(dialogue.filler)
-        altered["responses whose outer white space the template strips"] += (
-            response.removeprefix(dialogue.filler) not in without_filler)
+        if len(ids) > max_response_length:
+            cut["responses longer than --max-response-length"] += 1
+        if any(end in response for end in ends):
+            cut["responses with an end token in their text"] += 1
+        if response.removeprefix(dialogue.filler) not in text.removeprefix(dialogue.filler):
+            altered["responses whose outer white space the template strips"] += 1
     if encoded.chosen_ids and encoded.chosen_ids == encoded.rejected_ids:
         raise BadRow("same tokens in both responses")
     encoded.finished = tuple(finished)

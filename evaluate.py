@@ -66,7 +66,7 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
     data's chosen responses, over all their tokens, as in training. args: beta, dtype, max_response_length,
     sample_batch_size, and the seed of the samples. KL is estimated from the samples, as log π(y) − log
     π_ref(y) summed over y's tokens, in nats per response. The reward decides on wins over the chosen
-    responses. Without a reward, the preference does, as `load_preference` gives it, by its probability."""
+    responses. Without a reward, a preference (see `load_preference`) gives the probability of each win."""
     if reward is not None:
         reward = as_reward(reward)
     prompts, prompt_ids = [], []
@@ -102,11 +102,11 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
         else:
             figures[name] = mean_of(values)
     samples = []
-    for prompt, text in zip(prompts, texts, strict=True):
+    for nth, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         samples.append({"prompt": prompt, "response": text})
-    for name in ("reward", "kl"):
-        for row, value in zip(samples, columns.get(name, []), strict=False):
-            row[name] = value
+        for name in ("reward", "kl"):
+            if name in columns:
+                samples[nth][name] = columns[name][nth]
     if examples[0].chosen is None or reward is None and preference is None:
         return figures, samples
     opponents = texts_of(examples, [example.chosen_ids for example in examples], tokenizer)
@@ -276,7 +276,8 @@ def evaluate_models(models, show, given):
 
 
 def load_judge(args):
-    """(reward, preference, which of them decides on wins, in words): one of the two is None, or both."""
+    """Load what decides on wins: (reward, preference, its name for the user). The reward comes first; what is
+    not loaded is None."""
     if args.reward:
         reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
         return reward, None, f"reward {args.reward}"

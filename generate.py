@@ -5,10 +5,10 @@
 
 SAIL's second term is the score of the distribution that was sampled from. So `sample` draws from the full
 softmax, whatever the checkpoint's generation_config says, and hands on the very ids it drew; `sequence_logps`
-scores these ids under the same softmax. The same up to rounding, since a cache of keys and a whole row add up
-in different orders: `sampler_gap` in metrics.jsonl is the root mean square, over a step's responses, of the
-difference between log π(y|x) as y was sampled and as it is scored. experiments/README.md, Sampler gap, has
-figures for float32 and bfloat16. The output layer computes in float32 in either case.
+scores these ids under the same softmax. The two log-probabilities differ by rounding alone, because a cache
+of keys and a whole row are summed in different orders. `sampler_gap` in metrics.jsonl is the root mean square
+of this difference in log π(y|x) over a step's responses. In float32 it is negligible; in bfloat16 it is some
+tenths of a nat, although the output layer computes in float32 ("Sampler gap" in experiments/README.md).
 
 Shapes: B rows, T tokens of prompt and response with padding, P of the prompt, V vocabulary, N scored tokens.
 """
@@ -375,7 +375,8 @@ def pair_logps(model, pairs, dtype="float32"):
 
 @torch.no_grad()
 def reference_logps(reference, pairs, dtype="float32"):
-    """`pair_logps` of the reference: what `score_once` has entered into all pairs, or computed here."""
+    """The reference's log-probabilities of the pairs, (2, B): those that `score_once` has entered into them,
+    or else computed here."""
     known = [pair.reference_logps for pair in pairs]
     if any(logps is None for logps in known):
         return pair_logps(reference, pairs, dtype)
@@ -385,8 +386,8 @@ def reference_logps(reference, pairs, dtype="float32"):
 @torch.no_grad()
 def score_once(reference, policy, pairs, dtype="float32"):
     """Enter the reference's log-probabilities into pairs of the data, in place, so that no step computes them
-    again. Each process scores a part of the pairs, and all get all. The batches depend on the pairs alone, so
-    that a run which is continued computes the same numbers to the bit."""
+    again. Each process scores a part of the pairs, and then gets the numbers of the other processes. The
+    batches depend on the pairs alone, so on a CPU a run that is continued computes the same bits."""
     places, = share_of_process(list(range(len(pairs))))
     micros = micro_batches(places, lambda place: response_tokens(pairs[place]), policy)
     scored = {}

@@ -299,12 +299,12 @@ def drop_unscorable(pairs, reward):
         except BadRow as reason:
             account.dropped[f"for the reward model {reason}"] += 1
             continue
-        account.cut["pairs, from the left, for the reward model"] += chosen_cut or rejected_cut
+        if chosen_cut or rejected_cut:
+            account.cut["pairs, from the left, for the reward model"] += 1
         kept.append(pair)
     if not kept:
         raise InputError(f"the reward model can score none of {len(pairs)} pairs: "
                          f"{format_counts(account.dropped)}")
-    account.cut = +account.cut
     return kept, account
 
 
@@ -386,14 +386,15 @@ def encode_for_reward(pairs, ids_of):
         except BadRow as reason:
             account.dropped[str(reason)] += 1
             continue
-        account.cut["dialogues, from the left"] += chosen_cut + rejected_cut
+        for is_cut in (chosen_cut, rejected_cut):
+            if is_cut:
+                account.cut["dialogues, from the left"] += 1
         lengths["chosen"].append(len(chosen))
         lengths["rejected"].append(len(rejected))
         if chosen == rejected:
             account.dropped["same tokens in both responses"] += 1
         else:
             encoded.append((chosen, rejected, pair.preference))
-    account.cut = +account.cut
     return encoded, account, lengths
 
 
