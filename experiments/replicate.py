@@ -128,16 +128,16 @@ def run(script, *flags, **chosen):
     flags = [str(flag) for flag in flags]
     code = f"import {script}; {script}.command_line(lambda: {script}.main({flags}, **{chosen}))"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/experiments"})
     if done.returncode:
         raise InputError(f"{script}.py {' '.join(flags)}: ended with status {done.returncode}")
 
 
 def train(job):
-    """One run of sail.py, unless it is there already."""
-    out, flags, chosen = job
+    """One run of sail.py, or of another script with its flags, unless it is there already."""
+    out, flags, chosen, *script = job
     if not (out / "model").is_dir():                                   # which is the last that a run writes
-        run("sail", *flags.split(), "--out", out, **chosen)
+        run(*(script or ["sail"]), *flags.split(), "--out", out, **chosen)
 
 
 def train_all(jobs, at_a_time, name):
@@ -233,25 +233,26 @@ def train_toys(runs, seeds, at_a_time, names):
 
 # --- the report ---------------------------------------------------------------------------------------------
 
-def rows_of(runs):
-    """One row per finished run: {world, method, seed, steps, seconds, figures, peak_kl}; a figure is
+def row_of(out):
+    """The row of a finished run: {world, method, seed, steps, seconds, figures, peak_kl}; a figure is
     [value, low, high]. An SFT model is its own reference: its objective is its reward."""
-    rows = []
-    for out in sorted(path.parent for path in runs.glob("*/*-s*/model")):
-        method, _, seed = out.name.rpartition("-s")
-        evals, metrics = ([json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
-                          for name in ("eval", "metrics"))
-        figures = {name: [value, *evals[-1][f"{name}_interval"]] for name, value in evals[-1].items()
-                   if value is not None and evals[-1].get(f"{name}_interval")}
-        if (out.parent / "true.json").is_file():
-            found = read_json(out.parent / "true.json")[out.name]
-            figures = {name: list(figure.values()) for name, figure in found.items()}
-        figures.setdefault("objective", figures["reward"])
-        rows.append({"world": out.parent.name, "method": method, "seed": int(seed), "steps": len(metrics),
-                     "seconds": round(sum(metric["seconds"] for metric in metrics), 1), "figures": figures,
-                     "peak_kl": max((each["kl"] for each in evals if each.get("kl") is not None),
-                                    default=0.0)})
-    return rows
+    method, _, seed = out.name.rpartition("-s")
+    evals, metrics = ([json.loads(line) for line in (out / f"{name}.jsonl").read_text().splitlines()]
+                      for name in ("eval", "metrics"))
+    figures = {name: [value, *evals[-1][f"{name}_interval"]] for name, value in evals[-1].items()
+               if value is not None and evals[-1].get(f"{name}_interval")}
+    if (out.parent / "true.json").is_file():
+        found = read_json(out.parent / "true.json")[out.name]
+        figures = {name: list(figure.values()) for name, figure in found.items()}
+    figures.setdefault("objective", figures["reward"])
+    return {"world": out.parent.name, "method": method, "seed": int(seed), "steps": len(metrics),
+            "seconds": round(sum(metric["seconds"] for metric in metrics), 1), "figures": figures,
+            "peak_kl": max((each["kl"] for each in evals if each.get("kl") is not None), default=0.0)}
+
+
+def rows_of(runs):
+    """One row per finished run."""
+    return [row_of(path.parent) for path in sorted(runs.glob("*/*-s*/model"))]
 
 
 def below_the_best(rows, runs, samples=2000):
