@@ -3,15 +3,20 @@
     python experiments/bench.py                 # models S and V, each row in a process of its own
     python experiments/bench.py --peer-python TRL/bin/python --rounds 3   # in turn with TRL under that Python
     python experiments/bench.py --overheads     # dp, pp and pr against dpo on the same pairs, in turn
+    python experiments/bench.py --models DIR --data FILE --batch 4 --steps 6 --prompt 128 --response 128 \\
+        --variants dpo dpo-again online-dpo --peer-python TRL/bin/python --rounds 3      # a pretrained model
     python experiments/bench.py --models qwen2-0.5b --dtype bfloat16 --prompt 512 --response 512 \\
         --variants dpo pr --peer-python TRL/bin/python                   # one GPU
 
 The work of a step, the same for both sides: eight pairs in file order, prompts of 64 tokens, responses of 32
 to 192 with their end token; float32, SDPA attention, β 0.1, a frozen reference that is run every step,
-gradient norm clipped to 1, AdamW. pr and TRL's OnlineDPOTrainer sample two responses of up to 64 tokens to
-eight prompts at temperature 1 and score them with a function of their words. Seconds are from the drawing of
-the pairs to the step (TRL: from the end of a step to the next); the first two steps are left out. --out
-collects the rows as JSON lines.
+gradient norm clipped to 1, AdamW. pr, online-dpo and TRL's OnlineDPOTrainer sample two responses of up to 64
+tokens to eight prompts at temperature 1 and score them with a function of their words. dpo-again meets each
+pair twice, so that the reference's log-probabilities are known before its first step; TRL has
+precompute_ref_log_probs for it. A pretrained model takes the first pairs of FILE, a .jsonl file with prompt,
+chosen and rejected, that are within --prompt and --response tokens. Seconds are from the drawing of the pairs
+to the step (TRL: from the end of a step to the next); the first two steps are left out. "times TRL's speed"
+compares tokens per second. --out collects the rows as JSON lines.
 """
 import argparse
 import json
@@ -27,8 +32,10 @@ from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-VARIANTS = ["dpo", "dp", "pp", "pr"]
-PEERS = {"dpo": "TRL DPO", "pr": "TRL OnlineDPO"}
+VARIANTS = ["dpo", "dp", "pp", "pr", "dpo-again", "online-dpo"]
+PEERS = {"dpo": "TRL DPO", "dpo-again": "TRL DPO", "pr": "TRL OnlineDPO", "online-dpo": "TRL OnlineDPO"}
+OVERHEADS = VARIANTS[:4]
+SAMPLED = ("pp", "pr", "online-dpo")
 MODELS = {  # Llama shapes but for qwen2-*
     "S": dict(vocab_size=8192, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
               num_attention_heads=8, num_key_value_heads=8),
@@ -47,21 +54,50 @@ PAD, BOS, EOS, UNK = range(4)
 # --- the work -----------------------------------------------------------------------------------------------
 
 def pairs_of(row):
-    """Random pairs of words: prompts of row["prompt"] tokens, responses of 32 to 192, or all of
-    row["response"], with the end token that the trainers add."""
+    """The pairs of row["data"], or random pairs of words: prompts of row["prompt"] tokens, responses of 32 to
+    192, or all of row["response"], with the end token that the trainers add."""
+    count = row["steps"] * row["batch"]
+    if row["variant"] == "dpo-again":
+        count //= 2
+    if row["data"]:
+        return short_pairs(row, count)
     rng, rows = random.Random(1234), []
     lengths = (row["response"], row["response"]) if row["response"] else (32, 192)
     words = min(8192, row["model"]["vocab_size"]) - 4
-    for _ in range(row["steps"] * row["batch"]):
+    for _ in range(count):
         text = [" ".join(f"w{rng.randrange(words)}" for _ in range(size)) for size in (
             row["prompt"], rng.randint(*lengths) - 1, rng.randint(*lengths) - 1)]
         rows.append({"prompt": text[0], "chosen": " " + text[1], "rejected": " " + text[2]})
     return rows
 
 
+def short_pairs(row, count):
+    """The first pairs of row["data"], as messages, whose prompt and responses are short enough."""
+    _, tokenizer = model_and_tokenizer(row)
+    rows = []
+    with open(row["data"], encoding="utf-8") as file:
+        for line in file:
+            pair = json.loads(line)
+            messages = {"prompt": [{"role": "user", "content": pair["prompt"]}]}
+            for side in ("chosen", "rejected"):
+                messages[side] = [{"role": "assistant", "content": pair[side]}]
+            prompt = tokenizer.apply_chat_template(messages["prompt"], add_generation_prompt=True)
+            sizes = [len(tokenizer(pair[side])["input_ids"]) + 2 for side in ("chosen", "rejected")]
+            if len(prompt["input_ids"]) <= row["prompt"] and max(sizes) <= row["response"]:
+                rows.append(messages)
+            if len(rows) == count:
+                return rows
+    sys.exit(f"bench.py: error: {row['data']}: has {len(rows)} pairs of at most {row['prompt']} + "
+             f"{row['response']} tokens, wanted {count}")
+
+
 def model_and_tokenizer(row):
-    """A Llama or Qwen2 with random weights, and a tokenizer of as many words."""
+    """The model of a directory, or a Llama or Qwen2 with random weights and a tokenizer of as many words."""
     import torch
+    if isinstance(row["model"], str):
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        return (AutoModelForCausalLM.from_pretrained(row["model"], dtype=torch.float32),
+                AutoTokenizer.from_pretrained(row["model"]))
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import (LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config,
                               Qwen2ForCausalLM)
@@ -81,7 +117,8 @@ def model_and_tokenizer(row):
 
 def reward(prompts, completions, completion_ids=None, **_):
     """A function of the response, for TRL (by ids) and for sail.py (by text)."""
-    return [len(set(text.split())) / 64 for text in completions]
+    texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+    return [len(set(text.split())) / 64 for text in texts]
 
 
 # --- one row, in a process of its own -----------------------------------------------------------------------
@@ -91,11 +128,13 @@ def ours(row, folder):
     sys.path.insert(0, str(ROOT))
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     import sail
-    model, tokenizer = model_and_tokenizer(row)
-    for part in (model, tokenizer):
-        part.save_pretrained(folder / "model")
-    del model
-    route = int(row["variant"] != "dpo")
+    directory = row["model"]
+    if not isinstance(directory, str):
+        directory = str(folder / "model")
+        for part in model_and_tokenizer(row):
+            part.save_pretrained(directory)
+    variant = row["variant"].removesuffix("-again")
+    route = int(variant != "dpo")
     pairs = pairs_of(row)
     drawn = sail.order_of(len(pairs), 0, bool(route), 0)        # so that it draws in file order
     (folder / "pairs.jsonl").write_text("".join(
@@ -104,13 +143,13 @@ def ours(row, folder):
     (folder / "one.jsonl").write_text(json.dumps(pairs[0]) + "\n")
     mix = ["--mix", "1"] if route else []
     sail.main([
-        "--variant", row["variant"], *mix, "--model", str(folder / "model"),
+        "--variant", variant, *mix, "--model", directory,
         "--data", str(folder / "pairs.jsonl"),
         "--eval-data", str(folder / "one.jsonl"), "--eval-limit", "1", "--eval-every", "0",
         "--reward", f"{__file__}:reward", "--steps", str(row["steps"]), "--batch-size", str(row["batch"]),
         "--learning-rate", "1e-6", "--max-prompt-length", str(row["prompt"]),
         "--dtype", row["dtype"],
-        "--max-response-length", str(row["new_tokens"] if row["variant"] in ("pp", "pr")
+        "--max-response-length", str(row["new_tokens"] if variant in SAMPLED
                                      else row["response"] or 192), "--out", str(folder / "run")])
     metrics = [json.loads(line) for line in (folder / "run/metrics.jsonl").read_text().splitlines()]
     return dict(seconds=[line["seconds"] for line in metrics], tokens=[line["tokens"] for line in metrics],
@@ -126,8 +165,10 @@ def trl(row, folder):
     from datasets import Dataset
     from transformers import TrainerCallback
     model, tokenizer = model_and_tokenizer(row)
-    model.generation_config.pad_token_id = PAD
-    reference = copy.deepcopy(model).eval().requires_grad_(False)
+    if not isinstance(row["model"], str):
+        model.generation_config.pad_token_id = PAD
+    known = row["variant"] == "dpo-again"
+    reference = None if known else copy.deepcopy(model).eval().requires_grad_(False)
     pairs = pairs_of(row)
     ends, seen = [], dict(tokens=[], generation=[])
     settings = dict(
@@ -145,7 +186,7 @@ def trl(row, folder):
                 torch.cuda.synchronize()
             ends.append(time.perf_counter())
 
-    if row["variant"] == "dpo":
+    if row["variant"] not in SAMPLED:
         from trl import DPOConfig, DPOTrainer
 
         class Trainer(DPOTrainer):
@@ -154,7 +195,7 @@ def trl(row, folder):
                 return super().training_step(model, inputs, *more, **options)
 
         trainer = Trainer(model=model, ref_model=reference, args=DPOConfig(
-            max_length=None, precompute_ref_log_probs=False, **settings),
+            max_length=None, precompute_ref_log_probs=known, **settings),
             train_dataset=Dataset.from_list(pairs), processing_class=tokenizer, callbacks=[Clock()])
     else:
         from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
@@ -204,6 +245,11 @@ def median(values):
     return statistics.median(values)
 
 
+def speed(row):
+    """Tokens per second."""
+    return sum(row["tokens"]) / sum(row["seconds"])
+
+
 def line_of(name, rounds, peers):
     """A line of the table: one configuration's rounds, beside the peer's."""
     seconds = [second for row in rounds for second in row["seconds"]]
@@ -214,8 +260,7 @@ def line_of(name, rounds, peers):
              f"{sum(sum(row['tokens']) for row in rounds) / sum(seconds):,.0f}",
              f"{median([row['gigabytes'] for row in rounds]):.2f}"]
     if peers:
-        ratios = [median(peer["seconds"]) / median(row["seconds"])
-                  for row, peer in zip(rounds, peers, strict=True)]
+        ratios = [speed(row) / speed(peer) for row, peer in zip(rounds, peers, strict=True)]
         memory = [row["gigabytes"] / peer["gigabytes"] for row, peer in zip(rounds, peers, strict=True)]
         cells += [f"{median(ratios):.2f} ({min(ratios):.2f}–{max(ratios):.2f})", f"{median(memory):.2f}"]
     else:
@@ -227,25 +272,26 @@ def table(args):
     """Every model and variant, in turn with the peer; prints a table, keeps the rows."""
     print("| | s/step, median (min–max) | generation + scoring + update | tokens/s | GB | "
           "times TRL's speed | of TRL's memory |\n|" + "---|" * 7, flush=True)
-    for name in args.models:
+    for model in args.models:
         for variant in args.variants:
-            row = row_of(args, name, variant)
-            rounds, peers = [], []
+            row, rounds, peers = row_of(args, model, variant), [], []
             for _ in range(args.rounds):
                 rounds.append(run(row))
                 keep(args.out, rounds[-1])
                 if args.peer_python and variant in PEERS:
                     peers.append(run({**row, "side": "trl"}, args.peer_python))
                     keep(args.out, peers[-1])
+            name = row["name"]
             print(line_of(f"{name} {variant}", rounds, peers), flush=True)
             if peers:
                 print(line_of(f"{name} {PEERS[variant]}", peers, []), flush=True)
 
 
 def row_of(args, name, variant, **more):
-    return {"side": "sail", "name": name, "model": MODELS[name], "variant": variant, "steps": args.steps,
-            "batch": args.batch, "prompt": args.prompt, "response": args.response,
-            "new_tokens": args.response or 64, "dtype": args.dtype, **more}
+    return {"side": "sail", "name": Path(name).name, "model": MODELS.get(name, name), "data": args.data,
+            "variant": variant, "steps": args.steps, "batch": args.batch, "prompt": args.prompt,
+            "response": args.response, "new_tokens": 64 if args.data else args.response or 64,
+            "dtype": args.dtype, **more}
 
 
 def keep(out, row):
@@ -262,15 +308,15 @@ def overheads(args):
     import sail
     from generate import prepare
     from runtime.settings import Settings
-    print("| update alone, same pairs | " + " | ".join(f"{variant}/dpo" for variant in VARIANTS[1:]) + " |\n"
-          + "|---" * len(VARIANTS) + "|")
+    print("| update alone, same pairs | " + " | ".join(f"{variant}/dpo" for variant in OVERHEADS[1:]) + " |\n"
+          + "|---" * len(OVERHEADS) + "|")
     for name in args.models:
         row = row_of(args, name, "dpo")
         model, tokenizer = model_and_tokenizer(row)
         policy, rows = prepare(model, tokenizer), pairs_of(row)
         reference = copy.deepcopy(policy).requires_grad_(False)
         methods = {}
-        for variant in VARIANTS:
+        for variant in OVERHEADS:
             declared = sail.VARIANTS[variant]
             methods[variant] = sail.Method(variant, mix=0.5, response_coef=declared.response_coef,
                                            label_coef=declared.label_coef)
@@ -278,9 +324,9 @@ def overheads(args):
         optimizer, scheduler = sail.make_optimizer(policy.parameters(), 100, settings)
         run_ = sail.Run(policy, reference, tokenizer, None, [], [], settings)
         run_.progress["baseline"] = -0.7
-        seconds = {variant: [] for variant in VARIANTS}
+        seconds = {variant: [] for variant in OVERHEADS}
         for step in range(args.steps):
-            for variant in random.Random(step).sample(VARIANTS, len(VARIANTS)):
+            for variant in random.Random(step).sample(OVERHEADS, len(OVERHEADS)):
                 own = sail.VARIANTS[variant]
                 pairs = []
                 for pair in rows[step * args.batch:][:args.batch]:
@@ -292,15 +338,17 @@ def overheads(args):
                 sail.optimizer_step(policy, optimizer, scheduler, 1.0, 0.0)
                 seconds[variant].append(time.perf_counter() - started)
         ratios = [[one / dpo for one, dpo in list(zip(seconds[variant], seconds["dpo"], strict=True))[2:]]
-                  for variant in VARIANTS[1:]]
+                  for variant in OVERHEADS[1:]]
         print(f"| {name} | " + " | ".join("{1:.3f} ({0:.3f}–{2:.3f})".format(*statistics.quantiles(each, n=4))
                                           for each in ratios) + " |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description="Time the training step.")
-    parser.add_argument("--models", nargs="+", choices=[*MODELS], default=["S", "V"])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--models", nargs="+", default=["S", "V"],
+                        help=f"of {', '.join(MODELS)}, or directories")
+    parser.add_argument("--data", help="pairs for pretrained models, .jsonl")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=OVERHEADS)
     parser.add_argument("--peer-python", help="a Python that has TRL")
     parser.add_argument("--rounds", type=int, default=1, help="of each row, in turn with the peer's")
     parser.add_argument("--steps", type=int, default=12)
@@ -315,6 +363,8 @@ def main():
     args = parser.parse_args()
     if args.steps < 4:
         parser.error("argument --steps: want 4 or more, since the first two are left out")
+    if {*args.models} - {*MODELS} and not args.data:
+        parser.error("argument --data: want pairs for a pretrained model")
     if args.row:
         measure(args.row)
     elif args.overheads:

@@ -128,7 +128,8 @@ def run(script, *flags, **chosen):
     flags = [str(flag) for flag in flags]
     code = f"import {script}; {script}.command_line(lambda: {script}.main({flags}, **{chosen}))"
     done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT}/experiments"})
+                          env={**os.environ, "OMP_NUM_THREADS": "1",
+                               "PYTHONPATH": f"{ROOT}:{ROOT}/experiments"})
     if done.returncode:
         raise InputError(f"{script}.py {' '.join(flags)}: ended with status {done.returncode}")
 

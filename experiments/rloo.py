@@ -1,6 +1,6 @@
 """RLOO beside online DPO: the same loop, samples and reward, with another loss.
 
-    python experiments/rloo.py --model M --data D --reward R …      # the flags of sail.py, but for the variant
+    python experiments/rloo.py --model M --data D --reward R …      # flags of sail.py, but no variant
 
 RLOO (arXiv 2402.14740) with two samples to a prompt weighs the score of each by how much its regularised
 reward, R = r − β log(π/π_ref), is above the other's. The two terms of a pair are one gradient:

@@ -78,8 +78,8 @@ def tuning_prompts(path):
 
 def flags_of(method, model, seed, rate, steps):
     """(flags of a run, settings that are no flags, its script)."""
-    flags = (f"--data toy --model {model} --seed {seed} --steps {steps} --learning-rate {rate} --eval-every 0 "
-             f"--eval-limit 1024 {METHODS[method][1]}")
+    flags = (f"--data toy --model {model} --seed {seed} --steps {steps} --learning-rate {rate} "
+             f"--eval-every 0 --eval-limit 1024 {METHODS[method][1]}")
     return flags, SCHEDULE, "rloo" if method == "rloo" else "sail"
 
 

@@ -8,10 +8,10 @@ import bench
 import pytest
 
 
-@pytest.mark.parametrize("variant", ["dpo", "pr"])
+@pytest.mark.parametrize("variant", ["dpo", "dpo-again", "pr"])
 def test_a_row_runs_the_loop_and_reports_its_figures(variant, tmp_path):
     row = {"side": "sail", "name": "tiny", "model": bench.MODELS["tiny"], "variant": variant, "steps": 10,
-           "batch": 2, "prompt": 8, "response": 6, "new_tokens": 6, "dtype": "float32"}
+           "batch": 2, "prompt": 8, "response": 6, "new_tokens": 6, "dtype": "float32", "data": None}
     child = subprocess.run([sys.executable, bench.__file__, "--row", json.dumps(row)],
                            capture_output=True, text=True, check=False,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})       # more wait on a busy machine
