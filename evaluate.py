@@ -19,7 +19,8 @@ from runtime.compare import (
     are_figures, compare, frontier, print_samples, print_table, refuse_comparison, write_figures)
 from runtime.intervals import (
     few, format_figure, mean_of, means_of_prompts, prefers_chosen, share_of, win_figures)
-from runtime.processes import computing_in, default_dtype, progress
+from runtime.processes import (
+    computing_in, default_dtype, divided, progress, rank, with_equal_counts)
 from runtime.run_directory import fingerprint_files, read_json, refuse_output, run_of_checkpoint
 from runtime.settings import Objective, Parser, Settings, read_run, same_as, setting
 from runtime.training import micro_batches
@@ -38,15 +39,21 @@ from reward import as_reward, drop_unscorable, load_preference, load_reward, try
 @torch.no_grad()
 def response_logps(model, examples, responses, dtype):
     """log π(y|x) of one response y (ids) to each example's prompt x, (n,)."""
+    def logps_of(rows):
+        logps = []
+        batches = with_equal_counts(micro_batches(rows, lambda row: len(row[1]), model, 32), model)
+        for micro, weight in progress(batches, "scoring, batches"):
+            batch = collate(*zip(*micro, strict=True))
+            with computing_in(dtype, model):
+                found = sequence_logps(model, *batch)
+            if weight:                                      # it is 0 for a batch that is repeated
+                logps += found.cpu()
+        return logps
+
     rows = []
     for example, ids in zip(examples, responses, strict=True):
         rows.append((example.prompt_ids, ids))
-    logps = []
-    for micro in progress(micro_batches(rows, lambda row: len(row[1]), model, 32), "scoring, batches"):
-        batch = collate(*zip(*micro, strict=True))
-        with computing_in(dtype, model):
-            logps.append(sequence_logps(model, *batch))
-    return torch.cat(logps).cpu()
+    return torch.stack(divided(logps_of, rows))
 
 
 def log_ratios(policy, reference, examples, responses, dtype):
@@ -66,34 +73,33 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
     data's chosen responses, over all their tokens, as in training. args: beta, dtype, max_response_length,
     sample_batch_size, and the seed of the samples. KL is estimated from the samples, as log π(y) − log
     π_ref(y) summed over y's tokens, in nats per response. The reward decides on wins over the chosen
-    responses. Without a reward, a preference (see `load_preference`) gives the probability of each win."""
+    responses. Without a reward, a preference (see `load_preference`) gives the probability of each win.
+
+    All processes call it together, each answers and scores its share, and all get the figures of all."""
     if reward is not None:
         reward = as_reward(reward)
-    prompts, prompt_ids = [], []
-    for example in examples:
-        prompts.append(example.prompt)
-        prompt_ids.append(example.prompt_ids)
-    torch.manual_seed(seeded("held-out samples", args.seed, step))
-    with computing_in(args.dtype, policy):
-        drawn, ended, _ = sample(policy, tokenizer, prompt_ids, args.max_response_length, num_responses,
-                                 batch_size=args.sample_batch_size)
-    responses, finished = [], []
-    for nth in range(num_responses):
-        for answers, done in zip(drawn, ended, strict=True):
-            responses.append(answers[nth])
-            finished.append(done[nth])
-    asked, prompts = examples * num_responses, prompts * num_responses     # of each response
-    texts = texts_of(asked, responses, tokenizer)
+    torch.manual_seed(seeded("held-out samples", args.seed, step, *range(1, rank() + 1)))
+
+    def answer(share):
+        return judged_answers(policy, tokenizer, share, reward, preference, num_responses, args)
+
+    answers = divided(answer, examples)                     # num_responses of each example
+    answers = [of_example[nth] for nth in range(num_responses) for of_example in answers]
+    asked = examples * num_responses                        # of each answer
+    responses, texts = [], []
+    for answer in answers:
+        responses.append(answer["ids"])
+        texts.append(answer["text"])
     columns = pair_columns(policy, reference, examples, args)      # {name: a number per example or response}
     if reference is not None:
         columns["kl"] = log_ratios(policy, reference, asked, responses, args.dtype).tolist()
     if reward is not None:
-        columns["reward"] = reward(prompts, texts, finished)
+        columns["reward"] = [answer["reward"] for answer in answers]
     if reward is not None and reference is not None:
         kl = torch.tensor(columns["kl"])
         columns["objective"] = (torch.tensor(columns["reward"]) - args.beta * kl).tolist()
     columns["length"] = [float(len(ids)) for ids in responses]
-    columns["unfinished"] = [float(not done) for done in finished]
+    columns["unfinished"] = [float(not answer["finished"]) for answer in answers]
     figures = {}
     for name, values in columns.items():
         values = means_of_prompts(values, len(examples))
@@ -102,20 +108,44 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
         else:
             figures[name] = mean_of(values)
     samples = []
-    for nth, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-        samples.append({"prompt": prompt, "response": text})
+    for nth, (example, text) in enumerate(zip(asked, texts, strict=True)):
+        samples.append({"prompt": example.prompt, "response": text})
         for name in ("reward", "kl"):
             if name in columns:
                 samples[nth][name] = columns[name][nth]
-    if examples[0].chosen is None or reward is None and preference is None:
-        return figures, samples
-    opponents = texts_of(examples, [example.chosen_ids for example in examples], tokenizer)
-    if reward is not None:
-        wins = wins_by_reward(examples, columns["reward"], opponents, reward)
-    else:
-        wins = wins_by_preference(examples, texts, finished, opponents, preference)
-    figures.update(win_figures(wins, texts, opponents * num_responses, len(examples)))
+    if "win" in answers[0]:
+        wins = [answer["win"] for answer in answers]
+        opponents = [answer["opponent"] for answer in answers]
+        figures.update(win_figures(wins, texts, opponents, len(examples)))
     return figures, samples
+
+
+def judged_answers(policy, tokenizer, examples, reward, preference, num_responses, args):
+    """num_responses samples to each example's prompt, [[{ids, text, finished}]]: with a reward also `reward`,
+    and where something decides on wins over the data's chosen response, that `opponent` and the `win`, 1, ½
+    for a tie, 0, or a preference's probability."""
+    prompt_ids = [example.prompt_ids for example in examples]
+    with computing_in(args.dtype, policy):
+        drawn, ended, _ = sample(policy, tokenizer, prompt_ids, args.max_response_length, num_responses,
+                                 batch_size=args.sample_batch_size)
+    asked, responses, finished = examples * num_responses, [], []
+    for nth in range(num_responses):                        # first one answer to each, then another to each
+        for ids, done in zip(drawn, ended, strict=True):
+            responses.append(ids[nth])
+            finished.append(done[nth])
+    texts = texts_of(asked, responses, tokenizer)
+    columns = {"ids": responses, "text": texts, "finished": finished}
+    if reward is not None:
+        columns["reward"] = reward([example.prompt for example in asked], texts, finished)
+    if examples[0].chosen is not None and (reward is not None or preference is not None):
+        opponents = texts_of(examples, [example.chosen_ids for example in examples], tokenizer)
+        if reward is not None:
+            columns["win"] = wins_by_reward(examples, columns["reward"], opponents, reward)
+        else:
+            columns["win"] = wins_by_preference(examples, texts, finished, opponents, preference)
+        columns["opponent"] = opponents * num_responses
+    answers = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [answers[place::len(examples)] for place in range(len(examples))]
 
 
 def responses_to_each(prompts, limit):

@@ -21,8 +21,8 @@ from pathlib import Path
 from runtime.command_line import InputError, command_line, first_line, foreign, seeded
 from runtime.packing import allow_packing, is_packed, packed_logits, register_packing
 from runtime.processes import (
-    computing_in, default_dtype, fails_together, gathered, of_all, of_rank_0, own_device, progress, rank,
-    sent, shard, share_of_process, with_equal_counts)
+    computing_in, default_dtype, divided, fails_together, gathered, of_rank_0, own_device, progress, rank,
+    sent, shard, with_equal_counts)
 from runtime.run_directory import has_columns, is_run_directory, refuse_output, trained_weights, write_rows
 from runtime.saved_model import base_of
 from runtime.settings import Parser, Settings, read_run, same_as, setting
@@ -388,16 +388,17 @@ def score_once(reference, policy, pairs, dtype="float32"):
     """Enter the reference's log-probabilities into pairs of the data, in place, so that no step computes them
     again. Each process scores a part of the pairs, and then gets the numbers of the other processes. The
     batches depend on the pairs alone, so on a CPU a run that is continued computes the same bits."""
-    places, = share_of_process(list(range(len(pairs))))
-    micros = micro_batches(places, lambda place: response_tokens(pairs[place]), policy)
-    scored = {}
-    batches = with_equal_counts(micros, policy)
-    for micro, _ in progress(batches, "log-probabilities of the reference, batches"):
-        logps = pair_logps(reference, [pairs[place] for place in micro], dtype)
-        scored.update(zip(micro, logps.T.cpu(), strict=True))
-    for part in of_all(scored):
-        for place, logps in part.items():
-            pairs[place].reference_logps = logps
+    def score(share):
+        scored = []
+        batches = with_equal_counts(micro_batches(share, response_tokens, policy), policy)
+        for micro, weight in progress(batches, "log-probabilities of the reference, batches"):
+            logps = pair_logps(reference, micro, dtype)
+            if weight:                                                 # it is 0 for a batch that is repeated
+                scored += logps.T.cpu()
+        return scored
+
+    for pair, logps in zip(pairs, divided(score, pairs), strict=True):
+        pair.reference_logps = logps
 
 
 def scored_tokens(model, input_ids, response_mask):

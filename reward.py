@@ -30,8 +30,8 @@ from runtime.command_line import InputError, command_line, format_counts, seeded
 from runtime.intervals import mean_of, prefers_chosen, share_of
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.processes import (
-    all_sum, computing_in, default_dtype, fails_together, own_device, print0, process_group, progress,
-    share_of_process, sum_gradients, with_equal_counts, world_size)
+    all_sum, computing_in, default_dtype, divided, fails_together, own_device, print0, process_group,
+    progress, share_of_process, sum_gradients, with_equal_counts, world_size)
 from runtime.run_directory import (
     date_of, fingerprint, fingerprint_files, has_columns, refuse_output, run_directory, run_of_checkpoint,
     write_rows)
@@ -217,6 +217,7 @@ def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, 
                          "shifted and divided by its mean and std, which no classifier here does")
     if model.config.num_labels != 1:
         raise InputError(f"{name}: has {model.config.num_labels} logits per response; want a model with one")
+    model.config.use_cache = False                       # each dialogue is read once
     for head in heads_of(model):
         compute_in_float32(head)                         # scores that are rounded to bfloat16 tie
     if trainee:
@@ -406,8 +407,8 @@ def evaluate_reward(model, held_out, dtype):
     print0(f"evaluating: the scores of both responses of {len(held_out)} held-out pairs …")
     model.eval()
     chosen_ids, rejected_ids, preference = zip(*held_out, strict=True)
-    chosen = torch.tensor(classifier_scores(model, chosen_ids, dtype))
-    rejected = torch.tensor(classifier_scores(model, rejected_ids, dtype))
+    chosen, rejected = (torch.tensor(divided(lambda share: classifier_scores(model, share, dtype), ids))
+                        for ids in (chosen_ids, rejected_ids))
     margin, preference = chosen - rejected, torch.tensor(preference)
     figures = {"accuracy": share_of(prefers_chosen(margin).tolist()),
                "loss": mean_of(bradley_terry_loss(chosen, rejected, preference).tolist()),

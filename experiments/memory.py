@@ -2,9 +2,18 @@
 
     python experiments/memory.py                  the estimate per device for 0.5B to 70B
 
-`estimate` counts bytes. tests/test_scale.py holds its terms against bytes measured on small models.
+`estimate` counts the bytes of a run of sail.py, `estimate_frozen` those of evaluate.py, generate.py and a
+reward model that scores, `estimate_reward_training` those of reward.py --train. tests/test_scale.py holds
+their terms against bytes measured on small models.
 """
+import copy
+import sys
+from pathlib import Path
+
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from runtime.training import LOGITS
 
 LLAMA_8B = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
                 num_attention_heads=32, num_key_value_heads=8)
@@ -21,12 +30,20 @@ SHAPES = {
 }
 
 
-def sizes_of(config):
+def sizes_of(config, classifier=False):
     """(parameters in all, outside the decoder layers, in the largest layer, in linear layers that compute in
-    bfloat16, of LoRA per rank) of a model with this configuration, which is not allocated."""
-    from transformers import AutoModelForCausalLM
+    bfloat16, of LoRA per rank) of a language model, or of a classifier with one logit, of this configuration.
+    The model is not allocated."""
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        if classifier:
+            config = copy.deepcopy(config)
+            config.num_labels = 1
+            model = AutoModelForSequenceClassification.from_config(config)
+            heads = [model.score]
+        else:
+            model = AutoModelForCausalLM.from_config(config)
+            heads = [model.get_output_embeddings()]
 
     def count(module):
         return sum(p.numel() for p in module.parameters())
@@ -34,7 +51,7 @@ def sizes_of(config):
     layers = max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=count)
     linear = lora = 0
     for module in model.modules():
-        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+        if isinstance(module, torch.nn.Linear) and module not in heads:
             linear += count(module)
             lora += module.in_features + module.out_features
     return count(model), count(model) - count(layers), max(map(count, layers)), linear, lora
@@ -72,6 +89,45 @@ def estimate(config, processes=1, shard=False, lora=0, bytes_=2, prompts=8, resp
     }
 
 
+def estimate_frozen(config, models=1, classifier=False, bytes_=2, prompts=64, responses=1, prompt=512,
+                    response=512):
+    """Bytes of models that are not trained. generate.py holds one and samples from it; evaluate.py holds two,
+    a model and the reference, and scores with both what it has sampled; a reward model, which is a
+    classifier, scores only."""
+    total, _, _, linear, _ = sizes_of(config, classifier)
+    found = {"weights": models * (4 * (total - linear) + bytes_ * linear), "sampling": 0, "scoring": 0}
+    if not classifier:
+        found["sampling"] = rollout_bytes(config, prompts, responses, prompt, response, 4, bytes_, 0, 3)
+    if classifier or models > 1:
+        found["scoring"] = scoring_bytes(config, classifier, bytes_, prompt, response)
+    return found
+
+
+def scoring_bytes(config, classifier, bytes_, prompt, response):
+    """The most that a forward without gradient holds beside the weights: one layer's tensors, or the logits
+    of the responses and their log-softmax. Its rows are as many as runtime/training.py allows on a CPU."""
+    scored = prompt + response if classifier else response
+    rows = max(1, min(32, LOGITS // (scored * config.vocab_size)))
+    tokens = rows * (prompt + response)
+    layer = tokens * (16 * config.hidden_size + 3 * bytes_ * config.intermediate_size)
+    if classifier:
+        return layer
+    logits, hidden = rows * response * config.vocab_size, (tokens + rows * response) * config.hidden_size
+    return max(layer, 8 * logits + 4 * hidden)
+
+
+def estimate_reward_training(config, lora=0, bytes_=2, pairs=1, prompt=512, response=512):
+    """Bytes of reward.py --train, with gradient checkpointing and `pairs` pairs to a micro-batch."""
+    total, _, layer, linear, adapter = sizes_of(config, classifier=True)
+    adapter *= lora
+    trained = adapter or total
+    copied = 0 if bytes_ == 4 else bytes_
+    weights = 4 * (total - linear) + bytes_ * linear + 4 * adapter if lora else 4 * total
+    update = update_bytes(config, pairs * 2 * (prompt + response), 0, 4, bytes_, copied * (adapter or linear),
+                          0 if lora else copied * layer, 0)
+    return {"weights": weights, "optimizer": 8 * trained, "update": 4 * trained + update}
+
+
 def rollout_bytes(config, prompts, responses, prompt, response, wide, bytes_, cast, wide_layers):
     """The most that sampling holds beside the weights: while it reads the prompts, of which a layer makes
     `wide_layers` tensors of the intermediate size, or while it decodes."""
@@ -103,11 +159,19 @@ def update_bytes(config, packed, scored, wide, bytes_, cast, cast_layer, gradien
 
 
 def whole(parts):
-    return parts["weights"] + parts["reference"] + parts["optimizer"] + max(parts["rollout"], parts["update"])
+    """The bytes in all: what is held throughout, and the most that is held for a while."""
+    parts = dict(parts)
+    kept = [parts.pop(name, 0) for name in ("weights", "reference", "optimizer")]
+    return sum(kept) + max(parts.values())
 
 
 def print_estimate():
     from transformers import AutoConfig
+
+    def config_of(name):
+        shape = dict(SHAPES[name])
+        return AutoConfig.for_model(shape.pop("model_type"), **shape)
+
     print("GiB per device: --dtype bfloat16 --gradient-checkpointing, 512 + 512 tokens, one pair per "
           "micro-batch;\n16 samples at a time are --sample-batch-size 8, 64 an evaluation's default. A GPU's "
           "context and buffers,\nabout 1 GiB, come on top, as does a reward model.\n")
@@ -119,13 +183,25 @@ def print_estimate():
             ("8B", 1, lora, 64), ("8B", 8, shard, 16), ("8B", 8, {**shard, **lora}, 16),
             ("8B", 16, shard, 16), ("70B", 16, shard, 16), ("70B", 16, {**shard, **lora}, 16)):
         flags = " ".join(f"--{flag} 16" if flag == "lora" else f"--{flag}" for flag in options)
-        shape = dict(SHAPES[name])
-        config = AutoConfig.for_model(shape.pop("model_type"), **shape)
         prompts, responses = (64, 1) if samples == 64 else (8, 2)
-        parts = estimate(config, processes, **options, prompts=prompts, responses=responses)
+        parts = estimate(config_of(name), processes, **options, prompts=prompts, responses=responses)
         figures = [f"{value / 2**30:.1f}" for value in (*parts.values(), whole(parts))]
         print(f"| {name} | {processes} | `{flags}` | {samples} | ".replace("``", "") + " | ".join(figures)
               + " |")
+    print("\n| command | model | weights | optimizer | sampling, scoring or update | in all |\n"
+          + "|---" * 6 + "|")
+    for command, name, function, options in (
+            ("generate.py", "8B", estimate_frozen, {}),
+            ("evaluate.py", "0.5B", estimate_frozen, dict(models=2)),
+            ("evaluate.py", "8B", estimate_frozen, dict(models=2)),
+            ("a reward model", "0.5B", estimate_frozen, dict(classifier=True)),
+            ("a reward model", "8B", estimate_frozen, dict(classifier=True)),
+            ("reward.py --train", "0.5B", estimate_reward_training, {}),
+            ("reward.py --train --lora 16", "8B", estimate_reward_training, lora)):
+        parts = function(config_of(name), **options)
+        kept = parts["weights"] + parts.get("optimizer", 0)
+        figures = [parts["weights"], parts.get("optimizer", 0), whole(parts) - kept, whole(parts)]
+        print(f"| {command} | {name} | " + " | ".join(f"{value / 2**30:.1f}" for value in figures) + " |")
 
 
 if __name__ == "__main__":

@@ -156,6 +156,17 @@ def share_of_process(*lists):
     return shares
 
 
+def divided(function, items):
+    """function(items), a list with a result for each item, of which each process computes its share; every
+    process gets all results. With fewer items than processes, some compute the first item in vain, since all
+    must take part in the forwards of a sharded model."""
+    n, results = world_size(), [None] * len(items)
+    share = items[rank()::n] or items[:1]
+    for nth, part in enumerate(of_all(fails_together(function)(share))):
+        results[nth::n] = part[:len(results[nth::n])]
+    return results
+
+
 def raise_together(problem=None, where=""):
     """Raise InputError(problem) on all processes if any of them has one. Without any, all have met here.
     Raises OSError, which says who is missing and where, if a process does not come."""

@@ -392,10 +392,13 @@ def save_checkpoint(out, policy, optimizer, progress):
     if path.exists():
         return
     make_empty(aside)
+    state = state_of(policy, optimizer)
+    # In several files, because the writer holds a whole file in memory.
+    files = {name: 1 + nth * 16 // len(state) for nth, name in enumerate(state)}
     try:
         with warnings.catch_warnings(action="ignore"):
-            dcp.save(state_of(policy, optimizer), no_dist=not dist.is_initialized(),
-                     storage_writer=dcp.HuggingFaceStorageWriter(str(aside), save_distributed=True))
+            dcp.save(state, no_dist=not dist.is_initialized(),
+                     storage_writer=dcp.HuggingFaceStorageWriter(str(aside), files, save_distributed=True))
     except dcp.CheckpointException as error:                           # on every process
         shutil.rmtree(aside, ignore_errors=True)
         reason = first_line(next(iter(error.failures.values()))[0])

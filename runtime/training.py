@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from runtime.command_line import InputError, one_line, seeded
 from runtime.processes import (
-    Interrupted, StopSignals, all_sum, bar_options, fails_together, gathered, is_sharded, print0, rank,
+    Interrupted, StopSignals, all_sum, bar_options, fails_together, gathered, print0, rank,
     world_size)
 from runtime.run_directory import (
     begin, log_figures, print_step, refuse_changed_settings, refuse_inputs_inside, refuse_occupied,
@@ -84,7 +84,7 @@ def steps(loop, count, evaluate):
     step is logged, evaluated and saved where that is due.
 
     evaluate() returns (figures, {"prompts": how many they are of, …}, rows of samples), or None without
-    held-out pairs; every process calls it if the model is sharded, else rank 0. Raises InputError after ten
+    held-out pairs; every process calls it. Raises InputError after ten
     steps in a row that are not finite, and SystemExit once a signal has stopped the run and it is saved."""
     progress, args = loop.progress, loop.args
     if progress["record"] is not None:                       # logging it had failed
@@ -172,14 +172,14 @@ def log_step(loop, count, is_long_ago=False):
 
 @fails_together
 def evaluate_step(loop, evaluate):
-    """Evaluate the model and log its figures; returns whether there were any. A signal ends this at once, and
-    nothing is logged then."""
-    if rank() != 0 and not is_sharded(loop.model):
-        return False
+    """Evaluate the model and log its figures; returns whether there were any. A signal ends the evaluation of
+    a single process at once, and nothing is logged then. Several processes finish it, since each waits for
+    the others."""
+    may_interrupt = loop.stop.interrupting() if world_size() == 1 else nullcontext()
     step = loop.progress["step"]
     with gathered(loop.model):
         try:
-            with loop.stop.interrupting():
+            with may_interrupt:
                 result = evaluate()
         except Interrupted:
             return False

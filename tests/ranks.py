@@ -13,6 +13,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import torch
 from conftest import as_settings, run_of, sail_args, tiny_model
 
+import evaluate
 import generate
 import reward
 import sail
@@ -72,17 +73,21 @@ def run_all(file, device):
         sizes.update(gathered=sum(p.numel() * p.itemsize for p in policy.parameters()))
         return sample(policy, *inputs, **options)
 
+    def answered(policy, tokenizer, prompts, *inputs, **options):                 # in an evaluation
+        sizes["answered"].append(len(prompts))
+        return sample(policy, tokenizer, prompts, *inputs, **options)
+
     def make_optimizer(*inputs):
         optimizers[:] = made = make(*inputs)
         return made
 
-    generate.sample, sail.make_optimizer = sampled, make_optimizer
+    generate.sample, evaluate.sample, sail.make_optimizer = sampled, answered, make_optimizer
     for arguments in json.loads(file.read_text()):
         if "--train" in arguments:
             flags, chosen = as_settings(arguments)
             reward.train_reward(reward.parse_args(flags, **chosen))
             continue
-        args = sail_args(arguments)
+        args, sizes["answered"] = sail_args(arguments), []
 
         def recorded(policy, *inputs, args=args):
             sizes.update(weights=own_bytes(policy.parameters()), packed=generate.is_packed(policy),

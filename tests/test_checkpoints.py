@@ -157,9 +157,10 @@ def test_a_checkpoint_that_cannot_be_used_says_why(harm, said, moved):
 def test_a_part_of_a_sharded_checkpoint_that_is_missing_is_noticed(run, moved):
     from safetensors import safe_open
     from safetensors.torch import save_file
-    file = next((moved / "checkpoints/4").glob("*.safetensors"))
+    file = min((moved / "checkpoints/4").glob("*.safetensors"))        # the weights come before the optimizer
     with safe_open(file, "pt") as opened:
         names = [*opened.keys()]
+        assert names[0].startswith("model.")
         tensors, places = {}, {}
         for name in names:
             tensor = opened.get_tensor(name)
@@ -169,6 +170,18 @@ def test_a_part_of_a_sharded_checkpoint_that_is_missing_is_noticed(run, moved):
     save_file(tensors, file, {"DCP_SHARDING_INFO": json.dumps(places)})
     with pytest.raises(sail.InputError, match="cannot be read"):
         load_policy(str(moved / "checkpoints/4"))
+
+
+def test_a_checkpoint_that_lacks_a_file_is_named(moved):
+    min((moved / "checkpoints/4").glob("*.safetensors")).unlink()
+    with pytest.raises(sail.InputError, match="checkpoints/4 does not fit its base"):
+        load_policy(str(moved / "checkpoints/4"))
+
+
+def test_a_checkpoint_is_written_in_small_files(run):
+    """The writer holds a whole file in memory."""
+    sizes = [file.stat().st_size for file in (run / "checkpoints/4").glob("*.safetensors")]
+    assert len(sizes) > 8 and max(sizes) < sum(sizes) / 2
 
 
 def test_a_run_in_training_is_evaluated_by_its_checkpoint(moved, tmp_path, monkeypatch, capsys):

@@ -195,7 +195,7 @@ def test_checkpoints_are_not_overwritten_by_a_new_run(base, unbroken, tmp_path, 
 def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(base, stopped, unbroken, monkeypatch,
                                                                      capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)                 # writes then fail like on a full disk
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, limits[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**15, limits[1]))
     try:
         message = fails_here(base, stopped, monkeypatch, capsys, "--resume")
     finally:

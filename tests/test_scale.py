@@ -13,17 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import IDS, byte_tokenizer, run_of, sail_args, sail_main, tiny_model
-from memory import estimate, sizes_of
+from memory import estimate, estimate_frozen, estimate_reward_training, sizes_of
 from ranks import pairs_of
 from test_errors import fails
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig
 
+import evaluate
 import generate
+import reward
 import sail
 from data import Pair
 from generate import AdapterReference, add_adapter, load_policy, sequence_logps_and_revkl
+from runtime import processes
 from runtime.processes import computing_in, gathered, process_group, shard, split_layers
 from runtime.settings import Settings
 from sail import collate_pairs, pair_logps
@@ -139,6 +142,40 @@ def test_a_sharded_run_logs_and_evaluates_like_any_other(on_two_ranks, name):
     assert [row["step"] for row in rows_of(on_two_ranks / name, "eval")] == [0, 1, 2]
     rows = rows_of(on_two_ranks / name)
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-4) and rows[1]["skipped"] == 0
+
+
+@pytest.mark.parametrize("name", ["full", "full shard", "lora", "lora shard"])
+def test_processes_divide_an_evaluation_and_find_what_one_finds(in_one_process, on_two_ranks, name):
+    one, two = (rows_of(out, "eval")[-1] for out in (in_one_process / name.split()[0], on_two_ranks / name))
+    for figure in ("loss", "margin", "accuracy"):
+        assert two[figure] == pytest.approx(one[figure], abs=1e-5)
+        assert two[f"{figure}_interval"] == pytest.approx(one[f"{figure}_interval"], abs=1e-5)
+    answered = [json.loads((on_two_ranks / name / f"bytes-{rank}.json").read_text())["answered"]
+                for rank in (0, 1)]
+    assert two["prompts"] == one["prompts"] == answered[0][-1] + answered[1][-1] and min(answered[1]) > 0
+    assert len(rows_of(on_two_ranks / name, "samples")) % two["prompts"] == 0
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 5, 7])
+def test_all_processes_get_the_results_of_all_items_in_order(monkeypatch, count):
+    items, shares = [10 * place for place in range(count)], []
+
+    def as_text(share):
+        shares.append(len(share))
+        return [str(item) for item in share]
+
+    def of_all(mine):
+        parts = []
+        for nth in range(3):
+            monkeypatch.setattr(processes, "rank", lambda nth=nth: nth)
+            parts.append(as_text(items[nth::3] or items[:1]))
+        return parts
+
+    monkeypatch.setattr(processes, "world_size", lambda: 3)
+    monkeypatch.setattr(processes, "of_all", of_all)
+    monkeypatch.setattr(processes, "raise_together", lambda *_: None)
+    assert processes.divided(as_text, items) == [str(item) for item in items]
+    assert max(shares) <= max(1, -(-count // 3))
 
 
 def test_a_sharded_policy_computes_in_bfloat16_and_keeps_float32(on_two_ranks):
@@ -343,23 +380,27 @@ class PeakBytes(TorchDispatchMode):
         self.live -= size
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_the_estimate_fits_the_measured_bytes_of_rollout_and_update(checkpointing, tmp_path):
+def saved_model(path):
+    """(directory of a model whose tensors are large enough to be told apart, a function that draws so many of
+    its ids)."""
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens([f"w{i}" for i in range(2000 - IDS)])
-    tokenizer.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(path)
     tiny_model(vocab_size=2000, hidden_size=128, intermediate_size=352, num_hidden_layers=6,
-               max_position_embeddings=1024, initializer_range=0.02).save_pretrained(tmp_path)
-    args = sail_args(["--variant", "dpo", "--model", str(tmp_path), "--data", "none.jsonl",
+               max_position_embeddings=1024, initializer_range=0.02).save_pretrained(path)
+    return str(path), lambda length: torch.randint(5, 2000, (length,)).tolist()
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_the_estimate_fits_the_measured_bytes_of_rollout_and_update(checkpointing, tmp_path):
+    name, ids = saved_model(tmp_path)
+    args = sail_args(["--variant", "dpo", "--model", name, "--data", "none.jsonl",
                       "--max-prompt-length", "64", "--max-response-length", "64"])
     args.gradient_checkpointing = checkpointing
     policy, reference, tokenizer = generate.load_models(args)
     optimizer, scheduler = sail.make_optimizer(policy.parameters(), 10, Settings(learning_rate=1e-4))
     run = run_of(policy, reference, -0.6, micro_batch_size=1)
     run.settings.gradient_checkpointing = checkpointing
-
-    def ids(length):
-        return torch.randint(5, 2000, (length,)).tolist()
 
     pairs = [Pair("", "", "", ids(64), ids(64), ids(64)) for _ in range(4)]
 
@@ -385,6 +426,47 @@ def test_the_estimate_fits_the_measured_bytes_of_rollout_and_update(checkpointin
         assert updating.peak == pytest.approx(wanted["update"], rel=0.1)
     else:
         assert updating.peak > 1.5 * wanted["update"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_estimates_fit_the_measured_bytes_of_models_that_are_not_trained(dtype, tmp_path):
+    bytes_, (name, ids) = {"float32": 4, "bfloat16": 2}[dtype], saved_model(tmp_path)
+    model, tokenizer = generate.load_frozen(name, dtype)
+    pairs = [Pair("", "", "", ids(64), ids(64), ids(64)) for _ in range(32)]
+    wanted = estimate_frozen(model.config, 2, bytes_=bytes_, prompts=8, responses=2, prompt=64, response=64)
+    assert wanted["weights"] == pytest.approx(2 * bytes_of(model), rel=0.01)
+    with computing_in(dtype, model), PeakBytes() as sampling:
+        generate.sample(model, tokenizer, [pair.prompt_ids for pair in pairs[:8]], 64, 2)
+    assert sampling.peak == pytest.approx(wanted["sampling"], rel=0.1)
+    evaluate.response_logps(model, pairs[:2], [pair.chosen_ids for pair in pairs[:2]], dtype)
+    with PeakBytes() as scoring:
+        evaluate.response_logps(model, pairs, [pair.chosen_ids for pair in pairs], dtype)
+    assert scoring.peak == pytest.approx(wanted["scoring"], rel=0.1)
+    judge, _, _ = reward.load_classifier(name, num_labels=1)
+    generate.place([judge.requires_grad_(False)], Settings(dtype=dtype))
+    wanted = estimate_frozen(model.config, classifier=True, bytes_=bytes_, prompt=64, response=64)
+    assert wanted["weights"] == pytest.approx(bytes_of(judge), rel=0.01)
+    with PeakBytes() as scoring:
+        reward.classifier_scores(judge, [ids(128) for _ in range(32)], dtype)
+    assert scoring.peak == pytest.approx(wanted["scoring"], rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_estimate_fits_the_measured_bytes_of_a_reward_model_in_training(dtype, tmp_path):
+    bytes_, (name, ids) = {"float32": 4, "bfloat16": 2}[dtype], saved_model(tmp_path)
+    args = reward.RewardSettings(model=name, dtype=dtype, gradient_checkpointing=True, micro_batch_size=1)
+    model, _, _ = reward.load_trainee(args)
+    generate.place([model], args)
+    optimizer, scheduler = sail.make_optimizer(model.parameters(), 10, Settings(learning_rate=1e-4))
+    pairs = [(ids(128), ids(128), 1.0) for _ in range(3)]
+    reward.reward_step(model, pairs, optimizer, scheduler, args)
+    with PeakBytes() as updating:
+        reward.reward_step(model, pairs, optimizer, scheduler, args)
+    wanted = estimate_reward_training(model.config, bytes_=bytes_, prompt=64, response=64)
+    assert wanted["weights"] == bytes_of(model)
+    assert wanted["optimizer"] == pytest.approx(
+        sum(value.nbytes for state in optimizer.state.values() for value in state.values()), rel=1e-3)
+    assert updating.peak == pytest.approx(wanted["update"], rel=0.1)
 
 
 def test_the_estimate_fits_the_bytes_of_two_sharded_ranks(on_two_ranks, base):
