@@ -2,8 +2,9 @@
 
     python experiments/replicate.py             # all, five seeds; tables
 
-Runs that are finished are kept, so that it can be stopped and goes on. Tables go to the screen, the raw rows,
-one line per run, to experiments/replication.jsonl, the picture to experiments/results.png.
+Tables go to the screen, the raw rows, one line per run, to experiments/replication.jsonl, the picture, if all
+of its runs were made here, to experiments/results.png. Runs that are finished are kept, and no run that has a
+row is run again, so that the study can be stopped and goes on, also in another place.
 
 Each seed has its own SFT model, which its other runs start from and are measured against, and 18,000 pairs
 that this model sampled. A run takes 188 steps of 96 pairs, which is 18,000 once, unless its name says
@@ -30,12 +31,15 @@ sys.path.insert(0, str(ROOT))
 from formats import read_rows
 from evaluate import best_possible
 from runtime.command_line import InputError, command_line, seeded
-from runtime.intervals import mean_of
+from runtime.intervals import holm, mean_of, p_value
 from runtime.run_directory import read_json, write_rows
 from toy import draw_toy_pairs, toy_reward, toy_settings, write_world
 
 FIRST_SEED = 5                             # seeds 0 to 4 and 100 to 102 have chosen the toy's learning rate
-STEPS, FEW_LABELS, ROUNDS = 188, 4500, 5
+STEPS, FEW_LABELS = 188, 4500
+NEW_PAIRS = {"toy-rounds": [3600] * 5, "toy-few-rounds": [900] * 5}         # of each round
+HALVES = {"toy-clear-first": ["clear", "close"], "toy-close-first": ["close", "clear"],
+          "toy-halves": ["half", "rest"]}                                   # the file of each round
 METHODS = {                                # name: (what it is, flags)
     "sft": ("SFT", "--variant sft"),
     "dpo": ("DPO", "--variant dpo"),
@@ -56,26 +60,35 @@ METHODS = {                                # name: (what it is, flags)
     "ipo": ("IPO", "--variant dpo --loss-type ipo"),
     "hinge": ("DPO with a hinge", "--variant dpo --loss-type hinge"),
     "online-ipo": ("online IPO, soft labels", "--variant online-dpo --loss-type ipo"),
+    "dpo-0.433": ("DPO, β 0.433", "--variant dpo --beta 0.433"),
+    "dpo-smoothing": ("DPO, label smoothing 0.05", "--variant dpo"),
     "few-fresh": ("online DPO, 4,500 labels drawn once", "--variant online-dpo --steps 47")}
 WORLDS = {                                 # name: (what it is, flags of its data, methods)
     "toy": ("18,000 pairs, mix 0.3 where there are own pairs", "--data toy",
             "dpo dpo-soft dpo-soft-0.3 online-dpo online-drawn pr pr-1 dp dp-control pp pp-control "
-            "pp-no-revkl ipo hinge"),
+            "pp-no-revkl ipo hinge dpo-0.433 dpo-smoothing"),
     "toy-online": ("own pairs only, mix 1", "--data toy --mix 1",
                    "online-dpo online-drawn pr pr-1 online-ipo few-fresh"),
     "toy-flipped": ("18,000 pairs, 20 % of the labels flipped", "--data {folder}/flipped.jsonl {toy}",
-                    "dpo dp dp-control online-dpo"),
+                    "dpo dp dp-control online-dpo pr pp pp-control"),
     "toy-quarter": ("4,500 pairs, seen four times", "--data toy",
-                    "dpo dp dp-control dp-revkl dp-smoothing dp-nll"),
+                    "dpo dp dp-control dp-revkl dp-smoothing dp-nll online-dpo pr pp pp-control"),
     "toy-model": ("own pairs only, labels of a reward model of 4,500 pairs",
                   "--data toy --mix 1 --reward {folder}/reward/model", "online-dpo"),
     "toy-rounds": ("five rounds of 38 steps on 3,600 new pairs, labels drawn", None, "dpo"),
+    "toy-few-rounds": ("five rounds of 38 steps on 900 new pairs, labels drawn", None, "dpo"),
+    "toy-clear-first": ("two rounds of 94 steps: the pairs of the larger differences, then the others", None,
+                        "dpo"),
+    "toy-close-first": ("two rounds of 94 steps: the pairs of the smaller differences, then the others", None,
+                        "dpo"),
+    "toy-halves": ("two rounds of 94 steps: a random half of the pairs, then the others", None, "dpo"),
     "toy-half": ("9,000 pairs, seen twice", "--data {folder}/half.jsonl {toy}", "dpo"),
     "toy-clear": ("the 9,000 pairs of the larger differences", "--data {folder}/clear.jsonl {toy}", "dpo"),
     "toy-other": ("18,000 pairs of another seed's model", "--data {other} {toy}", "dpo")}
 UNFLAGGED = {                              # settings that are no flags, by method or world
-    "dp-smoothing": dict(label_smoothing=0.1), "online-drawn": dict(label="sampled"),
-    "few-fresh": dict(label="sampled"), "toy-quarter": dict(limit=FEW_LABELS)}
+    "dp-smoothing": dict(label_smoothing=0.1), "dpo-smoothing": dict(label_smoothing=0.05),
+    "online-drawn": dict(label="sampled"), "few-fresh": dict(label="sampled"),
+    "toy-quarter": dict(limit=FEW_LABELS)}
 # What is compared: (question, (world, method), (world, its control)).
 COMPARED = (
     ("Soft labels for drawn ones, offline", ("toy", "dpo-soft"), ("toy", "dpo")),
@@ -111,6 +124,23 @@ ASKED = (
     ("IPO for DPO", ("toy", "ipo"), ("toy", "dpo")),
     ("A hinge for DPO's log σ", ("toy", "hinge"), ("toy", "dpo")),
     ("IPO for DPO, fully online, soft labels", ("toy-online", "online-ipo"), ("toy-online", "online-dpo")))
+NEGLIGIBLE = 0.05                          # of reward − β·KL: a fortieth of what the best policy has
+# What was asked after rows of these worlds had been seen.
+EXPLORED = (
+    ("SAIL-PR beside DPO", ("toy", "pr"), ("toy", "dpo")),
+    ("SAIL-PR beside DPO, soft labels", ("toy", "pr"), ("toy", "dpo-soft")),
+    ("SAIL-DP beside DPO", ("toy", "dp"), ("toy", "dpo")),
+    ("SAIL-DP beside DPO at β 0.433", ("toy", "dp"), ("toy", "dpo-0.433")),
+    ("Label smoothing 0.05 on DPO", ("toy", "dpo-smoothing"), ("toy", "dpo")),
+    ("4,500 labels: five rounds of 900 for DPO on them", ("toy-few-rounds", "dpo"), ("toy-quarter", "dpo")),
+    ("4,500 labels: a reward model of them for five rounds of 900",
+     ("toy-model", "online-dpo"), ("toy-few-rounds", "dpo")),
+    ("T2 × 0.3 (SAIL-PR), a quarter of the pairs", ("toy-quarter", "pr"), ("toy-quarter", "online-dpo")),
+    ("T2 × 0.3, a fifth of the labels flipped", ("toy-flipped", "pr"), ("toy-flipped", "online-dpo")),
+    ("SAIL-PP beside DPO, the same anchor, a quarter", ("toy-quarter", "pp"), ("toy-quarter", "pp-control")),
+    ("SAIL-PP beside DPO, the same anchor, flipped", ("toy-flipped", "pp"), ("toy-flipped", "pp-control")),
+    ("Clear pairs first, for random halves", ("toy-clear-first", "dpo"), ("toy-halves", "dpo")),
+    ("Close pairs first, for random halves", ("toy-close-first", "dpo"), ("toy-halves", "dpo")))
 GAINED = {"reward": "reward", "KL": "kl", "reward − β·KL": "objective"}
 # Of the picture, in which nobody could tell more apart.
 PICTURE = (("toy", "sft"), ("toy", "dpo"), ("toy", "dpo-soft"), ("toy", "dp"), ("toy", "pp"),
@@ -120,6 +150,7 @@ TOY = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in toy_sett
                if name not in ("data", "model", "schedule"))
 SCHEDULE = dict(schedule=toy_settings("dpo")["schedule"])
 BETA = toy_settings("dpo")["beta"]
+ROWS = ROOT / "experiments/replication.jsonl"
 
 
 def run(script, *flags, **chosen):
@@ -158,45 +189,53 @@ def flipped_pairs(pairs, share=0.2):
     return flipped
 
 
-def clear_pairs(pairs):
-    """The half of the pairs whose rewards differ more, in their order."""
+def by_difference(pairs):
+    """(the half of the pairs whose rewards differ more, the other half), each in its order."""
     gaps = []
     for pair in pairs:
         first, second = toy_reward([pair["prompt"]] * 2, [pair["chosen"], pair["rejected"]])
         gaps.append(abs(first - second))
-    widest = sorted(range(len(pairs)), key=lambda i: -gaps[i])[:len(pairs) // 2]
-    return [pairs[i] for i in sorted(widest)]
+    widest, half = sorted(range(len(pairs)), key=lambda i: -gaps[i]), len(pairs) // 2
+    return [pairs[i] for i in sorted(widest[:half])], [pairs[i] for i in sorted(widest[half:])]
 
 
 def write_data(model, folder):
-    """Write the pairs that an SFT model has sampled, the variations of them that the other worlds need, and a
-    reward model trained on the first 4,500 pairs."""
+    """Write the pairs that an SFT model has sampled, and the variations of them that other worlds need."""
     source = model / "toy-pairs.jsonl"
     if not source.is_file():
         draw_toy_pairs(str(model), source)
     pairs = read_rows(source)
     write_rows(folder / "flipped.jsonl", flipped_pairs(pairs))
     write_rows(folder / "half.jsonl", pairs[:len(pairs) // 2])
-    write_rows(folder / "clear.jsonl", clear_pairs(pairs))
-    if not (folder / "reward/model").is_dir():
-        run("reward", "--train", "--model", model, "--data", source, "--eval-data",
+    write_rows(folder / "rest.jsonl", pairs[len(pairs) // 2:])
+    clear, close = by_difference(pairs)
+    write_rows(folder / "clear.jsonl", clear)
+    write_rows(folder / "close.jsonl", close)
+
+
+def train_reward(model, out):
+    """Train a reward model on the first 4,500 pairs of an SFT model."""
+    if not (out / "model").is_dir():
+        run("reward", "--train", "--model", model, "--data", model / "toy-pairs.jsonl", "--eval-data",
             toy_settings("dpo")["eval_data"], "--learning-rate", 4e-4, "--epochs", 2, "--max-length", 32,
-            "--overwrite", "--out", folder / "reward", limit=FEW_LABELS)
+            "--overwrite", "--out", out, limit=FEW_LABELS)
 
 
-def train_rounds(runs, seed, model):
-    """DPO in rounds: each samples new pairs from the last one's policy and starts from it. The reference
-    stays the SFT model."""
-    policy = model
-    for k in range(ROUNDS):
-        out = runs / f"data/s{seed}/round-{k}"
-        if k == ROUNDS - 1:
-            out = runs / f"toy-rounds/dpo-s{seed}"
-        pairs = runs / f"data/s{seed}/pairs-{k}.jsonl"
-        if not pairs.is_file():
-            draw_toy_pairs(str(policy), pairs, 18000 // ROUNDS, seed=k)
+def train_rounds(runs, world, seed, model):
+    """DPO in rounds, each of which starts from the last one's policy: on new pairs that this policy samples,
+    or on the pairs of a file. The reference stays the SFT model."""
+    policy, folder = model, runs / f"data/s{seed}"
+    rounds = NEW_PAIRS.get(world) or HALVES[world]
+    for k, source in enumerate(rounds):
+        out, pairs = folder / f"{world}-{k}", folder / f"{source}.jsonl"
+        if k == len(rounds) - 1:
+            out = runs / f"{world}/dpo-s{seed}"
+        if world in NEW_PAIRS:
+            pairs = folder / f"{world}-{k}.jsonl"
+            if not pairs.is_file():
+                draw_toy_pairs(str(policy), pairs, source, seed=k)
         train((out, f"--variant dpo --data {pairs} {TOY} --model {policy} --reference {model} --seed {seed} "
-                    f"--steps {round(STEPS / ROUNDS)} --eval-every 0 --eval-limit 1024", SCHEDULE))
+                    f"--steps {round(STEPS / len(rounds))} --eval-every 0 --eval-limit 1024", SCHEDULE))
         policy = out / "model"
 
 
@@ -204,6 +243,7 @@ def train_rounds(runs, seed, model):
 
 def train_toys(runs, seeds, at_a_time, names):
     """SFT models, their data, and all runs of these worlds."""
+    done = {(row["world"], row["method"], row["seed"]) for row in recorded()}
     write_world()                                                      # the held-out prompts
     models = {seed: runs / f"toy/sft-s{seed}/model" for seed in seeds}
     train_all([(model.parent, f"--variant sft --seed {seed} --eval-limit 1024", {})
@@ -216,15 +256,18 @@ def train_toys(runs, seeds, at_a_time, names):
         jobs = []
         for seed, model in models.items():
             if not data:
-                train_rounds(runs, seed, model)
+                if (name, "dpo", seed) not in done:
+                    train_rounds(runs, name, seed, model)
                 continue
+            if name == "toy-model" and (name, "online-dpo", seed) not in done:
+                train_reward(model, runs / f"data/s{seed}/reward")
             other = models[seeds[(seeds.index(seed) + 1) % len(seeds)]] / "toy-pairs.jsonl"
             source = data.format(folder=runs / f"data/s{seed}", toy=TOY, other=other)
             jobs += [(runs / f"{name}/{method}-s{seed}",
                       f"{source} --model {model} --seed {seed} --steps {STEPS} --eval-every {every} "
                       f"--eval-limit 1024 {METHODS[method][1]}",
                       {**SCHEDULE, **UNFLAGGED.get(name, {}), **UNFLAGGED.get(method, {})})
-                     for method in methods.split()]
+                     for method in methods.split() if (name, method, seed) not in done]
         train_all(jobs, at_a_time, name)
     by_model = sorted((runs / "toy-model").glob("*-s*"))
     if by_model:                                                       # they have seen no true reward yet
@@ -246,6 +289,8 @@ def row_of(out):
         found = read_json(out.parent / "true.json")[out.name]
         figures = {name: list(figure.values()) for name, figure in found.items()}
     figures.setdefault("objective", figures["reward"])
+    if method == "dpo-0.433":                                          # it is measured by the toy's β
+        figures["objective"] = [figures["reward"][0] - BETA * figures["kl"][0], None, None]
     return {"world": out.parent.name, "method": method, "seed": int(seed), "steps": len(metrics),
             "seconds": round(sum(metric["seconds"] for metric in metrics), 1), "figures": figures,
             "peak_kl": max((each["kl"] for each in evals if each.get("kl") is not None), default=0.0)}
@@ -256,14 +301,19 @@ def rows_of(runs):
     return [row_of(path.parent) for path in sorted(runs.glob("*/*-s*/model"))]
 
 
+def recorded():
+    """The rows of the runs that are finished, here or elsewhere."""
+    return read_rows(ROWS) if ROWS.is_file() else []
+
+
 def below_the_best(rows, runs, samples=2000):
     """Give each run figures["gap"], to the best possible, and row["above"]: by how much the low end of its
     reward lies above the highest reward at its KL. Both by the frontier of its own seed's SFT model; a KL
     that the samples do not reach has no "above"."""
     for seed in sorted({row["seed"] for row in rows}):
         ours = [row for row in rows if row["seed"] == seed]
-        models = [runs / f"toy/{row['method']}-s{seed}" for row in ours
-                  if row["world"] == "toy" and row["method"] != "sft"]
+        models = [runs / f"{row['world']}/{row['method']}-s{seed}" for row in ours
+                  if row["method"] != "sft" and row["world"] != "toy-model"]
         best, curve, _ = best_possible([*map(str, models)], samples,
                                        {"seed": seed, "reward": toy_settings("dpo")["reward"]})
         kls, heights = zip(*sorted((point["kl"], point["reward"]) for point in curve), strict=True)
@@ -304,11 +354,14 @@ def table(rows, columns, world, methods):
     return "\n".join(lines)
 
 
-def compared(rows, questions, columns=GAINED):
+def compared(rows, questions, columns=GAINED, negligible=NEGLIGIBLE):
     """Markdown: a line per question, (text, (world, method), its control), with what the method has more than
-    the control, seed by seed. columns: {head: name of a figure}; the verdict is the last one's, "not seen" if
-    its interval holds 0. A question needs two seeds."""
-    lines = ["| | " + " | ".join(columns) + " | |", "|---" * (len(columns) + 2) + "|"]
+    the control, seed by seed. columns: {head: name of a figure}. p and verdict are of the last one. p is that
+    of Student's t, adjusted by Holm for all questions of the table. Where it is not below 0.05, there is "no
+    effect" larger than `negligible` if the whole interval lies within it; else the question is "not
+    resolved". A question needs two seeds."""
+    lines = ["| | " + " | ".join(columns) + " | p | |", "|---" * (len(columns) + 3) + "|"]
+    found = []
     for question, one, control in questions:
         cells = []
         for name in columns.values():
@@ -316,17 +369,29 @@ def compared(rows, questions, columns=GAINED):
             gains = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
             cells.append(with_half(gains, "+") if gains else "")
         if len(gains) > 1:
-            _, low, high = mean_of(gains)
-            verdict = "gains" if low > 0 else "costs" if high < 0 else "not seen"
-            lines.append(f"| {question} | {' | '.join(cells)} | {verdict} |")
+            found.append((question, cells, gains))
+    adjusted = holm([p_value(gains) for _, _, gains in found])
+    for (question, cells, gains), p in zip(found, adjusted, strict=True):
+        lines.append(f"| {question} | {' | '.join(cells)} | {p:.3f} | {verdict(gains, p, negligible)} |")
     return "\n".join(lines)
+
+
+def verdict(gains, p, negligible):
+    """What gains over seeds say, given their adjusted p."""
+    mean, low, high = mean_of(gains)
+    if p < 0.05:
+        return "gains" if mean > 0 else "costs"
+    if max(-low, high) <= negligible:
+        return f"no effect larger than {negligible:g}"
+    return "not resolved"
 
 
 def tables(rows):
     """{title: markdown} of all tables, from the rows alone."""
     words = {method: text for method, (text, _) in METHODS.items()}
     heads = {"reward": "reward", "KL": "kl", "reward − β·KL": "objective", "below the best": "gap"}
-    found = {"What gains": compared(rows, COMPARED), "What else was asked": compared(rows, ASKED)}
+    found = {"What gains": compared(rows, COMPARED), "What else was asked": compared(rows, ASKED),
+             "Exploratory": compared(rows, EXPLORED)}
     for world, (title, _, _) in WORLDS.items():
         found[f"{world}: {title}"] = table(rows, heads, world, words)
     return found
@@ -334,15 +399,19 @@ def tables(rows):
 
 def report(runs):
     """Tables, raw rows, picture."""
-    rows = rows_of(runs)
-    below_the_best(rows, runs)
-    write_rows(ROOT / "experiments/replication.jsonl", rows)
+    old = recorded()
+    done = {(row["world"], row["method"], row["seed"]) for row in old}
+    new = [row for row in rows_of(runs) if (row["world"], row["method"], row["seed"]) not in done]
+    below_the_best(new, runs)
+    rows = sorted(old + new, key=lambda row: (row["world"], row["method"], row["seed"]))
+    write_rows(ROWS, rows)
     shown = []
     for world, method in PICTURE:
         shown += sorted((runs / world).glob(f"{method}-s[0-9]*"))
-    subprocess.run([sys.executable, ROOT / "evaluate.py", "--compare", *shown, "--frontier", "2000",
-                    "--reward", toy_settings("dpo")["reward"], "--out", runs / "toy.json"], check=True)
-    shutil.copy(runs / "toy.png", ROOT / "experiments/results.png")
+    if len(shown) == 5 * len(PICTURE):                                 # all of them were made here
+        subprocess.run([sys.executable, ROOT / "evaluate.py", "--compare", *shown, "--frontier", "2000",
+                        "--reward", toy_settings("dpo")["reward"], "--out", runs / "toy.json"], check=True)
+        shutil.copy(runs / "toy.png", ROOT / "experiments/results.png")
     for title, markdown in tables(rows).items():
         print(f"\n{title}\n\n{markdown}")
     above = [row["above"] for row in rows if "above" in row]

@@ -1,10 +1,15 @@
 """The report of the replication, on runs made up here, and the pages' tables, from the committed rows."""
 import json
+import math
 import random
+import statistics
 from pathlib import Path
 
 import pytest
 import replicate
+import torch
+
+from runtime import intervals
 
 from sail import parse_args
 from toy import grammar_pairs, toy_reward, toy_settings
@@ -59,20 +64,44 @@ def test_the_table_has_means_over_the_seeds_of_its_world():
                                  "| P | 2.00 |  |"]
 
 
-@pytest.mark.parametrize("gains, text, verdict", [
-    ((0.2, 0.21, 0.22), "+0.21 ± 0.02", "gains"),
-    ((-0.2, -0.21, -0.22), "−0.21 ± 0.02", "costs"),
-    ((0.2, 0.0, -0.1), "+0.03 ± 0.38", "not seen")])
-def test_what_is_compared_is_compared_seed_by_seed(gains, text, verdict):
+@pytest.mark.parametrize("gains, text, p, verdict", [
+    ((0.2, 0.21, 0.22), "+0.21 ± 0.02", "0.002", "gains"),
+    ((-0.2, -0.21, -0.22), "−0.21 ± 0.02", "0.002", "costs"),
+    ((0.01, 0.0, -0.01), "+0.00 ± 0.02", "1.000", "no effect larger than 0.05"),
+    ((0.2, 0.0, -0.1), "+0.03 ± 0.38", "0.845", "not resolved")])
+def test_what_is_compared_is_compared_seed_by_seed(gains, text, p, verdict):
+    """There is one more question, whose p is 0.423; Holm doubles the smaller of the two."""
     rows = made_up("toy", "dpo", 1.0, 2.0, 4.0, 9.0) + made_up(
         "toy-online", "pr", *(value + gain for value, gain in zip((1.0, 2.0, 4.0), gains, strict=True)))
-    questions = [("Why?", ("toy-online", "pr"), ("toy", "dpo")), ("No runs?", ("toy", "dp"), ("toy", "dpo"))]
+    rows += made_up("toy", "pp", 1.0, 2.1, 4.0)
+    questions = [("Why?", ("toy-online", "pr"), ("toy", "dpo")), ("No runs?", ("toy", "dp"), ("toy", "dpo")),
+                 ("And?", ("toy", "pp"), ("toy", "dpo"))]
     lines = replicate.compared(rows, questions, {"r": "reward"}).split("\n")
-    assert lines == ["| | r | |", "|---|---|---|", f"| Why? | {text} | {verdict} |"]
+    assert lines[:3] == ["| | r | p | |", "|---|---|---|---|", f"| Why? | {text} | {p} | {verdict} |"]
+    assert len(lines) == 4
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 9])
+def test_p_is_the_tail_of_students_t(degrees):
+    """By quadrature of its density, and by the quantile that intervals use."""
+    values = [math.sin(3.0 * k) + 0.4 for k in range(degrees + 1)]
+    t = abs(statistics.mean(values)) / statistics.stdev(values) * math.sqrt(len(values))
+    scale = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(degrees * math.pi)
+    grid = torch.linspace(0, t, 20001, dtype=torch.float64)
+    below = torch.trapezoid(scale * (1 + grid**2 / degrees) ** (-(degrees + 1) / 2), grid).item()
+    assert intervals.p_value(values) == pytest.approx(1 - 2 * below, abs=1e-6)
+    edge = intervals.student(degrees) * statistics.stdev(values) / math.sqrt(len(values))
+    shifted = [value - statistics.mean(values) + edge for value in values]
+    assert intervals.p_value(shifted) == pytest.approx(0.05, abs=3e-4)
+
+
+def test_holm_adjusts_the_smallest_most_and_keeps_their_order():
+    assert intervals.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert intervals.holm([0.9, 0.8]) == [1.0, 1.0] and intervals.holm([]) == []
 
 
 def test_what_is_compared_has_been_run():
-    for _, one, control in replicate.COMPARED + replicate.ASKED:
+    for _, one, control in replicate.COMPARED + replicate.ASKED + replicate.EXPLORED:
         for world, method in (one, control):
             assert method in replicate.WORLDS[world][2].split()
     assert {method for _, _, methods in replicate.WORLDS.values() for method in methods.split()} == {
@@ -102,8 +131,9 @@ def test_the_clear_half_of_the_pairs_has_the_larger_differences():
         return abs(first - second)
 
     pairs = grammar_pairs()[:200]
-    clear = replicate.clear_pairs(pairs)
+    clear, close = replicate.by_difference(pairs)
     assert clear == [pair for pair in pairs if pair in clear] and len(clear) == 100
+    assert close == [pair for pair in pairs if pair not in clear] and len(close) == 100
     assert min(map(gap, clear)) >= sorted(map(gap, pairs))[100]
 
 
@@ -112,13 +142,23 @@ def test_rounds_go_on_from_the_last_ones_policy_and_are_measured_to_the_first(tm
     monkeypatch.setattr(replicate, "draw_toy_pairs",
                         lambda model, path, count, seed: drawn.append((model, count, seed)))
     monkeypatch.setattr(replicate, "train", trained.append)
-    replicate.train_rounds(tmp_path, 5, "SFT")
+    replicate.train_rounds(tmp_path, "toy-rounds", 5, "SFT")
     outs = [f"{out}/model" for out, *_ in trained]
     assert drawn == [(model, 3600, k) for k, model in enumerate(["SFT", *outs[:-1]])]
     assert outs[-1] == f"{tmp_path}/toy-rounds/dpo-s5/model" and len(outs) == 5
     for (_, flags, chosen), (model, _, _) in zip(trained, drawn, strict=True):
         assert chosen == {"schedule": "cosine"}
-        assert f"--model {model} --reference SFT " in flags
+        assert f"--model {model} --reference SFT " in flags and "--steps 38 " in flags
+
+
+def test_rounds_on_halves_see_each_pair_of_the_data_once(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(replicate, "train", trained.append)
+    replicate.train_rounds(tmp_path, "toy-clear-first", 5, "SFT")
+    (first, one, _), (last, two, _) = trained
+    assert f"/clear.jsonl {replicate.TOY} --model SFT --reference SFT " in one and "--steps 94 " in one
+    assert f"/close.jsonl {replicate.TOY} --model {first}/model --reference SFT " in two
+    assert last == tmp_path / "toy-clear-first/dpo-s5"
 
 
 def test_the_toys_settings_that_are_spelled_out_are_those_of_the_toy():
