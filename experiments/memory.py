@@ -1,18 +1,25 @@
 """What a run needs in memory: an estimate from the model's shapes.
 
-    python experiments/memory.py                  the estimate per device for 0.5B to 70B
+    python experiments/memory.py                  # the estimate per device for 0.5B to 70B
+    python experiments/memory.py --measure DIR    # beside bytes measured on a CPU, of a small model
 
 `estimate` counts the bytes of a run of sail.py, `estimate_frozen` those of evaluate.py, generate.py and a
 reward model that scores, `estimate_reward_training` those of reward.py --train. tests/test_scale.py holds
 their terms against bytes measured on small models.
 """
+import argparse
 import copy
 import sys
+import weakref
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from runtime.run_directory import write_rows
 from runtime.training import LOGITS
 
 LLAMA_8B = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
@@ -158,6 +165,97 @@ def update_bytes(config, packed, scored, wide, bytes_, cast, cast_layer, gradien
     return max(kept + max(gradient + of_layer, of_head), 3 * gradient)
 
 
+class PeakBytes(TorchDispatchMode):
+    """Inside, `peak` becomes the most bytes that tensors made inside hold at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.known = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage, made = tensor.untyped_storage(), function.namespace == "aten" and not any(
+                    isinstance(each, torch.Tensor)
+                    and each.untyped_storage()._cdata == tensor.untyped_storage()._cdata
+                    for each in tree_leaves((args, kwargs)))
+                if made and storage._cdata not in self.known:
+                    self.known.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def freed(self, storage, size):
+        self.known.discard(storage)
+        self.live -= size
+
+
+def measure(name, prompt=128, samples=32, response=32):
+    """Rows of {what, part, measured, estimated}, in MiB, of the weights, the reference, the optimizer, a
+    rollout and an update of a model: in full and with an adapter, in float32 and in bfloat16. An update is of
+    one pair of `prompt` + `prompt` tokens a micro-batch; a rollout answers 32 prompts."""
+    import sail
+    from data import Pair
+    from generate import load_models, sample
+    from runtime.optimizer import optimizer_step
+    rows = []
+    for lora in (0, 16):
+        for dtype, bytes_ in (("float32", 4), ("bfloat16", 2)):
+            flags = f"--variant dpo --data none.jsonl --gradient-checkpointing --dtype {dtype}"
+            if lora:
+                flags += f" --lora {lora}"
+            args = sail.parse_args([*flags.split(), "--model", name], micro_batch_size=1)
+            policy, reference, tokenizer = load_models(args)
+            run = sail.Run(policy, reference, tokenizer, None, [], [], args, progress={"baseline": 0.0})
+            run.optimizer, run.scheduler = sail.make_optimizer(policy.parameters(), 10, args)
+            ids = torch.randint(5, len(tokenizer), (4, 3, prompt)).tolist()
+            pairs = [Pair("", "", "", *each) for each in ids]
+
+            def update(run=run, pairs=pairs, args=args):
+                sail.accumulate_gradients(run, pairs, args)
+                optimizer_step(run.policy, run.optimizer, run.scheduler, 1.0, 0.0)
+
+            update()
+            with PeakBytes() as updating:
+                update()
+            policy.eval()
+            prompts = torch.randint(5, len(tokenizer), (samples, prompt)).tolist()
+            with sail.computing_in(dtype, policy), PeakBytes() as sampling:
+                sample(policy, tokenizer, prompts, response)
+            states = [value for state in run.optimizer.state.values() for value in state.values()]
+            measured = {"weights": bytes_of(policy.parameters()),
+                        "reference": 0 if lora else bytes_of(reference.parameters()),
+                        "optimizer": bytes_of(states), "rollout": sampling.peak, "update": updating.peak}
+            sampled = estimate(policy.config, lora=lora, bytes_=bytes_, prompts=samples, responses=1,
+                               prompt=prompt, response=response)
+            updated = estimate(policy.config, lora=lora, bytes_=bytes_, prompt=prompt, response=prompt)
+            for part, found in measured.items():
+                wanted = sampled if part == "rollout" else updated
+                rows.append(dict(what=f"{'--lora 16' if lora else 'full'}, {dtype}", part=part,
+                                 measured=round(found / 2**20), estimated=round(wanted[part] / 2**20)))
+    return rows
+
+
+def bytes_of(tensors):
+    """The bytes of tensors in all."""
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def measured_table(rows):
+    """Markdown: measured / estimated, a line for each setting."""
+    parts = [*dict.fromkeys(row["part"] for row in rows)]
+    lines = ["| | " + " | ".join(parts) + " |", "|---" * (len(parts) + 1) + "|"]
+    for what in dict.fromkeys(row["what"] for row in rows):
+        cells = [f"{row['measured']} / {row['estimated']}" for row in rows if row["what"] == what]
+        name, _, dtype = what.partition(", ")
+        name = f"`{name}`" if name.startswith("--") else name
+        lines.append(f"| {name}, {dtype} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def whole(parts):
     """The bytes in all: what is held throughout, and the most that is held for a while."""
     parts = dict(parts)
@@ -204,5 +302,18 @@ def print_estimate():
         print(f"| {command} | {name} | " + " | ".join(f"{value / 2**30:.1f}" for value in figures) + " |")
 
 
+def main():
+    """`python experiments/memory.py`."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--measure", metavar="DIR", help="a model whose bytes are measured, on this CPU")
+    args = parser.parse_args()
+    if not args.measure:
+        return print_estimate()
+    torch.set_num_threads(1)
+    rows = measure(args.measure)
+    write_rows(ROOT / "experiments/memory.jsonl", rows)
+    print(measured_table(rows))
+
+
 if __name__ == "__main__":
-    print_estimate()
+    main()

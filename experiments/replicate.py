@@ -169,7 +169,8 @@ def train(job):
     """One run of sail.py, or of another script with its flags, unless it is there already."""
     out, flags, chosen, *script = job
     if not (out / "model").is_dir():                                   # which is the last that a run writes
-        run(*(script or ["sail"]), *flags.split(), "--out", out, **chosen)
+        again = ["--resume"] if (out / "args.json").is_file() else []  # it was stopped
+        run(*(script or ["sail"]), *flags.split(), *again, "--out", out, **chosen)
 
 
 def train_all(jobs, at_a_time, name):
@@ -372,7 +373,8 @@ def compared(rows, questions, columns=GAINED, negligible=NEGLIGIBLE):
             found.append((question, cells, gains))
     adjusted = holm([p_value(gains) for _, _, gains in found])
     for (question, cells, gains), p in zip(found, adjusted, strict=True):
-        lines.append(f"| {question} | {' | '.join(cells)} | {p:.3f} | {verdict(gains, p, negligible)} |")
+        shown = f"{p:.3f}" if p >= 0.001 else "< 0.001"
+        lines.append(f"| {question} | {' | '.join(cells)} | {shown} | {verdict(gains, p, negligible)} |")
     return "\n".join(lines)
 
 

@@ -3,9 +3,10 @@
     python experiments/tuned.py                 # all; tables
 
 Each method's learning rate is the best of four by reward − β·KL, on the models of seeds 0 to 2 and on prompts
-whose wordings no other study uses. At that rate it is trained from the models of seeds 5 to 9: for 188 steps,
-and for as many steps as fit into the time of online DPO's 188. How many fit is measured first, by runs in
-turn. Worlds, pairs and figures are those of experiments/replicate.py.
+whose wordings no other study uses. If the best is the lowest or the highest of the four, rates beyond it are
+tried until it is not, as far as 1e-4 and 6.4e-3. At that rate the method is trained from the models of seeds
+5 to 9: for 188 steps, and for as many steps as fit into the time of online DPO's 188. How many fit is
+measured first, by runs in turn. Worlds, pairs and figures are those of experiments/replicate.py.
 
 A row of a finished run is appended to experiments/tuned.jsonl at once, and no run that has a row there is
 run again. So the study can be stopped and goes on, also in another place.
@@ -24,11 +25,14 @@ from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
-from formats import read_rows
-from replicate import BETA, FIRST_SEED, SCHEDULE, STEPS, compared, row_of, run, table, train
+from data import encode, end_token_ids
+from evaluate import pair_columns
+from formats import load_pairs, read_rows
+from generate import load_policy
+from replicate import BETA, FIRST_SEED, SCHEDULE, STEPS, compared, row_of, run, table, train, with_half
 from runtime.command_line import command_line
 from runtime.intervals import mean_of
-from runtime.run_directory import write_rows
+from runtime.run_directory import read_json, write_rows
 from toy import NOUNS, draw_toy_pairs, write_world
 
 METHODS = {                                # name: (what it is, flags)
@@ -42,9 +46,10 @@ METHODS = {                                # name: (what it is, flags)
     "pr": ("SAIL-PR, mix 1, T2 × 0.3", "--variant pr --mix 1"),
     "rloo": ("RLOO, two samples", "")}
 RATES = (4e-4, 8e-4, 1.6e-3, 3.2e-3)
+BEYOND = (1e-4, 2e-4, *RATES, 6.4e-3)      # all that may be tried
 TUNING_SEEDS, SEEDS = (0, 1, 2), tuple(range(FIRST_SEED, FIRST_SEED + 5))
 TUNING_PROMPTS = ("review the {} ?", "how was the {} :", "tell me about the {} ?", "what about the {} :")
-ROUNDS, TIMED_STEPS = 3, 48
+ROUNDS, TIMED_STEPS, NEW_PAIRS = 3, 48, 1024
 WORDS = {method: words for method, (words, _) in METHODS.items()}
 COMPARED = (                               # (question, method, its control)
     ("Soft labels for drawn ones, offline", "dpo-soft", "dpo"),
@@ -90,7 +95,32 @@ def measure(job):
     row = {**row_of(out), "rate": rate}
     figures = row["figures"]
     figures["objective"] = [figures["reward"][0] - BETA * figures["kl"][0], None, None]
+    if out.parent.name in ("steps", "time"):
+        row["entropy"] = entropies(out)
+        figures.update(fit_of(out))
     record(row)
+
+
+def entropies(out):
+    """[the first, the last] step's entropy per token of the policy's samples; None if none are drawn."""
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    found = [row["entropy"] for row in metrics if row.get("entropy") is not None]
+    return [found[0], found[-1]] if found else None
+
+
+def fit_of(out):
+    """Figures of DPO's margin, at the toy's β, on pairs that the run was trained on and on pairs of the same
+    SFT model that it has not seen: {name: [mean, low, high]}."""
+    saved = read_json(out / "args.json")
+    policy, tokenizer = load_policy(str(out / "model"))
+    reference, _ = load_policy(saved["reference"])
+    settings = argparse.Namespace(dtype="float32", beta=BETA)
+    found = {}
+    for name, file in (("margin_trained", "toy-pairs.jsonl"), ("margin_new", "new-pairs.jsonl")):
+        pairs, _ = load_pairs(str(Path(saved["reference"], file)), NEW_PAIRS)
+        examples, _, _ = encode(pairs, tokenizer, end_token_ids(tokenizer, policy), 8, 24)
+        found[name] = [*mean_of(pair_columns(policy, reference, examples, settings)["margin"])]
+    return found
 
 
 def measure_all(jobs, at_a_time, name):
@@ -113,22 +143,46 @@ def start_of(runs, seed):
     train((out, f"--variant sft --seed {seed} --eval-limit 1024", {}))
     if not (out / "model/toy-pairs.jsonl").is_file():
         draw_toy_pairs(str(out / "model"), out / "model/toy-pairs.jsonl")
+    if not (out / "model/new-pairs.jsonl").is_file():
+        draw_toy_pairs(str(out / "model"), out / "model/new-pairs.jsonl", NEW_PAIRS, seed=1)
     return out / "model"
 
 
+def mean_objectives(rows, method):
+    """{learning rate: the mean of reward − β·KL over the tuning seeds}, of the rates that were tried."""
+    found = {}
+    for rate in BEYOND:
+        values = [row["figures"]["objective"][0] for row in rows
+                  if (row["world"], row["method"]) == (f"rate-{rate}", method)]
+        if len(values) == len(TUNING_SEEDS):
+            found[rate] = statistics.mean(values)
+    return found
+
+
 def best_rates(rows):
-    """{method: the learning rate with the highest mean of reward − β·KL over the tuning seeds}."""
+    """{method: the learning rate with the highest mean of reward − β·KL}."""
     found = {}
     for method in METHODS:
-        means = {rate: mean_objective(rows, f"rate-{rate}", method) for rate in RATES}
+        means = mean_objectives(rows, method)
         found[method] = max(means, key=means.get)
     return found
 
 
-def mean_objective(rows, world, method):
-    values = [row["figures"]["objective"][0] for row in rows
-              if (row["world"], row["method"]) == (world, method)]
-    return statistics.mean(values)
+def rates_to_try(rows):
+    """[(method, rate)] of the rates that are to be tried next: the four, or the one beyond the best where the
+    best is the lowest or the highest that was tried. None are left in the end."""
+    wanted = []
+    for method in METHODS:
+        tried = [*mean_objectives(rows, method)]
+        if not tried:
+            wanted += [(method, rate) for rate in RATES]
+            continue
+        place = BEYOND.index(best_rates(rows)[method])
+        if BEYOND[place] in (tried[0], tried[-1]):
+            for neighbour in BEYOND[max(0, place - 1):place + 2]:
+                if neighbour not in tried:
+                    wanted.append((method, neighbour))
+    return wanted
 
 
 def time_all(runs, model, rates):
@@ -172,17 +226,18 @@ def give_gap(rows):
 
 def tables(rows):
     """{title: markdown} of all tables, from the rows alone."""
-    give_gap(rows)
     rates, steps = best_rates(rows), steps_in_equal_time(rows)
-    lines = ["| reward − β·KL | " + " | ".join(f"{rate:g}" for rate in RATES) + " | steps in equal time |",
-             "|---" * (len(RATES) + 2) + "|"]
+    for row in [*rows]:
+        if row["world"] == "steps" and steps[row["method"]] == STEPS:
+            rows = [*rows, {**row, "world": "time", "figures": {**row["figures"]}}]
+    give_gap(rows)
+    lines = ["| reward − β·KL | " + " | ".join(f"{rate:g}" for rate in BEYOND) + " | steps in equal time |",
+             "|---" * (len(BEYOND) + 2) + "|"]
     for method, words in WORDS.items():
         cells = []
-        for rate in RATES:
-            values = [row["figures"]["objective"][0] for row in rows
-                      if (row["world"], row["method"]) == (f"rate-{rate}", method)]
-            mean, low, high = mean_of(values)
-            text = f"{mean:.3f} ± {(high - low) / 2:.3f}".replace("-", "−")
+        means = mean_objectives(rows, method)
+        for rate in BEYOND:
+            text = f"{means[rate]:.2f}".replace("-", "−") if rate in means else ""
             cells.append(f"**{text}**" if rate == rates[method] else text)
         lines.append(f"| {words} | {' | '.join(cells)} | {steps[method]} |")
     found = {"Learning rates": "\n".join(lines)}
@@ -192,6 +247,16 @@ def tables(rows):
         found[title] = table(rows, heads, world, WORDS)
         found[f"{title}, differences"] = compared(
             rows, [(question, (world, one), (world, control)) for question, one, control in COMPARED])
+    heads = {"on pairs it was trained on": "margin_trained", "on new pairs of the same model": "margin_new"}
+    for world, title in (("steps", "Margins, equal steps"), ("time", "Margins, equal time")):
+        found[title] = table(rows, heads, world, WORDS)
+    lines = ["| entropy per token | first step | last step |", "|---|---|---|"]
+    for method, words in WORDS.items():
+        pairs = [row["entropy"] for row in rows if row["world"] == "steps" and row["method"] == method]
+        if all(pairs):
+            first, last = (with_half([pair[nth] for pair in pairs]) for nth in (0, 1))
+            lines.append(f"| {words} | {first} | {last} |")
+    found["Entropy"] = "\n".join(lines)
     return found
 
 
@@ -206,14 +271,14 @@ def main():
     prompts = args.runs / "prompts.jsonl"
     tuning_prompts(prompts)
     models = {seed: start_of(args.runs, seed) for seed in TUNING_SEEDS}
-    jobs = []
-    for seed, model in models.items():
-        for method in METHODS:
-            for rate in RATES:
+    while wanted := rates_to_try(recorded()):
+        jobs = []
+        for seed, model in models.items():
+            for method, rate in wanted:
                 flags, *rest = flags_of(method, model, seed, rate, STEPS)
                 jobs.append((args.runs / f"rate-{rate}/{method}-s{seed}", f"{flags} --eval-data {prompts}",
                              *rest, rate))
-    measure_all(jobs, args.jobs, "rates")
+        measure_all(jobs, args.jobs, "rates")
     rates = best_rates(recorded())
     models = {seed: start_of(args.runs, seed) for seed in SEEDS}
     time_all(args.runs, models[SEEDS[0]], rates)
@@ -222,6 +287,8 @@ def main():
         jobs = []
         for seed, model in models.items():
             for method in METHODS:
+                if world == "time" and steps[method] == STEPS:
+                    continue               # it has been run for as many steps
                 jobs.append((args.runs / f"{world}/{method}-s{seed}",
                              *flags_of(method, model, seed, rates[method], steps[method]), rates[method]))
         measure_all(jobs, args.jobs, f"equal {world}")

@@ -7,17 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import IDS, byte_tokenizer, run_of, sail_args, sail_main, tiny_model
-from memory import estimate, estimate_frozen, estimate_reward_training, sizes_of
+from memory import PeakBytes, estimate, estimate_frozen, estimate_reward_training, sizes_of
 from ranks import pairs_of
 from test_errors import fails
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import GenerationConfig
 
 import evaluate
@@ -350,34 +347,6 @@ def test_gradient_checkpointing_trains_the_same_and_samples_with_its_cache(base,
     rows = run(base, tmp_path / "b", *more, "--gradient-checkpointing")
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in plain], abs=1e-6)
     assert (True, True, False) in modes and (False, False, True) in modes and (True, False, True) not in modes
-
-
-class PeakBytes(TorchDispatchMode):
-    """Inside, `peak` becomes the most bytes that tensors made inside hold at a time."""
-
-    def __init__(self):
-        super().__init__()
-        self.live = self.peak = 0
-        self.known = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
-                storage, made = tensor.untyped_storage(), function.namespace == "aten" and not any(
-                    isinstance(each, torch.Tensor)
-                    and each.untyped_storage()._cdata == tensor.untyped_storage()._cdata
-                    for each in tree_leaves((args, kwargs)))
-                if made and storage._cdata not in self.known:
-                    self.known.add(storage._cdata)
-                    self.live += storage.nbytes()
-                    weakref.finalize(storage, self.freed, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def freed(self, storage, size):
-        self.known.discard(storage)
-        self.live -= size
 
 
 def saved_model(path):
