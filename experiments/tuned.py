@@ -164,7 +164,8 @@ def best_rates(rows):
     found = {}
     for method in METHODS:
         means = mean_objectives(rows, method)
-        found[method] = max(means, key=means.get)
+        if means:
+            found[method] = max(means, key=means.get)
     return found
 
 
