@@ -1,14 +1,15 @@
-"""Preference data as tokens: render pairs of texts, turn them into token ids and explicit masks.
+"""Preference data as tokens: pairs of texts are rendered and become token ids with explicit masks.
 
-    python data.py SOURCE                what was detected, kept and dropped, how long it is, two rows
-    python data.py SOURCE --model M      the same in M's tokens and chat template
+    python data.py SOURCE                print the format, what is kept and dropped, lengths, and two pairs
+    python data.py SOURCE --model M      print the same in M's tokens and chat template
 
 How a pair becomes text:
-  - the tokenizer has a chat template: the template renders it (a string counts as one user message);
-  - it has none: strings stay as they are; messages become "\\n\\nHuman: …\\n\\nAssistant:", as in hh-rlhf.
+  - If the tokenizer has a chat template, the template renders the pair. A string counts as one user message.
+  - If it has none, strings stay as they are, and messages become "\\n\\nHuman: …\\n\\nAssistant:", as in
+    hh-rlhf.
 
-`encode` replaces a pair's texts by the texts of its token ids, which `response_text` makes, so that whatever
-reads a text reads what is trained, and no more.
+`encode` replaces the texts of a pair's responses by the texts that `response_text` makes of their token ids.
+So everything that reads a response reads exactly the text that is trained.
 """
 import json
 import math
@@ -34,39 +35,40 @@ SIDES = ("chosen", "rejected")
 
 @dataclass
 class Pair:
-    """A pair of responses to one prompt, as it is trained on. It holds their token ids and texts, and says
-    who wrote them and who labels them."""
-    # filled in by `encode`, or, where the policy responds, by `generate.roll_out`
-    prompt: str | list                       # what of the data's prompt is left in prompt_ids
-    chosen: str | None = None                # the text of chosen_ids; None if the data lacks it
+    """A pair of responses to one prompt, in the form in which it is trained. It holds the token ids and the
+    texts, and says who wrote the responses and who labels them."""
+    # set by `encode`, or by `generate.roll_out` for responses that the policy writes
+    prompt: str | list                       # what is left of the data's prompt in prompt_ids
+    chosen: str | None = None                # the text of chosen_ids; None if the data has none
     rejected: str | None = None
     prompt_ids: list = field(default_factory=list)
     chosen_ids: list = field(default_factory=list)
     rejected_ids: list = field(default_factory=list)
-    # by `sail.draw_pairs`
-    on_policy: bool = False                  # both responses are sampled from the policy: T2
-    self_labelled: bool = False              # the policy labels the pair: T3
-    label_draw: float = 0.0                  # uniform in [0, 1): draws a label that is not summed out
-    # by `generate.roll_out`
+    # set by `sail.draw_pairs`
+    on_policy: bool = False                  # both responses are sampled from the policy, so T2 applies
+    self_labelled: bool = False              # the policy labels the pair, so T3 applies
+    label_draw: float = 0.0                  # uniform in [0, 1); it draws the label if labels are sampled
+    # set by `generate.roll_out`
     samples: int = 0                         # how many of the two responses were sampled
-    sampled_tokens: int = 0                  # their length
-    unfinished: int = 0                      # how many of them have no end token
-    sampling_logps: tuple = (0.0, 0.0)       # log π of chosen, of rejected, summed as they were sampled
-    # by the data's soft labels, or by `reward.label_by_reward`
+    sampled_tokens: int = 0                  # the length of the sampled responses together
+    unfinished: int = 0                      # how many of the sampled responses have no end token
+    sampling_logps: tuple = (0.0, 0.0)       # log π(y|x) of chosen and rejected, computed in sampling
+    # set by the functions of reward.py that label pairs; until then `preference` is the data's label
     preference: float = 1.0                  # P(chosen ≻ rejected)
-    rewards: tuple = ()                      # of chosen, of rejected
-    cut_for_reward: int = 0                  # how many of the two dialogues lost their start to a classifier
-    # by `encode`, or by `generate.roll_out`
-    finished: tuple = (True, True)           # whether chosen_ids, whether rejected_ids has its end token
-    # by `generate.score_once`
-    reference_logps: torch.Tensor | None = None       # (2,): log π_ref of chosen, of rejected, where known
+    rewards: tuple = ()                      # of chosen and rejected; empty if no reward has scored them
+    cut_for_reward: int = 0                  # how many of the two dialogues a classifier cut on the left
+    # set by `encode`, or by `generate.roll_out`
+    finished: tuple = (True, True)           # whether chosen_ids and whether rejected_ids have an end token
+    # set by `generate.score_once`
+    reference_logps: torch.Tensor | None = None       # (2,): log π_ref of chosen and rejected; None: unknown
 
 # --- text to tokens -----------------------------------------------------------------------------------------
 
 def load_tokenizer(name, trust_remote_code=False, ends=True, chat_template=None):
-    """Load the tokenizer of a directory or hub name. A run's checkpoint has the tokenizer of the run's base
-    model, with the run's chat template. chat_template: see `set_chat_template`. Raises InputError if there is
-    no tokenizer, or if it has no end-of-sequence token."""
+    """Load the tokenizer of a directory or hub name. For a run's checkpoint, this is the tokenizer of the
+    run's base model with the run's chat template. ends: whether an end-of-sequence token is required.
+    chat_template: see `set_chat_template`. Raises InputError if there is no tokenizer, or if a required
+    end-of-sequence token is missing."""
     from transformers import AutoTokenizer
     run = base_of(name)
     if run is not None:
@@ -80,7 +82,7 @@ def load_tokenizer(name, trust_remote_code=False, ends=True, chat_template=None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code,
                                                   local_files_only=Path(name).is_dir())
-    except Exception as error:                           # foreign files: they can raise anything
+    except Exception as error:                           # reading foreign files can raise anything
         raise InputError(f"{name}: no tokenizer ({first_line(error)})") from None
     if ends and tokenizer.eos_token_id is None:
         raise InputError(f"{name}: its tokenizer has no end-of-sequence token; tokenizer_config.json sets it")
@@ -89,10 +91,12 @@ def load_tokenizer(name, trust_remote_code=False, ends=True, chat_template=None)
 
 
 def set_chat_template(tokenizer, name, chat_template):
-    """Set the chat template of a tokenizer, and its `template_name`, which says where it is from.
+    """Set a tokenizer's chat template, and its attribute `template_name`, which says where the template comes
+    from.
 
-    chat_template: a file, which is used in place of the tokenizer's own; "none" for no template; None for the
-    tokenizer's own, or that in chat_template.json beside it, which processors of pictures have."""
+    chat_template: a file whose template replaces the tokenizer's own; "none" for no template; None for the
+    tokenizer's own template or, if it has none, for the template in chat_template.json beside it, a file that
+    multimodal processors have."""
     from transformers.utils import cached_file
     tokenizer.template_name = "the tokenizer's own"
     if chat_template is None and not tokenizer.chat_template:
@@ -114,27 +118,29 @@ def set_chat_template(tokenizer, name, chat_template):
 
 @dataclass
 class Frame:
-    """What a tokenizer puts around every answer, as a plain question shows it."""
-    opening: str | None      # the text between the question and the answer; None if the template refuses it
+    """The text and the tokens around every answer in a tokenizer's dialogues, found by rendering one plain
+    question."""
+    opening: str | None      # the text between question and answer; None if the template refuses the question
     filler: str              # what the template itself writes at the start of the answer
-    end_ids: set             # the EOS, and the token that closes the answer
-    marks: re.Pattern        # matches the special tokens, which structure a dialogue and occur in no message
+    end_ids: set             # the ids of EOS and of the token that closes an answer
+    marks: re.Pattern        # matches special tokens and end tokens, which no message may contain
 
 
 def frame_of(tokenizer):
-    """The Frame of a tokenizer, found once for each of its states."""
+    """The Frame of a tokenizer. It is found once for each chat template, number of tokens and EOS."""
     return find_frame(tokenizer, str(tokenizer.chat_template), len(tokenizer), tokenizer.eos_token_id)
 
 
 @lru_cache(maxsize=8)
 def find_frame(tokenizer, template, size, eos_id):
-    """`frame_of` a tokenizer that has this template, number of tokens and EOS."""
+    """Find the Frame of a tokenizer. The template, the number of tokens and the EOS id are arguments because
+    the cache's key needs them: they can change."""
     added, end_ids = tokenizer.added_tokens_decoder, {eos_id}
     opening, filler = None, ""
     try:
         dialogue = Dialogue([{"role": "user", "content": "question"}], tokenizer)
     except BadRow:
-        pass                                             # a template that refuses this dialogue tells nothing
+        pass                                             # the template refuses a plain question
     else:
         opening, filler = dialogue.head.rpartition("question")[2], dialogue.filler
         for token in tokenizer(dialogue.closing, add_special_tokens=False)["input_ids"]:
@@ -161,18 +167,19 @@ def end_token_ids(tokenizer, model=None):
     return ids | {token for token in extra if token in tokenizer.added_tokens_decoder}
 
 
-template_date = None        # what a chat template that asks for today is told; a run sets it; None: the clock
+# The date that chat templates get as today's, YYYY-MM-DD. A run sets it; None stands for the clock's date.
+template_date = None
 
 
 def set_template_date(day):
-    """Tell all chat templates that today is `day`, as YYYY-MM-DD: what a run trains on does not depend on the
-    day on which it is continued or evaluated."""
+    """Make all chat templates take `day`, as YYYY-MM-DD, for today's date. Then what a run trains on does not
+    depend on the day on which the run is continued or evaluated."""
     global template_date
     template_date = day
 
 
 def without_clock(template):
-    """A chat template that is told `template_date` where it asks for today's date."""
+    """Replace the calls in a chat template that ask for today's date by `template_date`, if that is set."""
     if template_date is None:
         return template
 
@@ -183,21 +190,22 @@ def without_clock(template):
 
 
 def apply_template(tokenizer, messages, **options):
-    """The text that a tokenizer's chat template makes of messages. Raises BadRow where it refuses them."""
+    """Render messages with a tokenizer's chat template and return the text. Raises BadRow if the template
+    refuses the messages."""
     template = without_clock(tokenizer.get_chat_template())
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, chat_template=template, **options)
-    except Exception as error:                           # a template is foreign code: it can raise anything
+    except Exception as error:                           # a template is foreign code and can raise anything
         raise BadRow(f"refused by the chat template: {first_line(error)[:80]}") from None
 
 
 class Dialogue:
-    """A prompt as text, together with what the chat template writes around its answer.
+    """A prompt as text, together with the text that the chat template writes around its answer.
 
-    head: the text of the prompt up to the place where a response begins, as the policy is given it for
-    sampling. filler: what the template writes between head and answer, such as an empty block of thoughts or
-    the space after "Assistant:"; usually "". closing: what the template writes after an answer. Filler and
-    closing are found by rendering an answer that occurs in no text.
+    head: the text of the prompt up to the place where a response begins; the policy samples from this text.
+    filler: what the template writes between head and answer, such as an empty block of thoughts or the space
+    after "Assistant:"; usually "". closing: what the template writes after an answer. Filler and closing are
+    found by rendering an answer that occurs in no text.
 
     If a prompt ends in an assistant's message, this message is the beginning of the answer, and the response
     continues it."""
@@ -222,8 +230,8 @@ class Dialogue:
         self.head = opening
         if not self.started:
             self.head = apply_template(tokenizer, self.messages, add_generation_prompt=True)
-            if self.head == apply_template(tokenizer, self.messages):  # it knows no generation prompt
-                self.head = opening.rstrip(" ")                        # a space belongs to the next word
+            if self.head == apply_template(tokenizer, self.messages):  # the template has no generation prompt
+                self.head = opening.rstrip(" ")                      # its last space belongs to the next word
         if not opening.startswith(self.head):
             raise BadRow("the chat template's generation prompt does not begin an answered dialogue")
         self.filler = opening[len(self.head):]
@@ -233,7 +241,7 @@ class Dialogue:
         return not isinstance(self.messages, str) and self.messages[-1]["role"] == "assistant"
 
     def answered_by(self, answer):
-        """The template's text of the dialogue with this answer."""
+        """The text that the template makes of the whole dialogue with this answer."""
         messages = list(self.messages)
         if self.started:
             answer = messages.pop()["content"] + answer
@@ -248,13 +256,14 @@ class Dialogue:
         answer = whole[len(self.head):len(whole) - len(self.closing)]
         if whole != self.head + answer + self.closing:
             raise BadRow("the chat template rewrites the answer")
-        if answer.removeprefix(self.filler).strip() != response.strip():       # it may bring its own filler
+        # A template may leave its filler out if the response brings its own, such as thoughts.
+        if answer.removeprefix(self.filler).strip() != response.strip():
             raise BadRow("the chat template rewrites the answer")
         return answer + self.closing
 
     def rewritten(self):
-        """Whether the template leaves the text of a turn of the prompt out, or makes another text of it, as
-        of thoughts in earlier answers."""
+        """Whether the template omits or changes the text of a turn of the prompt, as many do with thoughts in
+        earlier answers."""
         if not self.template:
             return False
         for turn in self.messages:
@@ -264,7 +273,7 @@ class Dialogue:
 
 
 def plain_dialogue(messages):
-    """The text of a prompt of messages for a tokenizer without a chat template, as in hh-rlhf."""
+    """Render a prompt of messages in the format of hh-rlhf, for a tokenizer without a chat template."""
     names, text = {"user": "Human", "assistant": "Assistant", "system": "System"}, ""
     for turn in messages:
         text += f"\n\n{names[turn['role']]}: {turn['content']}"
@@ -274,14 +283,16 @@ def plain_dialogue(messages):
 
 
 def render(prompt, response, tokenizer=None):
-    """(prompt text, response text) whose concatenation is the whole dialogue; raises BadRow."""
+    """Render a prompt and a response: (prompt text, response text), whose concatenation is the whole
+    dialogue. Raises BadRow if the chat template refuses or rewrites them."""
     dialogue = Dialogue(prompt, tokenizer)
     return dialogue.head, dialogue.tail(response)
 
 
 def token_ids(text, tokenizer):
-    """The ids of a text that begins with its prompt. A chat template writes BOS itself; some tokenizers end
-    every text."""
+    """The ids of a text that begins with its prompt. The tokenizer adds its special tokens only if there is
+    no chat template, since a template writes BOS itself. An EOS that some tokenizers append to every text is
+    removed."""
     ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
     if ids and ids[-1] == tokenizer.eos_token_id and not tokenizer.chat_template:
         return ids[:-1]
@@ -289,13 +300,13 @@ def token_ids(text, tokenizer):
 
 
 def fitting_prompt(prompt, tokenizer, limit, lengths=None):
-    """Shorten a prompt to `limit` tokens: (its Dialogue, the ids of the whole prompt or of the turns that are
-    left, the ids within the limit). The length of the whole prompt is appended to `lengths`.
+    """Shorten a prompt to `limit` tokens: (the Dialogue that is left, its ids, its ids within the limit). The
+    number of tokens of the whole prompt is appended to lengths["prompt"].
 
-    A text without turns is cut from the left, but keeps a BOS token. A dialogue loses its oldest turns as a
-    whole; it keeps its system turn, and what is left begins with a user's turn. Raises BadRow if the prompt
-    is empty, if what is left is too long, or if the prompt holds special tokens, as a prompt that is
-    templated already does."""
+    A prompt without turns is cut from the left but keeps its BOS token, and only then do the last two values
+    differ. A dialogue loses whole turns, the oldest first. It keeps its system turn, and what follows begins
+    with a user's turn. Raises BadRow if the prompt has no tokens, if what is left is still too long, or if
+    the prompt contains special tokens, as a prompt does to which a template was already applied."""
     dialogue = Dialogue(prompt, tokenizer)
     if dialogue.template:
         for turn in dialogue.messages:
@@ -322,12 +333,14 @@ def fitting_prompt(prompt, tokenizer, limit, lengths=None):
 
 
 def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length, rows=math.inf, limit=None):
-    """(copies of the pairs with their ids, and with the texts of these ids, Account, lengths).
+    """Encode pairs of texts: (Pairs with ids and the texts of these ids, the Account of what was dropped, cut
+    and altered, lengths).
 
     Both responses follow the same prompt ids. A response that the data lacks has no ids. A response longer
-    than max_response_length is cut from the right, and then has no end token. lengths: {side: tokens before
-    cutting, of each row that could be rendered}. limit: how many pairs are kept; those beyond are dropped.
-    Raises InputError if an id occurs that the model, of `rows` ids, lacks."""
+    than max_response_length is cut from the right and then has no end token. lengths: {side: tokens before
+    cutting, of each text that could be rendered}. limit: how many pairs are kept at most; the rest are
+    dropped. rows: the number of ids that the model has. Raises InputError if the data contains an id that the
+    model lacks, or if no pair can be used."""
     encoded, account = [], Account()
     lengths = {"prompt": [], "chosen": [], "rejected": []}
     for place, pair in enumerate(pairs):
@@ -357,8 +370,9 @@ def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length, ro
 
 
 def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length, lengths):
-    """Encode one pair for `encode`: (a copy of the pair with its ids and their texts, the Account of what was
-    cut and altered). The pair's numbers of tokens are appended to `lengths`. Raises BadRow."""
+    """Encode one pair for `encode`: (a Pair with ids and the texts of these ids, the Account of what was cut
+    and altered). The numbers of tokens before cutting are appended to `lengths`. Raises BadRow if the pair
+    cannot be used."""
     dialogue, uncut, prompt_ids = fitting_prompt(pair.prompt, tokenizer, max_prompt_length, lengths)
     cut, altered = Counter(), Counter()
     prompt_is_cut = lengths["prompt"][-1] > len(prompt_ids)
@@ -376,12 +390,12 @@ def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length
             finished.append(True)
             continue
         text = dialogue.tail(response)
-        if not ended:                                    # its sampling was cut: nothing closes it
+        if not ended:                             # nothing closes a response that was cut when it was written
             text = text.removesuffix(dialogue.closing)
         whole = token_ids(dialogue.head + text, tokenizer)
         if whole[:len(uncut)] == uncut:
             ids = whole[len(uncut):]
-        else:                                            # a token would reach over the boundary
+        else:                                            # a token would span prompt and response
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             altered["responses whose first token would merge with the prompt"] += 1
         ids = up_to_end(ids, [tokenizer.eos_token_id] if ended else [], end_ids)
@@ -412,8 +426,8 @@ def prompt_left(prompt, dialogue, ids):
 
 
 def up_to_end(ids, end, end_ids):
-    """The ids of a response with one end token: the ids up to the first of `end_ids` in them, or else all ids
-    followed by `end`, a list of one id or an empty list."""
+    """The ids of a response up to and including its first end token, which is one of `end_ids`. If there is
+    none, all ids followed by `end`, a list of one id or an empty list."""
     for place, token in enumerate(ids):
         if token in end_ids:
             return ids[:place + 1]
@@ -421,36 +435,37 @@ def up_to_end(ids, end, end_ids):
 
 
 def response_text(tokenizer, ids, prompt_ids=()):
-    """What a reward, a judge and a reader see of a response to a prompt: its text without the end token, and
-    without the filler that the chat template itself writes at its start. White space is content.
+    """The text of a response as a reward, a judge and a reader see it: without the end token, and without the
+    filler that the chat template itself writes at its start. White space is kept.
 
-    A tokenizer that comes with a `response_template`, for models which write in channels, says what of it is
-    the answer. Without one, or if the response has not that form, special tokens inside it stay."""
+    If the tokenizer has a `response_template`, as tokenizers have for models that write in channels, the
+    template decides which part of the response is the answer. If it has none, or if the response does not fit
+    it, special tokens inside the response stay in the text."""
     ids, prompt_ids, frame = list(ids), list(prompt_ids), frame_of(tokenizer)
     if ids and getattr(tokenizer, "response_template", None):
         try:
             return tokenizer.parse_response(ids, prefix=prompt_ids).get("content") or ""
         except ValueError:
-            pass                                         # shown as it was written
+            pass                                         # the response does not fit the template
     if ids and (ids[-1] in frame.end_ids or ids[-1] in tokenizer.all_special_ids):
         ids = ids[:-1]
     text = text_after(tokenizer, ids, prompt_ids)
     prompt = tokenizer.decode(prompt_ids, clean_up_tokenization_spaces=False)
     if frame.opening is None or not prompt.endswith(frame.opening):
-        return text                                      # it continues a text or a started answer
+        return text                                      # the response continues a text or a started answer
     if frame.filler.startswith(text):
-        return ""                                        # it was cut inside the filler
+        return ""                                        # the response was cut inside the filler
     return text.removeprefix(frame.filler)
 
 
 def text_after(tokenizer, ids, before):
-    """The text of `ids`, which follow the ids `before`. Decoded alone, the ids would lose their first space
-    with a sentencepiece tokenizer."""
+    """The text of `ids` where they follow the ids `before`. If a sentencepiece tokenizer decoded `ids` alone,
+    their first space would be lost."""
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     if not ids or not before:
         return text
     first = tokenizer.convert_ids_to_tokens(ids[0])
-    if first is None or not first.startswith("▁"):       # None: an id that the vocabulary skips
+    if first is None or not first.startswith("▁"):       # None stands for an id that the vocabulary skips
         return text
     last = tokenizer.decode(before[-1:], clean_up_tokenization_spaces=False)
     both = tokenizer.decode(before[-1:] + ids, clean_up_tokenization_spaces=False)
@@ -458,8 +473,9 @@ def text_after(tokenizer, ids, before):
 
 
 def collate(prompts, responses, device="cpu"):
-    """Lists of prompt and response ids -> input_ids, attention_mask, response_mask, each (B, T), padded on
-    the right. Masks come from lengths, so the padding id (0) means nothing and may equal any real token."""
+    """Turn B lists of prompt ids and B lists of response ids into (input_ids, attention_mask, response_mask),
+    each (B, T), padded on the right. The masks follow from the lengths, so the padding id 0 means nothing and
+    may equal the id of any real token."""
     input_ids, attention_mask, response_mask = [], [], []
     for prompt, response in zip(prompts, responses, strict=True):
         ids = torch.tensor(prompt + response)
@@ -478,7 +494,7 @@ def collate(prompts, responses, device="cpu"):
 # --- the command line ---------------------------------------------------------------------------------------
 
 def length_table(lengths, unit, limits=None):
-    """Lines that show how long prompts and responses are, and how many of them a limit cuts or drops."""
+    """Lines that show how long prompts and responses are, and how many of them exceed a limit."""
     lines = []
     for side, numbers in lengths.items():
         if not numbers:
@@ -496,7 +512,7 @@ def length_table(lengths, unit, limits=None):
 
 
 def print_report(source, pairs, account):
-    """Print what `load_pairs` has found."""
+    """Print what `load_pairs` has read: the format, the counts and the range of soft labels."""
     print(f"{source}: {account.format}; {account.rows} rows, {len(pairs)} kept\n{account}")
     soft = []
     for pair in pairs:
@@ -507,7 +523,7 @@ def print_report(source, pairs, account):
 
 
 def print_as_tokens(pairs, tokenizer, limits):
-    """What `encode` makes of the pairs; two of them as the model sees them."""
+    """Print what `encode` makes of the pairs, and the first two pairs as the model sees them."""
     print(f"chat template: {tokenizer.template_name}")
     encoded, account, lengths = encode(pairs, tokenizer, end_token_ids(tokenizer), *limits)
     print(f"{len(encoded)} pairs as tokens\n{account}")
@@ -522,7 +538,7 @@ def print_as_tokens(pairs, tokenizer, limits):
 
 
 def print_as_text(pairs):
-    """How long the pairs' texts are; two of them, rendered without a chat template."""
+    """Print how long the pairs' texts are, and the first two pairs without a chat template."""
     lengths = {"prompt": [], "chosen": [], "rejected": []}
     for nth, pair in enumerate(pairs, 1):
         dialogue = Dialogue(pair.prompt)
@@ -538,7 +554,7 @@ def print_as_text(pairs):
 
 
 def print_pair(nth, prompt, chosen, rejected):
-    """A pair's texts, each on a line; without the responses that the data lacks."""
+    """Print a pair's texts, one per line. Responses that the data lacks are left out."""
     print(f"--- {nth}\nprompt:   {prompt!r}")
     if chosen:
         print(f"chosen:   {chosen!r}")
@@ -549,7 +565,7 @@ def print_pair(nth, prompt, chosen, rejected):
 @dataclass
 class Reported:
     """The settings of data.py."""
-    model: str | None = setting(None, "a directory or hub name: count and render in its tokens")
+    model: str | None = setting(None, "a directory or hub name; texts and lengths are shown in its tokens")
     chat_template: str | None = same_as(Settings, "chat_template")
     score_scale: float | None = same_as(Settings, "score_scale")
     limit: int | None = setting(None, "use the first N pairs only", low=1, metavar="N")
@@ -559,7 +575,7 @@ class Reported:
 
 
 def main(argv=None):
-    """`python data.py SOURCE [--model M]`."""
+    """The command `python data.py SOURCE [--model M]`."""
     parser = Parser("Show what a preference data set holds and how it will be read. Defaults in brackets.",
                     " SOURCE")
     parser.add_argument("source", metavar="SOURCE", help="a file or OWNER/NAME[/CONFIG][:SPLIT]")
