@@ -1,13 +1,14 @@
 """Evaluate policies side by side on held-out data, every figure with its 95 % interval.
 
-    python evaluate.py runs/mine/*                       # runs of sail.py: their own data, reward, lengths
+    python evaluate.py runs/mine/*                       # runs of sail.py, with their own settings
     python evaluate.py MODEL runs/mine                   # a run beside the model that it started from
     python evaluate.py MODEL … --data D --reward R       # any checkpoints
-    python evaluate.py --compare runs/mine/*             # what finished runs have measured: table and picture
+    python evaluate.py --compare runs/mine/*             # a table and a picture of finished runs' figures
 
-On held-out pairs: DPO loss, margin and accuracy against the reference. On responses sampled to their prompts,
-at temperature 1 as in training: reward, length, unfinished, KL(π‖π_ref), `objective`, which is reward − β·KL,
-and the win rate against the data's chosen responses, a tie counting ½, raw and length-controlled.
+The held-out pairs give DPO loss, margin and accuracy against the reference. Responses that are sampled to
+their prompts, at temperature 1 as in training, give reward, length, unfinished, KL(π‖π_ref), `objective`,
+which is reward − β·KL, and the win rate against the data's chosen responses, raw and length-controlled. A tie
+counts as half a win.
 """
 from argparse import Namespace
 from collections import defaultdict
@@ -46,7 +47,7 @@ def response_logps(model, examples, responses, dtype):
             batch = collate(*zip(*micro, strict=True))
             with computing_in(dtype, model):
                 found = sequence_logps(model, *batch)
-            if weight:                                      # it is 0 for a batch that is repeated
+            if weight:                                      # the weight is 0 for a batch that is repeated
                 logps += found.cpu()
         return logps
 
@@ -65,17 +66,20 @@ def log_ratios(policy, reference, examples, responses, dtype):
 
 def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_responses=1, step=0,
                     preference=None):
-    """Figures of a policy on held-out examples, {name: (value, low, high)}, and its samples, num_responses to
-    each prompt: first one to each, then another to each. Each step of a run draws its own.
+    """Evaluate a policy on held-out examples: (figures {name: (value, low, high)}, samples). The samples are
+    num_responses to each prompt: the first response to every prompt, then the second to every prompt, and so
+    on. Each step of a run draws new samples.
 
-    reference, reward: figures that need them are left out if they are None. Figures on the data's responses
-    are left out if the examples have none. Without a reference, as in SFT, loss is −log π per token of the
-    data's chosen responses, over all their tokens, as in training. args: beta, dtype, max_response_length,
-    sample_batch_size, and the seed of the samples. KL is estimated from the samples, as log π(y) − log
-    π_ref(y) summed over y's tokens, in nats per response. The reward decides on wins over the chosen
-    responses. Without a reward, a preference (see `load_preference`) gives the probability of each win.
+    If the reference or the reward is None, the figures that need it are left out. Figures on the data's
+    responses are left out if the examples have none. Without a reference, as in SFT, loss is −log π per token
+    of the data's chosen responses, over all their tokens, as in training. args: beta, dtype,
+    max_response_length, sample_batch_size, and the seed of the samples. KL is estimated from the samples, as
+    log π(y) − log π_ref(y) summed over y's tokens, in nats per response. The reward decides on wins over the
+    chosen responses. Without a reward, a preference (see `load_preference`) gives the probability of each
+    win.
 
-    All processes call it together, each answers and scores its share, and all get the figures of all."""
+    All processes call this function together. Each process answers and scores its share of the examples, and
+    every process returns the figures and samples of all examples."""
     if reward is not None:
         reward = as_reward(reward)
     torch.manual_seed(seeded("held-out samples", args.seed, step, *range(1, rank() + 1)))
@@ -83,9 +87,9 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
     def answer(share):
         return judged_answers(policy, tokenizer, share, reward, preference, num_responses, args)
 
-    answers = divided(answer, examples)                     # num_responses of each example
+    answers = divided(answer, examples)                     # a list of num_responses for each example
     answers = [of_example[nth] for nth in range(num_responses) for of_example in answers]
-    asked = examples * num_responses                        # of each answer
+    asked = examples * num_responses                        # the example of each answer
     responses, texts = [], []
     for answer in answers:
         responses.append(answer["ids"])
@@ -121,15 +125,16 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
 
 
 def judged_answers(policy, tokenizer, examples, reward, preference, num_responses, args):
-    """num_responses samples to each example's prompt, [[{ids, text, finished}]]: with a reward also `reward`,
-    and where something decides on wins over the data's chosen response, that `opponent` and the `win`, 1, ½
-    for a tie, 0, or a preference's probability."""
+    """Sample num_responses to each example's prompt and judge them: for each example, a list of {ids, text,
+    finished}. With a reward, each answer also has its `reward`. If a reward or a preference decides on wins
+    over the data's chosen response, each answer also has that response's text as `opponent`, and `win`: 1, ½
+    for a tie or 0, or the preference's probability."""
     prompt_ids = [example.prompt_ids for example in examples]
     with computing_in(args.dtype, policy):
         drawn, ended, _ = sample(policy, tokenizer, prompt_ids, args.max_response_length, num_responses,
                                  batch_size=args.sample_batch_size)
     asked, responses, finished = examples * num_responses, [], []
-    for nth in range(num_responses):                        # first one answer to each, then another to each
+    for nth in range(num_responses):                  # one answer to every prompt, then a second to every one
         for ids, done in zip(drawn, ended, strict=True):
             responses.append(ids[nth])
             finished.append(done[nth])
@@ -149,12 +154,14 @@ def judged_answers(policy, tokenizer, examples, reward, preference, num_response
 
 
 def responses_to_each(prompts, limit):
-    """How many responses to draw to each of so many held-out prompts: several if the limit exceeds them."""
+    """How many responses to draw to each held-out prompt, of which there are `prompts`: as many as keep their
+    sum within the limit, but at least one."""
     return max(1, limit // prompts)
 
 
 def pair_columns(policy, reference, examples, args):
-    """What is measured on the data's responses, {name: a number per example}."""
+    """Measure a policy on the data's responses: {name: a number per example}. It is empty if the data has no
+    responses that can be measured."""
     if examples[0].chosen is None:
         return {}
     chosen_ids = [example.chosen_ids for example in examples]
@@ -162,7 +169,8 @@ def pair_columns(policy, reference, examples, args):
         nll = -response_logps(policy, examples, chosen_ids, args.dtype)
         lengths = torch.tensor(list(map(len, chosen_ids)))
         loss = nll.sum() / lengths.sum()
-        # Numbers whose mean is this ratio, and whose spread is that of a ratio (Cochran, 1977, chapter 6).
+        # The mean of these numbers is this ratio, and their spread gives the ratio's standard error (Cochran,
+        # 1977, chapter 6).
         return {"loss": (loss + (nll - loss * lengths) / lengths.float().mean()).tolist()}
     if examples[0].rejected is None:
         return {}
@@ -175,8 +183,8 @@ def pair_columns(policy, reference, examples, args):
 
 
 def wins_by_reward(examples, rewards, opponents, reward):
-    """1, ½ for a tie, or 0 for each of k·n responses with these rewards, against the n opponents, which are
-    the texts of the data's chosen responses: a list of k·n."""
+    """The wins of k·n responses, given their rewards, against n opponents, which are the texts of the data's
+    chosen responses: a list of k·n numbers, 1, ½ for a tie, or 0."""
     prompts = [example.prompt for example in examples]
     finished = [example.finished[0] for example in examples]
     opponent_rewards = torch.tensor(reward(prompts, opponents, finished))
@@ -185,7 +193,8 @@ def wins_by_reward(examples, rewards, opponents, reward):
 
 
 def wins_by_preference(examples, texts, finished, opponents, preference):
-    """P(text ≻ opponent) of each of k·n responses against the n opponents, as in `wins_by_reward`."""
+    """P(text ≻ opponent) for k·n responses and their n opponents, as in `wins_by_reward`: a list of k·n
+    numbers."""
     k = len(texts) // len(examples)
     prompts, both_finished = [], []
     for example, done in zip(examples * k, finished, strict=True):
@@ -206,12 +215,13 @@ def texts_of(examples, responses, tokenizer):
 
 @dataclass
 class Evaluated(Settings, Objective):
-    """How models are evaluated. What a run was trained with is the default for it, but for its seed."""
+    """The settings of evaluate.py. For a run, the settings that it was trained with are the defaults, except
+    for its seed."""
     eval_limit: int = same_as(Settings, "eval_limit", default=256)
     preference: str | None = setting(None, "FILE.py:FUNCTION, which decides on wins if there is no reward",
                                      metavar="FILE.py:FUNCTION")
-    out: str | None = setting(None, "the figures as JSON (RUN/evaluated.json; --compare: results.json, and a "
-                                    "picture as .png, beside RUN)")
+    out: str | None = setting(None, "file for the figures as JSON (RUN/evaluated.json; with --compare: "
+                                    "results.json beside RUN, and a picture results.png)")
 
 
 FLAGS = ("out", "data", "eval_data", "prefer", "score_scale", "reward", "preference", "reference", "beta",
@@ -222,9 +232,10 @@ OF_A_RUN = ("data", "eval_data", "prefer", "score_scale", "reward", "preference"
 
 
 def find_run(path, given):
-    """(model directory or name, settings) of a run of sail.py, of one of its checkpoints, or of any other
-    model, which has the default settings. What is given on the command line comes first. Code that a run's
-    args.json names is never executed; the command line has to name it."""
+    """Find a model and its settings: (model directory or name, settings). The path names a run of sail.py,
+    one of its checkpoints, or any other model, which has the default settings. Settings that are given on the
+    command line take precedence. Code that a run's args.json names is never executed; the command line has to
+    name it."""
     model, saved = read_run(path, Evaluated, *OF_A_RUN)
     settings = Evaluated(**{"dtype": default_dtype(), **saved, **given})
     for name in ("reward", "preference"):
@@ -246,7 +257,7 @@ def refuse_replaced(run, reference):
 
 
 def held_out_pairs(args):
-    """(held-out pairs, their Account). Raises InputError if there is no held-out pair."""
+    """Load (held-out pairs, their Account). Raises InputError if there is no held-out pair."""
     if args.data is None and args.eval_data is None:
         raise InputError("no data: the models are no runs of sail.py; name some with --data or --eval-data")
     train, held_out, account, held_out_account = train_and_held_out(
@@ -259,9 +270,10 @@ def held_out_pairs(args):
 
 
 def evaluate_models(models, show, given):
-    """Sample from the models and print a table of their figures, and `show` answers of each. Write the
-    figures into each run's evaluated.json, or all of them into --out. The held-out pairs, the lengths and the
-    seed are the same for all models: those of the first run among them."""
+    """Sample from the models, print a table of their figures, and print `show` answers of each. Write the
+    figures into each run's evaluated.json, or all of them into --out. All models are evaluated with the
+    settings of the first run among them, so the held-out pairs, the lengths and the seed are the same for
+    all."""
     if "out" in given:
         refuse_output(given["out"], are_figures)
     runs = [find_run(path, given) for path in models]
@@ -292,8 +304,8 @@ def evaluate_models(models, show, given):
               f"{len(examples)} prompts …", flush=True)
         results[name], samples[name] = evaluate_policy(policy, reference, tokenizer, examples, reward, args,
                                                        each, preference=preference)
-        del policy                                         # before the next one is loaded
-    account.add(changes)                                   # of the last model
+        del policy                                         # before the next model is loaded
+    account.add(changes)                                   # as counted for the last model
     account.add(unscorable)
     print(f"\n{args.eval_data or args.data}: {len(examples)} held-out pairs\n{account}\n"
           f"{each * len(examples)} new samples of each model; reference {reference_name}; {judge}, which "
@@ -306,8 +318,8 @@ def evaluate_models(models, show, given):
 
 
 def load_judge(args):
-    """Load what decides on wins: (reward, preference, its name for the user). The reward comes first; what is
-    not loaded is None."""
+    """Load what decides on wins: (reward, preference, a description of it for the user). A preference is
+    loaded only if there is no reward. What is not loaded is None."""
     if args.reward:
         reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
         return reward, None, f"reward {args.reward}"
@@ -317,10 +329,10 @@ def load_judge(args):
 
 
 def print_differences(samples, prompts, beta):
-    """Print by how much the reward − β·KL of each model exceeds the first model's, prompt by prompt, which is
-    less noisy than the difference of two rows of the table. samples: {model: rows}, as `evaluate_policy`
-    returns them; prompts: {model: how many}. Nothing is printed for one model, or without a reward and a
-    reference."""
+    """Print by how much the reward − β·KL of each model exceeds that of the first model, prompt by prompt,
+    which is less noisy than the difference of two rows of the table. samples: {model: rows}, as
+    `evaluate_policy` returns them; prompts: {model: number of prompts}. Nothing is printed for a single
+    model, or without a reward and a reference."""
     objectives = {}
     for name, rows in samples.items():
         if not {"reward", "kl"} <= rows[0].keys():
@@ -380,8 +392,9 @@ def write_evaluated(results, models, runs, out):
 # --- the best possible --------------------------------------------------------------------------------------
 
 def best_possible(models, samples, given):
-    """(the row at β, all rows, the run's path) of `frontier`, by the first run that has a reference and a
-    reward. Raises InputError if there is none, or if the samples are too few."""
+    """Compute the best possible, by `frontier`, for the first run that has a reference and a reward: (the row
+    at β, all rows, the run's path). Raises InputError if there is no such run, or if the samples are too
+    few."""
     runs = []
     for path in models:
         _, run = find_run(path, given)
@@ -399,7 +412,8 @@ def best_possible(models, samples, given):
 
 
 def reference_rewards(args, count):
-    """The rewards of `count` samples of a run's reference to each held-out prompt, a list for each prompt."""
+    """Sample `count` responses of a run's reference to each held-out prompt, and return their rewards, a list
+    for each prompt."""
     set_template_date(args.date)
     lengths = args.max_prompt_length, args.max_response_length
     reference, tokenizer = load_frozen(args.reference, args.dtype, trust_remote_code=args.trust_remote_code,
@@ -410,7 +424,7 @@ def reference_rewards(args, count):
                             limit=args.eval_limit)
     held_out, _ = drop_unscorable(held_out, reward)
     by_prompt = {}
-    for example in held_out:                    # each prompt once
+    for example in held_out:                    # every prompt is sampled once
         by_prompt[str(example.prompt)] = example
     examples = list(by_prompt.values())
     prompt_ids = [example.prompt_ids for example in examples]
@@ -426,7 +440,8 @@ def reference_rewards(args, count):
 
 
 def parse_args(argv=None):
-    """(models, what they are to be used for, settings that were given) of a command line."""
+    """Parse a command line: (models, the task as a namespace of compare, show and frontier, the settings that
+    were given)."""
     parser = Parser("Evaluate runs of sail.py, with their own settings, or any checkpoints. Defaults in "
                     "brackets.", " RUN …")
     add = parser.add_argument
@@ -440,7 +455,7 @@ def parse_args(argv=None):
     parser.add_settings(Evaluated, *FLAGS)
     given = vars(parser.parse_args(argv))
     paths = given.pop("models", [])
-    models = [path for path in paths if not Path(path).is_file()]                # as runs/mine/results.json
+    models = [path for path in paths if not Path(path).is_file()]                # a results.json is no model
     if not models:
         parser.error("want the directory of a run or a model")
     task = Namespace(**{name: given.pop(name) for name in ("compare", "show", "frontier")})
@@ -450,7 +465,7 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """`python evaluate.py RUN …`."""
+    """The command `python evaluate.py RUN …`."""
     models, task, given = parse_args(argv)
     if not task.compare:
         return evaluate_models(models, task.show, given)
