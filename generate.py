@@ -1,16 +1,18 @@
-"""A policy: load it, adapt it, score with it, and sample from it exactly the distribution that is scored.
+"""A policy: load it, adapt it, score with it, and sample from exactly the distribution that is scored.
 
     python generate.py --model M --data D --out responses.jsonl     # prompt, response, tokens, finished
     python generate.py --model RUN --n 4                            # four answers to each held-out prompt
 
 SAIL's second term is the score of the distribution that was sampled from. So `sample` draws from the full
 softmax, whatever the checkpoint's generation_config says, and hands on the very ids it drew; `sequence_logps`
-scores these ids under the same softmax. The two log-probabilities differ by rounding alone, because a cache
-of keys and a whole row are summed in different orders. `sampler_gap` in metrics.jsonl is the root mean square
-of this difference in log π(y|x) over a step's responses. In float32 it is negligible; in bfloat16 it is some
-tenths of a nat, although the output layer computes in float32 ("Sampler gap" in experiments/README.md).
+scores these ids under the same softmax. The two log-probabilities differ by rounding alone, because decoding
+with a cache of keys and scoring a whole row add numbers up in different orders. `sampler_gap` in
+metrics.jsonl is the root mean square of this difference in log π(y|x) over a step's responses. In float32 it
+is negligible; in bfloat16 it is some tenths of a nat, although the output layer computes in float32 ("Sampler
+gap" in experiments/README.md).
 
-Shapes: B rows, T tokens of prompt and response with padding, P of the prompt, V vocabulary, N scored tokens.
+Shapes: B rows; T tokens of prompt, response and padding; P tokens of the prompt; V ids in the vocabulary; N
+tokens that are scored.
 """
 import copy
 import math
@@ -39,17 +41,18 @@ from formats import TextPair, load_pairs, train_and_held_out
 
 
 def load_policy(name, trust_remote_code=False, lengths=(0, 0), whole=True, chat_template=None):
-    """(model, tokenizer): a causal language model in float32 without dropout, on the CPU, of a directory
-    (without the network), of a run's checkpoint, or of a hub name. Ids that the tokenizer cannot produce get
-    no probability, in sampling and scoring alike. Not whole: modules without weights, on the meta device.
-    chat_template: see `load_tokenizer`. Raises InputError if there is nothing to load, or if the model has
-    too few positions for `lengths`, of the prompt and of the response."""
+    """Load (model, tokenizer): a causal language model in float32 without dropout, on the CPU. name: a
+    directory, which is loaded without the network, a run's checkpoint, or a hub name. Ids that the tokenizer
+    cannot produce get no probability, in sampling and scoring alike. lengths: the most tokens of a prompt and
+    of a response. With whole=False the model is built on the meta device, without weights. chat_template: see
+    `set_chat_template`. Raises InputError if there is nothing to load, or if the model has too few positions
+    for both lengths together."""
     from transformers import AutoModelForCausalLM
     tokenizer = load_tokenizer(name, trust_remote_code, chat_template=chat_template)
     model = load_model(AutoModelForCausalLM, name, trust_remote_code, whole=whole)
     prepare(model, tokenizer, name)
     model.generation_config.eos_token_id = sorted(end_token_ids(tokenizer, model))      # saved with the model
-    model.generation_config._from_model_config = False     # or other tools take config.json's end token
+    model.generation_config._from_model_config = False    # otherwise other tools take config.json's end token
     positions = positions_of(model)
     if sum(lengths) > positions:
         raise InputError(f"{name} takes {positions} tokens, --max-prompt-length {lengths[0]} and "
@@ -63,9 +66,10 @@ def load_model(auto_class, name, trust_remote_code=False, may_lack=frozenset(), 
     directory. For a run's checkpoint, the run's base model is loaded and the trained weights are put into it.
     With whole=False the model is built on the meta device, without weights.
 
-    Raises InputError if there is no such model, if the checkpoint lacks weights that are not in `may_lack`,
-    which transformers would invent, or if it holds tensors that are not in `may_leave`, which transformers
-    would drop."""
+    Raises InputError if there is no such model, if the checkpoint lacks a weight, which transformers would
+    fill with random numbers, or if it holds a tensor that has no place in the model, which transformers would
+    drop. may_lack, may_leave: the names of weights that may be lacking, and of tensors that may be
+    dropped."""
     from transformers import AutoConfig
     run = base_of(name)
     if run is not None:
@@ -77,7 +81,7 @@ def load_model(auto_class, name, trust_remote_code=False, may_lack=frozenset(), 
         model.name_or_path = str(name)
         return model
     from transformers.utils import logging
-    logging.set_verbosity_error()                   # its report of missing weights is told below, in one line
+    logging.set_verbosity_error()                   # missing weights are reported below, in one line
     logging.disable_progress_bar()
     kind = auto_class.__name__.removeprefix("AutoModelFor")
     options.update(trust_remote_code=trust_remote_code, local_files_only=Path(name).is_dir())
@@ -89,7 +93,7 @@ def load_model(auto_class, name, trust_remote_code=False, may_lack=frozenset(), 
         model, loading = auto_class.from_pretrained(name, output_loading_info=True, dtype=torch.float32,
                                                     **options)
     left_over = sorted(set(loading["unexpected_keys"]) - may_leave)
-    if left_over:                                   # but those that transformers itself declares harmless
+    if left_over:                                   # transformers has taken out those that it calls harmless
         raise InputError(f"{name}: its files hold {len(left_over)} tensors for which its configuration has "
                          f"no place, as {', '.join(left_over[:3])}; without them it would be another model")
     lacking = loading["missing_keys"] - may_lack
@@ -126,7 +130,7 @@ def positions_of(model):
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     rope = getattr(config, "rope_parameters", None) or {}
-    kinds = [each for each in rope.values() if isinstance(each, dict)] or [rope]      # for each kind of layer
+    kinds = [each for each in rope.values() if isinstance(each, dict)] or [rope]  # one for each kind of layer
     for kind in kinds:
         rope_type = kind.get("rope_type") or "default"
         if rope_type == "longrope" or "dynamic" in rope_type:
@@ -135,18 +139,19 @@ def positions_of(model):
 
 
 def prepare(model, tokenizer, name="model"):
-    """Switch dropout off for good, mask the ids beyond the tokenizer's, allow packed rows if the model can
-    take them; returns the model. Raises InputError if it cannot be sampled from and scored."""
+    """Prepare a model for sampling and scoring, and return it. Dropout is switched off for good, the output
+    layer computes in float32, the ids beyond the tokenizer's are masked, and packed rows are allowed if the
+    model can take them. Raises InputError if the model cannot be sampled from and scored."""
     switch_dropout_off(model)
     known = max(tokenizer.get_vocab().values()) + 1
     head = model.get_output_embeddings()
     rows = head.weight.shape[0]
-    if max(end_token_ids(tokenizer, model)) >= rows:     # other ids without a row may well occur in no text
+    if max(end_token_ids(tokenizer, model)) >= rows:     # other ids without a row may never occur in a text
         raise InputError(f"{name}: the tokenizer has {known} ids, the model only {rows}, and an end token is "
                          "among the others; wrong tokenizer?")
     try:
         if model.device.type != "meta":
-            allow_packing(model)                         # before ids are masked: it compares logits
+            allow_packing(model)                         # before ids are masked, since it compares logits
             try_out(model)
     except (TypeError, ValueError, AttributeError, IndexError, KeyError, RuntimeError) as error:
         raise InputError(f"{name}: {type(model).__name__} lacks logits_to_keep, position_ids, or the usual "
@@ -172,27 +177,29 @@ def compute_in_float32(layer):
 
 
 def switch_dropout_off(model):
-    """Set the rate of every dropout, and a router's noise, to 0, in train mode too."""
+    """Set the rate of every dropout, and the noise of a router, to 0. They then stay off in train mode."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for attribute, value in vars(module).items():
-            is_noise = "drop" in attribute or "jitter" in attribute  # of functional.dropout, of a router
+            is_noise = "drop" in attribute or "jitter" in attribute  # of functional.dropout, or of a router
             if is_noise and isinstance(value, float):
                 setattr(module, attribute, 0.0)
 
 
 @torch.no_grad()
 def try_out(model):
-    """Sample from the model and score that, as training will; raises what a model raises that cannot."""
+    """Sample two tokens for each of two prompts and score them, as training will. A model that cannot do this
+    raises its own exception."""
     prompts, no_ends = [[0, 1, 1], [1]], torch.tensor([], dtype=torch.long, device=model.device)
     responses, _ = draw(model, prompts, no_ends, 2, 1, 1.0)
     sequence_logps(model, *collate(prompts, responses, model.device))
 
 
 def load_models(args):
-    """(policy, reference, tokenizer) of a run of sail.py, adapted and placed. The reference is None for sft,
-    and the policy without its adapter if it has one."""
+    """Load (policy, reference, tokenizer) of a run of sail.py, adapted and placed. The reference is None for
+    sft. If the policy trains an adapter and the reference is its base model, the reference is the policy
+    without the adapter."""
     models, tokenizer = load_parts(args)
     place(models, args)
     policy, reference = models[0], None
@@ -225,14 +232,15 @@ def load_parts(args):
 
 
 def has_weights(settings):
-    """Whether this process loads a model's weights; with --shard, rank 0 does and hands out the parts."""
+    """Whether this process loads a model's weights. With --shard only rank 0 loads them, and it sends the
+    other processes their parts."""
     return rank() == 0 or not settings.shard
 
 
 @fails_together
 def place(models, settings):
-    """Put models, of which the first is trained, where they compute: on this process's device or, with
-    --shard, split over the processes; frozen linear layers in bfloat16 if that is the dtype."""
+    """Move models to where they compute: to this process's device or, with --shard, in parts to all
+    processes. The first model is trained. Frozen linear layers are held in bfloat16 if that is the dtype."""
     device = own_device()
     for model in models:
         if settings.dtype == "bfloat16":
@@ -247,7 +255,8 @@ def place(models, settings):
 
 
 def load_frozen(name, dtype, **options):
-    """`load_policy` of a model that is not trained, placed on this process's device."""
+    """Load (model, tokenizer) as `load_policy` does, for a model that is not trained, and move the model to
+    this process's device. Its linear layers are held in bfloat16 if that is the dtype."""
     model, tokenizer = load_policy(name, **options)
     model.requires_grad_(False)
     if dtype == "bfloat16":
@@ -256,9 +265,9 @@ def load_frozen(name, dtype, **options):
 
 
 def hold_frozen_in_bfloat16(model):
-    """Hold the frozen weights of linear layers in bfloat16, to which autocast would round them at each
-    forward: the same results in less memory. What autocast does not round stays in float32: the embedding and
-    the output layers."""
+    """Hold the frozen weights of linear layers in bfloat16. Autocast would round them to bfloat16 at each
+    forward, so the results are the same and take less memory. The embedding and the output layers stay in
+    float32, since autocast does not round them."""
     kept = [model.get_input_embeddings().weight, *(head.weight for head in heads_of(model))]
     if model.get_output_embeddings() is not None:
         kept.append(model.get_output_embeddings().weight)
@@ -269,7 +278,8 @@ def hold_frozen_in_bfloat16(model):
 
 
 def heads_of(model):
-    """The linear layers of a sequence classifier that make its logits; none of a language model."""
+    """The linear layers that make the logits of a sequence classifier. The list is empty for a language
+    model."""
     heads = []
     for name, module in model.named_children():
         if name in ("score", "classifier"):
@@ -288,9 +298,9 @@ def copy_settings_of_rank_0(model):
 
 
 def add_adapter(model, rank, seed=0):
-    """Make a new LoRA adapter (arXiv 2106.09685) all that is trained, beside a classifier's head: of this
-    rank, with alpha 2·rank, on every linear layer but the output layer. Returns peft's object that can merge
-    it."""
+    """Add a new LoRA adapter (arXiv 2106.09685) of this rank, with alpha 2·rank, to every linear layer but
+    the output layer. After that only the adapter and the head of a classifier are trained. Returns the object
+    of peft that can merge the adapter."""
     import peft
     device = model.device
     model.requires_grad_(False)
@@ -299,7 +309,7 @@ def add_adapter(model, rank, seed=0):
     config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
                              task_type="SEQ_CLS" if heads else "CAUSAL_LM",
                              base_model_name_or_path=model.name_or_path)
-    tuner = peft.LoraModel(model, config, "default")                 # it changes the model itself
+    tuner = peft.LoraModel(model, config, "default")                 # this changes the model itself
     for head in heads:
         head.requires_grad_(True)
     model.to(device)
@@ -307,9 +317,9 @@ def add_adapter(model, rank, seed=0):
 
 
 class AdapterReference:
-    """The reference of a policy that trains an adapter, to be called like a model: the policy with its
-    adapter scaled by 0. Nothing is copied, and which parameters are trained is untouched, also if a call
-    fails."""
+    """The reference of a policy that trains an adapter. It is called like a model and computes with the
+    policy, whose adapter it scales by 0. Nothing is copied. A call leaves the adapter's scale and the set of
+    trained parameters as they were, even if the call fails."""
 
     def __init__(self, policy):
         self.policy = policy
@@ -330,18 +340,19 @@ class AdapterReference:
 # --- score --------------------------------------------------------------------------------------------------
 
 def sequence_logps(model, input_ids, attention_mask, response_mask):
-    """log π(y|x): the log-probabilities of a row's response tokens, summed; (B,), float32 at least.
+    """log π(y|x), the sum of the log-probabilities of each row's response tokens: (B,), in float32 at least.
 
     input_ids, attention_mask, response_mask: (B, T), padded on either side; response_mask is 1 on the
-    response's tokens, its end token included. On the CPU they make no GPU wait."""
+    response's tokens, its end token included. If they are on the CPU, the CPU never has to wait for a GPU."""
     rows, tokens = scored_tokens(model, input_ids, response_mask)
     logps = response_logits(model, input_ids, attention_mask, response_mask).log_softmax(-1)          # (N, V)
     return sum_rows(logps.gather(-1, tokens[:, None])[:, 0], rows, len(input_ids))
 
 
 def sequence_logps_and_revkl(model, reference, input_ids, attention_mask, response_mask):
-    """(log π, log π_ref, RevKL), (B,) each: RevKL is Σ_tokens KL(π_ref(·|context) ‖ π(·|context)), exact over
-    the vocabulary (arXiv 2606.31524). One forward of each model; no gradient through the reference."""
+    """(log π, log π_ref, RevKL), (B,) each. RevKL is Σ_tokens KL(π_ref(·|context) ‖ π(·|context)), exact over
+    the vocabulary (arXiv 2606.31524). Each model makes one forward, and no gradient flows through the
+    reference."""
     rows, tokens = scored_tokens(model, input_ids, response_mask)
     batch = input_ids, attention_mask, response_mask
     ours = response_logits(model, *batch).log_softmax(-1)              # (N, V)
@@ -359,8 +370,8 @@ def response_tokens(pair):
 
 
 def collate_pairs(pairs):
-    """`collate` of the chosen responses and then of the rejected ones, to be scored in one forward: (2B, T)
-    each."""
+    """Collate the chosen responses of B pairs and then the rejected ones, to be scored in one forward:
+    (input_ids, attention_mask, response_mask), (2B, T) each."""
     prompts = [pair.prompt_ids for pair in pairs]
     chosen = [pair.chosen_ids for pair in pairs]
     rejected = [pair.rejected_ids for pair in pairs]
@@ -368,15 +379,15 @@ def collate_pairs(pairs):
 
 
 def pair_logps(model, pairs, dtype="float32"):
-    """`sequence_logps` of the chosen and the rejected responses, (2, B)."""
+    """log π(y|x) of the chosen and the rejected responses of B pairs, (2, B)."""
     with computing_in(dtype, model):
         return sequence_logps(model, *collate_pairs(pairs)).unflatten(0, (2, len(pairs)))
 
 
 @torch.no_grad()
 def reference_logps(reference, pairs, dtype="float32"):
-    """The reference's log-probabilities of the pairs, (2, B): those that `score_once` has entered into them,
-    or else computed here."""
+    """The reference's log-probabilities of the pairs, (2, B). They are taken from the pairs if `score_once`
+    has entered them there, and computed otherwise."""
     known = [pair.reference_logps for pair in pairs]
     if any(logps is None for logps in known):
         return pair_logps(reference, pairs, dtype)
@@ -393,7 +404,7 @@ def score_once(reference, policy, pairs, dtype="float32"):
         batches = with_equal_counts(micro_batches(share, response_tokens, policy), policy)
         for micro, weight in progress(batches, "log-probabilities of the reference, batches"):
             logps = pair_logps(reference, micro, dtype)
-            if weight:                                                 # it is 0 for a batch that is repeated
+            if weight:                                                 # the weight is 0 for a repeated batch
                 scored += logps.T.cpu()
         return scored
 
@@ -402,28 +413,28 @@ def score_once(reference, policy, pairs, dtype="float32"):
 
 
 def scored_tokens(model, input_ids, response_mask):
-    """The rows and the ids of the response's tokens, one row after another, on the model's device: (N,)."""
+    """(the row, the id) of each response token, (N,) each, one row after another, on the model's device."""
     device = next(model.parameters()).device
     scored = response_mask[:, 1:].bool()                               # (B, T−1): place t predicts token t+1
     return sent(scored.nonzero()[:, 0], device), sent(input_ids[:, 1:][scored], device)
 
 
 def sum_rows(values, rows, n):
-    """The sums of values (N,) over the tokens of each of n rows, (n,)."""
+    """Sum values (N,) over the tokens of each of n rows: (n,). rows: (N,), the row of each value."""
     return values.new_zeros(n).index_add(0, rows, values)
 
 
 def response_logits(model, input_ids, attention_mask, response_mask):
-    """The logits that predict the response's tokens, (N, V), in float32 at least. The model computes no other
-    logits."""
-    if is_packed(model):                                               # the same, faster: runtime/packing.py
+    """The logits that predict the response's tokens, (N, V), in float32 at least. The model computes logits
+    only at positions where they are needed for some row."""
+    if is_packed(model):                                     # the same logits, faster: see runtime/packing.py
         logits = packed_logits(model, input_ids, attention_mask, response_mask)
     else:
         device = next(model.parameters()).device
         scored = response_mask[:, 1:].bool()
-        columns = scored.any(0).nonzero()[:, 0]                        # those that any row needs
+        columns = scored.any(0).nonzero()[:, 0]                        # the columns that any row needs
         rows, places = scored[:, columns].nonzero(as_tuple=True)       # (N,) each
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)    # (B, T): padding does not move a token
+        position_ids = (attention_mask.cumsum(-1) - 1).clamp(min=0)    # (B, T): padding does not count
         output = model(
             input_ids=sent(input_ids, device), attention_mask=sent(attention_mask, device),
             position_ids=sent(position_ids, device), logits_to_keep=sent(columns, device), use_cache=False)
@@ -436,13 +447,13 @@ def response_logits(model, input_ids, attention_mask, response_mask):
 @torch.no_grad()
 def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, temperature=1.0,
            batch_size=64):
-    """Draw `num_responses` responses to each prompt (lists of ids) from the full softmax at `temperature`; at
-    0, the likeliest token each time. Uses torch's global random state.
+    """Draw `num_responses` responses to each prompt, a list of ids, from the full softmax at `temperature`.
+    At temperature 0 each token is the likeliest one. The draws use torch's global random state.
 
-    Returns (responses, finished, logps), with a list of num_responses entries per prompt: the generated ids,
-    up to and with the first end token; whether there is one, as a response that reaches max_response_length
-    gets none; the sum of the log-probabilities with which the ids were drawn. Raises InputError if the logits
-    are not finite."""
+    Returns (responses, finished, logps), each with a list of num_responses entries per prompt. responses: the
+    generated ids, up to and including the first end token. finished: whether the response has an end token;
+    if not, it was cut at max_response_length. logps: the sum of the log-probabilities with which the ids were
+    drawn. Raises InputError if the logits are not finite."""
     end_ids = torch.tensor(sorted(end_token_ids(tokenizer, model)), device=model.device)
     by_length = sorted(range(len(prompt_ids)), key=lambda place: len(prompt_ids[place]))
     responses, logps = [None] * len(prompt_ids), [None] * len(prompt_ids)
@@ -461,8 +472,9 @@ def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, t
 
 
 def draw(model, prompt_ids, end_ids, max_response_length, num_responses, temperature):
-    """`sample` for one batch: (responses, log-probabilities), num_responses consecutive lists of ids per
-    prompt. A prompt is read once, for all its responses; a finished response leaves the batch."""
+    """Draw the responses of one batch for `sample`: (responses, log-probabilities), with num_responses
+    consecutive entries per prompt. A prompt is read once for all its responses, and a finished response
+    leaves the batch."""
     from transformers import DynamicCache
     prompts = [torch.tensor(ids, device=model.device) for ids in prompt_ids]
     tokens = pad_sequence(prompts, batch_first=True, padding_side="left")                           # (B, P)
@@ -477,9 +489,9 @@ def draw(model, prompt_ids, end_ids, max_response_length, num_responses, tempera
     mask = mask.repeat_interleave(num_responses, 0)
     positions = positions[:, -1:].repeat_interleave(num_responses, 0)                               # (B, 1)
     responses = [[] for _ in range(len(mask))]
-    going = list(responses)                                            # those without an end token yet
+    going = list(responses)                                            # responses without an end token so far
     logps = torch.zeros(len(mask), dtype=torch.float64, device=model.device)
-    rows = torch.arange(len(mask), device=model.device)                # of `going` in `logps`
+    rows = torch.arange(len(mask), device=model.device)                # the places of `going` in `logps`
     what = f"responses to {len(prompt_ids)} prompts, tokens"
     for length in progress(range(1, max_response_length + 1), what):
         tokens, token_logps = draw_tokens(logits, temperature)                                      # (B, 1)
@@ -500,15 +512,16 @@ def draw(model, prompt_ids, end_ids, max_response_length, num_responses, tempera
 
 
 def next_logits(model, tokens, mask, positions, cache):
-    """The logits after each row's last token, (B, V), float32; the cache takes up the tokens."""
+    """The logits after each row's last token, (B, V), in float32. The keys and values of the tokens are added
+    to the cache."""
     logits = model(input_ids=tokens, attention_mask=mask, position_ids=positions, logits_to_keep=1,
                    cache=cache, use_cache=True).logits
     return logits[:, -1].float()
 
 
 def draw_tokens(logits, temperature):
-    """(a token of each row, its log-probability), (B, 1) each, from the softmax of logits (B, V) at
-    `temperature`."""
+    """Draw a token for each row from the softmax of logits (B, V) at `temperature`: (tokens, their
+    log-probabilities), (B, 1) each. Raises InputError if the logits are not finite."""
     probabilities = (logits / max(temperature, 1e-30)).softmax(-1)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
@@ -522,7 +535,7 @@ def draw_tokens(logits, temperature):
 @fails_together
 def roll_out(policy, tokenizer, pairs, sides, args):
     """Copies of the pairs in which samples of the policy, as ids and text, replace the responses on `sides`.
-    Two equal samples stay a pair: dropping them would bias T2."""
+    A pair of two equal samples is kept, because dropping it would bias T2."""
     if not sides:
         return pairs
     policy.eval()
@@ -533,7 +546,7 @@ def roll_out(policy, tokenizer, pairs, sides, args):
     sampled = []
     for pair, ids_of_sides, done, sums in zip(pairs, responses, finished, logps, strict=True):
         finished_of, logps_of = dict(zip(SIDES, pair.finished, strict=True)), dict.fromkeys(SIDES, 0.0)
-        new = {"preference": 1.0, "reference_logps": None}             # the data's were of another response
+        new = {"preference": 1.0, "reference_logps": None}      # the data's values belong to another response
         logps_of.update(zip(sides, sums, strict=True))
         for side, ids, ended in zip(sides, ids_of_sides, done, strict=True):
             new[f"{side}_ids"] = ids
@@ -549,15 +562,15 @@ def roll_out(policy, tokenizer, pairs, sides, args):
 
 @dataclass
 class Answers:
-    """The settings of generate.py. Fields without a help are no flags."""
+    """The settings of generate.py. Fields without a help text are no flags."""
     model: str | None = setting(None, "a directory or hub name; a run's directory stands for its model, its "
                                       "lengths and its held-out prompts")
-    data: str | None = setting(None, "a .jsonl, .json, .csv or .parquet file, or a hub name: its prompts; or "
-                                     "a run: its held-out prompts, and its lengths")
+    data: str | None = setting(None, "a .jsonl, .json, .csv or .parquet file, or a hub name, for its "
+                                     "prompts; or a run, for its held-out prompts and its lengths")
     n: int = setting(1, "responses to each prompt", low=1, metavar="N")
-    out: str = setting("responses.jsonl", "JSON lines")
+    out: str = setting("responses.jsonl", "file for the responses, as JSON lines")
     limit: int | None = setting(None, "answer the first N prompts only", low=1, metavar="N")
-    temperature: float = setting(1.0, "0: the likeliest token each time", low=0)
+    temperature: float = setting(1.0, "at 0 each token is the likeliest one", low=0)
     max_prompt_length: int = same_as(Settings, "max_prompt_length")
     max_response_length: int = same_as(Settings, "max_response_length", default=128)
     sample_batch_size: int = same_as(Settings, "sample_batch_size")
@@ -569,13 +582,15 @@ class Answers:
     date: str | None = same_as(Settings, "date")
 
 
-# What is a run's unless the command line says otherwise. Its chat template is in its model's tokenizer.
+# The settings that are taken from a run unless the command line gives them. The run's chat template is in its
+# model's tokenizer.
 OF_A_RUN = ("data", "eval_data", "max_prompt_length", "max_response_length", "sample_batch_size", "dtype",
             "date")
 
 
 def load_answerer(args):
-    """(model, tokenizer) that answers in the dtype of the settings, which are completed."""
+    """Load (model, tokenizer), frozen and in the dtype of the settings. If the settings have no dtype, they
+    get the default one."""
     args.dtype = args.dtype or default_dtype()
     return load_frozen(args.model, args.dtype, trust_remote_code=args.trust_remote_code,
                        chat_template=args.chat_template,
@@ -583,7 +598,7 @@ def load_answerer(args):
 
 
 def load_held_out_prompts(run, args):
-    """The held-out prompts of a run with these settings. Raises InputError without any."""
+    """Load the held-out prompts of a run with these settings. Raises InputError if there are none."""
     train, held_out, account, held_out_account = train_and_held_out(args.data, args.eval_data)
     if args.eval_data:
         print_report(args.eval_data, held_out, held_out_account)
@@ -597,16 +612,16 @@ def load_held_out_prompts(run, args):
 
 
 def load_prompts(args):
-    """The prompts of --data."""
+    """Load the prompts of --data."""
     pairs, account = load_pairs(args.data, args.limit)
     print_report(args.data, pairs, account)
     return [pair.prompt for pair in pairs]
 
 
 def answer(model, tokenizer, prompts, temperature, args, num_responses=1):
-    """([{prompt, response, tokens, finished}], Account of the prompts): responses to each prompt that can be
-    asked, those to one prompt after another. A row's prompt is what the model saw, without the turns that
-    were cut. Raises InputError if no prompt can be asked."""
+    """Sample num_responses responses to each prompt that can be asked: ([{prompt, response, tokens,
+    finished}], the Account of the prompts). Responses to the same prompt follow each other. A row's prompt is
+    what the model saw, without the turns that were cut. Raises InputError if no prompt can be asked."""
     pairs = [TextPair(prompt) for prompt in prompts]
     vocabulary = model.get_input_embeddings().weight.shape[0]
     examples, account, _ = encode(pairs, tokenizer, end_token_ids(tokenizer, model), args.max_prompt_length,
@@ -624,13 +639,13 @@ def answer(model, tokenizer, prompts, temperature, args, num_responses=1):
 
 
 def main():
-    """`python generate.py --model M --data D --out FILE`."""
+    """The command `python generate.py --model M --data D --out FILE`."""
     parser = Parser("Sample responses to each prompt of a data set. Defaults in brackets.")
     parser.add_settings(Answers)
     given = vars(parser.parse_args())
     if "model" not in given:
         parser.error("argument --model: want a directory or a hub name")
-    source = given["model"]                                            # a run, whose prompts are answered
+    source = given["model"]                                            # the run whose prompts are answered
     if is_run_directory(Path(given.get("data", source))):
         source = given.pop("data", source)
     model, _ = read_run(given["model"], Answers)
