@@ -1,15 +1,17 @@
-"""Rewards, and labels by them: a callable (prompts, responses) -> floats, one per response; higher is better.
+"""Rewards, and the labels that follow from them.
 
     python reward.py --reward R --responses FILE --out scored.jsonl      # adds a "reward" to every line
-    python reward.py --reward R --responses FILE --pairs pairs.jsonl     # and pairs: best and worst of n
-    python reward.py --train --model M --data PAIRS --out DIR            # a reward model, DIR/model
+    python reward.py --reward R --responses FILE --pairs pairs.jsonl     # also pairs the best and worst of n
+    python reward.py --train --model M --data PAIRS --out DIR            # trains a reward model, DIR/model
 
-R is `FILE.py:FUNCTION`, your own callable, or the directory or hub name of a sequence classifier with one
-logit. A prompt is what formats.py gives: a string, or a list of {role, content} messages. M is a causal
-language model, whose score head is drawn, or such a classifier; it is trained by Bradley-Terry's likelihood.
+A reward is a callable (prompts, responses) -> floats, one per response; higher is better. R is your own
+callable, `FILE.py:FUNCTION`, or the directory or hub name of a sequence classifier with one logit. A prompt
+is what formats.py gives: a string, or a list of {role, content} messages. M is such a classifier, or a causal
+language model, which gets a random score head. M is trained by Bradley-Terry's likelihood.
 
-Labels need no reward: a preference is a callable (prompts, firsts, seconds) -> P(first ≻ second), of a judge,
-a preference model or a person, and may be cyclic (`sail.py --preference FILE.py:FUNCTION`).
+A label does not need a reward. A preference is a callable (prompts, firsts, seconds) -> P(first ≻ second),
+which asks a judge, a preference model or a person (`sail.py --preference FILE.py:FUNCTION`). Preferences may
+be cyclic.
 """
 import copy
 import importlib.util
@@ -54,12 +56,12 @@ from generate import (
 
 @dataclass
 class Reward:
-    """A callable: reward(prompts, responses) -> a list of finite floats. Raises InputError if the scores are
-    invalid, and, below the traceback, if scoring fails."""
+    """A reward as a callable: reward(prompts, responses) -> a list of finite floats. A call raises InputError
+    if the scores are invalid, and also if scoring fails, after printing the traceback."""
     name: str
-    score: Callable                       # the user's function, or that of a classifier
-    ids_of: Callable | None = None        # a classifier's: see `load_classifier`
-    cut: list = field(default_factory=list)       # which dialogues a classifier cut in its last call
+    score: Callable                       # the user's function, or a classifier's
+    ids_of: Callable | None = None        # of a classifier; see `load_classifier`
+    cut: list = field(default_factory=list)  # for each dialogue of the last call, whether a classifier cut it
 
     def __call__(self, prompts, responses, finished=None):
         return scores_of(f"reward {self.name}", self.score, finished, prompts, responses)
@@ -75,8 +77,9 @@ def as_reward(reward):
 def scores_of(name, function, finished, prompts, *responses, low=-math.inf, high=math.inf):
     """Call function(prompts, *responses) and return a list of finite floats from `low` to `high`, one for
     each prompt. The function gets copies, so it may change its arguments. If it has a parameter `finished`,
-    it is told which responses ended by themselves, see `load_reward`; finished=None means all of them. Raises
-    InputError if the scores are invalid, and, below the traceback, if the function fails."""
+    it is told which responses ended by themselves (see `load_reward`); finished=None means all of them.
+    Raises InputError if the scores are invalid, and also if the function fails, after printing the
+    traceback."""
     inputs, options = copy.deepcopy([prompts, *responses]), {}
     if finished is None:
         finished = [True] * len(prompts)
@@ -97,9 +100,10 @@ def scores_of(name, function, finished, prompts, *responses, low=-math.inf, high
 
 
 def load_reward(name, trust_remote_code=False, dtype="float32"):
-    """The Reward called `name` (see the top of this file), a classifier on this process's device. A function
-    with a parameter `finished` gets a list of bools: which responses have their end token, and which were cut
-    by the length limit. Raises InputError if there is nothing to load."""
+    """Load the Reward called `name`, a function or a classifier (see the top of this file). A classifier is
+    put on this process's device. A function with a parameter `finished` gets a list of bools: True for a
+    response that has its end token, False for one that was cut by the length limit. Raises InputError if
+    there is nothing to load."""
     if ".py:" in name:
         return Reward(name, load_function("reward", name))
     if name.endswith(".py"):
@@ -125,8 +129,8 @@ def load_reward(name, trust_remote_code=False, dtype="float32"):
 def load_preference(name):
     """Load the preference FILE.py:FUNCTION: preference(prompts, firsts, seconds, finished) -> a list of
     floats, P(first ≻ second). finished: for each pair, whether the first and whether the second response
-    ended by itself; it is passed on if the function has such a parameter. Raises InputError as a Reward
-    does."""
+    ended by itself; the function gets this if it has such a parameter. A call raises InputError as a call of
+    a Reward does."""
     function = load_function("preference", name)
 
     def preference(prompts, firsts, seconds, finished=None):
@@ -138,8 +142,8 @@ def load_preference(name):
 
 
 def try_out(pair, reward=None, preference=None):
-    """Call the user's functions on one pair of the data, so that one which fails does so before models are
-    loaded and responses sampled."""
+    """Call the user's functions on one pair of the data, so that a function that fails does so before models
+    are loaded and responses are sampled."""
     chosen, rejected = pair.chosen or "answer", pair.rejected or "answer"
     if reward is not None and reward.ids_of is None:
         reward([pair.prompt] * 2, [chosen, rejected], list(pair.finished))
@@ -168,7 +172,7 @@ def users_code(problem):
         raise InputError(f"{problem.partition(':')[0]}: a dialogue is {reason}") from None
     except KeyboardInterrupt:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            raise                                          # Ctrl-C; in training, that is no exception
+            raise                                          # it is Ctrl-C, which raises nothing in training
         traceback.print_exc()
         raise InputError(problem) from None
     except (Exception, SystemExit):
@@ -181,13 +185,14 @@ def users_code(problem):
 
 
 def load_function(what, name):
-    """FILE.py:FUNCTION -> the function. The file's code runs: name only files you trust. what: for errors."""
+    """Load the function of FILE.py:FUNCTION. The file's code runs, so name only files that you trust. what:
+    what the function is, for error messages."""
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise InputError(f"{what} {name}: no such file {path}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(spec.name, module)              # where dataclasses, for one, look their module up
+    sys.modules.setdefault(spec.name, module)            # dataclasses, for example, look their module up here
     with users_code(f"{what} {name}: {path} does not import, as shown above"):
         spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
@@ -196,16 +201,19 @@ def load_function(what, name):
 
 
 def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, **trainee):
-    """(model, tokenizer, ids_of) of a sequence classifier with one logit, on the CPU, in eval mode.
-    ids_of(prompt, response) -> (the ids that it reads, in scoring and in training, whether they were cut):
-    its own tokenizer and chat template render the dialogue, which loses tokens on the left if it is too long;
-    BadRow if the template refuses it. trainee: num_labels of a classifier to be trained, which may be a
-    causal language model: its score head is then drawn. whole: see `load_model`."""
+    """Load (model, tokenizer, ids_of), a sequence classifier with one logit, on the CPU, in eval mode.
+
+    ids_of(prompt, response) -> (the ids that the classifier reads, in scoring and in training, whether they
+    were cut). The classifier's own tokenizer and chat template render the dialogue. If the dialogue is too
+    long, it loses tokens on the left. ids_of raises BadRow if the template refuses the dialogue. max_length:
+    the most tokens of a dialogue; None stands for the run's setting, or for as many as the model takes.
+    whole: see `load_model`. trainee: num_labels, for a classifier that is to be trained. It may be a causal
+    language model, which gets a random score head."""
     from transformers import AutoModelForSequenceClassification
     tokenizer = load_tokenizer(name, trust_remote_code, ends=False)
     may_lack = {"score.weight"} if trainee else frozenset()
     run = run_of_checkpoint(name)
-    if run is not None:                                    # its base may be a causal language model
+    if run is not None:                                    # the run's base may be a causal language model
         trainee.setdefault("num_labels", 1)
         settings = read_settings(run / "args.json", RewardSettings, "max_length")
         max_length = max_length or settings.get("max_length")
@@ -219,21 +227,21 @@ def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, 
         raise InputError(f"{name}: has {model.config.num_labels} logits per response; want a model with one")
     model.config.use_cache = False                       # each dialogue is read once
     for head in heads_of(model):
-        compute_in_float32(head)                         # scores that are rounded to bfloat16 tie
+        compute_in_float32(head)                         # scores that are rounded to bfloat16 would tie
     if trainee:
-        # Whoever loads the model needs an id to pad with. Whichever it is, training sees the same one.
+        # A program that loads the model needs a padding id, and has to use the one that training uses.
         for token in (0, tokenizer.eos_token_id, tokenizer.pad_token_id, model.config.pad_token_id):
             if token is not None:
                 pad = token
         model.config.pad_token_id = pad
     rows = model.get_input_embeddings().weight.shape[0]
     tokenizer.truncation_side = "left"
-    tokenizer.model_max_length = min(tokenizer.model_max_length, max_length or math.inf)      # saved with it
+    tokenizer.model_max_length = min(tokenizer.model_max_length, max_length or math.inf)   # this is saved too
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**9))
 
     def ids_of(prompt, response):
         text = dialogue_text(prompt, response, tokenizer)
-        special = not tokenizer.chat_template              # a template writes them itself
+        special = not tokenizer.chat_template              # a template writes special tokens itself
         ids = tokenizer(text, add_special_tokens=special)["input_ids"]
         cut = len(ids) > limit
         if cut:
@@ -247,7 +255,7 @@ def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, 
 
 
 def dialogue_text(prompt, response, tokenizer):
-    """The whole dialogue as a reward model reads it."""
+    """The text of the whole dialogue, as a reward model reads it."""
     messages = prompt
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
@@ -257,9 +265,9 @@ def dialogue_text(prompt, response, tokenizer):
 
 
 def classifier_logits(model, rows):
-    """r(x, y) of B lists of ids, (B,), float32, with gradient."""
-    # A decoder is scored at its last token that is not config.pad_token_id. If the checkpoint names none, any
-    # id that ends no row of this batch points at every row's true last token.
+    """The rewards r(x, y) of B dialogues, which are given as lists of ids: (B,), float32, with gradient."""
+    # transformers scores a decoder at a row's last token that is not config.pad_token_id. If the checkpoint
+    # has no such id, an id that ends no row of this batch has each row scored at its true last token.
     own_pad, last = model.config.pad_token_id, {row[-1] for row in rows}
     pad = own_pad
     if pad is None:
@@ -276,7 +284,8 @@ def classifier_logits(model, rows):
 
 @torch.no_grad()
 def classifier_scores(model, rows, dtype="float32"):
-    """`classifier_logits` of any number of rows, as a list of floats; like lengths go together."""
+    """The rewards of any number of dialogues, which are given as lists of ids: a list of floats. Dialogues of
+    similar lengths are scored together."""
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     scores = [0.0] * len(rows)
     for batch in progress(micro_batches(order, lambda row: len(rows[row]), model), "scoring, batches"):
@@ -288,8 +297,9 @@ def classifier_scores(model, rows, dtype="float32"):
 
 
 def drop_unscorable(pairs, reward):
-    """(the pairs that a reward can score, Account): a classifier's chat template may refuse a prompt, and a
-    dialogue that exceeds its maximum length is cut from the left."""
+    """Drop the pairs that a reward cannot score: (the pairs that are left, Account). A classifier cannot
+    score a dialogue that its chat template refuses. A dialogue that exceeds its maximum length will be cut
+    from the left, which the Account counts. Raises InputError if no pair is left."""
     if reward is None or reward.ids_of is None or not pairs:
         return pairs, Account()
     kept, account = [], Account()
@@ -313,9 +323,9 @@ def drop_unscorable(pairs, reward):
 
 @fails_together
 def label_by_reward(pairs, reward, preference="hard"):
-    """Score the pairs and label them, in place: the response with the higher reward becomes `chosen`. Sets
-    `preference`, P(chosen ≻ rejected): σ(reward difference) for "soft", else 1, or ½ for a tie; and
-    `rewards`."""
+    """Score the pairs and label them, in place: the response with the higher reward becomes `chosen`.
+    `rewards` is set, and `preference`, P(chosen ≻ rejected), becomes σ(reward difference) for "soft"; for
+    "hard" it becomes 1, or ½ for a tie."""
     if not pairs:
         return
     prompts = [pair.prompt for pair in pairs]
@@ -342,8 +352,8 @@ def label_by_reward(pairs, reward, preference="hard"):
 
 @fails_together
 def label_by_preference(pairs, preference):
-    """Label the pairs, in place, by a preference, as `load_preference` gives it: the response that it prefers
-    becomes `chosen`."""
+    """Label the pairs, in place, by a preference from `load_preference`: the preferred response becomes
+    `chosen`, and the pair's `preference` becomes P(chosen ≻ rejected)."""
     if not pairs:
         return
     prompts = [pair.prompt for pair in pairs]
@@ -370,15 +380,17 @@ def swap_responses(pair):
 # --- training a reward model --------------------------------------------------------------------------------
 
 def bradley_terry_loss(chosen, rejected, preference=1.0):
-    """−p log σ(d) − (1 − p) log σ(−d), (B,), with d = r(x, chosen) − r(x, rejected) of rewards (B,) each
-    (arXiv 1706.03741) and p the label's P(chosen ≻ rejected)."""
+    """The negative log-likelihood of the Bradley-Terry model (arXiv 1706.03741): −p log σ(d) − (1 − p) log
+    σ(−d), (B,). d = r(x, chosen) − r(x, rejected) is a difference of rewards, which are (B,) each, and p is
+    the label's P(chosen ≻ rejected)."""
     margin = chosen - rejected
     return -preference * F.logsigmoid(margin) - (1 - preference) * F.logsigmoid(-margin)
 
 
 def encode_for_reward(pairs, ids_of):
-    """([(chosen ids, rejected ids, preference)], Account, lengths in tokens). A dialogue that is too long is
-    cut from the left. A pair is dropped if a chat template refuses it, or if its difference was cut off."""
+    """Encode pairs for a reward model: ([(chosen ids, rejected ids, preference)], Account, lengths in
+    tokens). A dialogue that is too long is cut from the left. A pair is dropped if a chat template refuses
+    it, or if its two dialogues have the same tokens, for example because the difference was cut off."""
     encoded, account, lengths = [], Account(), {"chosen": [], "rejected": []}
     for pair in pairs:
         try:
@@ -400,8 +412,8 @@ def encode_for_reward(pairs, ids_of):
 
 
 def evaluate_reward(model, held_out, dtype):
-    """(figures, how many pairs they are of, no samples): accuracy, loss and margin on the held-out pairs of
-    ids; None without any."""
+    """Evaluate a reward model on held-out pairs of ids: (the figures accuracy, loss and margin, the number of
+    pairs as {"prompts": n}, an empty list of samples). Returns None if there are no pairs."""
     if not held_out:
         return None
     print0(f"evaluating: the scores of both responses of {len(held_out)} held-out pairs …")
@@ -417,9 +429,9 @@ def evaluate_reward(model, held_out, dtype):
 
 
 def reward_step(model, pairs, optimizer, scheduler, args):
-    """One optimizer step on this process's pairs of ids; (its figures over all processes, whether it was
-    finite)."""
-    model.train(args.gradient_checkpointing)               # which works in train mode only
+    """Take one optimizer step, for which this process contributes its pairs of ids: (figures over all
+    processes, whether the step was finite)."""
+    model.train(args.gradient_checkpointing)               # checkpointing works in train mode only
     totals = Counter(pairs=len(pairs), loss=0.0, accuracy=0.0, margin=0.0)
     total = all_sum(Counter(pairs=len(pairs)), model.device)["pairs"]
     micros = micro_batches(pairs, lambda pair: len(pair[0]) + len(pair[1]), model, args.micro_batch_size)
@@ -442,7 +454,8 @@ def reward_step(model, pairs, optimizer, scheduler, args):
 
 
 def load_trainee(args):
-    """(model, tokenizer, ids_of) to be trained, without dropout, on the CPU."""
+    """Load (model, tokenizer, ids_of) of a reward model that is to be trained, without dropout, on the
+    CPU."""
     torch.manual_seed(seeded("score head", args.seed))
     model, tokenizer, ids_of = load_classifier(args.model, args.trust_remote_code, args.max_length,
                                                has_weights(args), num_labels=1)
@@ -454,7 +467,8 @@ def load_trainee(args):
 
 @fails_together
 def load_reward_data(args, ids_of):
-    """(training pairs of ids, held-out pairs of ids, Account of each, lengths of the training pairs)."""
+    """Load and encode the data: (training pairs of ids, held-out pairs of ids, Account of the training pairs,
+    Account of the held-out pairs, lengths of the training pairs)."""
     train_pairs, held_out, account, held_out_account = train_and_held_out(
         args.data, args.eval_data, args.limit, args.prefer, args.score_scale)
     for pair in (train_pairs[0], *held_out[:1]):
@@ -475,14 +489,15 @@ def load_reward_data(args, ids_of):
 
 
 def merged(trained, args):
-    """The model that a run with an adapter has trained, {name: trained weight}, as a model without one."""
+    """The reward model of a run that has trained an adapter, with the adapter merged into its base. trained:
+    {name: trained weight}."""
     base, _, _ = load_trainee(replace(args, lora=None))
     return with_trained(base, trained, args.lora, args.out)
 
 
 def train_reward(args):
-    """Train a reward model, evaluate it on held-out pairs before, on the way and after, and return it. Raises
-    InputError for bad input, and after ten steps in a row that are not finite."""
+    """Train a reward model and return it. It is evaluated on held-out pairs before, during and after
+    training. Raises InputError for bad input, and after ten steps in a row that are not finite."""
     out = Path(args.out)
     args.date = args.date or date_of(out, args.resume)
     refuse_before_loading(out, args, "model", "data", "eval_data")
@@ -495,7 +510,7 @@ def train_reward(args):
     order = torch.cat([torch.randperm(len(pairs), generator=generator) for _ in range(epochs)])
     order = order[:args.steps * args.batch_size if args.steps else int(args.epochs * len(pairs))]
     count = math.ceil(len(order) / args.batch_size)
-    batches = order.tensor_split(max(count, 1))                        # they differ by one at most
+    batches = order.tensor_split(max(count, 1))                        # their sizes differ by one at most
     if len(batches[-1]) < world_size():
         raise InputError(f"--batch-size: {len(batches[-1])} pairs a step are too few for {world_size()} "
                          "processes; raise it, or --epochs")
@@ -522,26 +537,27 @@ def train_reward(args):
 
 @dataclass
 class RewardSettings(Settings):
-    """The settings of reward.py. Without --train it uses the first three, `out`, `dtype` and
-    `trust_remote_code` alone."""
+    """The settings of reward.py. Without --train only `reward`, `responses`, `pairs`, `out`, `dtype` and
+    `trust_remote_code` are used."""
     reward: str | None = setting(None, "FILE.py:FUNCTION, or a one-logit classifier, to score with")
-    responses: str = setting("responses.jsonl", "lines with prompt and response")
+    responses: str = setting("responses.jsonl", "file whose rows have a prompt and a response")
     pairs: str | None = setting(None, "FILE for the best and the worst response to each prompt, as pairs to "
                                       "train on; see generate.py --n", metavar="FILE")
-    train: bool = setting(False, "train a reward model instead, with all that follows:")
-    max_length: int | None = setting(None, "tokens of a dialogue, also when served; longer ones are "
-                                        "cut from the left (as many as the model takes)", low=1)
+    train: bool = setting(False, "train a reward model instead of scoring responses")
+    max_length: int | None = setting(None, "most tokens of a dialogue, in training and in use; longer ones "
+                                        "are cut from the left (as many as the model takes)", low=1)
     learning_rate: float = setting(1e-5, "after the warm-up", low=1e-12)
     eval_limit: int = setting(1024, "held-out pairs to evaluate on", low=1)
     out: str | None = setting(None, "FILE for the lines with their reward (scored.jsonl), or, with --train, "
                                     "directory for logs and model (runs/DATA-reward)", may_change=True)
-    max_prompt_length: None = setting(None)                # these three are not a reward model's
+    max_prompt_length: None = setting(None)                # a reward model has no use for these three
     max_response_length: None = setting(None)
     sample_batch_size: None = setting(None)
 
 
 def score_file(args):
-    """Write the rows of --responses with a `reward` each to --out."""
+    """Score the rows of --responses and write them, each with its `reward`, to --out. With --pairs, also
+    write the best and the worst response to each prompt as a pair."""
     rows = read_rows(args.responses)
     prompts, responses, finished = [], [], []
     for row in rows:
@@ -577,8 +593,9 @@ def score_file(args):
 
 
 def best_and_worst_pairs(rows):
-    """(rows {prompt, chosen, rejected, …} of pairs, counts of prompts by why they make none): from each
-    prompt's rows, which stand one after another, those with the highest and with the lowest reward."""
+    """Make a pair of the responses with the highest and the lowest reward to each prompt: (rows {prompt,
+    chosen, rejected, …}, counts of prompts without a pair, by the reason). The rows of a prompt have to
+    follow each other."""
     pairs, dropped = [], Counter()
     for prompt, group in groupby(rows, lambda row: row["prompt"]):
         try:
@@ -618,7 +635,7 @@ def parse_args(argv=None, **unflagged):
 
 
 def main(argv=None, **unflagged):
-    """`python reward.py …`, alone or, with --train, under torchrun."""
+    """The command `python reward.py …`, alone or, with --train, under torchrun."""
     args = parse_args(argv, **unflagged)
     if args.train:
         with process_group(args.shard):
