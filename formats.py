@@ -1,8 +1,8 @@
 """A file becomes pairs of texts: FORMATS declares each format once, `load_pairs` reads the rows.
 
 A source is a .jsonl, .json or .csv file, which may be packed as .gz, a .parquet file, or a hub name written
-OWNER/NAME[/CONFIG][:SPLIT]. Its columns tell the format. Fully online runs need prompts alone; sft needs
-dialogues alone.
+OWNER/NAME[/CONFIG][:SPLIT]. Its columns determine the format. A fully online run needs only prompts, and sft
+needs only dialogues.
 """
 import ast
 import csv
@@ -25,24 +25,24 @@ from runtime.run_directory import is_run_directory, read_json
 
 @dataclass
 class TextPair:
-    """A prompt with two responses, or fewer, as a file has them."""
+    """A prompt with two responses, with one, or with none, as a file contains them."""
     prompt: str | list                       # a text, or messages {role, content}
     chosen: str | None = None                # the preferred response; None if the data lacks it
     rejected: str | None = None
     preference: float = 1.0                  # P(chosen ≻ rejected); less than 1 for a soft label
-    finished: tuple = (True, True)           # whether chosen, whether rejected ended by itself, or was cut
+    finished: tuple = (True, True)           # for chosen and rejected: False if it was cut before its end
 
 
 @dataclass
 class Account:
-    """What became of a source's rows on their way to what is trained, measured or answered. Each function
-    that reads rows returns the Account of what it did, and every command prints the sum."""
+    """What happened to a source's rows before they are trained, measured or answered. Each function that
+    reads rows returns the Account of what it did, and every command prints the sum."""
     format: str = ""
-    rows: int = 0                                            # that were read
-    dropped: Counter = field(default_factory=Counter)        # rows, by the reason
-    cut: Counter = field(default_factory=Counter)            # texts of kept rows, by what exceeds a limit
-    altered: Counter = field(default_factory=Counter)        # by what was changed, or looks like a fault
-    unread: Counter = field(default_factory=Counter)         # kept rows, by what nothing reads of them
+    rows: int = 0                                            # how many rows were read
+    dropped: Counter = field(default_factory=Counter)        # counts of dropped rows, by the reason
+    cut: Counter = field(default_factory=Counter)            # counts of what was cut, by the reason
+    altered: Counter = field(default_factory=Counter)        # counts of what was changed or looks faulty
+    unread: Counter = field(default_factory=Counter)     # counts of kept rows, by the name of an unread value
 
     def add(self, other):
         """Add the counts of another Account of the same source."""
@@ -81,7 +81,7 @@ TOO_MANY_CELLS = "more cells than the header"              # the name under whic
 # --- what was read of a row ---------------------------------------------------------------------------------
 
 EMPTY = (None, "", "[]", [], {})                                       # values that say nothing
-# A row or a message that holds one of these would mean something else without it.
+# A row or a message that has one of these keys would mean something else without it.
 NOT_RENDERED = ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "reasoning_content",
                 "reasoning", "thinking", "images", "image", "audio", "audios", "video", "videos", "documents",
                 TOO_MANY_CELLS)
@@ -120,7 +120,8 @@ class Reader:
         return part
 
     def unread(self):
-        """The names of the values that were not read and are not empty. Inside a part they are PART.NAME."""
+        """The names of the values that were not read and are not empty. A name inside a part is written
+        PART.NAME."""
         names = set()
         for key, value in self.values.items():
             if key not in self.names_read and value not in EMPTY:
@@ -139,9 +140,9 @@ ROLES = {"user": "user", "human": "user", "prompter": "user",
          "system": "system", "developer": "system"}
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")         # each holds the text of a system turn
 HISTORY_COLUMN = "history"                                             # holds the turns before the prompt
-TRAINING_MARKS = ("weight", "loss_weight", "train", "training", "trainable", "loss")       # of a message
+TRAINING_MARKS = ("weight", "loss_weight", "train", "training", "trainable", "loss")       # keys of a message
 SPELLINGS = {True: ("1", "1.0", "true"), False: ("0", "0.0", "false")}
-MESSAGE = re.compile(r"\s*(\[\s*)?\{\s*['\"](role|content|from|value)['\"]\s*:")          # begins like one
+MESSAGE = re.compile(r"\s*(\[\s*)?\{\s*['\"](role|content|from|value)['\"]\s*:")  # the beginning of a message
 HAS_ROLE = re.compile(r"\s*(\[\s*)?\{.*['\"](role|from)['\"]\s*:", re.DOTALL)
 HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant): ?")
 HH_DIALOGUE = re.compile(r"\n\nHuman:.*\n\nAssistant:", re.DOTALL)
@@ -149,11 +150,12 @@ HH_PROMPT = re.compile(r"\s*Human:.*\n\nAssistant:\s*\Z", re.DOTALL)
 
 
 def as_messages(turns, row, is_answer=False):
-    """The messages {role, content} of a dialogue in a row, whose roles become system, user and assistant.
+    """Convert a dialogue in a row to messages {role, content} with the roles system, user and assistant.
 
     The dialogue is a list of turns, a single turn, or a string that holds one of these as JSON. A turn has
-    the keys role and content, or from and value, and its text may be divided into typed parts. is_answer: the
-    last turn is to be trained. Raises BadRow if a turn holds something that cannot be rendered."""
+    the keys role and content, or from and value, and its text may be divided into typed parts. is_answer:
+    whether the last turn is to be trained. Raises BadRow if a turn holds something that cannot be
+    rendered."""
     turns = parse_literal(turns)
     if isinstance(turns, dict):
         turns = [turns]
@@ -187,8 +189,9 @@ def join_parts(parts, message):
 
 
 def read_training_marks(message, is_trained):
-    """Read the marks with which a message says whether it is trained, if they agree with how it is used here.
-    Raises BadRow if an answer is marked as not to be trained. Other marks stay unread."""
+    """Read the marks by which a message says whether it is to be trained. A mark counts as read only if it
+    agrees with how the message is used here. Raises BadRow if a message that is trained here is marked as not
+    to be trained."""
     for mark in TRAINING_MARKS:
         value = str(message.values.get(mark)).lower()
         if is_trained and value in SPELLINGS[False]:
@@ -215,7 +218,8 @@ def parse_literal(value):
 
 
 def parse_json(text):
-    """What a JSON text holds. Raises BadRow if an object has a name twice, of which json.loads drops one."""
+    """What a JSON text holds. Raises BadRow if an object has a name twice, since json.loads would drop one of
+    the two values."""
     return json.loads(text, object_pairs_hook=object_of)
 
 
@@ -255,7 +259,8 @@ def text_or_messages(value, row, is_answer=False):
 
 
 def holds_messages(value):
-    """Whether a value is a string that holds messages as JSON. A broken one counts if it begins like them."""
+    """Whether a value is a string that holds messages as JSON. A string that cannot be parsed counts if it
+    begins like a message."""
     if not isinstance(value, str) or not HAS_ROLE.match(value):
         return False
     try:
@@ -275,14 +280,15 @@ def holds_messages(value):
 
 
 def prompt_messages(prompt):
-    """The prompt as messages: a text is one message of the user."""
+    """The prompt as messages. A prompt that is a text becomes one message of the user."""
     if isinstance(prompt, str):
         return [{"role": "user", "content": prompt}]
     return prompt
 
 
 def split_system(messages):
-    """(a list that holds the system turn, if there is one, all other messages)."""
+    """Split messages: (a list of the system turn, which is empty if there is none, a list of all other
+    messages)."""
     if messages and messages[0]["role"] == "system":
         return messages[:1], messages[1:]
     return [], messages
@@ -297,8 +303,9 @@ def stripped(messages):
 
 
 def join_dialogues(first, second):
-    """The messages of two dialogues, of which the second follows the first. Where one of them repeats the
-    other, its turns stand once: the first may be part of the second, and the second may end the first."""
+    """Join two dialogues, of which the second follows the first, into one list of messages. Turns that both
+    of them contain occur once in it: the first may be a part of the second, and the second may be the end of
+    the first. Raises BadRow if their system turns differ."""
     system, turns = split_system(first)
     second_system, second_turns = split_system(second)
     if system and second_system and stripped(system) != stripped(second_system):
@@ -336,8 +343,8 @@ def split_dialogue(dialogue):
 
 
 def hh_messages(text):
-    """The messages of a dialogue of hh-rlhf, a string. The space after a colon belongs to the mark, and all
-    other white space to the message."""
+    """The messages of a dialogue of hh-rlhf, a string. The space after "Human:" or "Assistant:" belongs to
+    this mark, and all other white space belongs to the message."""
     start, *turns = HH_TURN.split(text)                               # speaker, text, speaker, text, …
     if start.strip() or not turns:
         raise BadRow("not a '\\n\\nHuman: … \\n\\nAssistant: …' dialogue")
@@ -349,8 +356,8 @@ def hh_messages(text):
 
 
 # --- formats ------------------------------------------------------------------------------------------------
-# A function compute_… returns (prompt, chosen, rejected) where no column holds them. Its parameters are the
-# row's Reader and the columns that the format needs.
+# A function compute_… returns (prompt, chosen, rejected) for a format whose columns do not hold these texts.
+# Its parameters are the row's Reader and the columns that the format needs.
 
 def compute_pku(row, prompt, response_0, response_1, better_response_id, safer_response_id, *,
                 prefer="better"):
@@ -387,8 +394,8 @@ def compute_webgpt(row, question, answer_0, answer_1, score_0, score_1):
 
 
 def best_and_worst(prompt, scored):
-    """(prompt, the response of the highest score, the response of the lowest) of pairs (score, response). A
-    response without a score is left out. Raises BadRow if no response is preferred."""
+    """Choose from pairs (score, response): (prompt, the response with the highest score, the response with
+    the lowest score). A response without a score is left out. Raises BadRow if no response is preferred."""
     ranked = []
     for score, response in scored:
         if score is not None:
@@ -410,7 +417,7 @@ class Format:
     rejected: str | None = None              # a column; if None, a row has at most one response
     convert: Callable = text_or_messages     # turns a value of these columns into a text or messages
     appended: str | None = None              # an optional column, whose text is appended to the prompt
-    compute: Callable | None = None          # replaces all of these columns by its parameters
+    compute: Callable | None = None          # a function; its parameters replace all of these columns
 
     @property
     def needed(self):
@@ -420,7 +427,7 @@ class Format:
         return [column for column in (self.prompt, self.chosen, self.rejected) if column is not None]
 
 
-FORMATS = [  # The first format whose needed columns are all there is taken.
+FORMATS = [  # The first format whose needed columns all exist is taken.
     #      name                             prompt           chosen      rejected
     Format("ShareGPT",                      "conversations", "chosen",   "rejected", as_messages),
     Format("prompt, chosen, rejected",      "prompt",        "chosen",   "rejected"),
@@ -453,11 +460,11 @@ SCORE_COLUMNS = ("score_chosen", "score_rejected")                     # a soft 
 
 
 def pair_of(row, form, score_scale=None):
-    """The TextPair in a row, which a Reader reads. Raises BadRow if the row cannot be used. A value of an
+    """Read the TextPair in a row, which is a Reader. Raises BadRow if the row cannot be used. A value of an
     unexpected type may also raise Python's own exceptions."""
     prompt, *responses = prompt_and_responses(row, form)
     prompt = add_turns_before(prompt, row)
-    json.dumps([prompt, responses], ensure_ascii=False).encode()       # raises for half a surrogate pair
+    json.dumps([prompt, responses], ensure_ascii=False).encode()       # this raises for half a surrogate pair
     for response in responses:
         if not isinstance(response, str):
             raise BadRow(NO_TEXT)
@@ -478,7 +485,8 @@ def pair_of(row, form, score_scale=None):
 
 
 def finished_in(row, column):
-    """Whether a response ended by itself, by a column of a row; one that the row lacks says that it did."""
+    """Whether a response ended by itself, according to a column of a row. It did if the row lacks the
+    column."""
     return str(row.get(column)).lower() not in SPELLINGS[False]
 
 
@@ -535,8 +543,8 @@ def prompt_and_responses(row, form):
 
 
 def after_hh_prompt(prompt, response):
-    """A response to an open prompt of hh-rlhf, without the prompt if it repeats that, and without the space
-    of "Assistant: "."""
+    """A response to an open prompt of hh-rlhf, without the prompt if the response repeats it, and without the
+    space that follows "Assistant:"."""
     if not isinstance(response, str):
         return response
     response = response.removeprefix(prompt).removeprefix(prompt.lstrip())
@@ -634,7 +642,8 @@ def read_csv(text):
 
 
 def line_of_repeated(text):
-    """The line on which the first element of a JSON array begins that has a name twice."""
+    """The number of the line on which an element of a JSON array begins: the first element in which an object
+    has a name twice."""
     decoder, between = json.JSONDecoder(object_pairs_hook=object_of), re.compile(r"[\s,]*")
     place = text.index("[") + 1
     while True:
@@ -646,7 +655,7 @@ def line_of_repeated(text):
 
 
 def read_parquet(path):
-    """The rows of a .parquet file. Paths and URLs in them are text, and never opened."""
+    """The rows of a .parquet file. Paths and URLs in the rows are text and are never opened."""
     import pyarrow
     import pyarrow.parquet
     try:
@@ -661,11 +670,11 @@ def read_parquet(path):
 
 def read_data_set(source):
     """The datasets.Dataset of a directory or of a hub name."""
-    import datasets                                         # is slow to import, and used nowhere else
+    import datasets                                         # this import is slow, and is needed only here
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)     # `unreadable` says its errors in one line
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)    # `unreadable` reports its errors in one line
     try:
-        if Path(source).exists():                           # its files may have changed since their caching
+        if Path(source).exists():                          # its files may have changed since they were cached
             return datasets.load_dataset(source, split="train", download_mode="force_redownload")
         name, _, split = source.partition(":")
         config = None
@@ -695,11 +704,12 @@ def stored_rows(rows):
 # --- a file becomes pairs -----------------------------------------------------------------------------------
 
 def load_pairs(source, limit=None, prefer="better", score_scale=None):
-    """(pairs, Account) of a source. At most `limit` pairs are kept. `prefer` chooses PKU-SafeRLHF's label,
-    "better" or "safer". `score_scale` makes soft labels of the columns score_chosen and score_rejected.
+    """Load (pairs, Account) of a source. At most `limit` pairs are kept. `prefer` chooses PKU-SafeRLHF's
+    label, "better" or "safer". `score_scale` makes soft labels of the columns score_chosen and
+    score_rejected.
 
-    What is unread is a column, or a key of a message, that holds something. Raises InputError if no row can
-    be used."""
+    The Account counts as unread every column, and every key of a message, that holds something and was not
+    read. Raises InputError if no row can be used."""
     rows = read_rows(source)
     if len(rows) == 0:
         raise InputError(f"{source}: empty, no rows")
@@ -732,7 +742,8 @@ def load_pairs(source, limit=None, prefer="better", score_scale=None):
 
 
 def count_untrained_answers(pairs):
-    """How many dialogues have answers before their last one, which alone is trained, by reason."""
+    """Count, by the reason, the dialogues that have an answer before their last one. Only the last answer of
+    a dialogue is trained."""
     several = 0
     for pair in pairs:
         roles = [message["role"] for message in pair.prompt]
@@ -742,8 +753,8 @@ def count_untrained_answers(pairs):
 
 def remove_repeated_prompts(pairs):
     """Remove the prompt from responses that begin with it, in place, if at least half of the pairs have such
-    responses. Returns a count by reason: pairs whose prompt was removed, or pairs that were left as they are
-    because they are the minority."""
+    responses. Returns a count by reason: of the pairs whose prompt was removed or, if they are the minority,
+    of the pairs that were left as they are."""
     repeating = []
     for pair in pairs:
         if repeats_its_prompt(pair):
@@ -782,9 +793,10 @@ def split_held_out(pairs):
 
 
 def train_and_held_out(data, eval_data=None, limit=None, prefer="better", score_scale=None):
-    """(training pairs, held-out pairs, Account of `data`, Account of the held-out pairs), for every script.
-    If `eval_data` is given, its pairs are held out; of the directory of a run, the pairs that this run held
-    out. Otherwise `split_held_out` divides the pairs of `data`, whose Account has what became of both."""
+    """Load (training pairs, held-out pairs, Account of `data`, Account of the held-out pairs), for every
+    script. If `eval_data` is given, its pairs are held out; if it is the directory of a run, these are the
+    pairs that the run held out. Otherwise `split_held_out` divides the pairs of `data`, and the Account of
+    `data` covers both parts."""
     pairs, account = load_pairs(data, limit, prefer, score_scale)
     if eval_data and is_run_directory(Path(eval_data)):
         run = read_json(Path(eval_data, "args.json"))
