@@ -33,7 +33,7 @@ experiments/terms_by_hand.py computes the terms of one prompt with torch.autogra
 Where this code departs from the paper's text, on purpose:
   1. The label is summed out, not sampled: the gradient has the same expectation and less noise.
   2. T2 has a baseline, a running mean of past f, which lowers the noise and keeps the expectation.
-  3. Responses are sampled at temperature 1 from the untruncated softmax, whose gradient T2 is.
+  3. Responses are sampled at temperature 1 from the untruncated softmax, the distribution that T2 assumes.
   4. AdamW and full fine-tuning are the default; the authors used RMSprop and LoRA.
 """
 import math
@@ -77,9 +77,9 @@ from toy import draw_toy_pairs, is_toy_model, toy_settings, write_world
 def margin(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
            beta=0.1, loss_type="sigmoid", lengths=None):
     """u, (B,): by how much a pair's chosen response is ahead of its rejected one. For DPO, IPO and SLiC it is
-    the difference of implicit rewards, β times a log-ratio (arXiv 2305.18290, eq. 7). The other objectives
-    compare means per token; `lengths`, (2, B), are the tokens of the chosen and of the rejected responses.
-    ORPO's margin has no β."""
+    the difference of implicit rewards, each β times a log-ratio (arXiv 2305.18290, eq. 7). The other
+    objectives compare means per token; `lengths`, (2, B), are the numbers of tokens of the chosen and of the
+    rejected responses. ORPO's margin has no β."""
     chosen = policy_chosen_logps - reference_chosen_logps
     rejected = policy_rejected_logps - reference_rejected_logps
     if loss_type == "sigmoid_norm":                                   # Tülu 3 (arXiv 2411.15124)
@@ -92,7 +92,8 @@ def margin(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, r
 
 
 def log_odds(logps):
-    """The log-odds log(P / (1 − P)), given log P; log P is clamped, since a P that rounds to 1 has none."""
+    """The log-odds log(P / (1 − P)), given log P. log P is clamped to at most −1e-6, because the log-odds of
+    a P that rounds to 1 are infinite."""
     logps = logps.clamp(max=-1e-6)
     return logps - torch.log(-torch.expm1(logps))
 
@@ -106,7 +107,7 @@ def dpo_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps,
 
 
 def utility(u, beta, loss_type, target_margin=None):
-    """f(u), (B,): what a pair of margin u is worth, which is minus the loss of that name.
+    """f(u), (B,): the utility of a pair of margin u, which is minus the loss called `loss_type`.
 
     sigmoid        log σ(u)               DPO (arXiv 2305.18290)
     sigmoid_norm   log σ(u)               length-normalised DPO (arXiv 2411.15124)
@@ -141,7 +142,7 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
     baseline       what T2 subtracts from f, a number or (B,). It must not depend on the pair's own responses.
                    None means the mean f of the other on-policy pairs of this call, which is valid if no two
                    pairs share a response, or f(0) if there is no other pair
-    lengths        (2, B)  the responses' tokens, for the objectives that compare means per token
+    lengths        (2, B)  the responses' numbers of tokens, for the objectives that compare means per token
 
     Returns (losses, metrics). losses, (B,), have the value −(p f(u) + (1 − p) f(−u)) and the gradient −(T1 +
     response_coef · T2 + label_coef · T3). With both coefficients 1, its expectation is −∇J exactly. metrics:
@@ -185,11 +186,11 @@ def mean_of_others(f, on_policy, f_zero):
 @torch.no_grad()
 def sail_metrics(losses, chosen_logps, rejected_logps, reference_chosen_logps, reference_rejected_logps,
                  beta, u, p, on_policy, self_labelled, label_weight):
-    """Means over all pairs, detached. margin and accuracy follow the label, whose probability is p; a margin
-    of 0 counts as half right. label_sharpness is |2p − 1|: 1 for a certain label, 0 for a tie. label_weight,
-    1 + label_coef · f of the less likely label, is for f = log σ the factor on ∇log P(label) when T1 and T3
-    are added; label_reversed is the share of pairs that are self-labelled and in which it is negative, so
-    that T3 pushes against the label."""
+    """Means over all pairs, detached. margin and accuracy are in the direction of the label, whose
+    probability is p; a margin of 0 counts as half right. label_sharpness is |2p − 1|: 1 for a certain label,
+    0 for a tie. For f = log σ, the argument label_weight is the factor on ∇log P(label) of the less likely
+    label when T1 and T3 are added: 1 + label_coef · f. label_reversed is the share of pairs that are
+    self-labelled and have a negative label_weight, so that T3 pushes against the label."""
     q = 1 - p                                                         # P(rejected ≻ chosen)
     chosen_ahead = torch.where(u == 0, 0.5, (u > 0).to(p.dtype))
     label_reversed = self_labelled & (label_weight < 0)
@@ -216,9 +217,10 @@ def sail_metrics(losses, chosen_logps, rejected_logps, reference_chosen_logps, r
 
 @dataclass
 class Variant:
-    """What happens to the variant's pairs, the share `mix` of a run; the other pairs are DPO on the data. The
-    numbers are the defaults of the settings of the same names, taken from the authors' examples."""
-    responses: str                # who writes them: "data", "policy", or "data, policy": chosen, rejected
+    """What is done with a variant's own pairs, which are the share `mix` of a run's pairs. The run's other
+    pairs are DPO on the data. The numbers are the defaults of the settings of the same names; they are taken
+    from the authors' examples."""
+    responses: str                # who writes them: "data", "policy", or "data, policy" for chosen, rejected
     label: str                    # who labels them: "data", "policy" or "reward"
     mix: float = 0.0              # share of a run's pairs
     response_coef: float = 0.0    # weight of T2
@@ -234,7 +236,7 @@ class Variant:
     @property
     def unused(self):
         """The settings that have no effect on this variant."""
-        if self.likelihood:                                    # the reward still evaluates
+        if self.likelihood:                                    # the reward is still used to evaluate
             return {each.name for each in fields(Method)} - {"variant", "reward"}
         unused = set()
         if self.responses == self.label == "data":
@@ -265,25 +267,25 @@ def defaults_of(name):
     return ", ".join(f"{variant} {value:g}" for variant, value in values.items() if value)
 
 
-LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "simpo", "orpo")     # what `utility` knows
+LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "simpo", "orpo")     # those that `utility` knows
 
 
 @dataclass
 class Method(Objective):
     """What a run optimises. The reward, the reference and β are inherited from Objective. Fields without a
     help text are no flags; studies in experiments/ set them from Python."""
-    variant: str = setting("pr", "who responds, and who labels", choices=tuple(VARIANTS))
+    variant: str = setting("pr", "who writes the responses, and who labels them", choices=tuple(VARIANTS))
     mix: float | None = setting(None, f"share of the variant's pairs ({defaults_of('mix')})", low=0, high=1)
     response_coef: float | None = setting(None, f"weight of T2 ({defaults_of('response_coef')})", low=0)
     label_coef: float | None = setting(None, f"weight of T3 ({defaults_of('label_coef')})", low=0)
-    preference: str = setting("soft", "P(chosen ≻ rejected): σ(reward difference), 1 for the higher reward, "
-                                      "or what your function says",
+    preference: str = setting("soft", "P(chosen ≻ rejected): soft is σ(reward difference), hard is 1 for the "
+                                      "higher reward, and a function returns it",
                               metavar="{soft,hard,FILE.py:FUNCTION}")
     loss_type: str = setting("sigmoid", "the utility f", choices=LOSS_TYPES)
     nll_coef: float = setting(0.0, "weight of −log π per token of the data's chosen responses", low=0)
     revkl_coef: float = setting(0.0, "weight of KL(π_ref‖π) per token; toy pp 0.3", low=0)
-    label: str = setting("expected", choices=("expected", "sampled"))    # whether a reward's label is drawn
-    baseline: str = setting("running", choices=("running", "none"))      # of T2: the mean of past f, or 0
+    label: str = setting("expected", choices=("expected", "sampled"))    # a label is summed out or drawn
+    baseline: str = setting("running", choices=("running", "none"))      # of T2: a running mean of f, or 0
     label_smoothing: float = setting(0.0, low=0, high=0.5)               # ε of conservative DPO
 
 
@@ -297,23 +299,23 @@ class Run:
     reference: Any                # a model that is held fixed; None for sft
     tokenizer: Any
     reward: Reward | None
-    examples: list[Pair]          # to train on, encoded
-    held_out: list[Pair]          # to evaluate on
+    examples: list[Pair]          # the encoded pairs to train on
+    held_out: list[Pair]          # the encoded pairs to evaluate on
     settings: Settings
     preference_function: Any = None                   # a user's function that labels instead of the reward
     optimizer: Any = None
     scheduler: Any = None
-    progress: dict = field(default_factory=dict)      # what a checkpoint keeps; `baseline` is T2's
+    progress: dict = field(default_factory=dict)      # what a checkpoint keeps, such as T2's `baseline`
 
 
 def training_step(run, data_pairs, variant_pairs, method):
-    """One optimizer step on the data's pairs and on the variant's: (sums of their metrics, whether the step
-    was finite, timings, gradient norm and learning rate)."""
+    """Take one optimizer step on the data's pairs and the variant's pairs: (sums of their metrics, whether
+    the step was finite, a dict of timings, gradient norm and learning rate)."""
     variant, figures = VARIANTS[method.variant], {}
     # 1. roll out: the policy's responses replace the data's on the sides that the variant samples
     with timed(figures, "seconds_rollout"):
         variant_pairs = roll_out(run.policy, run.tokenizer, variant_pairs, variant.sampled, run.settings)
-    # 2. label the pairs, in place; where the policy labels, sail_loss does it
+    # 2. label the pairs, in place; if the policy is to label them, sail_loss does it
     with timed(figures, "seconds_reward"):
         if variant.label == "reward" and run.preference_function:
             label_by_preference(variant_pairs, run.preference_function)
@@ -334,12 +336,12 @@ def training_step(run, data_pairs, variant_pairs, method):
 def accumulate_gradients(run, pairs, method):
     """Back-propagate the mean loss over the pairs of all processes in micro-batches; for SFT, the mean over
     the tokens of their chosen responses. Returns the sums of all counts and metrics."""
-    run.policy.train(run.settings.gradient_checkpointing)              # eval mode, unless it needs train mode
+    run.policy.train(run.settings.gradient_checkpointing)   # eval mode, unless checkpointing needs train mode
     likelihood = VARIANTS[method.variant].likelihood
     totals, sums = all_sum(counts_of(pairs, likelihood), run.policy.device), {}
     total = totals["chosen_tokens"] if likelihood else totals["pairs"]
     micros = micro_batches(pairs, response_tokens, run.policy, run.settings.micro_batch_size)
-    for micro, weight in with_equal_counts(micros, run.policy):        # the weight is 1, unless it is sharded
+    for micro, weight in with_equal_counts(micros, run.policy):        # the weight is 1 if nothing is sharded
         if likelihood:
             losses, metrics = sft_losses(run.policy, micro, run.settings.dtype)
         else:
@@ -347,12 +349,12 @@ def accumulate_gradients(run, pairs, method):
                                                 run.progress["baseline"], run.settings.dtype)
         (weight * losses.sum() / total).backward()
         counted = len(micro)
-        if weight == 0:                                                # added to keep the processes in step
+        if weight == 0:                                                # repeated to keep processes in step
             counted = 0
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value.double() * counted
     sum_gradients(run.policy)
-    values = torch.stack(list(sums.values())).tolist()                 # one transfer: each stalls a GPU
+    values = torch.stack(list(sums.values())).tolist()                 # one transfer, since each stalls a GPU
     sums = Counter(dict(zip(sums, values, strict=True)))
     totals.update(all_sum(sums, run.policy.device))
     return totals
@@ -391,7 +393,7 @@ def preference_losses(policy, reference, pairs, method, baseline=None, dtype="fl
         loss_type=method.loss_type, baseline=baseline, lengths=lengths)
 
     # 4. regularisers: −log π per token of chosen responses; KL(π_ref ‖ π) per token of both responses
-    from_data = ~(on_policy | self_labelled)                           # relabelled-dpo's and spin's, too
+    from_data = ~(on_policy | self_labelled)                           # also those of relabelled-dpo and spin
     nll = torch.where(from_data, -ours[0] / lengths[0], 0.0)
     revkl = revkl.sum(0) / lengths.sum(0)
     with torch.no_grad():
@@ -428,8 +430,10 @@ def timed(figures, name):
 
 
 def plan(n_pairs, mix, settings):
-    """(pairs in all, steps) of a run: `steps` batches, if that is given. Otherwise each pair of the data is
-    seen `epochs` times as data, and the variant's are added; at mix 1, each is the variant's so often."""
+    """(number of pairs, number of steps) of a run. If the setting `steps` is given, the run has so many full
+    batches. Otherwise each pair of the data is seen `epochs` times as data, and the variant's pairs are
+    added. At mix 1 all pairs are the variant's, and each pair of the data is seen `epochs` times as one of
+    them."""
     if settings.steps:
         return settings.steps * settings.batch_size, settings.steps
     mix, offline = Fraction(str(mix)), int(settings.epochs * n_pairs)
@@ -448,15 +452,15 @@ def order_of(n_pairs, seed, is_variants, epoch):
 
 
 def draw_pairs(examples, step, total, count, method, seed):
-    """(the data's pairs, the variant's pairs) of one step of all processes. The share `mix` of a run's
-    `total` pairs is the variant's, evenly spread over the `count` steps."""
+    """Draw (the data's pairs, the variant's pairs) of one step, for all processes together. The share `mix`
+    of a run's `total` pairs is the variant's, evenly spread over the `count` steps."""
     mix, variant = Fraction(str(method.mix)), VARIANTS[method.variant]       # exact, so that no pair is lost
     generator = torch.Generator().manual_seed(seeded("label draws", seed, step))
     data_pairs, variant_pairs = [], []
     for k in range(total * (step - 1) // count, total * step // count):       # the run's k-th pair
         variants_before, variants_after = int(k * mix), int((k + 1) * mix)
         is_variants = variants_after > variants_before
-        nth = variants_before if is_variants else k - variants_before         # among the pairs of its kind
+        nth = variants_before if is_variants else k - variants_before         # its number among its kind
         epoch, place = divmod(nth, len(examples))
         example = examples[order_of(len(examples), seed, is_variants, epoch)[place]]
         pair = replace(example, label_draw=torch.rand((), generator=generator).item())       # a copy
@@ -470,7 +474,7 @@ def draw_pairs(examples, step, total, count, method, seed):
 
 
 def counts_of(pairs, likelihood):
-    """What a step works on, as sums: pairs, tokens, and the number, length and reward of the samples."""
+    """Count what a step works on: pairs and tokens, and the number, length and rewards of the samples."""
     totals = Counter(pairs=len(pairs), tokens=0, chosen_tokens=0, samples=0, sampled_tokens=0, unfinished=0,
                      scored=0, ties=0, cut_for_reward=0, reward=0.0)
     for pair in pairs:
@@ -490,7 +494,8 @@ def counts_of(pairs, likelihood):
 
 
 def record_of(step, totals, method, figures):
-    """A step's line in metrics.jsonl: means over all its pairs; None where it had no pair of that kind."""
+    """A step's line in metrics.jsonl: means over the step's pairs. A figure is None if the step has no pair
+    of the kind that it is about."""
     variant = VARIANTS[method.variant]
 
     def mean(name, over="pairs"):
@@ -506,7 +511,7 @@ def record_of(step, totals, method, figures):
     record["reward"] = mean("reward", "samples") if totals["scored"] else None
     record["response_length"] = mean("sampled_tokens", "samples")
     record["unfinished"] = mean("unfinished", "samples")
-    record["entropy"] = mean("sampled_nll", "sampled_tokens")          # of the policy, estimated from samples
+    record["entropy"] = mean("sampled_nll", "sampled_tokens")          # the policy's, estimated from samples
     squared_gap = mean("squared_sampler_gap", "samples")
     record["sampler_gap"] = None if squared_gap is None else math.sqrt(squared_gap)      # see generate.py
     record["label_reversed"] = mean("label_reversed", "self_labelled")
@@ -536,8 +541,9 @@ def train(args):
         raise InputError(f"--batch-size: {pairs_a_step} pairs a step are too few for {world_size()} "
                          "processes; raise it, or --epochs")
     run.optimizer, run.scheduler = make_optimizer(run.policy.parameters(), count, args)
-    if meets_data_again(total, run, args):                             # after the optimizer: a forward leaves
-        score_once(run.reference, run.policy, run.examples, args.dtype)          # a sharded model gathered
+    # This comes after the optimizer is made, because a forward leaves a sharded model gathered.
+    if meets_data_again(total, run, args):
+        score_once(run.reference, run.policy, run.examples, args.dtype)
     start = {"baseline": 0.0}
     if args.baseline == "running":
         start["baseline"] = utility(torch.zeros(()), args.beta, args.loss_type).item()           # f(0)
@@ -559,13 +565,14 @@ def train(args):
 
 def meets_data_again(total, run, args):
     """Whether a run of `total` pairs needs the reference's log-probabilities of the data's responses more
-    than once, and those of no other responses."""
+    than once, and needs them for no other responses."""
     samples = args.mix > 0 and VARIANTS[args.variant].sampled
     return run.reference is not None and not samples and not args.revkl_coef and total > len(run.examples)
 
 
 def merged(trained, args):
-    """The policy that a run with an adapter has trained, {name: trained weight}, as a model without one."""
+    """The policy of a run that has trained an adapter, with the adapter merged into its base. trained: {name:
+    trained weight}."""
     base, _ = load_policy(args.model, args.trust_remote_code, chat_template=args.chat_template)
     return with_trained(base, trained, args.lora, args.out)
 
@@ -586,8 +593,8 @@ def evaluate_run(run, args):
 
 
 def fingerprints(run, args):
-    """What --resume compares beside the settings: the data as token ids, and the files of models and
-    functions."""
+    """The fingerprints that --resume compares besides the settings: of the data as token ids, and of the
+    files of models and functions."""
     ids = []
     for pair in run.examples + run.held_out:
         ids.append([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids])
@@ -602,8 +609,8 @@ def fingerprints(run, args):
 
 @fails_together
 def load_data(args):
-    """(training pairs, held-out pairs, reward, preference function, the Account of the training pairs, that
-    of the held-out pairs)."""
+    """Load (training pairs, held-out pairs, reward, preference function, Account of the training pairs,
+    Account of the held-out pairs)."""
     train, held_out, account, held_out_account = train_and_held_out(
         args.data, args.eval_data, args.limit, args.prefer, args.score_scale)
     for side in needed_sides(args):
@@ -621,7 +628,7 @@ def load_data(args):
 
 
 def needed_sides(args):
-    """Which responses the data must have."""
+    """The sides of a pair, chosen or rejected, for which the data must have responses."""
     variant = VARIANTS[args.variant]
     if variant.likelihood:
         return ["chosen"]
@@ -646,8 +653,8 @@ def load_run(args):
 
 
 def encode_scorable(pairs, account, tokenizer, limits, reward):
-    """(the encoded pairs that the reward can score, lengths as in `encode`). What becomes of the pairs is
-    added to their Account."""
+    """Encode the pairs and keep those that the reward can score: (the encoded pairs, lengths as in `encode`).
+    What becomes of the pairs is added to their Account."""
     encoded, changes, lengths = encode(pairs, tokenizer, *limits)
     account.add(changes)
     encoded, changes = drop_unscorable(encoded, reward)
@@ -656,7 +663,7 @@ def encode_scorable(pairs, account, tokenizer, limits, reward):
 
 
 def print_plan(run, account, held_out_account, lengths, total, count, args):
-    """What is trained, on what, and how."""
+    """Print what is trained, on which data, and in how many steps."""
     trained = size = 0
     for parameter in run.policy.parameters():
         size += parameter.numel()
@@ -728,7 +735,7 @@ def parse_args(argv=None, **unflagged):
 
 
 def refuse_flags(args, parser):
-    """An error for settings that do not go together, or that are missing."""
+    """End with an error if settings do not go together, or if one is missing."""
     variant = VARIANTS[args.variant]
     if args.model is None:
         parser.error("argument --model: want a directory or hub name")
@@ -748,7 +755,7 @@ def refuse_flags(args, parser):
 
 @fails_together
 def make_toy(args):
-    """Write the files that `--data toy` stands for, unless they are there."""
+    """Write the files that `--data toy` stands for, unless they exist."""
     if rank() != 0:
         return
     write_world(args.seed)
@@ -758,11 +765,11 @@ def make_toy(args):
 
 
 def main(argv=None, **unflagged):
-    """`python sail.py …`, alone or under torchrun. unflagged: see `parse_args`."""
+    """The command `python sail.py …`, alone or under torchrun. unflagged: see `parse_args`."""
     args = parse_args(argv, **unflagged)
     is_toy = args.data == toy_settings(args.variant, args.model, args.seed)["data"]
     if is_toy:
-        torch.set_num_threads(1)                   # more threads gain nothing on it, and round differently
+        torch.set_num_threads(1)                   # here more threads gain nothing, and round differently
     with process_group(args.shard):
         if is_toy and args.model == toy_settings("dpo")["model"] and not Path(args.model).is_dir():
             print0(f"toy: no SFT model in {args.model} yet; training it, once")
