@@ -1,9 +1,9 @@
 """The embedded toy world: reviews of a noun, a known reward for them, and a small model.
 
-It is what `sail.py --data toy` stands for, so that everything runs on a CPU, offline, in minutes. It is the
-real thing in small: demonstrations from a grammar, an SFT model of it, pairs of that model's responses,
-labelled by the true reward, then every method from the same start. `toy_settings` turns it into what any
-user has: files of pairs, a directory of a model, FILE.py:FUNCTION.
+`sail.py --data toy` uses this world, so that everything runs on a CPU, offline, in minutes. It has the steps
+of a real project: a grammar writes demonstrations, a model is trained on them by SFT, the true reward labels
+pairs of that model's responses, and every method starts from that model. `toy_settings` gives the toy the
+form that any user's project has: files of pairs, the directory of a model, and a reward FILE.py:FUNCTION.
 """
 import math
 import os
@@ -26,14 +26,14 @@ ADJECTIVES = dict(
 ADVERBS = dict(slightly=0.5, fairly=0.8, rather=1.0, very=1.5, truly=1.5, utterly=1.8)
 PROMPTS = ("review the {} :", "how was the {} ?", "tell me about the {} :", "what about the {} ?")
 WORLD = Path("runs/toy/world")             # the grammar's pairs, and models before any training
-SFT_MODEL = Path("runs/toy/sft/model")     # what all but SFT starts from
+SFT_MODEL = Path("runs/toy/sft/model")     # the model that all variants but sft start from
 DEFAULTS = dict(max_prompt_length=8, max_response_length=24, beta=0.5, epochs=1.0, batch_size=96,
                 learning_rate=4e-4, schedule="cosine", eval_every=25, eval_limit=256)
 SFT_DEFAULTS = dict(DEFAULTS, epochs=4.0, batch_size=48, learning_rate=2e-3)
 
 
 def toy_response(rng, noun):
-    """One random review, wanted or not: it may stray to another noun, repeat itself, or lack its full
+    """Write one random review, good or bad. It may be about another noun, repeat itself, or lack its full
     stop."""
     noun = noun if rng.random() < 0.8 else rng.choice(NOUNS)
     clauses = [f"{rng.choice([*ADVERBS])} {rng.choice([*ADJECTIVES])}"
@@ -48,7 +48,7 @@ def toy_reward(prompts, responses):
 
       opinion     the first two adjectives' valence, times their adverb's intensity
       on topic    +0.5 for the prompt's noun, −0.5 for any other
-      repetition  −0.5 for every adjective or adverb said again
+      repetition  −0.5 for every adjective or adverb that is said again
       ending      +0.5 for one full stop, at the end
       length      −0.3 for every word past the ninth
     """
@@ -75,7 +75,8 @@ def toy_reward(prompts, responses):
 
 
 def toy_prompts(held_out=False):
-    """[(prompt, its noun)]: 60 prompts to train on, or the 20 held-out ones, one wording of each noun."""
+    """The prompts and their nouns, [(prompt, noun)]: 60 prompts to train on, or the 20 held-out prompts,
+    which are one wording for each noun."""
     prompts = []
     for place, noun in enumerate(NOUNS):
         for wording, text in enumerate(PROMPTS):
@@ -85,8 +86,8 @@ def toy_prompts(held_out=False):
 
 
 def toy_pair(rng, prompt, first, second, finished=(True, True)):
-    """A row of a pair, of which the chosen one is drawn from Bradley-Terry on the toy reward. finished:
-    whether the first, whether the second response ended by itself."""
+    """Make a row of a pair. The chosen response is drawn from the Bradley-Terry model of the toy reward.
+    finished: whether the first and whether the second response ended by itself."""
     better, worse = toy_reward([prompt] * 2, [first, second])
     if rng.random() > 1 / (1 + math.exp(worse - better)):
         first, second, finished = second, first, finished[::-1]
@@ -97,8 +98,8 @@ def toy_pair(rng, prompt, first, second, finished=(True, True)):
 
 
 def grammar_pairs(held_out=False):
-    """Rows of pairs of the grammar: 3,000, whose chosen ones the SFT model learns from, or 1,024 with
-    held-out prompts."""
+    """Rows of pairs from the grammar: 3,000 pairs, on whose chosen responses the SFT model is trained, or
+    1,024 pairs with held-out prompts."""
     rng = random.Random(int(held_out))
     count = 1024 if held_out else 3000
     prompts, rows = toy_prompts(held_out), []
@@ -111,7 +112,7 @@ def grammar_pairs(held_out=False):
 
 
 def draw_toy_pairs(model, path, count=18000, seed=0):
-    """Sample pairs from a model of the toy, label them by the true reward, write them to `path`."""
+    """Sample pairs from a model of the toy, label them by the true reward, and write them to `path`."""
     policy, tokenizer = load_policy(model)
     rng = random.Random(seed)
     asked = rng.choices(toy_prompts(), k=count)
@@ -137,8 +138,8 @@ def toy_vocabulary():
 
 
 def is_toy_model(model):
-    """Whether a directory holds a model of the toy, which has the toy's vocabulary, or is a place where the
-    toy will write one."""
+    """Whether a directory holds a model of the toy, which is recognised by its vocabulary. If the directory
+    does not exist: whether it lies where the toy writes its models."""
     file = Path(model, "tokenizer.json")
     if not Path(model).is_dir():
         return str(model).startswith(str(WORLD.parent))
@@ -150,7 +151,7 @@ def toy_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     tokenizer = Tokenizer(models.WordLevel(toy_vocabulary(), unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()         # a word, or marks
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()         # splits words from marks
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
                                    unk_token="<unk>", clean_up_tokenization_spaces=False)
 
@@ -169,8 +170,9 @@ def toy_model(seed=0):
 # --- as any user has it -------------------------------------------------------------------------------------
 
 def toy_settings(variant, model=None, seed=0):
-    """What `--data toy` stands for, {name of a flag: its default}: pairs in files, a model's directory, a
-    reward in a file of Python. Pairs of the model's own responses lie in its directory."""
+    """The settings that `--data toy` stands for, {name: default}: files of pairs, the directory of a model,
+    and a reward in a file of Python. The pairs of a model's own responses lie in the directory of this
+    model."""
     reward = f"{os.path.relpath(__file__)}:toy_reward"
     eval_data = str(WORLD / "held-out.jsonl")
     if variant == "sft":
@@ -181,12 +183,12 @@ def toy_settings(variant, model=None, seed=0):
     settings = dict(DEFAULTS, data=f"{model}/toy-pairs.jsonl", eval_data=eval_data, model=model,
                     reward=reward)
     if variant == "pp":
-        settings["revkl_coef"] = 0.3                       # PP alone has no ceiling
+        settings["revkl_coef"] = 0.3                       # PP diverges without this anchor
     return settings
 
 
 def write_world(seed=0):
-    """Write the grammar's pairs and the model before any training, unless they are there."""
+    """Write the grammar's pairs and the model before any training, unless they exist."""
     if not (WORLD / "grammar.jsonl").is_file():
         write_rows(WORLD / "grammar.jsonl", grammar_pairs())
     if not (WORLD / "held-out.jsonl").is_file():
