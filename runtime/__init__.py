@@ -1,6 +1,7 @@
 """The engineering that no reader of the method needs.
 
-Scripts import it before torch: a missing package and Ctrl-C are then one line, also before their main runs.
+Scripts import this package before torch, so that a missing package or Ctrl-C gives one line, even before a
+script's main runs.
 """
 import signal
 import sys
