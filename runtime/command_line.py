@@ -1,4 +1,4 @@
-"""What all scripts share: errors in one line, seeds."""
+"""What all scripts share: errors that take one line, and seeds."""
 import hashlib
 import os
 import signal
@@ -13,9 +13,9 @@ class InputError(ValueError):
 
 @contextmanager
 def foreign(problem):
-    """Around one call of code that is not ours, as a library that reads or writes a file: whatever it raises
-    becomes InputError(problem), with the first 200 characters of the reason in brackets. Our own code does
-    not belong inside, since a fault of ours must show its traceback."""
+    """A context for one call of code that is not ours, such as a library that reads or writes a file. Any
+    exception becomes InputError(problem), with the first 200 characters of the reason in brackets. Our own
+    code does not belong inside, since a fault of ours must show its traceback."""
     try:
         yield
     except Exception as error:
@@ -26,25 +26,26 @@ def foreign(problem):
 DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 def command_line(main):
-    """Run a script's `main`; bad input, a file that fails, or an optional package that is not there, becomes
-    one line on stderr and exit status 2. Ctrl-C becomes one line and exit status 130."""
-    if signal.getsignal(signal.SIGINT) is end_interrupted:               # all is imported
+    """Run a script's `main`. Bad input, a file operation that fails, or an optional package that is missing
+    becomes one line on stderr and exit status 2. Ctrl-C becomes one line and exit status 130."""
+    if signal.getsignal(signal.SIGINT) is end_interrupted:               # all imports are done
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
     except KeyboardInterrupt:
         end_interrupted()
     except (InputError, OSError, ModuleNotFoundError) as error:
-        # InputError is raised by all processes alike, and one speaks; other errors may be one's own.
+        # All processes raise the same InputError, so rank 0 alone reports it. Any other error may occur in
+        # a single process.
         if os.environ.get("RANK", "0") == "0" or not isinstance(error, InputError):
             print(f"{Path(sys.argv[0]).name}: error: {one_line(error)}", file=sys.stderr)
         if not is_open(sys.stdout):
-            sys.stdout = None                    # or Python would complain once more at its end
+            sys.stdout = None                    # otherwise Python would complain once more when it ends
         sys.exit(2)
 
 
 def show_missing_package(kind, error, trace):
-    """A sys.excepthook that shows a missing package in one line, and all else as Python does."""
+    """A sys.excepthook that shows a missing package in one line, and any other exception as Python does."""
     if not issubclass(kind, ModuleNotFoundError):
         return sys.__excepthook__(kind, error, trace)
     script = Path(sys.argv[0]).name
@@ -69,10 +70,10 @@ def is_open(stream):
 
 
 def one_line(error):
-    """What an InputError, an OSError or a missing package tells the user."""
+    """The message for the user, in one line, of an InputError, an OSError or a missing package."""
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"needs a package: pip install {error.name}"
-    path = getattr(error, "filename2", None) or getattr(error, "filename", None)       # 2: renamed to
+    path = getattr(error, "filename2", None) or getattr(error, "filename", None)   # 2: the target of a rename
     if path:
         return f"{path}: {error.strerror}"
     if isinstance(error, BrokenPipeError):
@@ -91,5 +92,6 @@ def format_counts(counter):
 
 
 def seeded(purpose, *numbers):
-    """The seed of one stream of random numbers: a hash into the 32 bits that torch keeps on a CPU."""
+    """The seed for one stream of random numbers: a hash of its purpose and numbers. It has 32 bits, because
+    torch keeps no more of a seed on a CPU."""
     return int.from_bytes(hashlib.sha256(repr((purpose, *numbers)).encode()).digest()[:4], "big")
