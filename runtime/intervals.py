@@ -13,9 +13,9 @@ def student(degrees):
 
 
 def mean_of(values):
-    """(mean, low, high) of n independent numbers, as of prompts or of runs with other seeds: the 95 %
-    interval of Student's t; nan for one number. A bootstrap would not do: its interval holds the true mean
-    80 times in 100 at n = 4, and 91 times at n = 16."""
+    """(mean, low, high) of n independent numbers, such as one per prompt or one per seed, with the 95 %
+    interval of Student's t. The interval of a single number is nan. A bootstrap would not do: its interval
+    contains the true mean only 80 times in 100 at n = 4, and 91 times at n = 16."""
     values = torch.tensor(values, dtype=torch.float64)
     n = len(values)
     mean = values.mean().item()
@@ -53,15 +53,16 @@ def holm(p_values):
 
 
 def means_of_prompts(values, prompts):
-    """The mean of each prompt's responses, of numbers of k·prompts responses, first one to each prompt, then
-    another to each. Intervals are over prompts, since responses to one prompt are alike."""
+    """The mean over the k responses to each prompt. values: k·prompts numbers, first for one response to
+    every prompt, then for a second response to every prompt, and so on. Intervals are over prompts, since
+    responses to the same prompt are alike."""
     return torch.tensor(values, dtype=torch.float64).view(-1, prompts).mean(0).tolist()
 
 
 def share_of(values):
     """(share, low, high) of n verdicts 0, ½ or 1, with Wilson's 95 % interval (J. Am. Stat. Assoc. 22, 209).
-    Student's t would not do: if all verdicts are 0, the interval would be empty. Of n prompts' means it is
-    at most too wide."""
+    Student's t would not do: if all verdicts are 0, its interval has no width. For values that are means over
+    several responses to a prompt, Wilson's interval is, if anything, too wide."""
     z = 1.96
     n = len(values)
     p = sum(values) / n
@@ -71,7 +72,7 @@ def share_of(values):
     half = math.sqrt(z**2 * variance + w**2 / 4)
     low = (centre - half) / (1 + w)
     high = (centre + half) / (1 + w)
-    if p == 0:                                             # exactly: rounding leaves it a little beside
+    if p == 0:                                             # rounding would leave low slightly off 0
         low = 0.0
     return p, low, high
 
@@ -82,12 +83,13 @@ def prefers_chosen(margins):
 
 
 def length_controlled(verdicts, lengths):
-    """The win rate that is left at equal lengths, (R, n) × 2 -> (R,), as in AlpacaEval 2 (arXiv 2404.04475).
+    """The win rate at equal lengths, (R, n) × 2 -> (R,), as in AlpacaEval 2 (arXiv 2404.04475).
 
     verdicts: 1, ½ or 0. lengths: how much longer the response is than its opponent, within ±1. P(win) =
-    σ(quality + bias · length) is fitted by Newton's method; the rate is σ(quality), or the raw one if no
-    length differs. A trace of ridge keeps both finite, and weighs a thousand times more on quality: what the
-    two explain equally well, as when all wins are longer, counts as length."""
+    σ(quality + bias · length) is fitted by Newton's method. The rate is σ(quality), or the raw rate if no
+    length differs. A small ridge penalty keeps quality and bias finite. It is a thousand times larger on
+    quality, so that what both explain equally well counts as length, for example if all winning responses are
+    longer."""
     ones = torch.ones_like(lengths)
     inputs = torch.stack([ones, lengths], -1)                             # (R, n, 2)
     ridge = torch.tensor([0.1, 1e-4]).to(verdicts)
@@ -100,7 +102,7 @@ def length_controlled(verdicts, lengths):
         curvature = inputs.mT @ (slopes * inputs) + ridge.diag()          # (R, 2, 2)
         step = torch.linalg.solve(curvature, gradient)
         size = step.norm(dim=1, keepdim=True)
-        too_long = (size / 5).clamp(min=1)                                # beyond 5
+        too_long = (size / 5).clamp(min=1)                                # a step is at most 5 long
         weights = weights + step / too_long
         if size.max() < 1e-9:
             break
@@ -110,7 +112,8 @@ def length_controlled(verdicts, lengths):
 
 
 def scaled_lengths(ours, theirs):
-    """tanh(difference / its root mean square) of the texts' lengths in characters: (n,), within ±1."""
+    """How much longer each text of `ours` is than its opponent in `theirs`: tanh(difference / root mean
+    square of the differences) of the lengths in characters, (n,), within ±1."""
     differences = []
     for our_text, their_text in zip(ours, theirs, strict=True):
         differences.append(len(our_text) - len(their_text))
@@ -120,10 +123,10 @@ def scaled_lengths(ours, theirs):
 
 
 def bootstrap(statistic, *columns, prompts, draws=1000):
-    """(value, low, high): statistic(*columns), and its 95 % interval, the percentiles of `draws` draws of the
-    prompts with replacement, always the same ones; nan for one prompt. columns: numbers of k·prompts
-    responses, first one to each prompt, then another to each. statistic: takes them as float64 tensors
-    (R, n), one row per draw, and returns (R,)."""
+    """(value, low, high): statistic(*columns) and its 95 % interval, which is nan for a single prompt. The
+    interval has the percentiles over `draws` draws of the prompts with replacement, which are the same in
+    every call. columns: k·prompts numbers each, in the order of `means_of_prompts`. statistic: takes the
+    columns as float64 tensors (R, n), one row per draw, and returns (R,)."""
     data = []
     for column in columns:
         data.append(torch.as_tensor(column).double())
@@ -147,8 +150,9 @@ ENOUGH = 32
 
 
 def win_figures(wins, ours, theirs, prompts=None):
-    """The rate of wins (1, ½: tie, 0) of the texts `ours` against `theirs`, raw and, from ENOUGH prompts on,
-    length-controlled. prompts: how many there are, as in `bootstrap`; None: as many as texts."""
+    """The win rates of the texts `ours` against `theirs`: raw and, from ENOUGH prompts on, length-controlled.
+    wins: 1, ½ for a tie, or 0, or the probability of a win. prompts: the number of prompts, as in
+    `bootstrap`; None means one prompt per text."""
     prompts = prompts or len(wins)
     figures = {"win_rate": share_of(means_of_prompts(wins, prompts))}
     if prompts >= ENOUGH:
@@ -158,8 +162,8 @@ def win_figures(wins, ours, theirs, prompts=None):
 
 
 def format_figure(value, low, high):
-    """A figure as text: ± half its interval, or by the interval's ends if these are unlike far from it; alone
-    if it has none."""
+    """A figure as text: its value ± half its interval. If the value is far from the middle of the interval,
+    the interval's ends follow the value instead. A figure without an interval is its value alone."""
     if math.isnan(low):
         return f"{value:.3f}"
     half = (high - low) / 2
@@ -170,7 +174,7 @@ def format_figure(value, low, high):
 
 
 def few(n, figures):
-    """What is to be said of figures of n prompts, "" if n will do."""
+    """Warnings, as text, about figures that were measured on n prompts; "" if n is enough."""
     said = ""
     if n < 20:
         said += f" | of {n} prompts only: the intervals are rough"
