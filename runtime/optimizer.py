@@ -7,7 +7,8 @@ from runtime.processes import is_sharded
 
 
 def make_optimizer(parameters, steps, settings):
-    """(optimizer, scheduler): linear warm-up, over a tenth of the steps for None, then constant or cosine."""
+    """Make (optimizer, scheduler). The learning rate rises linearly during the warm-up, and is then constant
+    or falls as a cosine. The warm-up takes a tenth of the steps if settings.warmup_steps is None."""
     if settings.optimizer == "rmsprop":
         optimizer = torch.optim.RMSprop(parameters, settings.learning_rate)
     else:
@@ -26,14 +27,14 @@ def make_optimizer(parameters, steps, settings):
 
 
 def optimizer_step(model, optimizer, scheduler, max_grad_norm, loss):
-    """One optimizer step, unless the loss or the gradient is not finite; (gradient norm before clipping,
-    learning rate, whether it was done)."""
+    """Take one optimizer step, unless the loss or the gradient is not finite: (gradient norm before clipping,
+    learning rate, whether the step was taken)."""
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     if is_sharded(model):
         grad_norm = grad_norm.full_tensor()
     grad_norm = grad_norm.item()
     learning_rate = scheduler.get_last_lr()[0]
-    finite = math.isfinite(grad_norm) and math.isfinite(loss)          # on all processes alike
+    finite = math.isfinite(grad_norm) and math.isfinite(loss)          # the same on all processes
     if finite:
         optimizer.step()
         scheduler.step()
