@@ -1,8 +1,8 @@
-"""Packing: score rows without their padding, and a prompt that rows share once.
+"""Packing: rows are scored without their padding, and a prompt that several rows share is computed once.
 
-`generate.response_logits` works on padded rows, and shows how. Of a model that `allow_packing` has switched
-over, it gets the same numbers from one long row: all layers work on no padding; attention alone lays the rows
-out again. Measured by experiments/bench.py.
+`generate.response_logits` shows the computation on padded rows. For a model that `allow_packing` has switched
+over, it gets the same numbers from one long row. Then no layer works on padding but attention, which
+puts the tokens back into separate rows. experiments/bench.py measures the gain.
 """
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -11,12 +11,12 @@ from runtime.processes import sent
 
 
 def is_packed(model):
-    """Whether `allow_packing` has switched the model over."""
+    """Whether `allow_packing` has switched the model over to packed rows."""
     return model.config.get_text_config()._attn_implementation == "packed"
 
 
 def packed_logits(model, input_ids, attention_mask, response_mask):
-    """The logits (N, V) that predict the response's tokens of rows as `data.collate` makes them."""
+    """The logits (N, V) that predict the response's tokens of rows, which `data.collate` has made."""
     device = next(model.parameters()).device
     inputs, places = pack(input_ids, attention_mask, response_mask, device)
     scored = response_mask[:, 1:].bool()
@@ -26,11 +26,12 @@ def packed_logits(model, input_ids, attention_mask, response_mask):
 
 
 def pack(input_ids, attention_mask, response_mask, device):
-    """Rows (B, T) in one row of N tokens, with a prompt that rows share once: (inputs, places).
+    """Pack rows (B, T) into one row of N tokens, in which a prompt that several rows share occurs once:
+    (inputs, places).
 
-    Rows on the CPU make no GPU wait. inputs, on `device`: input_ids and position_ids (1, N), and `packing`,
-    from which attention lays the rows out again.
-    places: (B, T), where in the one row a token stands (padding: anywhere)."""
+    If the rows are on the CPU, the CPU never has to wait for a GPU. inputs, on `device`: input_ids and
+    position_ids, (1, N), and `packing`, from which attention restores the separate rows. places: (B, T), the
+    place of each token in the packed row; the places of padding have no meaning."""
     real = attention_mask.bool()                                       # (B, T)
     positions = attention_mask.cumsum(-1) - 1
     positions = positions.clamp(min=0)
@@ -39,7 +40,7 @@ def pack(input_ids, attention_mask, response_mask, device):
     first = first_with_prompt(input_ids, prompt)
     rows = torch.arange(len(first), device=real.device)
     is_repeated = (first != rows)[:, None]                             # (B, 1)
-    own = real & ~(prompt & is_repeated)                               # the tokens that a row brings itself
+    own = real & ~(prompt & is_repeated)                               # the tokens that a row adds itself
     place_of_own = own.flatten().cumsum(0) - 1
     place_of_own = place_of_own.view_as(positions)
     lengths = own.sum(1)
@@ -50,7 +51,7 @@ def pack(input_ids, attention_mask, response_mask, device):
     inputs = dict(
         input_ids=sent(input_ids[own][None], device),
         position_ids=sent(positions[own][None], device),
-        attention_mask=sent(real.new_ones(1, 1, 1, 1), device),        # 4-D: transformers then makes none
+        attention_mask=sent(real.new_ones(1, 1, 1, 1), device),        # 4-D: transformers then makes no mask
         packing=(sent(tokens, device), shapes, sent(back, device)))
     return inputs, places
 
@@ -66,8 +67,9 @@ def first_with_prompt(input_ids, prompt):
 
 
 def grids_of(places, real, n):
-    """How attention lays out one row of n tokens again as rows, like lengths together in grids: (the token of
-    each place in the grids, the grids' shapes, for each token a place in the grids)."""
+    """How attention restores separate rows from a packed row of n tokens. Rows of similar lengths form a
+    grid, which is padded on the right: (the token at each place of the grids, the grids' shapes, a place in
+    the grids for each token)."""
     rows = []
     for place, is_token in zip(places, real, strict=True):
         rows.append(place[is_token])
@@ -79,7 +81,7 @@ def grids_of(places, real, n):
         grids[-1].append(row)
     tokens, shapes = [], []
     for grid in grids:
-        padded = pad_sequence(grid, batch_first=True, padding_value=n)             # n: no token
+        padded = pad_sequence(grid, batch_first=True, padding_value=n)             # n stands for no token
         tokens.append(padded.flatten())
         shapes.append(padded.shape)
     tokens = torch.cat(tokens)
@@ -90,8 +92,8 @@ def grids_of(places, real, n):
 
 
 def packed_attention(module, query, key, value, attention_mask, packing=None, **options):
-    """transformers' SDPA attention; of a packed row, within each of the rows that it holds. query, key,
-    value: (1, heads, N, D) -> (1, N, heads, D)."""
+    """SDPA attention as in transformers. For a packed row, it works within each of the rows that were packed.
+    query, key, value: (1, heads, N, D) -> (1, N, heads, D)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -112,7 +114,7 @@ def packed_attention(module, query, key, value, attention_mask, packing=None, **
 
 
 def can_be_packed(config):
-    """Whether a model's attention is SDPA over the whole of a row, in each layer."""
+    """Whether each layer of a model has SDPA attention over the whole row."""
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True):
         return False
@@ -123,7 +125,7 @@ def can_be_packed(config):
 
 
 def register_packing():
-    """Make the attention known to transformers."""
+    """Register `packed_attention` with transformers, under the name "packed"."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
     AttentionInterface.register("packed", packed_attention)
@@ -132,8 +134,8 @@ def register_packing():
 
 @torch.no_grad()
 def allow_packing(model):
-    """Switch the model over if it then gives its own logits on a packed row; returns it. This is tried on two
-    short rows, as recurrent layers, for one, mix what a row holds."""
+    """Switch a model over to packed rows if it gives the same logits for them; returns the model. This is
+    tried on two short rows, because recurrent layers, for example, mix the rows that are packed together."""
     if not can_be_packed(model.config.get_text_config()):
         return model
     register_packing()
@@ -149,7 +151,7 @@ def allow_packing(model):
         packed = model(**inputs, use_cache=False).logits[0, places]
         difference = (packed - plain)[attention_mask.bool()]
         same = difference.abs().max() <= 1e-4 * plain.abs().max()
-    except (TypeError, RuntimeError):                    # it takes no `packing`, or needs rows of one shape
+    except (TypeError, RuntimeError):               # the model takes no `packing`, or needs rows of one shape
         same = False
     if not same:
         model.set_attn_implementation("sdpa")
