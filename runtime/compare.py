@@ -29,12 +29,12 @@ from runtime.run_directory import is_run_directory, read_json, refuse_output, wr
 class Evaluation:
     """What a run has measured on held-out data after a step: a row of eval.jsonl."""
     step: int
-    figures: dict[str, tuple[float, float, float]]         # (value, low, high) of each that was measured
+    figures: dict[str, tuple[float, float, float]]         # name: (value, low, high), if it was measured
 
 
 def evaluation_of(row):
     """The Evaluation in a row of eval.jsonl, {"step": 5, NAME: value, "NAME_interval": [low, high], …}, where
-    numbers and intervals may be null. Raises KeyError, TypeError or ValueError for another row."""
+    numbers and intervals may be null. Raises KeyError, TypeError or ValueError for a row of another form."""
     figures = {}
     for name, value in row.items():
         if name != "step" and not name.endswith("_interval") and value is not None:
@@ -53,8 +53,8 @@ def float_of(value):
 
 
 def read_log(path, convert):
-    """The rows of a run's log, convert(object) for the JSON object on each line. Raises InputError for a line
-    that no run has written."""
+    """Read the rows of a run's log: convert(object) for the JSON object on each line. Raises InputError for a
+    line that no run has written."""
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
         if not line.strip():
@@ -67,7 +67,8 @@ def read_log(path, convert):
 
 
 def read_runs(paths):
-    """{path: evaluations} of the finished runs of sail.py among the paths. Raises InputError without any."""
+    """{path: evaluations} of the finished runs of sail.py among the paths. Raises InputError if there is no
+    such run."""
     runs = {}
     for path in map(Path, paths):
         why = "it is no run; evaluate.py without --compare measures any model"
@@ -100,21 +101,23 @@ MEASURED_ON = ("reward", "pairs", "lengths", "reference", "beta")
 
 @dataclass
 class Table:
-    """Groups of runs whose figures may stand side by side, since they were measured on the same."""
-    measured_on: dict[str, str | None]                                 # MEASURED_ON, in words
+    """Groups of runs whose figures may stand side by side, since they were measured under the same
+    conditions."""
+    measured_on: dict[str, str | None]                               # the conditions of MEASURED_ON, in words
     groups: dict[str, list] = field(default_factory=dict)              # name: the evaluations of each run
-    paths: list[Path] = field(default_factory=list)                    # of all runs
+    paths: list[Path] = field(default_factory=list)                    # the paths of all runs
 
 
 def measured_on(path):
-    """What a run's figures were measured on, {what: words}, by its args.json. A thing that played no part is
-    None: a run without a reference, as SFT, has no KL and no margin, so β does not matter either."""
+    """The conditions under which a run's figures were measured, {condition of MEASURED_ON: words}, from its
+    args.json. A condition that played no part is None. For example, a run without a reference, such as SFT,
+    has no KL and no margin, so β does not matter either."""
     conditions = dict.fromkeys(MEASURED_ON)
     if not (path / "args.json").is_file():
         return conditions
     args = defaultdict(lambda: None, read_json(path / "args.json"))
     conditions["pairs"] = f"up to {args['eval_limit']} pairs of {held_out_of(args)}"
-    if args["max_length"]:                                 # of a reward model
+    if args["max_length"]:                                 # this is a reward model
         conditions["lengths"] = f"dialogues of up to {args['max_length']} tokens"
     else:
         conditions["lengths"] = (f"prompts of up to {args['max_prompt_length']} tokens, responses of up to "
@@ -138,7 +141,7 @@ def held_out_of(args):
     if args["eval_data"] and is_run_directory(Path(pairs)):
         return held_out_of(defaultdict(lambda: None, read_json(Path(pairs, "args.json"))))
     if Path(pairs).exists():
-        pairs = os.path.relpath(pairs)                     # the same path in whatever way it was given
+        pairs = os.path.relpath(pairs)                     # makes the same path of all its spellings
     if args["eval_data"] is None:
         pairs = f"{pairs}, one in twenty of {args['limit'] or 'all'} rows"
     return pairs
@@ -154,9 +157,9 @@ def with_fingerprint(source, sha256):
 
 
 def groups_of(conditions):
-    """Group runs that are seeds of each other: {name: paths}, from {path: what the run was measured on}. The
-    paths of seeds differ only in their ending -sN, and the seeds were measured on the same, except that each
-    may have its own reference."""
+    """Group runs that differ only in their seed: {name: paths}, from {path: the run's conditions}. The paths
+    of such runs differ only in their ending -sN. Their conditions are the same, except that each of them may
+    have its own reference."""
     groups = defaultdict(list)
     for path, words in conditions.items():
         variant = Path(re.sub(r"-s\d+$", "", str(path)))
@@ -165,7 +168,7 @@ def groups_of(conditions):
     times = Counter(variant for variant, _ in groups)
     paths = []
     for (variant, _), seeds in groups.items():
-        if times[variant] > 1:                             # these seeds were measured on unlike things
+        if times[variant] > 1:                             # groups of this name have unlike conditions
             seed_names = ", ".join(path.name for path in seeds)
             variant = variant.with_name(f"{variant.name} ({seed_names})")
         paths.append(variant)
@@ -173,7 +176,7 @@ def groups_of(conditions):
 
 
 def short_names(paths):
-    """The last parts of paths, as many as tell them apart."""
+    """The last parts of paths, with as many parts as are needed to tell the paths apart."""
     names, length = [], 0
     while len(set(names)) < len(paths):
         length += 1
@@ -182,8 +185,8 @@ def short_names(paths):
 
 
 def tables_of(found):
-    """The tables of the runs found, {path: evaluations}. Each group of seeds is in the first table whose runs
-    were measured on the same."""
+    """Sort runs, {path: evaluations}, into tables. Each group of seeds goes into the first table whose runs
+    were measured under the same conditions."""
     conditions = {path: measured_on(path) for path in found}
     tables = []
     for name, paths in groups_of(conditions).items():
@@ -200,7 +203,8 @@ def tables_of(found):
 
 
 def table_for(tables, words):
-    """The first table whose runs were measured on the same; a new one if there is none."""
+    """The first table whose runs were measured under these conditions. If there is none, a new table is
+    appended to `tables`."""
     for table in tables:
         if are_alike(table.measured_on, words):
             return table
@@ -210,7 +214,7 @@ def table_for(tables, words):
 
 
 def are_alike(first, second):
-    """Whether figures were measured on the same, apart from what played no part in one of the two."""
+    """Whether two sets of conditions are the same, apart from conditions that are None in one of them."""
     for what in MEASURED_ON:
         if None not in (first[what], second[what]) and first[what] != second[what]:
             return False
@@ -218,7 +222,7 @@ def are_alike(first, second):
 
 
 def heading_of(table):
-    """The line above a table: what its figures were measured on."""
+    """The line above a table, which says under which conditions its figures were measured."""
     words = filter(None, table.measured_on.values())
     return printable(f"Measured on: {'; '.join(words) or 'unknown'}")
 
@@ -226,8 +230,9 @@ def heading_of(table):
 # --- figures ------------------------------------------------------------------------------------------------
 
 def figure_of(name, evaluations):
-    """(value, low, high) of one figure. Of one evaluation the interval is over prompts; of several, one of
-    each seed, it is over seeds. None if one of them has not measured it."""
+    """(value, low, high) of one figure. The interval of a single evaluation is over prompts. If there are
+    several evaluations, one for each seed, the interval is over seeds. None if an evaluation has not measured
+    the figure."""
     figures = [evaluation.figures.get(name) for evaluation in evaluations]
     if None in figures:
         return None
@@ -243,16 +248,16 @@ COLUMNS = {"reward": "reward", "kl": "KL", "objective": "reward − β·KL", "ga
            "win_rate": "win rate", "lc_win_rate": "LC win rate", "length": "length",
            "unfinished": "unfinished", "margin": "margin", "accuracy": "accuracy"}
 
-# Sequences that a terminal obeys, by ECMA-48: strings up to their end, as titles and links; colours and moves
-# of the cursor; others. Each begins with an escape character or has a control character of its own.
+# Sequences that control a terminal (ECMA-48): strings with their end, such as titles and links; colours and
+# moves of the cursor; all others. A sequence begins with an escape character or with a control character.
 SEQUENCES = re.compile(r"(\x1b[]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]*(\x07|\x1b\\|\x9c)"
                        r"|(\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
                        r"|\x1b[ -/]*[0-~]")
 
 
 def printable(text):
-    """The text without what would control a terminal: escape sequences, control characters but newline and
-    tab, and lone surrogates, which cannot be printed."""
+    """The text without characters that control a terminal: escape sequences, control characters except
+    newline and tab, and lone surrogates, which cannot be printed."""
     kept = []
     for character in SEQUENCES.sub("", text):
         if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs"):
@@ -261,8 +266,8 @@ def printable(text):
 
 
 def print_table(results, seeds=None):
-    """Print results, {model: {name: figure}}, as a markdown table. seeds, {model: how many runs it has}, is
-    a column of its own."""
+    """Print results, {model: {name: figure}}, as a markdown table. seeds, {model: number of its runs},
+    becomes a column."""
     measured = set().union(*results.values())
     columns, heads = [], []
     if seeds:
@@ -317,10 +322,11 @@ def print_samples(samples, count):
     kept = min(len(rows) for rows in samples.values())
     if kept < count:
         print(f"\nanswers to {kept} prompts are there, not to {count}")
-    by_prompt = zip(*(rows[:min(kept, count)] for rows in samples.values()), strict=True)     # a row of each
+    # by_prompt has, for each prompt, a row of each model.
+    by_prompt = zip(*(rows[:min(kept, count)] for rows in samples.values()), strict=True)
     for rows in by_prompt:
         prompt = rows[0]["prompt"]
-        if isinstance(prompt, list):                       # of a dialogue, its last message
+        if isinstance(prompt, list):                       # a dialogue is shown by its last message
             prompt = prompt[-1]["content"]
         print(f"\n>>> {printable(prompt)}")
         for model, row in zip(samples, rows, strict=True):
@@ -333,9 +339,9 @@ def print_samples(samples, count):
 # --- the best possible --------------------------------------------------------------------------------------
 
 def frontier(rewards, temperatures):
-    """The best that any policy can do, from the rewards of samples of the reference, (P prompts, n samples):
-    for each temperature t the policy π_t ∝ π_ref·exp(r/t), which has the highest reward of all policies of
-    its KL.
+    """The best that any policy can do, from the rewards of samples of the reference, (P prompts, n samples).
+    For each temperature t this is the policy π_t ∝ π_ref·exp(r/t), which has the highest reward of all
+    policies with the same KL.
 
     The samples are weighted by exp(r/t), self-normalised importance sampling. Rows: kl in nats per response;
     reward; best, the highest reward − t·KL, which is t·log E_ref exp(r/t); error, half the 95 % interval of
@@ -352,8 +358,8 @@ def frontier(rewards, temperatures):
         if poorest < 30:
             continue
         reward = (weights * rewards).sum(-1)
-        log_mean = scaled.logsumexp(-1) - math.log(n)          # of exp(r/t)
-        variance = (1 / effective - 1 / n).clamp(min=0)        # rounding may leave it a little below
+        log_mean = scaled.logsumexp(-1) - math.log(n)          # the log of the mean of exp(r/t)
+        variance = (1 / effective - 1 / n).clamp(min=0)        # rounding may leave it a little below 0
         row = {"temperature": t, "reward": reward.mean().item(), "best": t * log_mean.mean().item()}
         row["kl"] = (row["reward"] - row["best"]) / t
         row["error"] = 1.96 * t * variance.sum().sqrt().item() / prompts
@@ -364,13 +370,13 @@ def frontier(rewards, temperatures):
 
 # --- the picture --------------------------------------------------------------------------------------------
 
-COLOURS = dict(zip("sft dpo dp pp online-dpo pr pr-1 spin".split(),                       # Okabe and Ito's
+COLOURS = dict(zip("sft dpo dp pp online-dpo pr pr-1 spin".split(),             # the colours of Okabe and Ito
                    "#000000 #0072B2 #D55E00 #009E73 #CC79A7 #56B4E9 #E69F00 #7F7F7F".split(), strict=True))
 
 
 def plot(tables, results, curve, best_run, path):
-    """Write a PNG of held-out reward against KL, a panel for each table. A large point is where a run ends,
-    or the mean of its seeds; the line to it passes through the earlier evaluations. The curve, rows of
+    """Write a PNG of held-out reward against KL, with a panel for each table. A large point is the end of a
+    run, or the mean of its seeds. The line to it passes through the earlier evaluations. The curve, rows of
     `frontier`, is drawn in the panel of the run `best_run`."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8 * len(tables), 5), layout="constrained")
@@ -455,9 +461,9 @@ def write_labels(axes, ends):
 # --- the comparison -----------------------------------------------------------------------------------------
 
 def compare(paths, out=None, show=0, best=None, curve=(), best_run=None):
-    """Print finished runs as markdown tables, one for those that were measured on the same, and their last
-    answers to the first `show` held-out prompts. Write the figures to `out`, and a picture beside it. best,
-    curve, best_run: what `best_possible` returns."""
+    """Print finished runs as markdown tables, one for each set of conditions under which they were measured,
+    and their last answers to the first `show` held-out prompts. Write the figures to `out`, and a picture
+    beside it. best, curve, best_run: what `best_possible` returns."""
     found = read_runs(paths)
     tables = tables_of(found)
     first_run, *_ = found
@@ -489,8 +495,9 @@ def compare(paths, out=None, show=0, best=None, curve=(), best_run=None):
 
 
 def print_groups(groups, results):
-    """Print the table of the groups' results. What their runs were before the first step is a row above the
-    first of the groups that began so."""
+    """Print the table of the groups' results. If all runs of a group were evaluated before the first step,
+    these figures are a row above the group. Groups with the same figures share one row, above the first of
+    them."""
     began = {}                                             # name: the figures at step 0
     for name, runs in groups.items():
         first = [evaluations[0] for evaluations in runs]
@@ -520,8 +527,8 @@ def figures_of(evaluations):
 
 
 def results_of(runs, best):
-    """{name: figure} of the last evaluations of a group's runs, with the gap to the best possible if that is
-    known."""
+    """{name: figure} of the last evaluations of a group's runs. If the best possible is known, the gap to it
+    is one of the figures."""
     results = figures_of([evaluations[-1] for evaluations in runs])
     if best and "objective" in results:
         value, low, high = results["objective"]
