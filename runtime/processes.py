@@ -1,6 +1,7 @@
-"""Processes, which torchrun starts, each with its part of a step's pairs; shards of a model too big for one.
+"""The processes that torchrun starts. Each works on its share of a step's pairs, and a model that is too big
+for one process is split into shards.
 
-Nothing here is needed by a run of one process: every function then does nothing, or returns what it got."""
+In a run of one process, the functions by which processes communicate do nothing, or return what they got."""
 import os
 import shutil
 import signal
@@ -21,8 +22,9 @@ from runtime.command_line import InputError, first_line, one_line
 
 @contextmanager
 def process_group(shard=False):
-    """The device of this process. While inside, it is connected with torchrun's other processes; with `shard`
-    also if it is alone, as FSDP needs."""
+    """A context in which this process is connected with torchrun's other processes; it yields the device of
+    this process. With `shard` a single process is connected too, since FSDP needs this. Raises OSError if
+    another process is lost."""
     device = own_device()
     if shard or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         connect(device)
@@ -55,18 +57,18 @@ def own_device():
 
 
 def default_dtype():
-    """What to compute in unless told otherwise: bfloat16 on a GPU that has it, else float32."""
+    """The dtype to compute in if no setting names one: bfloat16 on a GPU that has it, else float32."""
     if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
         return "bfloat16"
     return "float32"
 
 
-PATIENCE = timedelta(hours=2)             # of processes that wait for others: an evaluation by rank 0 is long
-meeting = None                            # the group in which they meet, without GPUs; None: that of all work
+PATIENCE = timedelta(hours=2)             # the longest time for which a process waits for others
+meeting = None                            # the group for meetings, without GPUs; None: the default group
 
 
 def connect(device):
-    """Start torch.distributed; without torchrun, for this process alone."""
+    """Start torch.distributed. Without torchrun, this process is its only one."""
     global meeting
     options = dict(timeout=PATIENCE)
     if "RANK" not in os.environ:
@@ -85,7 +87,7 @@ def computing_in(dtype, model):
 
 
 def sent(tensor, device):
-    """The tensor on the device, without a wait until it has arrived."""
+    """Copy a tensor to the device, without waiting until it has arrived."""
     return tensor.to(device, non_blocking=True)
 
 
@@ -106,8 +108,8 @@ def print0(line):
 
 
 def progress(items, what, total=None):
-    """Hand on `items`, and show how far they are once that takes longer than a few seconds: a bar on a
-    terminal, elsewhere a line every half minute."""
+    """Yield `items` one by one and show how many are done: on a terminal with a bar, which appears after
+    three seconds, elsewhere with a line every half minute."""
     if total is None:
         total = len(items)
     if rank() != 0 or total == 1:
@@ -124,12 +126,13 @@ def progress(items, what, total=None):
 
 
 def bar_options():
-    """How a progress bar is shown: by rank 0, on a terminal, also on one that does not tell its width."""
+    """tqdm's options for a progress bar: rank 0 shows it, on a terminal, even if the terminal does not tell
+    its width."""
     return dict(disable=None if rank() == 0 else True, ncols=shutil.get_terminal_size().columns)
 
 
 def of_rank_0(value):
-    """Rank 0's value, on all processes."""
+    """Rank 0's value, which all processes get."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, group=meeting)
@@ -147,7 +150,8 @@ def of_all(value):
 
 
 def share_of_process(*lists):
-    """This process's share of each list; the shares of all lists together differ by one item at most."""
+    """This process's share of each list. The shares of all lists together differ between processes by one
+    item at most."""
     shares, before = [], 0
     for items in lists:
         first = (rank() - before) % world_size()
@@ -157,9 +161,9 @@ def share_of_process(*lists):
 
 
 def divided(function, items):
-    """function(items), a list with a result for each item, of which each process computes its share; every
-    process gets all results. With fewer items than processes, some compute the first item in vain, since all
-    must take part in the forwards of a sharded model."""
+    """Compute function(items), a list with a result for each item, in shares: each process computes its
+    share, and every process gets all results. If there are fewer items than processes, some processes compute
+    the first item without using the result, since all must take part in the forwards of a sharded model."""
     n, results = world_size(), [None] * len(items)
     share = items[rank()::n] or items[:1]
     for nth, part in enumerate(of_all(fails_together(function)(share))):
@@ -168,8 +172,9 @@ def divided(function, items):
 
 
 def raise_together(problem=None, where=""):
-    """Raise InputError(problem) on all processes if any of them has one. Without any, all have met here.
-    Raises OSError, which says who is missing and where, if a process does not come."""
+    """If a process has a problem, raise InputError with it on all processes. If none has one, all processes
+    have met when this returns. Raises OSError if a process does not come; its text says which one, and that
+    it was missing at the end of the function `where`."""
     if dist.is_initialized():
         try:
             dist.monitored_barrier(meeting, PATIENCE, wait_all_ranks=True)
@@ -182,8 +187,8 @@ def raise_together(problem=None, where=""):
 
 
 def fails_together(function):
-    """A decorator: if one process's call raises InputError, or an OSError such as a full disk, every
-    process's call raises InputError, so that no process waits for another in vain."""
+    """A decorator: if the function raises InputError in one process, or an OSError such as a full disk, it
+    raises InputError in every process, so that no process waits for another in vain."""
     @wraps(function)
     def wrapped(*args, **options):
         problem, result = None, None
@@ -198,7 +203,7 @@ def fails_together(function):
 
 
 def all_sum(totals, device):
-    """A Counter of floats, summed over the processes; all must hold the same keys."""
+    """Sum a Counter of floats over the processes, all of which must have the same keys."""
     if not dist.is_initialized():
         return totals
     names = sorted(totals)
@@ -208,8 +213,9 @@ def all_sum(totals, device):
 
 
 def sum_gradients(model):
-    """Add up the processes' gradients (FSDP has done so for a sharded model). A parameter that the loss does
-    not reach has a gradient of zeros: the optimizer then has a state of it, to save and to continue from."""
+    """Sum the gradients over the processes (FSDP has done so for a sharded model). A parameter that the loss
+    does not reach gets a gradient of zeros, so that the optimizer has a state for it that can be saved and
+    continued from."""
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
@@ -224,12 +230,13 @@ class Interrupted(BaseException):
 
 
 class StopSignals:
-    """While inside, the first SIGINT, SIGTERM or SIGHUP is noted, so that a run can end after its step, and a
-    second one ends the process at once. A signal that the process was started to ignore, as nohup does with
-    SIGHUP, stays ignored. Child processes, as a reward may start, get back what was there before."""
+    """A context in which the first SIGINT, SIGTERM or SIGHUP is noted, so that a run can end after its step,
+    and a second one ends the process at once. A signal that the process was started to ignore, as nohup does
+    with SIGHUP, stays ignored. A child process, which a reward may start, gets back the handlers that were
+    there before."""
 
     def __init__(self):
-        self.exit_status = None                 # of the process, once there was a signal
+        self.exit_status = None                 # the process's status, once a signal has come
         self.may_interrupt = False
         self.before = {}
 
@@ -254,7 +261,7 @@ class StopSignals:
         self.exit_status = 130 if number == signal.SIGINT else 0
         for each in self.before:
             signal.signal(each, signal.SIG_DFL)
-        if rank() == 0:                                # not print: a signal may come in the middle of one
+        if rank() == 0:                                # not print: a signal may interrupt a print
             name = signal.Signals(number).name
             os.write(2, f"\n{name}: saving after this step; again: ending at once, without saving\n".encode())
         if self.may_interrupt:
@@ -262,7 +269,8 @@ class StopSignals:
 
     @contextmanager
     def interrupting(self):
-        """While inside, the first signal raises Interrupted, as in an evaluation, which can be made up."""
+        """A context in which the first signal raises Interrupted. It is for work that can be repeated later,
+        such as an evaluation."""
         self.may_interrupt = True
         try:
             if self.exit_status is not None:
@@ -275,13 +283,13 @@ class StopSignals:
 # --- shards -------------------------------------------------------------------------------------------------
 
 def is_sharded(model):
-    """Whether `shard` has split it: FSDP adds this method."""
+    """Whether `shard` has split the model, which is seen by a method that FSDP adds."""
     return hasattr(model, "reshard")
 
 
 def shard(model, device="cpu", dtype="float32"):
-    """Split a model over the processes (FSDP2), in place: rank 0 has its weights, the others get their parts
-    of them. Each process holds its part in float32."""
+    """Split a model over the processes (FSDP2), in place. Rank 0 has the model's weights, and the other
+    processes get their parts of them. Each process holds its part in float32."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     weights = {}
     if rank() == 0:
@@ -296,8 +304,9 @@ def shard(model, device="cpu", dtype="float32"):
 
 
 def split_layers(model, dtype):
-    """Let FSDP2 gather decoder layer by decoder layer, in `dtype`, while it computes. What is outside of
-    them, the embedding and the output layer, is gathered in float32, in which it computes."""
+    """Let FSDP2 gather one decoder layer after another, in `dtype`, while the model computes. The parameters
+    outside of these layers, in the embedding and the output layer, are gathered in float32, in which they
+    compute."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
     policy = MixedPrecisionPolicy()
     if dtype == "bfloat16":
@@ -308,7 +317,7 @@ def split_layers(model, dtype):
 
 
 def decoder_layers(model):
-    """The list of modules that holds most of the model's parameters."""
+    """The model's decoder layers: the list of modules that holds most of the model's parameters."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
 
@@ -322,7 +331,7 @@ def gathered(model):
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
     if parts:
-        with torch.no_grad():                                          # all together: it gathers all parts
+        with torch.no_grad():                                   # all processes together: it gathers all parts
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
     try:
         yield
