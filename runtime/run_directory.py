@@ -1,8 +1,9 @@
 """A run's directory: args.json, logs, checkpoints/STEP, model/.
 
-What stands there under its own name is whole: written aside, then renamed. Nothing is written through a
-symbolic link, and nothing is replaced that is no run's. Neither random states nor the position in the data
-are saved: they follow from seed, step and rank.
+Apart from the logs, which grow by lines, a file or directory appears under its final name only when it is
+complete: it is written under another name and then renamed. Nothing is written through a symbolic link, and
+nothing that does not belong to a run is replaced. Neither random states nor the position in the data are
+saved, because they follow from seed, step and rank.
 """
 import fcntl
 import hashlib
@@ -42,8 +43,8 @@ def read_json(path):
 
 
 def write_bytes(path, content):
-    """Write a file under a free name and rename it: there is never half a file, a symbolic link is replaced,
-    not followed, and a backup that shares the earlier file by a hard link keeps it."""
+    """Write a file under a free name and then rename it. So there is never half a file, a symbolic link is
+    replaced and not followed, and a backup that shares the earlier file by a hard link keeps its content."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = free_name(path, f".{os.getpid()}.writing")
@@ -55,7 +56,7 @@ def write_bytes(path, content):
 
 
 def free_name(path, ending):
-    """The path with this ending, and a number before it if that name is taken."""
+    """The path with this ending. If that name is taken, a number stands before the ending."""
     candidate, number = Path(f"{path}{ending}"), 1
     while os.path.lexists(candidate):
         number += 1
@@ -64,8 +65,8 @@ def free_name(path, ending):
 
 
 def write_text(path, text):
-    """`write_bytes` of a text."""
-    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))  # a lone surrogate: as in JSON
+    """Write a text file as `write_bytes` does."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))  # a lone surrogate, as in JSON
 
 
 def write_json(path, value):
@@ -79,9 +80,10 @@ def write_rows(path, rows):
 
 
 def refuse_output(path, is_own, *inputs, flag="--out"):
-    """Refuse an output file before there is work to lose. Raises InputError if the command cannot write it,
-    or if it would replace a file that such a command has not written. is_own: tells from a file's text
-    whether such a command wrote it. inputs: the files that the command reads; they are never replaced."""
+    """Refuse an output file before there is work to lose. Raises InputError if the path is no regular file,
+    if it is one of the `inputs`, the files that the command reads, or if it is a file that such a command has
+    not written; raises OSError if it cannot be written. is_own: a function that tells from a file's text
+    whether such a command wrote the file."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise InputError(f"{flag} {path} is a directory, or no regular file; want the name of a file")
@@ -99,7 +101,7 @@ def refuse_output(path, is_own, *inputs, flag="--out"):
 
 
 def has_columns(*names):
-    """Tells of a text whether it is rows as JSON lines, of which the first has these columns."""
+    """A function that tells whether a text has rows as JSON lines, of which the first has these columns."""
     def is_own(text):
         try:
             return {*names} <= {*json.loads(text[:text.find("\n")])}
@@ -113,7 +115,7 @@ def write_directory(directory, write):
     """Call write(path) on a free name beside the directory, then rename it: a directory appears under its
     final name only when it is complete. Raises InputError if it cannot be written."""
     from transformers.utils.logging import disable_progress_bar
-    disable_progress_bar()                                             # a model is written in a moment
+    disable_progress_bar()                                             # writing a model takes a moment
     directory = Path(directory)
     aside = free_name(directory, f".{os.getpid()}.writing")
     try:
@@ -150,7 +152,8 @@ def run_directory(source):
 
 
 def date_of(out, resume):
-    """The date that a run's chat template is told: today, or that on which it began."""
+    """The date that a run's chat template gets as today's: the date on which the run began if it is
+    continued, else today."""
     if resume and (out / "args.json").is_file():
         return read_json(out / "args.json").get("date")
     return date.today().isoformat()
@@ -168,8 +171,8 @@ def refuse_inputs_inside(out, inputs):
 
 
 def refuse_unlike_directories(out):
-    """Raises InputError on all processes if one of them, as on another machine, does not see what rank 0
-    writes into OUT: half of each checkpoint would be missing."""
+    """Raises InputError on all processes if one of them, for example on another machine, does not see what
+    rank 0 writes into OUT. Otherwise a part of each checkpoint would be missing."""
     if world_size() == 1:
         return
     token = of_rank_0(write_token(out))
@@ -191,7 +194,7 @@ def write_token(out):
 
 
 def wait_for(path, seconds=10):
-    """Whether a file appears within so many seconds: a network's file system may be a little late."""
+    """Whether a file appears within so many seconds, since a network's file system may be a little late."""
     end = time.monotonic() + seconds
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.1)
@@ -200,16 +203,17 @@ def wait_for(path, seconds=10):
 
 @fails_together
 def begin(out, args, recorded, progress, policy, optimizer, scheduler):
-    """Begin a run in `out`, or with --resume continue it from its newest checkpoint: (lock, progress). Others
-    are kept out for as long as the lock, a file, is open. Raises InputError if there is another run."""
-    lock = lock_directory(out, args)                                   # first: all take part in what follows
+    """Begin a run in `out`, or with --resume continue it from its newest checkpoint: (lock, progress). Other
+    runs are kept out for as long as the lock, a file, is open. Raises InputError if there is another run in
+    `out`."""
+    lock = lock_directory(out, args)                                   # first, as all take part in the rest
     refuse_unlike_directories(out)
     checkpoint = of_rank_0(newest_checkpoint(out))
     continued = checkpoint and args.resume
     if continued:
         progress = resume(checkpoint, recorded, policy, optimizer, scheduler)
     if rank() == 0:
-        write_json(out / "args.json", recorded)                        # from now on it is a run's
+        write_json(out / "args.json", recorded)                        # from now on, `out` is a run's
         if not continued:
             start_afresh(out, args)
     return lock, progress
@@ -217,8 +221,8 @@ def begin(out, args, recorded, progress, policy, optimizer, scheduler):
 
 @fails_together
 def lock_directory(out, args):
-    """Rank 0's open lock of a run's directory, which is made. Raises InputError if another run holds it, or
-    as `refuse_occupied` does."""
+    """Make and lock a run's directory on rank 0, and return the open lock; None on other ranks. Raises
+    InputError if another run holds the lock, or as `refuse_occupied` does."""
     if rank() != 0:
         return None
     refuse_foreign(out)
@@ -226,12 +230,13 @@ def lock_directory(out, args):
     lock = open_lock(out)
     if lock is None:
         raise InputError(f"{out} is in use by another run; wait, or give another --out")
-    refuse_occupied(out, args)                                         # by a run that has ended since
+    refuse_occupied(out, args)                                         # again: a run may have ended since
     return lock
 
 
 def open_lock(out):
-    """The open lock of a run's directory, None if another process holds it."""
+    """Open the file `lock` of a run's directory and lock it: the open file, or None if another process holds
+    the lock."""
     file = os.open(out / "lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -242,8 +247,8 @@ def open_lock(out):
 
 
 def refuse_foreign(out):
-    """Raises InputError if, under a name that a run writes, `out` has a symbolic link, or something of which
-    no args.json says that it is a run's."""
+    """Raises InputError if `out` has a symbolic link under a name that a run writes, or if it has anything
+    under such a name and no args.json that says that it is a run's directory."""
     for name in (*NAMES, "lock"):
         path = out / name
         if path.is_symlink():
@@ -265,8 +270,8 @@ def is_run_directory(out):
 
 
 def refuse_occupied(out, args):
-    """Raises InputError if `out` holds what is no run's, or a run that nobody asked to replace or to
-    continue."""
+    """Raises InputError if `out` holds something that is no run's, or a run that the settings neither replace
+    nor continue."""
     refuse_foreign(out)
     checkpoint = newest_checkpoint(out)
     if args.overwrite or checkpoint and args.resume or not (checkpoint or (out / "model").exists()):
@@ -279,7 +284,7 @@ def refuse_occupied(out, args):
 
 
 def start_afresh(out, args):
-    """Take away what an earlier run left in `out`; without --overwrite its logs stay, as NAME.jsonl.old."""
+    """Remove what an earlier run left in `out`. Without --overwrite its logs are kept, as NAME.jsonl.old."""
     for name in ("model", "adapter", "checkpoints"):
         remove(out / name)
     if args.resume:
@@ -313,8 +318,8 @@ def print_step(record, steps):
 
 
 def log_figures(out, step, figures, counts):
-    """Append figures, {name: (value, low, high)}, and what they count, {"prompts": 128, …}, to eval.jsonl,
-    and print the figures in a line."""
+    """Append figures, {name: (value, low, high)}, and the numbers of things that they were measured on,
+    {"prompts": 128, …}, to eval.jsonl, and print the figures in a line."""
     row, fields = {"step": step, **counts}, []
     for name, (value, low, high) in figures.items():
         row[name] = value
@@ -328,8 +333,8 @@ def log_figures(out, step, figures, counts):
 # --- checkpoints --------------------------------------------------------------------------------------------
 
 def fingerprint(ids):
-    """SHA-256 of the data as token ids, lists of any depth: it tells data, tokenizer, template and truncation
-    apart."""
+    """SHA-256 of the data as token ids, in lists of any depth. It differs if the data, the tokenizer, the
+    template or the truncation differ."""
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
@@ -364,7 +369,7 @@ def checkpoints_of(out):
 
 
 def newest_checkpoint(out):
-    """The directory of the newest checkpoint, None without any."""
+    """The directory of the newest checkpoint; None if there is none."""
     return (checkpoints_of(out) or [None])[-1]
 
 
@@ -386,7 +391,7 @@ def state_of(policy, optimizer):
 
 def save_checkpoint(out, policy, optimizer, progress):
     """Write checkpoints/STEP, all processes together; keep the last two. Raises InputError if it fails."""
-    import torch.distributed.checkpoint as dcp                         # here, since it takes a second
+    import torch.distributed.checkpoint as dcp                        # here, since this import takes a second
     path = out / "checkpoints" / str(progress["step"])
     aside = path.with_name(path.name + ".writing")
     if path.exists():
@@ -399,7 +404,7 @@ def save_checkpoint(out, policy, optimizer, progress):
         with warnings.catch_warnings(action="ignore"):
             dcp.save(state, no_dist=not dist.is_initialized(),
                      storage_writer=dcp.HuggingFaceStorageWriter(str(aside), files, save_distributed=True))
-    except dcp.CheckpointException as error:                           # on every process
+    except dcp.CheckpointException as error:                           # every process raises it
         shutil.rmtree(aside, ignore_errors=True)
         reason = first_line(next(iter(error.failures.values()))[0])
         raise InputError(f"{path} cannot be written ({reason}); earlier checkpoints are untouched") from None
@@ -416,7 +421,7 @@ def make_empty(directory):
 
 @fails_together
 def finish_checkpoint(out, aside, path, progress):
-    """Rank 0 gives the checkpoint its progress and its name, and removes all but two."""
+    """Rank 0 gives the checkpoint its progress and its name, and removes all but the last two checkpoints."""
     if rank() != 0:
         return
     logs = {name: (out / f"{name}.jsonl").stat().st_size for name in LOGS}
@@ -435,8 +440,8 @@ def run_of_checkpoint(name):
 
 
 def trained_weights(path):
-    """The parameters that a checkpoint holds, {name: tensor}, whole, on the CPU; no other process takes part.
-    Raises InputError if they cannot be read."""
+    """The parameters that a checkpoint holds, {name: tensor}, whole and on the CPU. No other process takes
+    part. Raises InputError if they cannot be read."""
     import torch.distributed.checkpoint as dcp
     state = {}
     try:
@@ -457,8 +462,9 @@ def trained_weights(path):
 
 
 def resume(path, recorded, policy, optimizer, scheduler):
-    """Continue from the checkpoint `path`: weights, optimizer, scheduler and logs as they were; returns the
-    progress. Raises InputError if the data, or arguments other than `may_change`, have changed."""
+    """Continue from the checkpoint `path`: restore weights, optimizer, scheduler and logs, and return the
+    progress. Raises InputError if the checkpoint cannot be read, or if the data, or arguments other than
+    `may_change`, have changed."""
     import torch.distributed.checkpoint as dcp
     out, progress = path.parents[1], read_progress(path)
     logs = progress.pop("logs")
@@ -467,7 +473,7 @@ def resume(path, recorded, policy, optimizer, scheduler):
         if (out / f"{name}.jsonl").stat().st_size < size:
             raise InputError(f"{out}/{name}.jsonl has lost lines since {path} was written; start afresh")
     try:
-        with warnings.catch_warnings(action="ignore"):                 # into the tensors of policy, optimizer
+        with warnings.catch_warnings(action="ignore"):                 # this fills the tensors in use
             dcp.load(state_of(policy, optimizer), no_dist=not dist.is_initialized(),
                      storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except (dcp.CheckpointException, RuntimeError) as error:
@@ -482,7 +488,8 @@ def resume(path, recorded, policy, optimizer, scheduler):
 
 
 def cut_log(path, size):
-    """Cut a log to the whole lines of its first `size` bytes; half a line is left by a disk that was full."""
+    """Cut a log to the whole lines of its first `size` bytes. A disk that was full may have left half a
+    line."""
     lines = path.read_bytes()[:size]
     write_bytes(path, lines[:lines.rfind(b"\n") + 1])
 
@@ -506,14 +513,15 @@ def read_progress(path):
 
 
 def refuse_changed_settings(out, recorded):
-    """Raises InputError if a setting has changed since the newest checkpoint of `out`, unless it may."""
+    """Raises InputError if a setting has changed since the newest checkpoint of `out` and is not allowed to
+    change."""
     checkpoint = newest_checkpoint(out)
     if checkpoint is not None:
         refuse_changes(read_json(out / "args.json"), recorded, checkpoint)
 
 
 def refuse_changes(before, recorded, path):
-    """Raises InputError if a setting or an input of the run has changed, unless it may."""
+    """Raises InputError if a setting or an input of the run has changed and is not allowed to change."""
     for name, value in recorded.items():
         if name in recorded["may_change"] or before.get(name) == value:
             continue
