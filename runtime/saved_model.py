@@ -1,5 +1,5 @@
-"""What a run leaves that can be used as a model: OUT/model, in the files that other tools read, and each of
-its checkpoints, which holds what was trained of a base model."""
+"""The parts of a run that can be used as a model: OUT/model, in the files that other tools read, and each
+checkpoint, which holds the trained parameters of a base model."""
 import json
 import math
 import shlex
@@ -16,18 +16,18 @@ from runtime.run_directory import (
     write_text)
 from runtime.settings import Settings, flag_of, read_settings
 
-# Transformers 4 knows these models, whose layers of different kinds have different rotary angles.
+# The models in transformers 4 that have layers of different kinds with different rotary angles.
 LAYER_KINDS = ("gemma3_text", "gemma3n_text", "olmo3")
 
 
-@fails_together                                        # and no process leaves before it is there
+@fails_together                                        # no process leaves before the model is there
 def save_model(policy, tokenizer, args, merge):
-    """Write OUT/model, a whole model that any tool loads. Of a policy with an adapter it is what `merge`
-    makes of {name: trained weight}; the adapter itself is in OUT/adapter. args: the run's settings. All
-    processes take part."""
+    """Write OUT/model, a whole model that any tool loads. For a policy with an adapter, this is the model
+    that `merge` makes of {name: trained weight}, and the adapter itself is written to OUT/adapter. args: the
+    run's settings. All processes take part."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    names = {name for name, _ in policy.named_parameters()}            # of tied ones, one
+    names = {name for name, _ in policy.named_parameters()}            # one name of tied parameters
     names |= {name for name, _ in policy.named_buffers()}
     state = {name: value for name, value in state.items() if name in names}
     out = Path(args.out)
@@ -84,16 +84,16 @@ def add_rotary_keys(config):
             config[key] = value
         else:
             scaling[key] = value
-    if rope["rope_type"] == "longrope":                    # version 4 wants `type` and two lists alone
+    if rope["rope_type"] == "longrope":                    # version 4 wants only `type` and two lists
         scaling["type"] = scaling.pop("rope_type")
         if "original_max_position_embeddings" in config:
             del scaling["original_max_position_embeddings"]
     config["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
-    if config.get("model_type") == "gpt_neox":             # as Pythia: it reads two names of its own
+    if config.get("model_type") == "gpt_neox":             # such as Pythia: it reads two names of its own
         config["rotary_emb_base"], config["rotary_pct"] = rope["rope_theta"], rope["partial_rotary_factor"]
 
 
-# --- its README.md ------------------------------------------------------------------------------------------
+# --- the README.md of a saved model -------------------------------------------------------------------------
 
 def model_card(args):
     """The text of a saved model's README.md: its base, method and data, the command, and the last held-out
@@ -112,7 +112,8 @@ def model_card(args):
 
 
 def origin_of(model):
-    """The hub name or directory that the run which wrote a model began with, or an earlier run before it."""
+    """The hub name or directory of the base from which a model was trained. If the base is itself the model
+    of a run, that run's base is taken, and so on."""
     for _ in range(100):                                   # args.json of a foreign run may name itself
         out = run_of_checkpoint(model)
         if Path(model).name == "model" and is_run_directory(Path(model).parent):
@@ -124,7 +125,7 @@ def origin_of(model):
 
 
 def command_of(args):
-    """(the command line of a run with these settings, its other settings, as text)."""
+    """The command line of a run with these settings, and its settings that have no flag: (text, text)."""
     words = ["python", "sail.py" if hasattr(args, "variant") else "reward.py"]
     without_flag = []
     for field in fields(args):
@@ -155,10 +156,10 @@ def last_figures(out):
             f"{', '.join(figures)}.")
 
 
-# --- adapters, and what a checkpoint was trained of ---------------------------------------------------------
+# --- adapters, and the base of a checkpoint -----------------------------------------------------------------
 
 def save_adapter(policy, state, out):
-    """Write out/adapter, as PeftModel reads it."""
+    """Write out/adapter, in the form that PeftModel reads."""
     from peft import get_peft_model_state_dict
     adapter = {}
     for name, value in get_peft_model_state_dict(policy, state).items():
