@@ -1,8 +1,8 @@
-"""Settings: declared once, as fields of a dataclass, from which flags, checks and args.json follow.
+"""Settings are declared once, as fields of a dataclass. Flags, checks and args.json follow from the fields.
 
-A field is made by `setting`, with its default, its help and its range; its type is the annotation. `Parser`
-turns fields into flags, `read_settings` reads them back from a run's args.json. A field without help is no
-flag: a study sets it, as in sail.main(flags, warmup_steps=0).
+`setting` makes a field, with its default, its help text and its range; its type is the annotation. `Parser`
+turns fields into flags, and `read_settings` reads them back from a run's args.json. A field without a help
+text is no flag: a study sets it from Python, as in sail.main(flags, warmup_steps=0).
 """
 import argparse
 import dataclasses
@@ -25,8 +25,8 @@ def setting(default, help=None, low=-math.inf, high=math.inf, choices=None, meta
 
 
 def same_as(cls, name, **changes):
-    """A field like the field of this name in another dataclass of settings. `changes` replace its default or
-    what else is declared of it."""
+    """A field like the field of this name in another dataclass of settings. `changes` replaces its default or
+    other parts of its declaration."""
     field, = (field for field in fields(cls) if field.name == name)
     return setting(**{"default": field.default, **field.metadata, **changes})
 
@@ -57,13 +57,14 @@ def converter(cls, field):
             raise argparse.ArgumentTypeError(f"invalid choice: {text!r} (choose from {known})")
         return value
 
-    convert.__name__ = kind.__name__                     # argparse names it where `text` is no such number
+    convert.__name__ = kind.__name__                    # argparse shows this name if `text` is no such number
     return convert
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with short help, one-line errors and flags from settings. `parse_args` returns only what was
-    given: the defaults are the dataclass's. A flag may be written with _ as well as with -."""
+    """An argparse parser with short help, one-line errors, and flags made from settings. `parse_args` returns
+    only the settings that were given, since the dataclass has the defaults. A flag may be written with _ as
+    well as with -."""
 
     def __init__(self, description, arguments=""):
         super().__init__(description=description, usage=f"%(prog)s [flags]{arguments}", allow_abbrev=False,
@@ -74,7 +75,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
     def add_settings(self, cls, *names, title=None, **helps):
-        """Add flags for these fields of a dataclass, all of them for none; helps: {field: its help here}."""
+        """Add flags for the fields of a dataclass: for those in `names`, or for all if `names` is empty.
+        helps: {field: the help text to use here}."""
         add = self.add_argument_group(title).add_argument if title else self.add_argument
         for field in fields(cls):
             declared = field.metadata
@@ -122,9 +124,10 @@ def read_settings(file, cls, *names):
 
 
 def settings_to_resume(given, cls, own_code=None):
-    """What --resume takes over from the run in --out, {name: value}; {} if it is not given, or if there is no
-    run. Code that the run's args.json names is not taken over, unless it is `own_code`: the command line has
-    to name it. Neither are switches, nor settings that may change."""
+    """The settings that --resume takes over from the run in --out, {name: value}. There are none if --resume
+    is not given, or if there is no run. Switches are not taken over, nor are settings that may change. Code
+    that the run's args.json names is taken over only if it is `own_code`; the command line has to name any
+    other code."""
     out = Path(given.get("out") or "")
     if not given.get("resume") or "out" not in given or not is_run_directory(out):
         return {}
@@ -150,9 +153,10 @@ def resume_command(script, args):
 
 
 def read_run(path, cls, *names):
-    """(a model's directory or hub name, {name: value} of these fields of its run): for a run's directory its
-    model, for one of its checkpoints the checkpoint, for any other model itself and {}. Raises InputError for
-    a run that has no model yet."""
+    """Find the model at a path and its run's settings: (directory or hub name, {name: value} of these
+    fields). The path of a run leads to the run's model, the path of a checkpoint to the checkpoint itself,
+    and any other path is a model, whose settings are {}. Raises InputError for a run that has no model
+    yet."""
     run = run_of_checkpoint(path)
     if run is not None:
         return str(path), read_settings(run / "args.json", cls, *names)
@@ -166,9 +170,9 @@ def read_run(path, cls, *names):
 
 @dataclass
 class Objective:
-    """reward − β·KL(π‖π_ref): what a policy is trained for, and measured by."""
+    """The objective reward − β·KL(π‖π_ref), for which a policy is trained and by which it is measured."""
     reward: str | None = setting(None, "FILE.py:FUNCTION, or a one-logit classifier")
-    reference: str | None = setting(None, "what KL is measured to (the model as training starts)")
+    reference: str | None = setting(None, "the model to which KL is measured (the model as training starts)")
     beta: float = setting(0.1, "weight of the KL penalty", low=1e-12)
 
 
@@ -178,52 +182,52 @@ TOKENS = dict(low=1, metavar="N")
 @dataclass
 class Settings:
     """What a training run works on, how long, on what machine, and where it writes. Fields without a help
-    are no flags."""
+    text are no flags."""
     # models and data
     model: str | None = setting(None, "a directory or hub name")
     lora: int | None = setting(None, "train a LoRA adapter of this rank (needs peft)", low=1, metavar="RANK")
     data: str | None = setting(None, "a .jsonl, .json, .csv (also .gz) or .parquet file, or a hub name")
-    eval_data: str | None = setting(None, "held-out pairs, or a run for those it held out (one prompt in "
-                                          "twenty of --data)")
-    prefer: str = setting("better", "label of PKU-SafeRLHF", choices=("better", "safer"))
+    eval_data: str | None = setting(None, "held-out pairs, or a run, whose held-out pairs are used (one "
+                                          "prompt in twenty of --data)")
+    prefer: str = setting("better", "which label of PKU-SafeRLHF to use", choices=("better", "safer"))
     score_scale: float | None = setting(None, "soft labels σ((score_chosen − score_rejected) / S)", low=1e-9,
                                         metavar="S")
-    chat_template: str | None = setting(None, "a file with a template in place of the tokenizer's, or none",
-                                        metavar="FILE")
-    max_prompt_length: int = setting(512, "tokens; longer prompts lose their oldest turns", **TOKENS)
-    max_response_length: int = setting(512, "tokens; longer responses are cut on the right", **TOKENS)
+    chat_template: str | None = setting(None, "a file with a template to use in place of the tokenizer's, or "
+                                              "none for no template", metavar="FILE")
+    max_prompt_length: int = setting(512, "tokens of a prompt; longer ones lose their oldest turns", **TOKENS)
+    max_response_length: int = setting(512, "tokens of a response; longer ones are cut at the end", **TOKENS)
     seed: int = setting(0, "random seed", low=0, metavar="N")
     trust_remote_code: bool = setting(False, "run code that comes with a hub model")
     # optimisation
-    epochs: float = setting(1.0, "times each pair of the data is seen", low=1e-12)
+    epochs: float = setting(1.0, "how many times each pair of the data is seen", low=1e-12)
     steps: int | None = setting(None, "optimizer steps, instead of --epochs", low=1)
     batch_size: int = setting(32, "pairs per step, over all processes", low=1)
-    learning_rate: float | None = setting(None, "after the warm-up, a tenth of all steps", low=1e-12)
-    dtype: str | None = setting(None, "to compute in (bfloat16 on a GPU that has it)",
+    learning_rate: float | None = setting(None, "after the warm-up, which is a tenth of all steps", low=1e-12)
+    dtype: str | None = setting(None, "the type to compute in (bfloat16 on a GPU that has it)",
                                 choices=("float32", "bfloat16"))
     sample_batch_size: int = setting(64, "prompts answered at a time", low=1, metavar="N")
-    eval_every: int = setting(100, "steps between evaluations; 0: at the end alone", low=0, metavar="N")
-    eval_limit: int = setting(128, "held-out pairs to evaluate on; if fewer, several answers each", low=1,
+    eval_every: int = setting(100, "steps between evaluations; 0: only one, at the end", low=0, metavar="N")
+    eval_limit: int = setting(128, "held-out pairs to evaluate on; if fewer, several answers to each", low=1,
                               metavar="N")
     optimizer: str = setting("adamw", choices=("adamw", "rmsprop"))
     schedule: str = setting("constant", choices=("constant", "cosine"))          # after the warm-up
     warmup_steps: int | None = setting(None, low=0)                              # None: a tenth of all steps
     max_grad_norm: float = setting(1.0, low=1e-12)
-    limit: int | None = setting(None, low=1)                                     # the first N pairs alone
-    date: str | None = setting(None)            # what a chat template that asks for the date is told
+    limit: int | None = setting(None, low=1)                               # use only the data's first N pairs
+    date: str | None = setting(None)            # the date for chat templates that ask for it
     # memory, speed, output
     micro_batch_size: int | None = setting(None, low=1, may_change=True)         # None: what memory allows
-    gradient_checkpointing: bool = setting(False, "compute activations twice, keep fewer", may_change=True)
+    gradient_checkpointing: bool = setting(False, "compute activations twice to keep fewer", may_change=True)
     shard: bool = setting(False, "split model and optimizer over the processes (FSDP2)", may_change=True)
     out: str | None = setting(None, "directory for logs and model", may_change=True)
-    save_every: int | None = setting(None, "a checkpoint every N steps; two stay", low=1, metavar="N",
+    save_every: int | None = setting(None, "checkpoint every N steps; keep the last two", low=1, metavar="N",
                                      may_change=True)
     resume: bool = setting(False, "continue from OUT's newest checkpoint, if any", may_change=True)
     overwrite: bool = setting(False, "delete an earlier run in OUT before starting", may_change=True)
-    unused = frozenset()                        # the names of settings that have no effect beside the others
+    unused = frozenset()                        # the names of settings without effect on this run
 
 
 def may_change(settings):
-    """The names of what, in args.json, may have another value when a run is continued."""
+    """The names in args.json whose values may change when a run is continued."""
     names = [field.name for field in fields(settings) if field.metadata["may_change"]]
     return [*names, "may_change"]
