@@ -1,7 +1,7 @@
 """The loop that every training run shares: its logs, evaluations, checkpoints, signals and errors.
 
-The order makes a step count as done only when its outputs exist: train, log, evaluate, save. A run that ends
-anywhere in between makes up what is missing when it is continued.
+The order is train, log, evaluate, save, so that a step counts as done only when its outputs exist. A run that
+ends anywhere in between makes up what is missing when it is continued.
 """
 import time
 from collections import Counter
@@ -28,8 +28,8 @@ from runtime.settings import flag_of, may_change, resume_command
 class Loop:
     """A run in its directory, with what its checkpoints hold."""
     out: Path
-    name: str                     # of the progress bar
-    args: Any                     # seed, eval_every, save_every
+    name: str                     # the label of the progress bar
+    args: Any                     # with seed, eval_every, save_every
     model: torch.nn.Module
     optimizer: Any
     progress: dict                # step, skipped, in_a_row, evaluated, record, and what the caller adds
@@ -41,7 +41,7 @@ class Step:
     """One optimizer step; the body of the loop fills in what it has done."""
     number: int                   # from 1
     record: dict | None = None    # its line in metrics.jsonl
-    finite: bool = True           # whether the optimizer took it
+    finite: bool = True           # whether the optimizer took the step
 
 
 @fails_together
@@ -59,10 +59,11 @@ def refuse_before_loading(out, args, *inputs):
 
 @contextmanager
 def training(out, name, args, recorded, progress, model, optimizer, scheduler):
-    """The Loop of a run in `out`, begun, or with --resume continued. Inside, an InputError or an OSError, as
-    of a full disk, ends the run and saves the steps that were done.
+    """A context with the Loop of a run in `out`, which is begun or, with --resume, continued. An InputError
+    or an OSError inside, for example because a disk is full, ends the run and saves the steps that were done.
+    Only an OSError in one of several processes ends it without saving.
 
-    recorded: what args.json holds, the settings and fingerprints of the inputs. progress: what the caller
+    recorded: what args.json holds, the settings and the fingerprints of the inputs. progress: what the caller
     adds to the progress of every run."""
     progress = dict(step=0, skipped=0, in_a_row=0, evaluated=-1, record=None, **progress)
     recorded = {**recorded, "may_change": may_change(args)}
@@ -74,20 +75,20 @@ def training(out, name, args, recorded, progress, model, optimizer, scheduler):
             others_know = isinstance(error, InputError) or world_size() == 1
             if not progress["step"] or not others_know:
                 raise
-            save_checkpoint(out, model, optimizer, progress)           # takes all processes
+            save_checkpoint(out, model, optimizer, progress)           # all processes take part
             raise InputError(f"{one_line(error)} (step {progress['step']} is saved; --resume continues)"
                              ) from None
 
 
 def steps(loop, count, evaluate):
-    """Yield the Steps that are left of `count`; the loop's body trains and fills each in. Between them, the
-    step is logged, evaluated and saved where that is due.
+    """Yield the Steps that are left of `count`; the loop's body trains one and fills it in. Then the step is
+    logged, and the run is evaluated and saved if that is due.
 
-    evaluate() returns (figures, {"prompts": how many they are of, …}, rows of samples), or None without
-    held-out pairs; every process calls it. Raises InputError after ten
-    steps in a row that are not finite, and SystemExit once a signal has stopped the run and it is saved."""
+    evaluate() returns (figures, {"prompts": the number of prompts, …}, rows of samples), or None without
+    held-out pairs; every process calls it. Raises InputError after ten steps in a row that are not finite,
+    and SystemExit once a signal has stopped the run and it is saved."""
     progress, args = loop.progress, loop.args
-    if progress["record"] is not None:                       # logging it had failed
+    if progress["record"] is not None:                       # the logging of this record had failed
         log_step(loop, count)
     first, evaluation, printed = progress["step"] + 1, None, 0.0
     bar = tqdm(desc=loop.name, total=count, initial=progress["step"], **bar_options())
@@ -158,9 +159,9 @@ def count_step(progress, step, seconds):
 
 @fails_together
 def log_step(loop, count, is_long_ago=False):
-    """Append the step's record to metrics.jsonl, and print every tenth record, the first and the last, and
-    one whenever the last print is long ago. Returns whether it was printed. If logging fails, the record
-    stays in the progress, and the run that goes on logs it."""
+    """Append the step's record to metrics.jsonl. Print every tenth record, the first and the last, and any
+    record if the last print is long ago. Returns whether it was printed. If logging fails, the record stays
+    in the progress, and the run logs it when it is continued."""
     record = loop.progress["record"]
     write_line(loop.out, "metrics", record)
     loop.progress["record"] = None
@@ -194,14 +195,14 @@ def evaluate_step(loop, evaluate):
 
 NOT_MEASURED = ("no pair is held out, so nothing will be measured; --eval-data names pairs, or a run, whose "
                 "held-out pairs are taken")
-LOGITS = 3 * 2**24                        # of a forward on a CPU: 192 MB, several times
+LOGITS = 3 * 2**24                     # the most logits of a forward on a CPU; they take 192 MB several times
 
 
 @lru_cache
 def logits_at_once():
-    """How many logits, positions × vocabulary, a forward may make. On a GPU, where few rows are slow: as many
-    as fit, with their log-softmax and its gradients (12 bytes each), into a quarter of the memory that is
-    free before the first of them."""
+    """The most logits, positions × vocabulary, that one forward may make. On a GPU, where forwards of few
+    rows are slow, these are as many as fit, with their log-softmax and its gradients (12 bytes each), into a
+    quarter of the memory that is free at the first call."""
     if not torch.cuda.is_initialized():
         return LOGITS
     free, _ = torch.cuda.mem_get_info()
@@ -210,9 +211,9 @@ def logits_at_once():
 
 
 def micro_batches(items, tokens_of, model, size=None):
-    """The items, in order, in lists that a forward takes: at most `size` items with about as many tokens as
-    `logits_at_once` allows; an item that exceeds this stands alone. tokens_of: an item's number of scored
-    tokens."""
+    """Divide the items, in order, into lists for one forward each. A list has at most `size` items, and no
+    more scored tokens than `logits_at_once` allows. An item that exceeds this alone has a list of its own.
+    tokens_of: a function that returns an item's number of scored tokens."""
     vocabulary = model.config.get_text_config().vocab_size
     micros, logits, most = [[]], 0, logits_at_once()
     for item in items:
@@ -228,8 +229,8 @@ def micro_batches(items, tokens_of, model, size=None):
 
 @fails_together
 def print_how_long(seconds, evaluation, steps_left, args, device):
-    """After the first step, print how long the run will take, and, if that is long, what makes it shorter.
-    evaluation: the seconds that the first evaluation took; None if there was none so far."""
+    """After the first step, print how long the run will take, and, if that is long, which settings make it
+    shorter. evaluation: the seconds that the first evaluation took; None if there was none so far."""
     took, total = f"the first step took {seconds:.1f} s", seconds * steps_left
     evaluations = 1
     if args.eval_every:
@@ -253,6 +254,7 @@ def print_how_long(seconds, evaluation, steps_left, args, device):
 
 
 def has_fast_bfloat16(device):
-    """Whether products of bfloat16 are faster than of float32: on a processor with instructions for them."""
+    """Whether the device is a CPU with instructions for bfloat16, on which its products are faster than those
+    in float32."""
     features = torch.cpu.get_capabilities() if device.type == "cpu" else {}
     return any(features.get(name) for name in ("avx512_bf16", "amx_bf16"))
