@@ -200,17 +200,18 @@ def load_function(what, name):
     return getattr(module, function)
 
 
-def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, **trainee):
+def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, chat_template=None,
+                    **trainee):
     """Load (model, tokenizer, ids_of), a sequence classifier with one logit, on the CPU, in eval mode.
 
     ids_of(prompt, response) -> (the ids that the classifier reads, in scoring and in training, whether they
     were cut). The classifier's own tokenizer and chat template render the dialogue. If the dialogue is too
     long, it loses tokens on the left. ids_of raises BadRow if the template refuses the dialogue. max_length:
     the most tokens of a dialogue; None stands for the run's setting, or for as many as the model takes.
-    whole: see `load_model`. trainee: num_labels, for a classifier that is to be trained. It may be a causal
-    language model, which gets a random score head."""
+    whole: see `load_model`; chat_template: see `set_chat_template`. trainee: num_labels, for a classifier
+    that is to be trained. It may be a causal language model, which gets a random score head."""
     from transformers import AutoModelForSequenceClassification
-    tokenizer = load_tokenizer(name, trust_remote_code, ends=False)
+    tokenizer = load_tokenizer(name, trust_remote_code, ends=False, chat_template=chat_template)
     may_lack = {"score.weight"} if trainee else frozenset()
     run = run_of_checkpoint(name)
     if run is not None:                                    # the run's base may be a causal language model
@@ -458,7 +459,7 @@ def load_trainee(args):
     CPU."""
     torch.manual_seed(seeded("score head", args.seed))
     model, tokenizer, ids_of = load_classifier(args.model, args.trust_remote_code, args.max_length,
-                                               has_weights(args), num_labels=1)
+                                               has_weights(args), args.chat_template, num_labels=1)
     switch_dropout_off(model)
     if args.lora:
         add_adapter(model, args.lora, args.seed)
@@ -518,7 +519,8 @@ def train_reward(args):
     recorded = {**asdict(args), "data_sha256": fingerprint([pairs, held_out]),
                 "model_sha256": fingerprint_files(args.model)}
     with training(out, "reward", args, recorded, {}, model, optimizer, scheduler) as loop:
-        print0(f"{args.data}: {len(pairs)} pairs to train on\n{account}\n{length_table(lengths, 'tokens')}\n"
+        print0(f"chat template: {tokenizer.template_name}\n"
+               f"{args.data}: {len(pairs)} pairs to train on\n{account}\n{length_table(lengths, 'tokens')}\n"
                f"{args.eval_data or 'held out of these'}: {len(held_out)} pairs to evaluate on\n"
                f"{held_out_account}\n{count} steps of up to {len(batches[0])} -> {out}")
         if not held_out:

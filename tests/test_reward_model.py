@@ -120,6 +120,16 @@ def test_a_space_around_a_response_is_read_as_it_is_trained(checkpoint, tmp_path
         assert ids_of("Q", "yes") == ids_of(dialogue("Q"), "yes") != ids_of("Q", " yes\n")
 
 
+def test_a_reward_model_is_trained_and_served_with_the_template_that_is_given(
+        checkpoint, pairs, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.jinja").write_text("{% for message in messages %}<{{ message.content }}>{% endfor %}")
+    trained(monkeypatch, checkpoint, pairs, tmp_path / "out", "--limit", "40", "--steps", "1",
+            "--chat-template", str(tmp_path / "mine.jinja"))
+    assert f"chat template: {tmp_path}/mine.jinja" in capsys.readouterr().out
+    _, tokenizer, ids_of = load_classifier(str(tmp_path / "out/model"))
+    assert tokenizer.decode(ids_of("Q", "yes")[0]) == "<Q><yes>"
+
+
 def encoder(path):
     from transformers import BertConfig, BertForSequenceClassification
     torch.manual_seed(0)
