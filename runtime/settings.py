@@ -194,7 +194,8 @@ class Settings:
                                         metavar="S")
     chat_template: str | None = setting(None, "a file with a template to use in place of the tokenizer's, or "
                                               "none for no template", metavar="FILE")
-    max_prompt_length: int = setting(512, "tokens of a prompt; longer ones lose their oldest turns", **TOKENS)
+    max_prompt_length: int = setting(512, "tokens of a prompt; longer ones lose their oldest turns, or, "
+                                          "without turns, their start", **TOKENS)
     max_response_length: int = setting(512, "tokens of a response; longer ones are cut at the end", **TOKENS)
     seed: int = setting(0, "random seed", low=0, metavar="N")
     trust_remote_code: bool = setting(False, "run code that comes with a hub model")

@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import memory
 import pytest
 import replicate
 import sentiment
@@ -112,7 +113,8 @@ def rows_of(study):
 ANSWERS = sentiment.answers(rows_of("sentiment"))
 TABLES = [ANSWERS, terms_exact.table(rows_of("terms_exact")),
           *replicate.tables(rows_of("replication")).values(),
-          *sentiment.tables(rows_of("sentiment")).values()]
+          *sentiment.tables(rows_of("sentiment")).values(),
+          memory.measured_table(rows_of("memory"))]
 
 
 @pytest.mark.parametrize("table", TABLES)
