@@ -28,9 +28,10 @@ def test_rloo_has_the_gradient_of_reinforce_with_the_other_sample_as_its_baselin
 
 def test_rloo_trains_through_the_whole_loop(base, tmp_path, monkeypatch):
     monkeypatch.setattr(sail, "sail_loss", sail.sail_loss)             # which the script replaces
-    flags = f"--reward {ROOT}/toy.py:toy_reward --steps 2 --batch-size 4 --max-response-length 8 --eval-every 0"
-    rloo.main(["--model", base, "--data", f"{base}/toy-pairs.jsonl", *flags.split(), "--eval-limit", "2",
-               "--out", str(tmp_path / "run")])
+    flags = ("--steps 2 --batch-size 4 --max-prompt-length 8 --max-response-length 8 --eval-every 0 "
+             "--eval-limit 2")
+    rloo.main(["--model", base, "--data", f"{base}/toy-pairs.jsonl", "--reward", f"{ROOT}/toy.py:toy_reward",
+               *flags.split(), "--out", str(tmp_path / "run")])
     assert (tmp_path / "run/model").is_dir()
 
 
