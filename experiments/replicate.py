@@ -19,6 +19,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -302,9 +303,18 @@ def rows_of(runs):
     return [row_of(path.parent) for path in sorted(runs.glob("*/*-s*/model"))]
 
 
-def recorded():
+WRITING = threading.Lock()
+
+
+def recorded(path=ROWS):
     """The rows of the runs that are finished, here or elsewhere."""
-    return read_rows(ROWS) if ROWS.is_file() else []
+    return read_rows(path) if path.is_file() else []
+
+
+def record(path, row):
+    """Append a row."""
+    with WRITING, path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def below_the_best(rows, runs, samples=2000):

@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,7 +28,8 @@ from data import encode, end_token_ids
 from evaluate import pair_columns
 from formats import load_pairs, read_rows
 from generate import load_policy
-from replicate import BETA, FIRST_SEED, SCHEDULE, STEPS, compared, row_of, run, table, train, with_half
+from replicate import (
+    BETA, FIRST_SEED, SCHEDULE, STEPS, compared, record, recorded, row_of, run, table, train, with_half)
 from runtime.command_line import command_line
 from runtime.intervals import mean_of
 from runtime.run_directory import read_json, write_rows
@@ -61,18 +61,6 @@ COMPARED = (                               # (question, method, its control)
     ("SAIL-DP beside DPO", "dp", "dpo"),
     ("RLOO beside online DPO", "rloo", "online-dpo"))
 ROWS = ROOT / "experiments/tuned.jsonl"
-WRITING = threading.Lock()
-
-
-def recorded():
-    """The rows of the runs that are finished."""
-    return read_rows(ROWS) if ROWS.is_file() else []
-
-
-def record(row):
-    """Append a row."""
-    with WRITING, ROWS.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
 
 
 def tuning_prompts(path):
@@ -98,7 +86,7 @@ def measure(job):
     if out.parent.name in ("steps", "time"):
         row["entropy"] = entropies(out)
         figures.update(fit_of(out))
-    record(row)
+    record(ROWS, row)
 
 
 def entropies(out):
@@ -125,7 +113,7 @@ def fit_of(out):
 
 def measure_all(jobs, at_a_time, name):
     """All runs that have no row yet, some at a time."""
-    done = {(row["world"], row["method"], row["seed"]) for row in recorded()}
+    done = {(row["world"], row["method"], row["seed"]) for row in recorded(ROWS)}
     jobs = [job for job in jobs if (job[0].parent.name, *split(job[0].name)) not in done]
     with ThreadPoolExecutor(at_a_time) as pool:
         list(tqdm(pool.map(measure, jobs), name, len(jobs)))
@@ -189,7 +177,7 @@ def rates_to_try(rows):
 def time_all(runs, model, rates):
     """Record how long each method trains, in turn: a run on 2,304 pairs for 48 steps, which meets each pair
     twice, less a run of one step. So loading and evaluating do not count, and scoring the reference does."""
-    done = {(row["method"], row["round"]) for row in recorded() if row["world"] == "timing"}
+    done = {(row["method"], row["round"]) for row in recorded(ROWS) if row["world"] == "timing"}
     for each in range(ROUNDS):
         for method in METHODS:
             if (method, each) in done:
@@ -201,7 +189,7 @@ def time_all(runs, model, rates):
                 run(script, *flags.replace("--eval-limit 1024", "--eval-limit 20").split(), "--overwrite",
                     "--out", runs / "timing", limit=TIMED_STEPS * 96 // 2, **unflagged)
                 seconds.append(time.perf_counter() - started)
-            record(dict(world="timing", method=method, round=each, seed=SEEDS[0],
+            record(ROWS, dict(world="timing", method=method, round=each, seed=SEEDS[0],
                         seconds=round(seconds[1] - seconds[0], 2)))
 
 
@@ -272,7 +260,7 @@ def main():
     prompts = args.runs / "prompts.jsonl"
     tuning_prompts(prompts)
     models = {seed: start_of(args.runs, seed) for seed in TUNING_SEEDS}
-    while wanted := rates_to_try(recorded()):
+    while wanted := rates_to_try(recorded(ROWS)):
         jobs = []
         for seed, model in models.items():
             for method, rate in wanted:
@@ -280,10 +268,10 @@ def main():
                 jobs.append((args.runs / f"rate-{rate}/{method}-s{seed}", f"{flags} --eval-data {prompts}",
                              *rest, rate))
         measure_all(jobs, args.jobs, "rates")
-    rates = best_rates(recorded())
+    rates = best_rates(recorded(ROWS))
     models = {seed: start_of(args.runs, seed) for seed in SEEDS}
     time_all(args.runs, models[SEEDS[0]], rates)
-    in_equal_time = steps_in_equal_time(recorded())
+    in_equal_time = steps_in_equal_time(recorded(ROWS))
     for world, steps in (("steps", dict.fromkeys(METHODS, STEPS)), ("time", in_equal_time)):
         jobs = []
         for seed, model in models.items():
@@ -293,7 +281,7 @@ def main():
                 jobs.append((args.runs / f"{world}/{method}-s{seed}",
                              *flags_of(method, model, seed, rates[method], steps[method]), rates[method]))
         measure_all(jobs, args.jobs, f"equal {world}")
-    for title, markdown in tables(recorded()).items():
+    for title, markdown in tables(recorded(ROWS)).items():
         print(f"\n{title}\n\n{markdown}")
 
 
