@@ -225,6 +225,7 @@ def draw(rows, path):
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     panels = figure.subplots(1, 2)
     best = [row for row in rows if row["world"] == "best of n"]
+    colours = {**COLOURS, START: "#000000", "dpo-soft": "#E69F00"}
     labels = ("held-out reward, 5 × VADER's compound", "log-odds by a classifier of rated sentences")
     for axes, name, label in zip(panels, ("reward", "judge"), labels, strict=True):
         axes.plot([row["kl"] for row in best], [row[name] for row in best], "k.--", label="best of n")
@@ -232,8 +233,7 @@ def draw(rows, path):
             kls, heights = (mean_of([*by_seed(rows, "sentiment", method, each).values()])
                             for each in ("kl", name))
             errors = [[[mean - low], [high - mean]] for mean, low, high in (kls, heights)]
-            axes.errorbar(kls[0], heights[0], errors[1], errors[0], "o", color=COLOURS.get(method, "#000000"),
-                          label=words)
+            axes.errorbar(kls[0], heights[0], errors[1], errors[0], "o", color=colours[method], label=words)
         axes.set_xlabel("KL(π‖π_ref), nats per response")
         axes.set_ylabel(label)
         axes.grid(alpha=0.25)

@@ -2,7 +2,8 @@
 import pytest
 import sentiment_long
 
-RATED = [(2.0, "a superb and moving film"), (1.5, "superb acting"), (-2.0, "a dull film"), (-1.0, "dull, flat")]
+RATED = [(2.0, "a superb and moving film"), (1.5, "superb acting"), (-2.0, "a dull film"),
+         (-1.0, "dull, flat")]
 
 
 def test_held_out_beginnings_share_no_opening_and_no_film_with_the_others():
