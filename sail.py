@@ -7,7 +7,7 @@ the lower level makes the policy that is best for r, and this policy writes the 
     lower:  π_r = argmax_π E_{y ~ π}[ r(x,y) ] − β KL(π ‖ π_ref) = π_ref exp(r/β) / Z(x)
 
 Solved for r, the lower level says r = β log(π_r/π_ref) + β log Z(x). In the upper level Z cancels. This
-leaves a single-level objective in which the policy π_θ appears three times:
+leaves a single-level objective, in which the policy π_θ appears three times if it also gives the labels:
 
     J(θ) = E_x E_{(y1,y2) ~ π_θ} E_{(w,l) ~ label} [ f(u) ],     f = log σ,
     u    = β [ (log π_θ(y_w) − log π_ref(y_w)) − (log π_θ(y_l) − log π_ref(y_l)) ]
@@ -22,7 +22,8 @@ factor, and ∇P = P ∇log P turns each term into an expectation again.
 
 DPO keeps T1 alone. SAIL-DP adds T3 (the data's responses, the policy's labels), SAIL-PR adds T2 (the policy's
 responses, a reward's labels), and SAIL-PP adds both, each on a share `mix` of the pairs and with a weight.
-`sail_loss` below computes all three for a batch of pairs, `training_step` uses it, and `train` is the loop.
+The other pairs of a run are trained with plain DPO, on the data's responses and labels. `sail_loss` below
+computes all three terms for a batch of pairs, `training_step` uses it, and `train` is the loop.
 experiments/terms_by_hand.py computes the terms of one prompt with torch.autograd.grad.
 
     python sail.py --variant pr                                     # the embedded toy world, on a CPU
@@ -32,7 +33,8 @@ experiments/terms_by_hand.py computes the terms of one prompt with torch.autogra
 
 Where this code departs from the paper's text, on purpose:
   1. The label is summed out, not sampled: the gradient has the same expectation and less noise.
-  2. T2 has a baseline, a running mean of past f, which lowers the noise and keeps the expectation.
+  2. A baseline, a running mean of past f, is subtracted from f in T2. It lowers the noise and keeps the
+     expectation, since the expectation of ∇log π_θ(y|x) over y ~ π_θ is ∇ Σ_y π_θ(y|x) = ∇1 = 0.
   3. Responses are sampled at temperature 1 from the untruncated softmax, the distribution that T2 assumes.
   4. AdamW and full fine-tuning are the default; the authors used RMSprop and LoRA.
 """
@@ -134,19 +136,20 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
     """SAIL's loss for every preference variant and utility (arXiv 2406.15567). Variants differ only in who
     writes a pair's responses and who labels it.
 
-    *_logps        (B,)  the policy's with gradient, the reference's without
+    *_logps        (B,)  the policy's with gradient, the reference's without. Where no label is known yet,
+                   "chosen" and "rejected" merely name the first and the second response.
     preference     (B,)  P(chosen ≻ rejected), given by the data or the reward. None means 1 for every pair.
                          For a label that was drawn, pass 0 or 1.
     on_policy      (B,)  bool: both responses were sampled from the policy as it is now, so T2 applies
     self_labelled  (B,)  bool: the policy labels the pair, so T3 applies; σ(u) then replaces `preference`
-    baseline       what T2 subtracts from f, a number or (B,). It must not depend on the pair's own responses.
-                   None means the mean f of the other on-policy pairs of this call, which is valid if no two
-                   pairs share a response, or f(0) if there is no other pair
+    baseline       what T2 subtracts from f, a number or (B,) without gradient. It must not depend on the
+                   pair's own responses. None means the mean f of the other on-policy pairs of this call,
+                   which is valid if no two pairs share a response, or f(0) if there is no other pair
     lengths        (2, B)  the responses' numbers of tokens, for the objectives that compare means per token
 
     Returns (losses, metrics). losses, (B,), have the value −(p f(u) + (1 − p) f(−u)) and the gradient −(T1 +
-    response_coef · T2 + label_coef · T3). With both coefficients 1, its expectation is −∇J exactly. metrics:
-    see `sail_metrics`."""
+    response_coef · T2 + label_coef · T3). With both coefficients 1, the expectation of this gradient is −∇J
+    exactly. metrics: see `sail_metrics`."""
     u = margin(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps,
                beta, loss_type, lengths)
     no_pair = torch.zeros_like(u, dtype=torch.bool)
@@ -158,17 +161,17 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
     f_chosen = utility(u, beta, loss_type)                            # f₊ (B,)
     f_rejected = utility(-u, beta, loss_type)                         # f₋ (B,)
     mean_f = p * f_chosen + (1 - p) * f_rejected                      # F̄ (B,); its gradient is T1
-    f = mean_f.detach()                                               # detached: f is only a weight in T2
+    f = mean_f.detach()                                               # F̄ as a mere weight, for T2
     if baseline is None:
         baseline = mean_of_others(f, on_policy, utility(torch.zeros_like(f), beta, loss_type))
-    # The gradients of these two are T2 and T3; their values mean nothing.
+    # Two numbers for each pair whose gradients are the terms T2 and T3. Their values mean nothing.
     T2 = (f - baseline) * (policy_chosen_logps + policy_rejected_logps)
     T3 = p * f_chosen.detach() * F.logsigmoid(u) + (1 - p) * f_rejected.detach() * F.logsigmoid(-u)
     T2 = torch.where(on_policy, T2, 0)
     T3 = torch.where(self_labelled, T3, 0)
 
-    # Only the gradient of the corrections is wanted, so that the loss keeps the value −f and can be read as
-    # the objective. corrections − corrections.detach() is 0 and has the gradient of the corrections.
+    # Only the gradient of the corrections is wanted, so that the loss keeps the value −F̄, which is minus the
+    # objective. corrections − corrections.detach() is 0 and has the gradient of the corrections.
     corrections = response_coef * T2 + label_coef * T3
     losses = -(mean_f + (corrections - corrections.detach()))
     label_weight = 1 + label_coef * torch.minimum(f_chosen, f_rejected)
@@ -188,9 +191,9 @@ def sail_metrics(losses, chosen_logps, rejected_logps, reference_chosen_logps, r
                  beta, u, p, on_policy, self_labelled, label_weight):
     """Means over all pairs, detached. margin and accuracy are in the direction of the label, whose
     probability is p; a margin of 0 counts as half right. label_sharpness is |2p − 1|: 1 for a certain label,
-    0 for a tie. For f = log σ, the argument label_weight is the factor on ∇log P(label) of the less likely
-    label when T1 and T3 are added: 1 + label_coef · f. label_reversed is the share of pairs that are
-    self-labelled and have a negative label_weight, so that T3 pushes against the label."""
+    0 for a tie. label_reversed is the share of pairs that are self-labelled and in which T3 outweighs T1 for
+    the less likely label. The argument label_weight, 1 + label_coef · f of that label, is negative there: for
+    f = log σ it is the factor on ∇log P(label) in the sum of T1 and T3."""
     q = 1 - p                                                         # P(rejected ≻ chosen)
     chosen_ahead = torch.where(u == 0, 0.5, (u > 0).to(p.dtype))
     label_reversed = self_labelled & (label_weight < 0)
@@ -218,15 +221,15 @@ def sail_metrics(losses, chosen_logps, rejected_logps, reference_chosen_logps, r
 @dataclass
 class Variant:
     """What is done with a variant's own pairs, which are the share `mix` of a run's pairs. The run's other
-    pairs are DPO on the data. The numbers are the defaults of the settings of the same names; they are taken
-    from the authors' examples."""
+    pairs are trained with DPO on the data. The numbers are the defaults of the settings of the same names;
+    they are taken from the authors' examples."""
     responses: str                # who writes them: "data", "policy", or "data, policy" for chosen, rejected
     label: str                    # who labels them: "data", "policy" or "reward"
     mix: float = 0.0              # share of a run's pairs
     response_coef: float = 0.0    # weight of T2
     label_coef: float = 0.0       # weight of T3
     learning_rate: float = 1e-6
-    likelihood: bool = False      # True: only −log π of the chosen responses is trained, as in SFT
+    likelihood: bool = False      # True: the loss is −log π of the chosen responses alone, as in SFT
 
     @property
     def sampled(self):
@@ -262,7 +265,7 @@ VARIANTS = {
 
 
 def defaults_of(name):
-    """A setting's defaults by variant, as text: "dp 0.4, pp 0.3"."""
+    """A setting's defaults by variant, but for those of 0, as text: "dp 0.4, pp 0.3"."""
     values = {variant: getattr(VARIANTS[variant], name) for variant in VARIANTS}
     return ", ".join(f"{variant} {value:g}" for variant, value in values.items() if value)
 
@@ -393,7 +396,7 @@ def preference_losses(policy, reference, pairs, method, baseline=None, dtype="fl
         loss_type=method.loss_type, baseline=baseline, lengths=lengths)
 
     # 4. regularisers: −log π per token of chosen responses; KL(π_ref ‖ π) per token of both responses
-    from_data = ~(on_policy | self_labelled)                           # also those of relabelled-dpo and spin
+    from_data = ~(on_policy | self_labelled)                           # pairs whose chosen one is to be kept
     nll = torch.where(from_data, -ours[0] / lengths[0], 0.0)
     revkl = revkl.sum(0) / lengths.sum(0)
     with torch.no_grad():
@@ -430,8 +433,8 @@ def timed(figures, name):
 
 
 def plan(n_pairs, mix, settings):
-    """(number of pairs, number of steps) of a run. If the setting `steps` is given, the run has so many full
-    batches. Otherwise each pair of the data is seen `epochs` times as data, and the variant's pairs are
+    """(number of pairs, number of steps) of a run. If the setting `steps` is given, the run has that many
+    full batches. Otherwise each pair of the data is seen `epochs` times as data, and the variant's pairs are
     added. At mix 1 all pairs are the variant's, and each pair of the data is seen `epochs` times as one of
     them."""
     if settings.steps:
@@ -452,8 +455,9 @@ def order_of(n_pairs, seed, is_variants, epoch):
 
 
 def draw_pairs(examples, step, total, count, method, seed):
-    """Draw (the data's pairs, the variant's pairs) of one step, for all processes together. The share `mix`
-    of a run's `total` pairs is the variant's, evenly spread over the `count` steps."""
+    """Draw (the data's pairs, the variant's pairs) of one step, for all processes together. Steps are
+    numbered from 1 to `count`. The share `mix` of a run's `total` pairs is the variant's, evenly spread over
+    the steps."""
     mix, variant = Fraction(str(method.mix)), VARIANTS[method.variant]       # exact, so that no pair is lost
     generator = torch.Generator().manual_seed(seeded("label draws", seed, step))
     data_pairs, variant_pairs = [], []
@@ -494,8 +498,8 @@ def counts_of(pairs, likelihood):
 
 
 def record_of(step, totals, method, figures):
-    """A step's line in metrics.jsonl: means over the step's pairs. A figure is None if the step has no pair
-    of the kind that it is about."""
+    """A step's line in metrics.jsonl: counts, and means over the pairs or responses that a figure is about.
+    A figure is None if the step has none of them."""
     variant = VARIANTS[method.variant]
 
     def mean(name, over="pairs"):
