@@ -208,7 +208,8 @@ class Dialogue:
     found by rendering an answer that occurs in no text.
 
     If a prompt ends in an assistant's message, this message is the beginning of the answer, and the response
-    continues it."""
+    continues it. Raises BadRow if the template leaves the answer out, or if it writes the beginning of an
+    answered dialogue differently from a prompt's."""
 
     def __init__(self, prompt, tokenizer=None):
         self.tokenizer, self.template = tokenizer, tokenizer is not None and bool(tokenizer.chat_template)

@@ -193,8 +193,9 @@ def wins_by_reward(examples, rewards, opponents, reward):
 
 
 def wins_by_preference(examples, texts, finished, opponents, preference):
-    """P(text ≻ opponent) for k·n responses and their n opponents, as in `wins_by_reward`: a list of k·n
-    numbers."""
+    """P(text ≻ opponent) by a preference from `load_preference`: a list of k·n numbers. The k·n texts are k
+    times one response to each of the n examples, in the examples' order, and `finished` says which of them
+    ended by themselves. opponents: the n texts of the data's chosen responses."""
     k = len(texts) // len(examples)
     prompts, both_finished = [], []
     for example, done in zip(examples * k, finished, strict=True):
@@ -465,7 +466,8 @@ def parse_args(argv=None):
 
 
 def main(argv=None):
-    """The command `python evaluate.py RUN …`."""
+    """The command `python evaluate.py RUN …`: evaluate models or, with --compare, set finished runs side by
+    side from their logs."""
     models, task, given = parse_args(argv)
     if not task.compare:
         return evaluate_models(models, task.show, given)

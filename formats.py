@@ -518,7 +518,9 @@ def number_in(row, column):
 
 
 def prompt_and_responses(row, form):
-    """(prompt, *responses) of a row in this format. The prompt is a text or messages."""
+    """(prompt, *responses) of a row in the Format `form`. The prompt is a text or messages. The responses are
+    the chosen and the rejected one, one alone, or none, depending on the format. Raises BadRow for a row that
+    has no such prompt and responses."""
     values = [row.get(column) for column in form.needed]
     if form.compute is not None:
         return form.compute(row, *values)

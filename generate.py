@@ -521,7 +521,8 @@ def next_logits(model, tokens, mask, positions, cache):
 
 def draw_tokens(logits, temperature):
     """Draw a token for each row from the softmax of logits (B, V) at `temperature`: (tokens, their
-    log-probabilities), (B, 1) each. Raises InputError if the logits are not finite."""
+    log-probabilities at this temperature), (B, 1) each. At temperature 0 the token is the likeliest one.
+    Raises InputError if the softmax is not finite, for example because a logit is nan."""
     probabilities = (logits / max(temperature, 1e-30)).softmax(-1)
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]

@@ -204,12 +204,14 @@ def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, 
                     **trainee):
     """Load (model, tokenizer, ids_of), a sequence classifier with one logit, on the CPU, in eval mode.
 
-    ids_of(prompt, response) -> (the ids that the classifier reads, in scoring and in training, whether they
-    were cut). The classifier's own tokenizer and chat template render the dialogue. If the dialogue is too
-    long, it loses tokens on the left. ids_of raises BadRow if the template refuses the dialogue. max_length:
-    the most tokens of a dialogue; None stands for the run's setting, or for as many as the model takes.
-    whole: see `load_model`; chat_template: see `set_chat_template`. trainee: num_labels, for a classifier
-    that is to be trained. It may be a causal language model, which gets a random score head."""
+    ids_of(prompt, response) -> (ids, was_cut): the ids that the classifier reads, the same in scoring and in
+    training, and whether tokens are lost on the left because the dialogue is too long. The classifier's own
+    tokenizer and chat template render the dialogue. ids_of raises BadRow if the template refuses it, and
+    InputError if the model lacks an id in it. max_length: the most tokens of a dialogue; None stands for
+    the setting of the run, if `name` is a run's checkpoint, or for as many as the model takes. whole: see
+    `load_model`; chat_template: see `set_chat_template`. trainee: num_labels=1, given only if the model is to
+    be trained; it may then be a causal language model, which gets a random score head. Raises InputError if
+    the model has several logits, or if it would have to shift and scale its scores (`normalize_reward`)."""
     from transformers import AutoModelForSequenceClassification
     tokenizer = load_tokenizer(name, trust_remote_code, ends=False, chat_template=chat_template)
     may_lack = {"score.weight"} if trainee else frozenset()
@@ -455,8 +457,9 @@ def reward_step(model, pairs, optimizer, scheduler, args):
 
 
 def load_trainee(args):
-    """Load (model, tokenizer, ids_of) of a reward model that is to be trained, without dropout, on the
-    CPU."""
+    """Load (model, tokenizer, ids_of) of a reward model that is to be trained, as `load_classifier` does.
+    Dropout is switched off, and with --lora an adapter is added. The model is on the CPU or, in a process
+    that loads no weights, on the meta device."""
     torch.manual_seed(seeded("score head", args.seed))
     model, tokenizer, ids_of = load_classifier(args.model, args.trust_remote_code, args.max_length,
                                                has_weights(args), args.chat_template, num_labels=1)
@@ -469,7 +472,8 @@ def load_trainee(args):
 @fails_together
 def load_reward_data(args, ids_of):
     """Load and encode the data: (training pairs of ids, held-out pairs of ids, Account of the training pairs,
-    Account of the held-out pairs, lengths of the training pairs)."""
+    Account of the held-out pairs, lengths of the training pairs). At most `eval_limit` pairs are held out.
+    Raises InputError if a response is missing from the data, or if no training pair is left."""
     train_pairs, held_out, account, held_out_account = train_and_held_out(
         args.data, args.eval_data, args.limit, args.prefer, args.score_scale)
     for pair in (train_pairs[0], *held_out[:1]):

@@ -134,10 +134,10 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
               preference=None, on_policy=None, self_labelled=None, *,
               beta=0.1, response_coef=1.0, label_coef=1.0, loss_type="sigmoid", baseline=None, lengths=None):
     """SAIL's loss for every preference variant and utility (arXiv 2406.15567). Variants differ only in who
-    writes a pair's responses and who labels it.
+    writes a pair's responses and who labels it. It makes no difference which of the two is called
+    chosen: the loss stays the same if they are exchanged and `preference` becomes 1 − `preference`.
 
-    *_logps        (B,)  the policy's with gradient, the reference's without. Where no label is known yet,
-                   "chosen" and "rejected" merely name the first and the second response.
+    *_logps        (B,)  the policy's with gradient, the reference's without
     preference     (B,)  P(chosen ≻ rejected), given by the data or the reward. None means 1 for every pair.
                          For a label that was drawn, pass 0 or 1.
     on_policy      (B,)  bool: both responses were sampled from the policy as it is now, so T2 applies
@@ -396,7 +396,7 @@ def preference_losses(policy, reference, pairs, method, baseline=None, dtype="fl
         loss_type=method.loss_type, baseline=baseline, lengths=lengths)
 
     # 4. regularisers: −log π per token of chosen responses; KL(π_ref ‖ π) per token of both responses
-    from_data = ~(on_policy | self_labelled)                           # pairs whose chosen one is to be kept
+    from_data = ~(on_policy | self_labelled)               # also pairs of relabelled-dpo and spin, not of dp
     nll = torch.where(from_data, -ours[0] / lengths[0], 0.0)
     revkl = revkl.sum(0) / lengths.sum(0)
     with torch.no_grad():

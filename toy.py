@@ -44,12 +44,14 @@ def toy_response(rng, noun):
 
 
 def toy_reward(prompts, responses):
-    """The ground truth: what a review of the prompt's noun is worth, in reward units.
+    """The ground truth: what each response is worth as a review of its prompt's noun, a list of floats, each
+    the sum of five parts. Words are separated by spaces, and the full stop is a word. Raises InputError for a
+    prompt that is no string.
 
-      opinion     the first two adjectives' valence, times their adverb's intensity
-      on topic    +0.5 for the prompt's noun, −0.5 for any other
+      opinion     the valence of each of the first two adjectives, times the intensity of the adverb before it
+      on topic    +0.5 if the prompt's noun occurs, −0.5 for every other noun of the toy that occurs
       repetition  −0.5 for every adjective or adverb that is said again
-      ending      +0.5 for one full stop, at the end
+      ending      +0.5 if there is one full stop, and it is the last word
       length      −0.3 for every word past the ninth
     """
     if not all(isinstance(prompt, str) for prompt in prompts):

@@ -192,7 +192,8 @@ def flipped_pairs(pairs, share=0.2):
 
 
 def by_difference(pairs):
-    """(the half of the pairs whose rewards differ more, the other half), each in its order."""
+    """(the half of the pairs whose toy rewards differ more, the other half), each in the order of `pairs`. Of
+    an odd number of pairs the second half has one more."""
     gaps = []
     for pair in pairs:
         first, second = toy_reward([pair["prompt"]] * 2, [pair["chosen"], pair["rejected"]])
@@ -224,8 +225,11 @@ def train_reward(model, out):
 
 
 def train_rounds(runs, world, seed, model):
-    """DPO in rounds, each of which starts from the last one's policy: on new pairs that this policy samples,
-    or on the pairs of a file. The reference stays the SFT model."""
+    """Train DPO in rounds, each of which starts from the policy of the round before. The first one starts
+    from `model`, the seed's SFT model, which stays the reference. In a world of NEW_PAIRS the pairs of a
+    round are sampled by the policy that it starts from, in a world of HALVES they are those of a file. The
+    rounds share the steps of one run. The last round's run is written to runs/WORLD/dpo-sSEED, the others
+    beside the seed's data."""
     policy, folder = model, runs / f"data/s{seed}"
     rounds = NEW_PAIRS.get(world) or HALVES[world]
     for k, source in enumerate(rounds):

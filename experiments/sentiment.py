@@ -103,7 +103,8 @@ def plain_model(source, folder):
 
 
 def continuations(policy, tokenizer, texts, n, seed):
-    """n samples to each text: [[response]], without their end tokens."""
+    """n responses to each text, sampled by the policy, as texts without special tokens: a list of n for each
+    text."""
     torch.manual_seed(seed)
     responses, _, _ = sample(policy, tokenizer, [tokenizer(text)["input_ids"] for text in texts], TOKENS, n,
                           batch_size=max(1, 256 // n))

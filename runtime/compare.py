@@ -67,8 +67,9 @@ def read_log(path, convert):
 
 
 def read_runs(paths):
-    """{path: evaluations} of the finished runs of sail.py among the paths. Raises InputError if there is no
-    such run."""
+    """{path: evaluations} of those paths that have a model and figures on held-out pairs, from sail.py or
+    reward.py. A line says of each of the others why it is left out. Raises InputError if there is no such
+    path, or if a log has a line that no run has written."""
     runs = {}
     for path in map(Path, paths):
         why = "it is no run; evaluate.py without --compare measures any model"
@@ -527,8 +528,9 @@ def figures_of(evaluations):
 
 
 def results_of(runs, best):
-    """{name: figure} of the last evaluations of a group's runs. If the best possible is known, the gap to it
-    is one of the figures."""
+    """{name: (value, low, high)} of the last evaluations of a group's runs. best: the row at β that
+    `best_possible` returns, or None if it is not known. If it is known and the runs have an objective, the
+    figure `gap` says how far the objective stays below it."""
     results = figures_of([evaluations[-1] for evaluations in runs])
     if best and "objective" in results:
         value, low, high = results["objective"]

@@ -114,7 +114,8 @@ def packed_attention(module, query, key, value, attention_mask, packing=None, **
 
 
 def can_be_packed(config):
-    """Whether each layer of a model has SDPA attention over the whole row."""
+    """Whether a model's config says that each layer has SDPA attention over the whole row, not over a sliding
+    window. `allow_packing` then tries out whether packed rows give the same logits."""
     window = getattr(config, "sliding_window", None)
     if window and getattr(config, "use_sliding_window", True):
         return False

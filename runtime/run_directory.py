@@ -462,9 +462,10 @@ def trained_weights(path):
 
 
 def resume(path, recorded, policy, optimizer, scheduler):
-    """Continue from the checkpoint `path`: restore weights, optimizer, scheduler and logs, and return the
-    progress. Raises InputError if the checkpoint cannot be read, or if the data, or arguments other than
-    `may_change`, have changed."""
+    """Continue from the checkpoint `path`: restore weights, optimizer and scheduler, cut the logs to what
+    they were at the checkpoint, and return the progress. recorded: the settings and fingerprints of now, as
+    args.json holds them; its `may_change` names those that may differ from the run's own. Raises InputError
+    if any other differs, if the checkpoint cannot be read, or if a log has lost lines."""
     import torch.distributed.checkpoint as dcp
     out, progress = path.parents[1], read_progress(path)
     logs = progress.pop("logs")

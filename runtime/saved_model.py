@@ -173,9 +173,10 @@ def save_adapter(policy, state, out):
 
 
 def base_of(name):
-    """The settings model, lora and chat_template of the run that wrote the checkpoint `name`, with the
-    directory of the base as `model`; None if `name` is no checkpoint. Raises InputError if the base is not on
-    this machine, or if its files have changed since."""
+    """The Settings of the run that wrote the checkpoint `name`: its model, lora and chat_template, all others
+    at their defaults. If `model` is a hub name, it becomes the directory of its files. None if `name` is no
+    checkpoint. Raises InputError if the run's args.json is no run's, if the base is not on this machine, or
+    if its files have changed since the run began."""
     out = run_of_checkpoint(name)
     if out is None:
         return None

@@ -140,7 +140,8 @@ def settings_to_resume(given, cls, own_code=None):
 
 
 def resume_command(script, args):
-    """The command line that continues a run with these settings."""
+    """The command line that continues a run with these settings. It gives only --resume, --out and what
+    --resume does not take over from the run: the switches that are on, and code, FILE.py:FUNCTION."""
     words = ["python", *script.split(), "--resume", "--out", str(args.out)]
     for field in fields(args):
         value = getattr(args, field.name)
