@@ -477,19 +477,14 @@ def collate(prompts, responses, device="cpu"):
     """Turn B lists of prompt ids and B lists of response ids into (input_ids, attention_mask, response_mask),
     each (B, T), padded on the right. The masks follow from the lengths, so the padding id 0 means nothing and
     may equal the id of any real token."""
-    input_ids, attention_mask, response_mask = [], [], []
-    for prompt, response in zip(prompts, responses, strict=True):
-        ids = torch.tensor(prompt + response)
-        in_response = torch.zeros_like(ids)
-        in_response[len(prompt):] = 1
-        input_ids.append(ids)
-        attention_mask.append(torch.ones_like(ids))
-        response_mask.append(in_response)
-    padded = []
-    for rows in (input_ids, attention_mask, response_mask):
-        rows = pad_sequence(rows, batch_first=True)                                # (B, T)
-        padded.append(rows.to(device))
-    return tuple(padded)
+    rows = [torch.tensor(prompt + response) for prompt, response in zip(prompts, responses, strict=True)]
+    input_ids = pad_sequence(rows, batch_first=True)                               # (B, T)
+    places = torch.arange(input_ids.shape[1])
+    starts = torch.tensor([len(prompt) for prompt in prompts])[:, None]      # where each response begins
+    ends = torch.tensor([len(row) for row in rows])[:, None]
+    attention_mask = (places < ends).long()
+    response_mask = attention_mask * (places >= starts)
+    return input_ids.to(device), attention_mask.to(device), response_mask.to(device)
 
 
 # --- the command line ---------------------------------------------------------------------------------------

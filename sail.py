@@ -668,13 +668,9 @@ def encode_scorable(pairs, account, tokenizer, limits, reward):
 
 def print_plan(run, account, held_out_account, lengths, total, count, args):
     """Print what is trained, on which data, and in how many steps."""
-    trained = size = 0
-    for parameter in run.policy.parameters():
-        size += parameter.numel()
-        if parameter.requires_grad:
-            trained += parameter.numel()
-    device = run.policy.device
-    print0(f"{args.model} on {device} in {args.dtype}: {trained:,} of {size:,} parameters are trained")
+    trained, size = run.policy.num_parameters(only_trainable=True), run.policy.num_parameters()
+    print0(f"{args.model} on {run.policy.device} in {args.dtype}: {trained:,} of {size:,} parameters are "
+           "trained")
     print0(f"chat template: {run.tokenizer.template_name}")
     print0(f"{args.data}: {len(run.examples)} pairs to train on\n{account}")
     limits = dict(prompt=args.max_prompt_length, chosen=args.max_response_length,

@@ -249,18 +249,11 @@ COLUMNS = {"reward": "reward", "kl": "KL", "objective": "reward − β·KL", "ga
            "win_rate": "win rate", "lc_win_rate": "LC win rate", "length": "length",
            "unfinished": "unfinished", "margin": "margin", "accuracy": "accuracy"}
 
-# Sequences that control a terminal (ECMA-48): strings with their end, such as titles and links; colours and
-# moves of the cursor; all others. A sequence begins with an escape character or with a control character.
-SEQUENCES = re.compile(r"(\x1b[]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x9c\n]*(\x07|\x1b\\|\x9c)"
-                       r"|(\x1b\[|\x9b)[0-?]*[ -/]*[@-~]"
-                       r"|\x1b[ -/]*[0-~]")
-
-
 def printable(text):
-    """The text without characters that control a terminal: escape sequences, control characters except
-    newline and tab, and lone surrogates, which cannot be printed."""
+    """The text without characters that control a terminal, except newline and tab, and without lone
+    surrogates, which cannot be printed. Of an escape sequence, only its visible characters are left."""
     kept = []
-    for character in SEQUENCES.sub("", text):
+    for character in text:
         if character in "\n\t" or unicodedata.category(character) not in ("Cc", "Cs"):
             kept.append(character)
     return "".join(kept)
