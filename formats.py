@@ -19,7 +19,7 @@ from inspect import getfullargspec
 from pathlib import Path
 from typing import Callable
 
-from runtime.command_line import DATA_FILES, InputError, first_line, format_counts
+from runtime.command_line import DATA_FILES, InputError, first_line, foreign, format_counts
 from runtime.run_directory import is_run_directory, read_json
 
 
@@ -657,40 +657,40 @@ def line_of_repeated(text):
 
 
 def read_parquet(path):
-    """The rows of a .parquet file. Paths and URLs in the rows are text and are never opened."""
-    import pyarrow
+    """The rows of a .parquet file. Paths and URLs in them are text, and never opened."""
     import pyarrow.parquet
-    try:
+    with foreign(unreadable(path)):
         file = pyarrow.parquet.ParquetFile(path)
-        repeated = first_repeated(file.schema_arrow.names)
-        if repeated is not None:
-            raise InputError(f"{path}: the name {repeated!r} stands twice among the columns")
+        names = file.schema_arrow.names
+    repeated = first_repeated(names)
+    if repeated is not None:
+        raise InputError(f"{path}: the name {repeated!r} stands twice among the columns")
+    with foreign(unreadable(path)):
         return file.read().to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise unreadable(path, error) from None
 
 
 def read_data_set(source):
     """The datasets.Dataset of a directory or of a hub name."""
     import datasets                                         # this import is slow, and is needed only here
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)    # `unreadable` reports its errors in one line
-    try:
-        if Path(source).exists():                          # its files may have changed since they were cached
-            return datasets.load_dataset(source, split="train", download_mode="force_redownload")
-        name, _, split = source.partition(":")
-        config = None
-        if name.count("/") >= 2:
-            name, config = name.rsplit("/", 1)
-        return datasets.load_dataset(name or "(no name)", config, split=split or "train")
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise unreadable(source, error.__cause__ or error) from None
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)     # its errors are told below, in one line
+    name, _, split = source.partition(":")
+    config, options = None, {"split": split or "train"}
+    if Path(source).exists():                               # its files may have changed since their caching
+        name, options = source, {"split": "train", "download_mode": "force_redownload"}
+    elif name.count("/") >= 2:
+        name, config = name.rsplit("/", 1)
+    with foreign(unreadable(source)):
+        try:
+            return datasets.load_dataset(name or "(no name)", config, **options)
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise error.__cause__ from None                 # which says why
 
 
-def unreadable(source, error):
-    """The InputError for a source that a library cannot read."""
-    return InputError(f"{source}: cannot be read as a data set ({first_line(error)}); "
-                      f"want a {', '.join(DATA_FILES)} file or OWNER/NAME[/CONFIG][:SPLIT]")
+def unreadable(source):
+    """The problem with a source that a library cannot read."""
+    return (f"{source}: cannot be read as a data set; want a {', '.join(DATA_FILES)} file or "
+            "OWNER/NAME[/CONFIG][:SPLIT]")
 
 
 def stored_rows(rows):

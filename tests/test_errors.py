@@ -49,13 +49,14 @@ FILES = {  # content of a data file, and what must be said about it
     "ragged.csv": ("a,b\n1,2,3\n", "columns a, b, more cells than the header fit none of"),
     ":train": (None, ":train: cannot be read as a data set"),
     "no-such-folder/no-such-set": (None, "cannot be read as a data set"),
+    "/": (None, "/: cannot be read as a data set"),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_bad_data_is_named(name, tmp_path, monkeypatch, capsys):
     content, message = FILES[name]
-    path = str(tmp_path / name) if "." in name else name              # else a hub name
+    path = str(tmp_path / name) if "." in name else name              # else a hub name, or a whole disk
     if content is not None:
         Path(path).write_bytes(content if isinstance(content, bytes) else content.encode())
     assert message in fails(data.main, ["data.py", path], monkeypatch, capsys)
