@@ -64,8 +64,8 @@ def load_judge(url, model, template="helpful", verdicts="verdicts.jsonl", timeou
 
     Each pair is asked in both orders, and a verdict counts where these agree; equal responses tie unasked.
     verdicts: the file that every answer is appended to at once; a question in it is not asked again, so that
-    what was killed goes on. OPENAI_API_KEY of the environment is sent to that host; no other key is. Raises
-    InputError where the host refuses or cannot be reached."""
+    what was killed goes on. OPENAI_API_KEY of the environment is sent to that host; no other key is. Nothing
+    is sent to a host to which it redirects. Raises InputError where the host refuses or cannot be reached."""
     import openai
     if not re.fullmatch(r"https?://(\[[0-9a-f:]+\]|[^/@:\[\]\s]+)(:\d+)?(/[^@\s]*)?", url):
         raise InputError(f"judge {url.rpartition('@')[2]}: want http://HOST/v1 or https://HOST/v1; a key "
@@ -73,7 +73,8 @@ def load_judge(url, model, template="helpful", verdicts="verdicts.jsonl", timeou
     with open_verdicts(verdicts):                             # complains before there is work to lose
         pass
     key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
-    client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=5)
+    client = openai.OpenAI(base_url=url, api_key=key, timeout=timeout, max_retries=5,
+                           http_client=openai.DefaultHttpxClient(follow_redirects=False))
 
     def ask(question):
         try:

@@ -44,6 +44,7 @@ class Host(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server_port}/v1"
         self.answer, self.fault, self.log, self.headers = longer_wins, lambda question, times: None, [], []
+        self.location = None                                           # to which a status of 3xx redirects
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -70,6 +71,8 @@ class Handler(BaseHTTPRequestHandler):
             content = json.dumps({"error": {"message": f"none for {self.headers['Authorization']}"}})
         self.send_response(fault if isinstance(fault, int) else 200)
         self.send_header("retry-after-ms", "1")
+        if host.location:
+            self.send_header("Location", host.location)
         self.send_header("Content-Type", "application/json")
         self.end_headers()
         self.wfile.write((fault if isinstance(fault, str) else content).encode())
@@ -153,6 +156,17 @@ def test_a_question_quotes_verbatim_but_for_marks_and_nothing_in_it_can_close_it
 
 
 # --- the host
+
+@pytest.mark.parametrize("status", [301, 307, 308])
+def test_a_host_that_redirects_to_another_is_refused_and_the_other_is_not_asked(host, judge_of, status):
+    with Host() as other:
+        threading.Thread(target=other.serve_forever, args=(0.01,), daemon=True).start()
+        host.fault, host.location = lambda question, times: status, f"{other.url}/chat/completions"
+        with pytest.raises(InputError, match=f"^judge {host.url}: APIStatusError .*; the verdicts so far"):
+            judge_of()(*ONE)
+        assert host.log and not other.log
+        other.shutdown()
+
 
 @pytest.mark.parametrize("status", [429, 500])
 def test_what_passes_is_tried_again(host, judge_of, status):
