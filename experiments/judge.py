@@ -78,10 +78,13 @@ def load_judge(url, model, template="helpful", verdicts="verdicts.jsonl", timeou
 
     def ask(question):
         try:
-            return client.chat.completions.create(
+            answer = client.chat.completions.create(
                 model=model, messages=[{"role": "user", "content": question}], temperature=0,
                 max_tokens=max_tokens).choices[0].message.content or ""
-        except (openai.OpenAIError, ValueError, TypeError, AttributeError, IndexError) as error:
+            if not isinstance(answer, str):
+                raise TypeError(f"its content is a {type(answer).__name__}")
+            return answer
+        except Exception as error:                                     # of what a host sends: it can be any
             reason = first_line(error).replace(key, "[key]")           # a host may send it back
             raise InputError(f"judge {url}: {type(error).__name__} ({reason[:200]}); the verdicts so far are "
                              f"in {verdicts}, and the same command goes on from there") from None

@@ -197,7 +197,9 @@ def test_without_a_key_a_refusal_is_told_as_it_is(host, judge_of):
         judge_of()(*ONE)
 
 
-@pytest.mark.parametrize("body", ["<html>busy</html>", "[]", '{"choices": []}', '{"error": "busy"}'])
+@pytest.mark.parametrize("body", [
+    "<html>busy</html>", "[]", '{"choices": []}', '{"error": "busy"}', '{"choices": {"value": 1}}',
+    '{"choices": [{"message": {"content": ["[[A]]"]}}]}', '{"choices": ' + "[" * 100_000 + "]" * 100_000 + "}"])
 def test_a_body_that_is_no_completion_is_one_line(host, judge_of, body):
     host.fault = lambda question, times: body
     with pytest.raises(InputError, match=r"^judge http://127.*Error \(.*\); the verdicts so far"):
