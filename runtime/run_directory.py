@@ -406,9 +406,16 @@ def save_checkpoint(out, policy, optimizer, progress):
                      storage_writer=dcp.HuggingFaceStorageWriter(str(aside), files, save_distributed=True))
     except dcp.CheckpointException as error:                           # every process raises it
         shutil.rmtree(aside, ignore_errors=True)
-        reason = first_line(next(iter(error.failures.values()))[0])
-        raise InputError(f"{path} cannot be written ({reason}); earlier checkpoints are untouched") from None
+        raise InputError(f"{path} cannot be written ({reason_of(error)}); earlier checkpoints are untouched"
+                         ) from None
     finish_checkpoint(out, aside, path, progress)
+
+
+def reason_of(error):
+    """The first line of an exception; of a CheckpointException, that of the first process that failed."""
+    for failure, _ in getattr(error, "failures", {}).values():
+        return first_line(failure)
+    return first_line(error)
 
 
 @fails_together
@@ -452,7 +459,7 @@ def trained_weights(path):
                     state[name] = torch.full(tensor.size, math.nan, dtype=tensor.properties.dtype)
             dcp.load(state, no_dist=True, storage_reader=reader)
     except (Exception, dcp.CheckpointException) as error:              # the latter is no Exception
-        raise InputError(f"{path} cannot be read ({first_line(error)})") from None
+        raise InputError(f"{path} cannot be read ({reason_of(error)})") from None
     weights = {}
     for name, value in state.items():
         weights[name.removeprefix("model.")] = value
@@ -473,12 +480,13 @@ def resume(path, recorded, policy, optimizer, scheduler):
     for name, size in logs.items():
         if (out / f"{name}.jsonl").stat().st_size < size:
             raise InputError(f"{out}/{name}.jsonl has lost lines since {path} was written; start afresh")
+    refuse_unreadable(path)
     try:
         with warnings.catch_warnings(action="ignore"):                 # this fills the tensors in use
             dcp.load(state_of(policy, optimizer), no_dist=not dist.is_initialized(),
                      storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except (dcp.CheckpointException, RuntimeError) as error:
-        raise InputError(f"{path} cannot be read ({first_line(error)}); remove it, and --resume") from None
+        raise InputError(f"{path} cannot be read ({reason_of(error)}); remove it, and --resume") from None
     if rank() == 0:
         for name, size in logs.items():
             cut_log(out / f"{name}.jsonl", size)
@@ -486,6 +494,14 @@ def resume(path, recorded, policy, optimizer, scheduler):
     scheduler.step()
     print0(f"continuing after step {progress['step']}, from {path}")
     return progress
+
+
+@fails_together
+def refuse_unreadable(path):
+    """Raises InputError if the heads of a checkpoint's files cannot be read; dcp.load shows a traceback."""
+    import torch.distributed.checkpoint as dcp
+    with foreign(f"{path} cannot be read; remove it, and --resume"):
+        dcp.HuggingFaceStorageReader(str(path)).read_metadata()
 
 
 def cut_log(path, size):
