@@ -45,7 +45,7 @@ def load_questions(source, limit=None):
     turns = [row.get(asked) if name == "MT-Bench" else [row.get(asked)] for row in rows]
     for nth, (row, texts) in enumerate(zip(rows, turns, strict=True), 1):
         complete = isinstance(texts, list) and len(texts) == 1 + (name == "MT-Bench")
-        if (not complete or None in map(row.get, others)
+        if (not complete or not all(isinstance(row.get(other), (str, int)) for other in others)
                 or not all(isinstance(text, str) and text.strip() for text in texts)):
             raise InputError(f"{source}: row {nth}: want {', '.join(others)} and text in {asked}")
     return name, rows, turns
