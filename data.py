@@ -164,7 +164,7 @@ def end_token_ids(tokenizer, model=None):
     extra = model.generation_config.eos_token_id
     if not isinstance(extra, list):
         extra = [extra]
-    return ids | {token for token in extra if token in tokenizer.added_tokens_decoder}
+    return ids | {token for token in tokenizer.added_tokens_decoder if token in extra}  # nonsense equals none
 
 
 # The date that chat templates get as today's, YYYY-MM-DD. A run sets it; None stands for the clock's date.

@@ -227,6 +227,9 @@ def test_end_tokens_are_the_tokenizers_and_the_checkpoints_special_ones():
     model.generation_config.eos_token_id = [1, 2, 77]          # <eos>, a special token, a letter
     assert end_token_ids(tokenizer, model) == {1, 2}
     assert end_token_ids(tokenizer) == {1}
+    for nonsense in ([[1]], {"a": 1}, "2"):
+        model.generation_config.eos_token_id = nonsense
+        assert end_token_ids(tokenizer, model) == {1}
 
 
 def test_the_token_that_closes_an_answer_in_the_template_ends_it():
