@@ -633,7 +633,7 @@ def parse_args(argv=None, **unflagged):
     to_train = {*given} - {"out", "dtype", "trust_remote_code", "train"}
     for name in sorted(to_score & given.keys() if args.train else to_train - to_score):
         parser.error(f"argument {flag_of(name)}: is not for {'training' if args.train else 'scoring'}")
-    if args.pairs and args.out and Path(args.pairs).resolve() == Path(args.out).resolve():
+    if args.pairs and args.out and os.path.realpath(args.pairs) == os.path.realpath(args.out):
         parser.error("argument --pairs: is the file of --out")
     if args.out is None:
         args.out = f"{run_directory(args.data)}-reward" if args.train else "scored.jsonl"

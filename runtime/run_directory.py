@@ -143,7 +143,7 @@ def run_directory(source):
     for / and :."""
     path = Path(source)
     if path.exists() or path.suffix in DATA_FILES:
-        name = path.resolve().name
+        name = os.path.basename(os.path.realpath(path))    # Path.resolve refuses a link to itself
         if path.suffix in DATA_FILES:
             name = path.stem
     else:
@@ -162,10 +162,11 @@ def date_of(out, resume):
 def refuse_inputs_inside(out, inputs):
     """Raises InputError if an input, {flag: path, hub name, FILE.py:FUNCTION or None}, is OUT or lies in it,
     where a run deletes and replaces files."""
-    whole = Path(out).resolve()
+    whole = Path(os.path.realpath(out))
     for flag, name in inputs.items():
         path = Path(re.sub(r"(\.py):.*", r"\1", str(name)))
-        if name and path.exists() and whole in (path.resolve(), *path.resolve().parents):
+        real = Path(os.path.realpath(path))
+        if name and path.exists() and whole in (real, *real.parents):
             raise InputError(f"{flag} {path} lies in --out {out}, where a run deletes and replaces files; "
                              "give another --out, or move it")
 

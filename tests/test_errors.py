@@ -67,6 +67,19 @@ def test_bad_data_is_named(name, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("main, argv, message", [
+    (sail.main, ["sail.py", "--variant", "dpo", "--model", "m", "--data", "LOOP"], "no such file"),
+    (sail.main, ["sail.py", "--variant", "dpo", "--model", "m", "--data", "DATA", "--out", "LOOP"], "m: no"),
+    (reward.main, ["reward.py", "--reward", "m.py:f", "--responses", "LOOP", "--out", "o", "--pairs", "LOOP"],
+     "no such file")])
+def test_a_link_to_itself_is_named(main, argv, message, tmp_path, monkeypatch, capsys):
+    loop = tmp_path / "loop.jsonl"
+    loop.symlink_to(loop)
+    names = {"LOOP": str(loop), "DATA": write(tmp_path / "x.jsonl")}
+    said = fails(main, [names.get(word, word) for word in argv], monkeypatch, capsys)
+    assert message in said and loop.is_symlink()
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--variant", "ppo"], "invalid choice: 'ppo'"), (["--mix", "1.2"], "--mix: 1.2 is not in 0 … 1"),
     (["--seed", "-1"], "--seed: -1 is not in"), (["--eval-every", "-1"], "--eval-every: -1 is not in"),
