@@ -365,7 +365,7 @@ def fingerprint_files(name):
 
 def checkpoints_of(out):
     """The directories of a run's checkpoints, the newest last."""
-    paths = [path for path in (out / "checkpoints").glob("*") if path.name.isdigit()]
+    paths = [path for path in (out / "checkpoints").glob("*") if re.fullmatch("[1-9][0-9]*", path.name)]
     return sorted(paths, key=lambda path: int(path.name))
 
 

@@ -125,6 +125,15 @@ def test_progress_that_no_run_has_written_is_refused(more, run, monkeypatch, cap
     assert "checkpoints/2/progress.json: no run has written this" in message and files_of(out) == before
 
 
+@pytest.mark.parametrize("name", ["²", "٣", "007", "0", "-1"])
+def test_a_directory_that_is_named_almost_like_a_checkpoint_is_none(name, run):
+    out, argv = run
+    (out / "checkpoints" / name).mkdir()
+    shutil.rmtree(out / "checkpoints/2")
+    sail_main([*argv[1:], "--resume"])                                 # from 1
+    assert {path.name for path in (out / "checkpoints").iterdir()} == {"1", "2", name}
+
+
 @pytest.mark.parametrize("more, said", [
     (dict(dtype="float8"), "--dtype: invalid choice: 'float8'"),
     (dict(max_response_length=-3), "--max-response-length: -3 is not in"),
