@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Callable
 
 from runtime.command_line import DATA_FILES, InputError, first_line, foreign, format_counts
-from runtime.run_directory import is_run_directory, read_json
+from runtime.run_directory import is_run_directory, parse_json, read_json
 
 
 @dataclass
@@ -205,7 +205,7 @@ def parse_literal(value):
     not a string is returned unchanged. Raises BadRow for any other string."""
     if not isinstance(value, str):
         return value
-    for parse in (parse_json, ast.literal_eval):
+    for parse in (parse_rows, ast.literal_eval):
         try:
             parsed = parse(value)
         except BadRow:
@@ -217,10 +217,9 @@ def parse_literal(value):
     raise BadRow("a dialogue in a string that is no JSON")
 
 
-def parse_json(text):
-    """What a JSON text holds. Raises BadRow if an object has a name twice, since json.loads would drop one of
-    the two values."""
-    return json.loads(text, object_pairs_hook=object_of)
+def parse_rows(text):
+    """What a JSON text holds. Raises BadRow if an object has a name twice, of which json.loads drops one."""
+    return parse_json(text, object_pairs_hook=object_of)
 
 
 def object_of(pairs):
@@ -609,13 +608,13 @@ def read_text(path, kind):
         if kind == ".csv":
             return read_csv(text)
         if text.lstrip().startswith("["):
-            rows = parse_json(text)
+            rows = parse_rows(text)
         else:
             nth = 0
             for line in text.split("\n"):                          # splitlines would also split at U+2028
                 nth += 1
                 if line.strip():
-                    rows.append(parse_json(line))
+                    rows.append(parse_rows(line))
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text ({error})") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
@@ -624,7 +623,7 @@ def read_text(path, kind):
         if text.lstrip().startswith("["):
             nth = line_of_repeated(text)
         raise InputError(f"{path}:{nth}: {repeated}") from None
-    except (ValueError, RecursionError, csv.Error) as error:
+    except (ValueError, csv.Error) as error:
         line = nth + getattr(error, "lineno", 1) - 1
         raise InputError(f"{path}:{line}: not {kind[1:]} ({first_line(error)}); "
                          "want an object per line, or an array of objects") from None

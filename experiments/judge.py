@@ -28,6 +28,7 @@ from data import render
 from formats import read_rows
 from runtime.command_line import InputError, command_line, first_line
 from runtime.intervals import few, format_figure, share_of, win_figures
+from runtime.run_directory import parse_json
 from runtime.settings import Parser
 
 class Verdict(NamedTuple):
@@ -161,7 +162,7 @@ def open_verdicts(path):
         file.seek(0)
         *lines, half = file.read().split(b"\n")
         try:
-            marks = {row["key"]: last_mark(row["answer"]) for row in map(json.loads, lines)}
+            marks = {row["key"]: last_mark(row["answer"]) for row in map(parse_json, lines)}
         except (ValueError, KeyError, TypeError):
             marks = None
         is_ours = re.match(rb'\{"key": "[0-9a-f]{1,64}($|", "model": ")', half)

@@ -21,7 +21,8 @@ import torch
 
 from runtime.command_line import InputError
 from runtime.intervals import format_figure, mean_of
-from runtime.run_directory import is_run_directory, read_json, refuse_output, write_bytes, write_text
+from runtime.run_directory import (
+    is_run_directory, parse_json, read_json, refuse_output, write_bytes, write_text)
 
 # --- what finished runs have measured -----------------------------------------------------------------------
 
@@ -60,7 +61,7 @@ def read_log(path, convert):
         if not line.strip():
             continue
         try:
-            rows.append(convert(dict(json.loads(line))))
+            rows.append(convert(dict(parse_json(line))))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{path}:{number}: a run has not written this ({error})") from None
     return rows
@@ -301,7 +302,7 @@ def write_figures(results, path):
 def are_figures(text):
     """Whether `write_figures` has written this text."""
     try:
-        for figures in json.loads(text).values():
+        for figures in parse_json(text).values():
             for figure in figures.values():
                 if {*figure} != {"value", "low", "high"}:
                     return False

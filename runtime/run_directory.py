@@ -34,10 +34,18 @@ PRINTED = ("loss margin accuracy label_sharpness reward kl response_length unfin
 # --- files --------------------------------------------------------------------------------------------------
 
 
+def parse_json(text, **options):
+    """`json.loads`, which raises ValueError also where brackets are too deep for it."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("too many brackets inside each other") from None
+
+
 def read_json(path):
     """The object in a JSON file of a run. Raises InputError if it is cut short."""
     try:
-        return dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        return dict(parse_json(Path(path).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise InputError(f"{path}: damaged ({error}); it was cut short, or edited") from None
 
@@ -104,7 +112,7 @@ def has_columns(*names):
     """A function that tells whether a text has rows as JSON lines, of which the first has these columns."""
     def is_own(text):
         try:
-            return {*names} <= {*json.loads(text[:text.find("\n")])}
+            return {*names} <= {*parse_json(text[:text.find("\n")])}
         except (ValueError, TypeError):
             return False
 

@@ -199,7 +199,8 @@ def test_without_a_key_a_refusal_is_told_as_it_is(host, judge_of):
 
 @pytest.mark.parametrize("body", [
     "<html>busy</html>", "[]", '{"choices": []}', '{"error": "busy"}', '{"choices": {"value": 1}}',
-    '{"choices": [{"message": {"content": ["[[A]]"]}}]}', '{"choices": ' + "[" * 100_000 + "]" * 100_000 + "}"])
+    '{"choices": [{"message": {"content": ["[[A]]"]}}]}',
+    '{"choices": ' + "[" * 100_000 + "]" * 100_000 + "}"])
 def test_a_body_that_is_no_completion_is_one_line(host, judge_of, body):
     host.fault = lambda question, times: body
     with pytest.raises(InputError, match=r"^judge http://127.*Error \(.*\); the verdicts so far"):
@@ -319,6 +320,7 @@ def test_half_a_line_is_cut_off_and_its_question_asked_again(host, judge_of, tmp
 
 
 @pytest.mark.parametrize("content", [b"binary", b'{"prompt": "p"}\n', b"[1]\n", b"\xff\n", b"\xff",
+                                     b"[" * 100_000 + b"]" * 100_000 + b"\n",
                                      b'{"key": "k", "answer": ""}\n{"prompt": "p"'])
 def test_a_file_of_another_kind_is_refused_and_stays_as_it_is(judge_of, tmp_path, content):
     path = tmp_path / "verdicts.jsonl"

@@ -160,10 +160,12 @@ def test_the_held_out_prompts_of_a_run_are_not_written_over(checkpoint, tmp_path
 
 @pytest.mark.parametrize("out, said", [("fig.png", "want the name of a .json file"),
                                        ("mine.json", "is a file of something else"),
+                                       ("deep.json", "is a file of something else"),
                                        ("drawn.json", "drawn.png is there")])
 def test_figures_are_not_written_over_other_files(out, said, whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine.json").write_text('{"mine": 1}')
+    Path("deep.json").write_text("[" * 100_000 + "]" * 100_000)
     Path("drawn.png").write_text("mine")
     before = files_of(tmp_path)
     argv = ["evaluate.py", "--compare", str(whole), "--out", out]

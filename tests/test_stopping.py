@@ -261,10 +261,12 @@ def test_two_processes_that_write_one_file_do_not_write_the_same_aside(tmp_path,
     assert (tmp_path / "file").read_text() == "ours" and len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.parametrize("text", ['{"step": 4, "log', '{"step": ' + "[" * 100_000 + "]" * 100_000 + "}"])
 @pytest.mark.parametrize("name", ["args.json", "checkpoints/4/progress.json"])
-def test_a_settings_file_cut_short_is_named_by_resume(run, name, monkeypatch, capsys):
+def test_a_settings_file_cut_short_or_with_too_many_brackets_is_named_by_resume(run, name, text, monkeypatch,
+                                                                               capsys):
     out, argv = run
-    os.truncate(out / name, 20)
+    (out / name).write_text(text)
     assert f"{out / name}: damaged" in refused([*argv, "--resume"], monkeypatch, capsys)
 
 
