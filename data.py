@@ -82,7 +82,8 @@ def load_tokenizer(name, trust_remote_code=False, ends=True, chat_template=None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code,
                                                   local_files_only=Path(name).is_dir())
-    except Exception as error:                           # reading foreign files can raise anything
+        tokenizer.decode(tokenizer("question")["input_ids"])           # what is nonsense in it shows here
+    except Exception as error:                           # foreign files: they can raise anything
         raise InputError(f"{name}: no tokenizer ({first_line(error)})") from None
     if ends and tokenizer.eos_token_id is None:
         raise InputError(f"{name}: its tokenizer has no end-of-sequence token; tokenizer_config.json sets it")

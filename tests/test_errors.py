@@ -109,10 +109,12 @@ def write(path):
     (lambda path: (path / "model.safetensors").write_text("version https://git-lfs"),
      "no model for CausalLM to load"),
     (lambda path: (path / "tokenizer.json").unlink(), "no tokenizer ("),
+    (lambda path: set_in(path / "tokenizer_config.json", model_max_length="long"), "no tokenizer ("),
     (lambda path: shutil.rmtree(path), "no such directory"),
     (lambda path: byte_tokenizer_without_eos().save_pretrained(path), "no end-of-sequence token"),
     (lambda path: tiny_model(vocab_size=50).save_pretrained(path), "wrong tokenizer?"),
-], ids=["no weights", "no real weights", "no tokenizer", "no directory", "no eos", "small vocabulary"])
+], ids=["no weights", "no real weights", "no tokenizer", "a length in letters", "no directory", "no eos",
+        "small vocabulary"])
 def test_bad_models_are_named(break_it, message, tmp_path, checkpoint, monkeypatch, capsys):
     path = shutil.copytree(checkpoint, tmp_path / "model")
     break_it(path)
@@ -161,6 +163,10 @@ def test_families_with_a_cache_of_another_kind_are_named_in_one_line(kind, confi
     with pytest.raises(data.InputError, match=f"^tiny: {type(model).__name__} {message}") as error:
         generate.prepare(model, byte_tokenizer(), "tiny")
     assert "\n" not in str(error.value)
+
+
+def set_in(path, **more):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
 
 
 def byte_tokenizer_without_eos():
