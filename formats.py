@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Callable
 
 from runtime.command_line import DATA_FILES, InputError, first_line, foreign, format_counts
-from runtime.run_directory import is_run_directory, parse_json, read_json
+from runtime.run_directory import is_run_directory, parse_json, run_that_held_out
+from runtime.settings import Settings, read_settings
 
 
 @dataclass
@@ -800,9 +801,11 @@ def train_and_held_out(data, eval_data=None, limit=None, prefer="better", score_
     `data` covers both parts."""
     pairs, account = load_pairs(data, limit, prefer, score_scale)
     if eval_data and is_run_directory(Path(eval_data)):
-        run = read_json(Path(eval_data, "args.json"))
-        _, held_out, *_ = train_and_held_out(run.get("data"), run.get("eval_data"), run.get("limit"), prefer,
-                                             score_scale)
+        file = run_that_held_out(eval_data) / "args.json"
+        run = read_settings(file, Settings, "data", "eval_data", "limit")
+        if "data" not in run:
+            raise InputError(f"{file}: names no data")
+        _, held_out, *_ = train_and_held_out(**run, prefer=prefer, score_scale=score_scale)
         return pairs, held_out, account, Account()
     if eval_data:
         held_out, held_out_account = load_pairs(eval_data, None, prefer, score_scale)

@@ -22,7 +22,7 @@ import torch
 from runtime.command_line import InputError
 from runtime.intervals import format_figure, mean_of
 from runtime.run_directory import (
-    is_run_directory, parse_json, read_json, refuse_output, write_bytes, write_text)
+    is_run_directory, parse_json, read_json, refuse_output, run_that_held_out, write_bytes, write_text)
 
 # --- what finished runs have measured -----------------------------------------------------------------------
 
@@ -62,7 +62,7 @@ def read_log(path, convert):
             continue
         try:
             rows.append(convert(dict(parse_json(line))))
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise InputError(f"{path}:{number}: a run has not written this ({error})") from None
     return rows
 
@@ -89,11 +89,25 @@ def read_runs(paths):
     return runs
 
 
+def sample_of(row):
+    """A row of samples.jsonl, {"step": 5, "prompt": a text or messages, "response": a text, …}. Raises
+    KeyError, TypeError or ValueError for another row."""
+    operator.index(row["step"])
+    prompt = row["prompt"]
+    if isinstance(prompt, list):
+        prompt = dict(*prompt[-1:])["content"]
+    for text in (prompt, row["response"]):
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} is no text")
+    if "reward" in row:
+        row["reward"] = float_of(row["reward"])
+    return row
+
+
 def last_samples(path):
     """The rows of samples.jsonl that a run's last evaluation has written."""
-    rows = read_log(path / "samples.jsonl", dict)
-    last_step = rows[-1]["step"]
-    return [row for row in rows if row["step"] == last_step]
+    rows = read_log(path / "samples.jsonl", sample_of)
+    return [row for row in rows if row["step"] == rows[-1]["step"]]
 
 
 # --- what may stand side by side ----------------------------------------------------------------------------
@@ -117,7 +131,7 @@ def measured_on(path):
     conditions = dict.fromkeys(MEASURED_ON)
     if not (path / "args.json").is_file():
         return conditions
-    args = defaultdict(lambda: None, read_json(path / "args.json"))
+    args = texts_of_settings(path)
     conditions["pairs"] = f"up to {args['eval_limit']} pairs of {held_out_of(args)}"
     if args["max_length"]:                                 # this is a reward model
         conditions["lengths"] = f"dialogues of up to {args['max_length']} tokens"
@@ -137,11 +151,20 @@ def measured_on(path):
     return conditions
 
 
+def texts_of_settings(run):
+    """The settings of a run as texts, {name: text}; None for a setting that it lacks, or that is null."""
+    texts = defaultdict(lambda: None)
+    for name, value in read_json(run / "args.json").items():
+        if value is not None:
+            texts[name] = str(value)
+    return texts
+
+
 def held_out_of(args):
     """Which pairs the run with these settings held out, in words."""
-    pairs = str(args["eval_data"] or args["data"])
-    if args["eval_data"] and is_run_directory(Path(pairs)):
-        return held_out_of(defaultdict(lambda: None, read_json(Path(pairs, "args.json"))))
+    if args["eval_data"] and is_run_directory(Path(args["eval_data"])):
+        args = texts_of_settings(run_that_held_out(args["eval_data"]))
+    pairs = args["eval_data"] or str(args["data"])
     if Path(pairs).exists():
         pairs = os.path.relpath(pairs)                     # makes the same path of all its spellings
     if args["eval_data"] is None:
@@ -152,8 +175,8 @@ def held_out_of(args):
 def with_fingerprint(source, sha256):
     """The last two parts of a path or name, since a path may be given in several ways, and the beginning of
     the files' SHA-256."""
-    parts = Path(str(source)).parts[-2:]
-    if ".py:" in parts[-1]:
+    parts = Path(source).parts[-2:]
+    if ".py:" in source:
         parts = parts[-1:]
     return f"{'/'.join(parts)} ({str(sha256)[:8]})"
 

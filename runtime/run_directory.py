@@ -278,6 +278,20 @@ def is_run_directory(out):
         return False
 
 
+def run_that_held_out(run):
+    """The directory of the run that held out the pairs which this run was evaluated on: another one if its
+    eval_data is a run. Raises InputError if runs name each other in a circle."""
+    passed = []
+    while True:
+        passed.append(os.path.realpath(run))
+        source = read_json(Path(run, "args.json")).get("eval_data")
+        if not isinstance(source, str) or not is_run_directory(Path(source)):
+            return Path(run)
+        if os.path.realpath(source) in passed:
+            raise InputError(f"{run}/args.json: its eval_data, {source}, is a run that takes them from this")
+        run = source
+
+
 def refuse_occupied(out, args):
     """Raises InputError if `out` holds something that is no run's, or a run that the settings neither replace
     nor continue."""

@@ -146,12 +146,51 @@ def test_settings_that_no_run_has_written_are_refused(more, said, run, monkeypat
 
 
 @pytest.mark.parametrize("row", [dict(step=1, kl="low"), dict(step=1, kl=0.1, kl_interval=[0, "high"]),
-                                 dict(step="1"), dict(kl=0.1), dict(step=1, kl=[1])])
+                                 dict(step="1"), dict(kl=0.1), dict(step=1, kl=[1]),
+                                 dict(step=1, kl=10**400)])
 def test_figures_that_no_run_has_written_are_refused(row, run, monkeypatch, capsys):
     out, _ = run
     (out / "eval.jsonl").write_text(json.dumps(row) + "\n")
     message = fails(evaluate.main, ["evaluate.py", "--compare", str(out)], monkeypatch, capsys)
     assert f"{out}/eval.jsonl:1: " in message
+
+
+SAMPLE = dict(step=2, prompt="Q", response="A", reward=0.5)
+
+
+@pytest.mark.parametrize("row", [
+    dict(SAMPLE, step=None), dict(SAMPLE, prompt=5), dict(SAMPLE, prompt=[]), dict(SAMPLE, prompt=["Q"]),
+    dict(SAMPLE, prompt=[{"content": None}]), dict(SAMPLE, response=["A"]), dict(SAMPLE, reward="high"), {}])
+def test_samples_that_no_run_has_written_are_refused(row, run, monkeypatch, capsys):
+    out, _ = run
+    (out / "eval.jsonl").write_text('{"step": 2, "kl": 0.1}\n')
+    (out / "samples.jsonl").write_text(json.dumps(SAMPLE) + "\n" + json.dumps(row) + "\n")
+    message = fails(evaluate.main, ["evaluate.py", "--compare", str(out), "--show", "1"], monkeypatch, capsys)
+    assert f"{out}/samples.jsonl:2: a run has not written this" in message
+
+
+@pytest.mark.parametrize("more", [
+    dict(preference=5), dict(preference=0.5), dict(reward=["x"]), dict(reward="."), dict(data=5),
+    dict(eval_data=["x"]), dict(reference={"a": 1}, beta="warm"), dict(max_length=[5])])
+def test_settings_of_any_type_are_shown_beside_figures(more, run, capsys):
+    out, _ = run
+    (out / "eval.jsonl").write_text('{"step": 2, "kl": 0.1}\n')
+    change(out / "args.json", **more)
+    compare([str(out)])
+    assert "Measured on: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more, said", [
+    (dict(data=None), "args.json: names no data"), (dict(limit="all"), "--limit: invalid int value: 'all'"),
+    (dict(eval_data="OUT"), "a run that takes them from this")])
+def test_a_run_whose_held_out_pairs_cannot_be_found_is_named(more, said, run, base, monkeypatch, capsys):
+    out, _ = run
+    change(out / "args.json", **more)
+    if more.get("eval_data"):
+        change(out / "args.json", eval_data=str(out))
+    argv = ["sail.py", "--variant", "dpo", "--model", base, "--data", f"{base}/toy-pairs.jsonl",
+            "--eval-data", str(out), "--out", str(out.parent / "new")]
+    assert said in fails(sail.main, argv, monkeypatch, capsys)
 
 
 def test_a_run_in_training_is_called_that(run, monkeypatch, capsys):
