@@ -546,10 +546,17 @@ def read_progress(path):
     baseline = progress.get("baseline", 0.0)
     is_sound = is_sound and isinstance(baseline, float) and math.isfinite(baseline)
     evaluated, record = progress.get("evaluated"), progress.get("record")
-    is_sound = is_sound and type(evaluated) is int and isinstance(record, (dict, type(None)))
+    is_sound = is_sound and type(evaluated) is int and (record is None or is_record(record, counts[0]))
     if not is_sound or str(counts[0]) != path.name or max(counts[1:]) > counts[0]:
         raise InputError(f"{file}: no run has written this; remove {path}, and --resume")
     return progress
+
+
+def is_record(record, step):
+    """Whether a value is the record of this step: numbers by name, or null."""
+    if not isinstance(record, dict) or record.get("step") != step:
+        return False
+    return all(value is None or isinstance(value, (int, float)) for value in record.values())
 
 
 def refuse_changed_settings(out, recorded):

@@ -115,7 +115,8 @@ def change(path, **more):
 
 @pytest.mark.parametrize("more", [
     dict(step=-4), dict(step=1), dict(step="2"), dict(step=2.0), dict(skipped=1000), dict(in_a_row=-1),
-    dict(baseline=None), dict(logs={"../../elsewhere": 0, "metrics": 0, "eval": 0, "samples": 0}),
+    dict(baseline=None), dict(record={}), dict(record={"step": 2, "loss": "low"}),
+    dict(logs={"../../elsewhere": 0, "metrics": 0, "eval": 0, "samples": 0}),
     dict(logs={"metrics": -1, "eval": 0, "samples": 0}), dict(logs=[])])
 def test_progress_that_no_run_has_written_is_refused(more, run, monkeypatch, capsys):
     out, argv = run
