@@ -145,7 +145,8 @@ def is_toy_model(model):
     file = Path(model, "tokenizer.json")
     if not Path(model).is_dir():
         return str(model).startswith(str(WORLD.parent))
-    return file.is_file() and read_json(file).get("model", {}).get("vocab") == toy_vocabulary()
+    tokens = read_json(file).get("model") if file.is_file() else None
+    return isinstance(tokens, dict) and tokens.get("vocab") == toy_vocabulary()
 
 
 def toy_tokenizer():
