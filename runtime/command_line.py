@@ -26,9 +26,11 @@ def foreign(problem):
 DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 def command_line(main):
-    """Run a script's `main`. Bad input, a file operation that fails, or an optional package that is missing
-    becomes one line on stderr and exit status 2. Ctrl-C becomes one line and exit status 130."""
-    if signal.getsignal(signal.SIGINT) is end_interrupted:               # all imports are done
+    """Run a script's `main`; bad input, a file that fails, or an optional package that is not there, becomes
+    one line on stderr and exit status 2. Ctrl-C becomes one line and exit status 130."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")            # as stderr does: half a character
+    if signal.getsignal(signal.SIGINT) is end_interrupted:               # all is imported
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()

@@ -1,5 +1,6 @@
 """Bad input: one line on stderr that names it, exit status 2, no traceback."""
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,21 @@ def test_bad_data_is_named(name, tmp_path, monkeypatch, capsys):
                              str(tmp_path / "out")],
                             monkeypatch, capsys)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ['{"model": []}', "[]", '{"model": {"vocab": 5}}'])
+def test_a_model_without_data_whose_tokenizer_is_nonsense_is_no_toy(text, tmp_path, monkeypatch, capsys):
+    (tmp_path / "tokenizer.json").write_text(text)
+    argv = ["sail.py", "--variant", "dpo", "--model", str(tmp_path)]
+    assert str(tmp_path) in fails(sail.main, argv, monkeypatch, capsys)
+
+
+def test_a_name_of_half_a_character_is_printed(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({**GOOD, "half \ud800": 1}))
+    finished = subprocess.run(
+        [sys.executable, data.__file__, "x.jsonl"], cwd=tmp_path, check=False, text=True,
+        capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
+    assert finished.returncode == 0 and r"unread: half \ud800 (1 rows)" in finished.stdout
 
 
 @pytest.mark.parametrize("main, argv, message", [
