@@ -22,50 +22,10 @@ import torch
 from runtime.command_line import InputError
 from runtime.intervals import format_figure, mean_of
 from runtime.run_directory import (
-    is_run_directory, parse_json, read_json, refuse_output, run_that_held_out, write_bytes, write_text)
+    evaluation_of, float_of, is_run_directory, parse_json, read_json, read_log, refuse_output,
+    run_that_held_out, write_bytes, write_text)
 
 # --- what finished runs have measured -----------------------------------------------------------------------
-
-@dataclass
-class Evaluation:
-    """What a run has measured on held-out data after a step: a row of eval.jsonl."""
-    step: int
-    figures: dict[str, tuple[float, float, float]]         # name: (value, low, high), if it was measured
-
-
-def evaluation_of(row):
-    """The Evaluation in a row of eval.jsonl, {"step": 5, NAME: value, "NAME_interval": [low, high], …}, where
-    numbers and intervals may be null. Raises KeyError, TypeError or ValueError for a row of another form."""
-    figures = {}
-    for name, value in row.items():
-        if name != "step" and not name.endswith("_interval") and value is not None:
-            low, high = row.get(f"{name}_interval") or (None, None)
-            figures[name] = float_of(value), float_of(low), float_of(high)
-    return Evaluation(operator.index(row["step"]), figures)
-
-
-def float_of(value):
-    """A number of a log as a float; null is nan. Raises TypeError for a value that is no number."""
-    if value is None:
-        return math.nan
-    if not isinstance(value, (int, float)):
-        raise TypeError(f"{value!r} is no number")
-    return float(value)
-
-
-def read_log(path, convert):
-    """Read the rows of a run's log: convert(object) for the JSON object on each line. Raises InputError for a
-    line that no run has written."""
-    rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(convert(dict(parse_json(line))))
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"{path}:{number}: a run has not written this ({error})") from None
-    return rows
-
 
 def read_runs(paths):
     """{path: evaluations} of those paths that have a model and figures on held-out pairs, from sail.py or

@@ -9,12 +9,14 @@ import fcntl
 import hashlib
 import json
 import math
+import operator
 import os
 import re
 import shutil
 import socket
 import time
 import warnings
+from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
@@ -351,6 +353,49 @@ def log_figures(out, step, figures, counts):
     write_line(out, "eval", row)
     warning = few(counts["prompts"], figures)
     print0(f"eval {step} | {' | '.join(fields)}{warning}")
+
+
+# --- read what was logged -----------------------------------------------------------------------------------
+
+@dataclass
+class Evaluation:
+    """What a run has measured on held-out data after a step: a row of eval.jsonl."""
+    step: int
+    figures: dict[str, tuple[float, float, float]]         # (value, low, high) of each that was measured
+
+
+def evaluation_of(row):
+    """The Evaluation in a row of eval.jsonl, {"step": 5, NAME: value, "NAME_interval": [low, high], …}, where
+    numbers and intervals may be null. Raises KeyError, TypeError or ValueError for another row."""
+    figures = {}
+    for name, value in row.items():
+        if name != "step" and not name.endswith("_interval") and value is not None:
+            low, high = row.get(f"{name}_interval") or (None, None)
+            figures[name] = float_of(value), float_of(low), float_of(high)
+    return Evaluation(operator.index(row["step"]), figures)
+
+
+def float_of(value):
+    """A number of a log as a float; null is nan. Raises TypeError for a value that is no number."""
+    if value is None:
+        return math.nan
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{value!r} is no number")
+    return float(value)
+
+
+def read_log(path, convert):
+    """The rows of a run's log, convert(object) for the JSON object on each line. Raises InputError for a line
+    that no run has written."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(convert(dict(parse_json(line))))
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise InputError(f"{path}:{number}: a run has not written this ({error})") from None
+    return rows
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------

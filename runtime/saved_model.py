@@ -1,7 +1,5 @@
-"""The parts of a run that can be used as a model: OUT/model, in the files that other tools read, and each
-checkpoint, which holds the trained parameters of a base model."""
-import json
-import math
+"""What a run leaves that can be used as a model: OUT/model, in the files that other tools read, and each of
+its checkpoints, which holds what was trained of a base model."""
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -12,8 +10,8 @@ from runtime.command_line import InputError, foreign
 from runtime.intervals import format_figure
 from runtime.processes import fails_together, rank
 from runtime.run_directory import (
-    fingerprint_files, is_run_directory, read_json, run_of_checkpoint, write_directory, write_json,
-    write_text)
+    evaluation_of, fingerprint_files, is_run_directory, read_json, read_log, run_of_checkpoint,
+    write_directory, write_json, write_text)
 from runtime.settings import Settings, flag_of, read_settings
 
 # The models in transformers 4 that have layers of different kinds with different rotary angles.
@@ -144,16 +142,15 @@ def command_of(args):
 
 def last_figures(out):
     """A sentence with the last figures in a run's eval.jsonl."""
-    rows = (out / "eval.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = read_log(out / "eval.jsonl", lambda row: (row, evaluation_of(row).figures))
     if not rows:
         return "No pair was held out, so nothing was measured."
-    row, figures = json.loads(rows[-1]), []
-    for name, value in row.items():
-        if value is not None and f"{name}_interval" in row:
-            low, high = row[f"{name}_interval"] or (math.nan, math.nan)
-            figures.append(f"{name} {format_figure(value, low, high)}")
-    return (f"Held-out figures after step {row['step']}, on {row['prompts']} prompts, with 95 % intervals: "
-            f"{', '.join(figures)}.")
+    (row, measured), figures = rows[-1], []
+    for name, figure in measured.items():
+        if f"{name}_interval" in row:
+            figures.append(f"{name} {format_figure(*figure)}")
+    return (f"Held-out figures after step {row['step']}, on {row.get('prompts')} prompts, with 95 % "
+            f"intervals: {', '.join(figures)}.")
 
 
 # --- adapters, and the base of a checkpoint -----------------------------------------------------------------

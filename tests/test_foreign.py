@@ -156,6 +156,14 @@ def test_figures_that_no_run_has_written_are_refused(row, run, monkeypatch, caps
     assert f"{out}/eval.jsonl:1: " in message
 
 
+def test_a_card_is_not_written_of_figures_that_no_run_has_written(run, monkeypatch, capsys):
+    out, argv = run
+    text = (out / "eval.jsonl").read_text()
+    (out / "eval.jsonl").write_text(text[:-9] + "?" + text[-8:])
+    message = fails(sail.main, [*argv, "--resume"], monkeypatch, capsys)
+    assert f"{out}/eval.jsonl:" in message and "a run has not written this" in message
+
+
 SAMPLE = dict(step=2, prompt="Q", response="A", reward=0.5)
 
 
