@@ -80,7 +80,7 @@ def one_line(error):
         return f"{path}: {error.strerror}"
     if isinstance(error, BrokenPipeError):
         return "standard output is closed"
-    return str(error)
+    return " ".join(str(error).split("\n"))               # a library's error may have several lines
 
 
 def first_line(error):
