@@ -417,7 +417,8 @@ def fingerprint_files(name):
         directory = Path(name)
         if not directory.is_dir():
             from transformers.utils import cached_file
-            directory = Path(cached_file(name, "config.json")).parent
+            with foreign(f"{name}: no such directory, and no model of the hub"):
+                directory = Path(cached_file(name, "config.json")).parent
         files = [file for file in sorted(directory.iterdir()) if file.suffix in MODEL_FILES]
     digest = hashlib.sha256()
     for file in files:

@@ -258,6 +258,8 @@ def test_files_are_told_apart_by_their_bytes(tmp_path):
     before = prints[-1]
     (tmp_path / "toy-pairs.jsonl").write_text("not of the model")
     assert fingerprint_files(str(tmp_path)) == before and fingerprint_files(None) is None
+    with pytest.raises(InputError, match="^inf: no such directory, and no model of the hub"):
+        fingerprint_files("inf")
     for place in (0, 150_000, 299_999):
         with open(tmp_path / "model.safetensors", "r+b") as file:
             file.seek(place)
