@@ -43,6 +43,14 @@ def kind_of(cls, name):
     return kinds[0] if kinds else annotation
 
 
+def is_finite(number):
+    """Whether a number is finite, also as a float: an int may be too large for one."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
+
+
 def converter(cls, field):
     """A function from a text to the field's value; it raises ArgumentTypeError for one out of range."""
     kind, declared = kind_of(cls, field.name), field.metadata
@@ -50,7 +58,7 @@ def converter(cls, field):
     def convert(text):
         value = kind(text)
         low, high = declared["low"], declared["high"]
-        if kind in (int, float) and not (low <= value <= high and math.isfinite(value)):
+        if kind in (int, float) and not (low <= value <= high and is_finite(value)):
             raise argparse.ArgumentTypeError(f"{text} is not in {low:g} … {high:g}")
         if declared["choices"] and value not in declared["choices"]:
             known = ", ".join(declared["choices"])

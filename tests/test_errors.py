@@ -103,6 +103,7 @@ def test_a_link_to_itself_is_named(main, argv, message, tmp_path, monkeypatch, c
     (["--resume", "--overwrite"], "--overwrite: deletes what --resume continues; give one of them"),
     (["--data", "x.jsonl", "--model", "m"], "--reward: pr needs one"),
     (["--data", "x.jsonl"], "--model: want a directory or hub name"),
+    (["--steps", "9" * 400], "is not in 1 "),
     (["--batch-size", "0"], "--batch-size: 0 is not in 1"),
     (["--learning-rate", "nan"], "--learning-rate: nan is not in"),
     (["--steps", "many"], "invalid int value: 'many'"),
@@ -313,6 +314,7 @@ def test_every_script_gives_one_line_and_status_2(argv, tmp_path, checkpoint):
 def test_a_file_that_cannot_be_renamed_is_told_by_the_name_that_it_was_to_have():
     assert one_line(OSError(28, "No space left", "x.writing", None, "x.jsonl")) == "x.jsonl: No space left"
     assert one_line(OSError(28, "No space left", "x.jsonl")) == "x.jsonl: No space left"
+    assert one_line(OSError("one\ntwo")) == "one two"
 
 
 def test_a_batch_that_the_ranks_cannot_share_is_refused(tmp_path, monkeypatch, capsys):
