@@ -173,9 +173,14 @@ template_date = None
 
 
 def set_template_date(day):
-    """Make all chat templates take `day`, as YYYY-MM-DD, for today's date. Then what a run trains on does not
-    depend on the day on which the run is continued or evaluated."""
+    """Tell all chat templates that today is `day`, as YYYY-MM-DD: what a run trains on does not depend on the
+    day on which it is continued or evaluated. Raises InputError for another text, as of a foreign run."""
     global template_date
+    try:
+        if day is not None:
+            date.fromisoformat(day)
+    except (TypeError, ValueError):
+        raise InputError(f"a run's date is {day!r}; want YYYY-MM-DD") from None
     template_date = day
 
 

@@ -164,6 +164,14 @@ def test_a_card_is_not_written_of_figures_that_no_run_has_written(run, monkeypat
     assert f"{out}/eval.jsonl:" in message and "a run has not written this" in message
 
 
+@pytest.mark.parametrize("day", ["2024-13-01", "5", [5], ""])
+def test_a_date_that_no_run_has_written_is_refused(day, run, monkeypatch, capsys):
+    out, _ = run
+    change(out / "args.json", date=day)
+    message = fails(generate.main, ["generate.py", "--model", str(out)], monkeypatch, capsys)
+    assert message.endswith(f"a run's date is {str(day)!r}; want YYYY-MM-DD")
+
+
 SAMPLE = dict(step=2, prompt="Q", response="A", reward=0.5)
 
 
