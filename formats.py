@@ -703,6 +703,35 @@ def stored_rows(rows):
         yield from table.to_pylist()
 
 
+def read_answers(source):
+    """The rows of a file of answers: in each, `prompt` is a text or messages, `response` a text. Raises
+    InputError for another file."""
+    rows = list(stored_rows(read_rows(source)))
+    for nth, row in enumerate(rows, 1):
+        if not is_prompt(row.get("prompt")) or not isinstance(row.get("response"), str):
+            raise InputError(f"{source}: row {nth}: want prompt and response, as generate.py writes them")
+    if not rows:
+        raise InputError(f"{source}: no rows; want prompt and response in each, as generate.py writes them")
+    return rows
+
+
+def is_text(value):
+    """Whether a value is a text that can be encoded: it has no half of a surrogate pair."""
+    return isinstance(value, str) and value.encode(errors="ignore").decode() == value
+
+
+def is_prompt(value):
+    """Whether a value is a prompt as `load_pairs` makes them: a text, or messages {role, content}."""
+    if not isinstance(value, list):
+        return isinstance(value, str)
+    for message in value:
+        if not isinstance(message, dict) or message.keys() != {"role", "content"}:
+            return False
+        if message["role"] not in ROLES.values() or not isinstance(message["content"], str):
+            return False
+    return value != []
+
+
 # --- a file becomes pairs -----------------------------------------------------------------------------------
 
 def load_pairs(source, limit=None, prefer="better", score_scale=None):

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data import apply_template, length_table, load_tokenizer, render, set_template_date
-from formats import BEYOND, Account, BadRow, best_and_worst, read_rows, train_and_held_out
+from formats import BEYOND, Account, BadRow, best_and_worst, read_answers, train_and_held_out
 from generate import (
     add_adapter, compute_in_float32, has_weights, heads_of, hold_frozen_in_bfloat16, load_model, place,
     switch_dropout_off, with_trained)
@@ -562,19 +562,11 @@ class RewardSettings(Settings):
 
 
 def score_file(args):
-    """Score the rows of --responses and write them, each with its `reward`, to --out. With --pairs, also
-    write the best and the worst response to each prompt as a pair."""
-    rows = read_rows(args.responses)
-    prompts, responses, finished = [], [], []
-    for row in rows:
-        finished.append(row.get("finished") is not False)
-        prompts.append(row.get("prompt"))
-        responses.append(row.get("response"))
-        if not isinstance(prompts[-1], (str, list)) or not isinstance(responses[-1], str):
-            rows = []
-            break
-    if not rows:
-        raise InputError(f"{args.responses}: want lines with prompt and response, as generate.py writes them")
+    """Write the rows of --responses with a `reward` each to --out."""
+    rows = read_answers(args.responses)
+    prompts = [row["prompt"] for row in rows]
+    responses = [row["response"] for row in rows]
+    finished = [row.get("finished") is not False for row in rows]
     refuse_output(args.out, has_columns("prompt", "response", "reward"), args.responses)
     if args.pairs:
         if Path(args.pairs).suffix != ".jsonl":

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-from formats import read_rows
+from formats import is_text, read_rows
 from generate import Answers, answer, load_answerer
 from runtime.command_line import InputError, command_line, format_counts, seeded
 from runtime.run_directory import has_columns, refuse_output, write_rows, write_text
@@ -46,7 +46,7 @@ def load_questions(source, limit=None):
     for nth, (row, texts) in enumerate(zip(rows, turns, strict=True), 1):
         complete = isinstance(texts, list) and len(texts) == 1 + (name == "MT-Bench")
         if (not complete or not all(isinstance(row.get(other), (str, int)) for other in others)
-                or not all(isinstance(text, str) and text.strip() for text in texts)):
+                or not all(is_text(text) and text.strip() for text in texts)):
             raise InputError(f"{source}: row {nth}: want {', '.join(others)} and text in {asked}")
     return name, rows, turns
 

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from tqdm import tqdm
 
 from data import render
-from formats import read_rows
+from formats import read_answers
 from runtime.command_line import InputError, command_line, first_line
 from runtime.intervals import few, format_figure, share_of, win_figures
 from runtime.run_directory import parse_json
@@ -183,16 +183,13 @@ def main():
     add("--template", choices=TEMPLATES, default="helpful", help="which response is more helpful, or safer")
     add("--verdicts", default="verdicts.jsonl", help="the judge's answers (verdicts.jsonl)")
     args = parser.parse_args()
-    ours, theirs = read_rows(args.ours), read_rows(args.theirs)
-    prompts = [row.get("prompt") for row in ours]
+    ours, theirs = read_answers(args.ours), read_answers(args.theirs)
+    prompts = [row["prompt"] for row in ours]
     if len(ours) != len(theirs):
         raise InputError(f"{args.ours} has {len(ours)} lines, {args.theirs} {len(theirs)}; want answers to "
                          "the same prompts, in the same order")
-    if not ours or prompts != [row.get("prompt") for row in theirs] or not all(
-            isinstance(row.get("prompt"), (str, list)) and isinstance(row.get("response"), str)
-            for row in (*ours, *theirs)):
-        raise InputError(f"{args.theirs}: want prompt and response in each line, and the prompts of "
-                         f"{args.ours}")
+    if prompts != [row["prompt"] for row in theirs]:
+        raise InputError(f"{args.theirs}: want answers to the prompts of {args.ours}, in the same order")
     judge = load_judge(args.url, args.model, args.template, args.verdicts)
     ours, theirs = ([row["response"] for row in rows] for rows in (ours, theirs))
     print(f"asking {args.model} at {args.url}: {2 * len(prompts)} questions at most …", flush=True)

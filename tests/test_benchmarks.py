@@ -139,6 +139,7 @@ BAD = {  # a question file and what must be said about it
     "null.jsonl": ([{"question_id": 1, "category": "math", "turns": ["Q", None]}], "row 1: want"),
     "id.jsonl": ([QUESTIONS["MT-Bench"][0], {"category": "math", "turns": ["Q", "P"]}], "row 2: want"),
     "category.jsonl": ([{"question_id": 1, "category": {}, "turns": ["Q", "P"]}], "row 1: want question_id"),
+    "half.jsonl": ([{"uid": "u", "category": "c", "prompt": "\ud800"}], "want uid, category and text in"),
     "empty.jsonl": ([{"uid": "u", "category": "c", "prompt": " "}], "want uid, category and text in prompt"),
     "suffix.jsonl": (QUESTIONS["AlpacaEval"], "AlpacaEval's judge wants a file that ends in .json")}
 

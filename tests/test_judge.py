@@ -268,16 +268,21 @@ def test_the_command_line_prints_win_rates_flips_and_unparsable_answers(host, tm
     assert len(lines_of(tmp_path / "verdicts.jsonl")) == len(lines_of(tmp_path / "mine.jsonl")) == 8
 
 
-@pytest.mark.parametrize("ours, theirs", [
-    ([], []), ([("p", "a")], [("q", "b")]), ([("p", "a")], [("p", "b")] * 2), ([("p", 1)], [("p", "b")]),
-    ([(None, "a")], [(None, "b")]), ([({"p": 1}, "a")], [({"p": 1}, "b")])])
-def test_files_that_cannot_be_set_side_by_side_are_one_line(ours, theirs, tmp_path, monkeypatch, capsys):
+ROW_1 = "ours.jsonl: row 1: want prompt and response, as generate.py writes them"
+
+
+@pytest.mark.parametrize("ours, theirs, said", [
+    ([], [], "ours.jsonl: no rows; want prompt and response"),
+    ([("p", "a")], [("q", "b")], "theirs.jsonl: want answers to the prompts of ours.jsonl"),
+    ([("p", "a")], [("p", "b")] * 2, "ours.jsonl has 1 lines, theirs.jsonl 2; want answers to the same"),
+    ([("p", 1)], [("p", "b")], ROW_1), ([(None, "a")], [(None, "b")], ROW_1),
+    ([({"p": 1}, "a")], [({"p": 1}, "b")], ROW_1), ([([], "a")], [([], "b")], ROW_1),
+    ([(["p"], "a")], [(["p"], "b")], ROW_1), ([([{"role": "user"}], "a")], [("p", "b")], ROW_1),
+    ([([{"role": "tool", "content": "p"}], "a")], [("p", "b")], ROW_1),
+    ([([{"role": "user", "content": None}], "a")], [("p", "b")], ROW_1)])
+def test_files_that_cannot_be_set_side_by_side_are_named(ours, theirs, said, tmp_path, monkeypatch, capsys):
     argv = files(tmp_path, monkeypatch, ours, theirs) + ["http://host/v1"]
-    expected = "ours.jsonl has 1 lines, theirs.jsonl 2; want answers to the same prompts"
-    if len(ours) == len(theirs):
-        expected = "theirs.jsonl: want prompt and response in each line, and the prompts of ours.jsonl"
-    assert (expected
-            in fails(judges.main, argv, monkeypatch, capsys))
+    assert said in fails(judges.main, argv, monkeypatch, capsys)
 
 
 def test_a_judge_without_the_package_openai_is_one_line(tmp_path, monkeypatch, capsys):
