@@ -91,7 +91,11 @@ def load_model(auto_class, name, trust_remote_code=False, may_lack=frozenset(), 
             return auto_class.from_config(config, trust_remote_code=trust_remote_code).float().eval()
     with foreign(f"{name}: no model for {kind} to load"):
         model, loading = auto_class.from_pretrained(name, output_loading_info=True, dtype=torch.float32,
-                                                    **options)
+                                                    ignore_mismatched_sizes=True, **options)
+    unlike = sorted(each for each, *_ in loading["mismatched_keys"])
+    if unlike:                                      # transformers itself would report them in many lines
+        raise InputError(f"{name}: no model for {kind} to load ({len(unlike)} tensors of its files have "
+                         f"other shapes than its configuration says, as {', '.join(unlike[:3])})")
     left_over = sorted(set(loading["unexpected_keys"]) - may_leave)
     if left_over:                                   # transformers has taken out those that it calls harmless
         raise InputError(f"{name}: its files hold {len(left_over)} tensors for which its configuration has "

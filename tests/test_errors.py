@@ -125,13 +125,14 @@ def write(path):
     (lambda path: (path / "model.safetensors").unlink(), "no model for CausalLM to load"),
     (lambda path: (path / "model.safetensors").write_text("version https://git-lfs"),
      "no model for CausalLM to load"),
+    (lambda path: set_in(path / "config.json", intermediate_size=8), "6 tensors of its files have other"),
     (lambda path: (path / "tokenizer.json").unlink(), "no tokenizer ("),
     (lambda path: set_in(path / "tokenizer_config.json", model_max_length="long"), "no tokenizer ("),
     (lambda path: shutil.rmtree(path), "no such directory"),
     (lambda path: byte_tokenizer_without_eos().save_pretrained(path), "no end-of-sequence token"),
     (lambda path: tiny_model(vocab_size=50).save_pretrained(path), "wrong tokenizer?"),
-], ids=["no weights", "no real weights", "no tokenizer", "a length in letters", "no directory", "no eos",
-        "small vocabulary"])
+], ids=["no weights", "no real weights", "other shapes", "no tokenizer", "a length in letters", "no directory",
+        "no eos", "small vocabulary"])
 def test_bad_models_are_named(break_it, message, tmp_path, checkpoint, monkeypatch, capsys):
     path = shutil.copytree(checkpoint, tmp_path / "model")
     break_it(path)
