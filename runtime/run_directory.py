@@ -592,7 +592,8 @@ def read_progress(path):
     baseline = progress.get("baseline", 0.0)
     is_sound = is_sound and isinstance(baseline, float) and math.isfinite(baseline)
     evaluated, record = progress.get("evaluated"), progress.get("record")
-    is_sound = is_sound and type(evaluated) is int and (record is None or is_record(record, counts[0]))
+    is_sound = is_sound and type(evaluated) is int and "record" in progress
+    is_sound = is_sound and (record is None or is_record(record, counts[0]))
     if not is_sound or str(counts[0]) != path.name or max(counts[1:]) > counts[0]:
         raise InputError(f"{file}: no run has written this; remove {path}, and --resume")
     return progress

@@ -109,6 +109,16 @@ def test_logs_of_an_earlier_try_stay_unless_they_are_to_be_overwritten(tmp_path,
         assert (old.read_text() if old.exists() else None) == left
 
 
+def test_progress_without_a_record_is_refused(run, monkeypatch, capsys):
+    out, argv = run
+    file = out / "checkpoints/2/progress.json"
+    progress = json.loads(file.read_text())
+    del progress["record"]
+    file.write_text(json.dumps(progress))
+    message = fails(sail.main, [*argv, "--resume"], monkeypatch, capsys)
+    assert "checkpoints/2/progress.json: no run has written this" in message
+
+
 def change(path, **more):
     path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
 
