@@ -82,7 +82,8 @@ def load_tokenizer(name, trust_remote_code=False, ends=True, chat_template=None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code,
                                                   local_files_only=Path(name).is_dir())
-        tokenizer.decode(tokenizer("question")["input_ids"])           # what is nonsense in it shows here
+        ids = tokenizer("question")["input_ids"]                       # what is nonsense in it shows here
+        tokenizer.decode(tokenizer.all_special_ids + ids)
     except Exception as error:                           # foreign files: they can raise anything
         raise InputError(f"{name}: no tokenizer ({first_line(error)})") from None
     if ends and tokenizer.eos_token_id is None:
@@ -105,16 +106,19 @@ def set_chat_template(tokenizer, name, chat_template):
             chat_template = cached_file(
                 name, "chat_template.json", _raise_exceptions_for_missing_entries=False,
                 _raise_exceptions_for_connection_errors=False)
-    if chat_template is None and tokenizer.chat_template:
-        return
-    if chat_template in (None, "none"):
+    if chat_template is None and not tokenizer.chat_template or chat_template == "none":
         tokenizer.chat_template, tokenizer.template_name = None, "none"
         return
-    with foreign(f"{chat_template}: no chat template"):
-        text = Path(chat_template).read_text(encoding="utf-8")
-        if Path(chat_template).suffix == ".json":
-            text = json.loads(text)["chat_template"]
-    tokenizer.chat_template, tokenizer.template_name = text, str(chat_template)
+    if chat_template is not None:
+        with foreign(f"{chat_template}: no chat template"):
+            text = Path(chat_template).read_text(encoding="utf-8")
+            if Path(chat_template).suffix == ".json":
+                text = json.loads(text)["chat_template"]
+        tokenizer.chat_template, tokenizer.template_name = text, str(chat_template)
+    with foreign(f"{name}: no chat template"):
+        template = tokenizer.get_chat_template()             # of several, the default one
+        if not isinstance(template, str):
+            raise TypeError(f"it is of type {type(template).__name__}")
 
 
 @dataclass

@@ -128,11 +128,14 @@ def write(path):
     (lambda path: set_in(path / "config.json", intermediate_size=8), "6 tensors of its files have other"),
     (lambda path: (path / "tokenizer.json").unlink(), "no tokenizer ("),
     (lambda path: set_in(path / "tokenizer_config.json", model_max_length="long"), "no tokenizer ("),
+    (lambda path: set_in(path / "tokenizer_config.json", unk_token=""), "no tokenizer ("),
+    (lambda path: template_in(path, {"a": "{{ messages }}"}), "no chat template (This model has multiple"),
+    (lambda path: template_in(path, 5), "no chat template (it is of type int"),
     (lambda path: shutil.rmtree(path), "no such directory"),
     (lambda path: byte_tokenizer_without_eos().save_pretrained(path), "no end-of-sequence token"),
     (lambda path: tiny_model(vocab_size=50).save_pretrained(path), "wrong tokenizer?"),
-], ids=["no weights", "no real weights", "other shapes", "no tokenizer", "a length in letters", "no directory",
-        "no eos", "small vocabulary"])
+], ids=["no weights", "no real weights", "other shapes", "no tokenizer", "a length in letters",
+        "an empty token", "no default template", "a number", "no directory", "no eos", "small vocabulary"])
 def test_bad_models_are_named(break_it, message, tmp_path, checkpoint, monkeypatch, capsys):
     path = shutil.copytree(checkpoint, tmp_path / "model")
     break_it(path)
@@ -185,6 +188,11 @@ def test_families_with_a_cache_of_another_kind_are_named_in_one_line(kind, confi
 
 def set_in(path, **more):
     path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+
+
+def template_in(path, template):
+    (path / "chat_template.jinja").unlink()
+    set_in(path / "tokenizer_config.json", chat_template=template)
 
 
 def byte_tokenizer_without_eos():
