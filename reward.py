@@ -241,6 +241,8 @@ def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, 
     tokenizer.truncation_side = "left"
     tokenizer.model_max_length = min(tokenizer.model_max_length, max_length or math.inf)   # this is saved too
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**9))
+    if limit < 1:
+        raise InputError(f"{name}: takes {limit} tokens, by its model_max_length or max_position_embeddings")
 
     def ids_of(prompt, response):
         text = dialogue_text(prompt, response, tokenizer)

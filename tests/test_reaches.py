@@ -74,6 +74,11 @@ def test_a_reward_model_whose_scores_would_have_to_be_normalised_is_refused(chec
         {**config, "normalize_reward": True, "mean": 2.0, "std": 3.0}))
     with pytest.raises(InputError, match="normalize_reward"):
         load_reward(str(path))
+    (path / "config.json").write_text(json.dumps(config))
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_max_length": 0}))
+    with pytest.raises(InputError, match="takes 0 tokens, by its model_max_length"):
+        load_reward(str(path))
 
 
 # --- which responses ended by themselves
