@@ -38,11 +38,13 @@ def save_model(policy, tokenizer, args, merge):
                     trained[name] = state[name]
             policy, state = merge(trained), None
 
+        card = model_card(args)
+
         def write(aside):
             policy.save_pretrained(aside, state_dict=state)
             tokenizer.save_pretrained(aside)
             add_keys_of_version_4(aside)
-            write_text(aside / "README.md", model_card(args))
+            write_text(aside / "README.md", card)
 
         write_directory(out / "model", write)
 

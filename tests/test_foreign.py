@@ -171,7 +171,7 @@ def test_a_card_is_not_written_of_figures_that_no_run_has_written(run, monkeypat
     text = (out / "eval.jsonl").read_text()
     (out / "eval.jsonl").write_text(text[:-9] + "?" + text[-8:])
     message = fails(sail.main, [*argv, "--resume"], monkeypatch, capsys)
-    assert f"{out}/eval.jsonl:" in message and "a run has not written this" in message
+    assert f"error: {out}/eval.jsonl:" in message and "a run has not written this" in message
 
 
 @pytest.mark.parametrize("day", ["2024-13-01", "5", [5], ""])
