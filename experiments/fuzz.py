@@ -66,6 +66,7 @@ SHORT = "--max-prompt-length 24 --max-response-length 4"
 TRAIN = (f"sail.py --variant dpo --model chat --steps 2 --batch-size 2 --eval-limit 2 --save-every 1 {SHORT} "
          "--data FILE --eval-data FILE --out ")
 RESUME = TRAIN.replace("FILE", "data/pairs.jsonl") + "run"
+VERDICTS = "verdicts.jsonl elsewhere/verdicts.jsonl nowhere"            # also where the user's link leads
 JUDGE = "judge.py answers/ours.jsonl answers/theirs.jsonl --model m --verdicts verdicts.jsonl --url URL"
 RUN = ("run/args.json run/*.jsonl run/evaluated.json run/checkpoints run/checkpoints/2/progress.json "
        "run/checkpoints/2/*.safetensors")
@@ -91,9 +92,9 @@ KINDS = {
     "responses": Kind(3, "reward.py --reward mine.py:score --responses {file} --out out/scored.jsonl "
                          "--pairs out/pairs.jsonl", "answers/*"),
     "results": Kind(1, "evaluate.py --compare run --out results.json", "results.json", "results.*"),
-    "judge's answer": Kind(2, JUDGE, "answer.json", "verdicts.jsonl", "verdicts.jsonl"),
-    "judge's redirection": Kind(0.3, f"{JUDGE}/moved", "answer.json", "verdicts.jsonl", "verdicts.jsonl"),
-    "judged files": Kind(2, JUDGE, "answers/* verdicts.jsonl", "verdicts.jsonl", "verdicts.jsonl"),
+    "judge's answer": Kind(2, JUDGE, "answer.json", VERDICTS, VERDICTS),
+    "judge's redirection": Kind(0.3, f"{JUDGE}/moved", "answer.json", VERDICTS, VERDICTS),
+    "judged files": Kind(2, JUDGE, "answers/* verdicts.jsonl", VERDICTS, VERDICTS),
     "questions": Kind(2, f"benchmarks.py --model model --questions {{file}} {SHORT} --out out/a.jsonl",
                       "questions/*.jsonl"),
     "AlpacaEval": Kind(1, f"benchmarks.py --model model --questions {{file}} {SHORT} --out out/a.json",
