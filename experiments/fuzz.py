@@ -79,7 +79,7 @@ KINDS = {
                            "run/evaluated.json"),
     "run, answering": Kind(2, "generate.py --model run --limit 2 --out out/a.jsonl", f"{RUN} run/model/*"),
     "run, for its prompts": Kind(1, "generate.py --model model --data run --limit 2 --out out/a.jsonl", RUN),
-    "run, resumed": Kind(2, f"{RESUME} --resume", RUN, "run/*", "run/lock run/args.json"),
+    "run, resumed": Kind(2, f"{RESUME} --resume", RUN, "run/*", "run/lock"),
     "checkpoint": Kind(2, "generate.py --model run/checkpoints/2 --limit 2 --out out/a.jsonl", RUN),
     "model": Kind(3, f"generate.py --model chat --data data/pairs.jsonl {SHORT} --out out/a.jsonl", "chat/*"),
     "tokenizer": Kind(3, f"data.py data/pairs.jsonl --model chat {SHORT}", "chat/tokenizer*"),

@@ -384,11 +384,18 @@ def float_of(value):
     return float(value)
 
 
-def read_log(path, convert):
-    """The rows of a run's log, convert(object) for the JSON object on each line. Raises InputError for a line
-    that no run has written."""
+def whole_lines(path, size):
+    """The whole lines in the first `size` bytes of a log; half a line is left by a disk that was full."""
+    lines = path.read_bytes()[:size]
+    return lines[:lines.rfind(b"\n") + 1]
+
+
+def read_log(path, convert, size=None):
+    """The rows of a run's log, convert(object) for the JSON object on each line, or on each of its
+    `whole_lines`. Raises InputError for a line that no run has written."""
     rows = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    content = path.read_bytes() if size is None else whole_lines(path, size)
+    for number, line in enumerate(content.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
@@ -549,6 +556,7 @@ def resume(path, recorded, policy, optimizer, scheduler):
     for name, size in logs.items():
         if (out / f"{name}.jsonl").stat().st_size < size:
             raise InputError(f"{out}/{name}.jsonl has lost lines since {path} was written; start afresh")
+    read_log(out / "eval.jsonl", evaluation_of, logs["eval"])          # the model's card will read it
     refuse_unreadable(path)
     try:
         with warnings.catch_warnings(action="ignore"):                 # this fills the tensors in use
@@ -574,10 +582,8 @@ def refuse_unreadable(path):
 
 
 def cut_log(path, size):
-    """Cut a log to the whole lines of its first `size` bytes. A disk that was full may have left half a
-    line."""
-    lines = path.read_bytes()[:size]
-    write_bytes(path, lines[:lines.rfind(b"\n") + 1])
+    """Cut a log to its `whole_lines`."""
+    write_bytes(path, whole_lines(path, size))
 
 
 def read_progress(path):

@@ -166,12 +166,14 @@ def test_figures_that_no_run_has_written_are_refused(row, run, monkeypatch, caps
     assert f"{out}/eval.jsonl:1: " in message
 
 
-def test_a_card_is_not_written_of_figures_that_no_run_has_written(run, monkeypatch, capsys):
+def test_figures_that_no_run_has_written_are_not_continued(run, monkeypatch, capsys):
     out, argv = run
-    text = (out / "eval.jsonl").read_text()
-    (out / "eval.jsonl").write_text(text[:-9] + "?" + text[-8:])
+    row, progress = '{"step": 2, "prompts": "many"}\n', out / "checkpoints/2/progress.json"
+    (out / "eval.jsonl").write_text(row + "half a line")
+    change(progress, logs={**json.loads(progress.read_text())["logs"], "eval": len(row)})
+    before = files_of(out)
     message = fails(sail.main, [*argv, "--resume"], monkeypatch, capsys)
-    assert f"error: {out}/eval.jsonl:" in message and "a run has not written this" in message
+    assert f"error: {out}/eval.jsonl:1: a run has not written this" in message and files_of(out) == before
 
 
 @pytest.mark.parametrize("day", ["2024-13-01", "5", [5], ""])
