@@ -424,8 +424,12 @@ def evaluate_reward(model, held_out, dtype):
     print0(f"evaluating: the scores of both responses of {len(held_out)} held-out pairs …")
     model.eval()
     chosen_ids, rejected_ids, preference = zip(*held_out, strict=True)
-    chosen, rejected = (torch.tensor(divided(lambda share: classifier_scores(model, share, dtype), ids))
-                        for ids in (chosen_ids, rejected_ids))
+
+    def score(share):
+        return classifier_scores(model, share, dtype)
+
+    chosen = torch.tensor(divided(score, chosen_ids))
+    rejected = torch.tensor(divided(score, rejected_ids))
     margin, preference = chosen - rejected, torch.tensor(preference)
     figures = {"accuracy": share_of(prefers_chosen(margin).tolist()),
                "loss": mean_of(bradley_terry_loss(chosen, rejected, preference).tolist()),

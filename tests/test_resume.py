@@ -276,11 +276,11 @@ def test_the_ranks_meet_after_all_that_may_fail_on_one_of_them(base, tmp_path, m
     loaded = {"make_toy", "load_data", "load_parts"}
     before = {"refuse_before_loading", "place", "lock_directory", "begin"}
     after = {"print_how_long", "log_step", "evaluate_step", "make_empty", "finish_checkpoint", "save_model"}
-    assert {*met} == loaded | before | {"roll_out", "label_by_reward"} | after
+    assert {*met} == loaded | before | {"roll_out", "label_by_reward", "answer", "logps_of"} | after
     met.clear()
     reward.main(["--train", "--model", base, "--data", f"{base}/toy-pairs.jsonl", "--steps", "1",
                  "--save-every", "1", "--out", "rm"])
-    assert {*met} == {"load_trainee", "load_reward_data"} | before | after
+    assert {*met} == {"load_trainee", "load_reward_data", "score"} | before | after
     met.clear()
     (tmp_path / "mine.py").write_text("def first(prompts, *responses):\n    return [1.0] * len(prompts)\n")
     run(base, "mine", "--variant", "pr", "--preference", "mine.py:first")
