@@ -15,7 +15,6 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -47,6 +46,7 @@ METHODS = {                                # name: (what it is, flags)
     "rloo": ("RLOO, two samples", "")}
 RATES = (4e-4, 8e-4, 1.6e-3, 3.2e-3)
 BEYOND = (1e-4, 2e-4, *RATES, 6.4e-3)      # all that may be tried
+SAMPLED = ("online-dpo", "pr", "rloo")
 TUNING_SEEDS, SEEDS = (0, 1, 2), tuple(range(FIRST_SEED, FIRST_SEED + 5))
 TUNING_PROMPTS = ("review the {} ?", "how was the {} :", "tell me about the {} ?", "what about the {} :")
 ROUNDS, TIMED_STEPS, NEW_PAIRS = 3, 48, 1024
@@ -175,31 +175,39 @@ def rates_to_try(rows):
 
 
 def time_all(runs, model, rates):
-    """Record how long each method trains, in turn: a run on 2,304 pairs for 48 steps, which meets each pair
-    twice, less a run of one step. So loading and evaluating do not count, and scoring the reference does."""
+    """Record the median seconds of a method's step, methods in turn: `first` on pairs that are met for the
+    first time, `later` on pairs that are met again, of which the reference's log-probabilities are known."""
     done = {(row["method"], row["round"]) for row in recorded(ROWS) if row["world"] == "timing"}
     for each in range(ROUNDS):
         for method in METHODS:
             if (method, each) in done:
                 continue
-            seconds = []
-            for steps in (1, 1 + TIMED_STEPS):
-                flags, unflagged, script = flags_of(method, model, SEEDS[0], rates[method], steps)
-                started = time.perf_counter()
+            seconds = {}
+            for name, pairs in (("first", None), ("later", TIMED_STEPS * 96 // 2)):
+                flags, unflagged, script = flags_of(method, model, SEEDS[0], rates[method], TIMED_STEPS)
+                out = runs / "timing"
                 run(script, *flags.replace("--eval-limit 1024", "--eval-limit 20").split(), "--overwrite",
-                    "--out", runs / "timing", limit=TIMED_STEPS * 96 // 2, **unflagged)
-                seconds.append(time.perf_counter() - started)
-            record(ROWS, dict(world="timing", method=method, round=each, seed=SEEDS[0],
-                        seconds=round(seconds[1] - seconds[0], 2)))
+                    "--out", out, limit=pairs, **unflagged)
+                steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+                seconds[name] = round(statistics.median(step["seconds"] for step in steps), 5)
+            record(ROWS, dict(world="timing", method=method, round=each, seed=SEEDS[0], **seconds))
 
 
 def steps_in_equal_time(rows):
-    """{method: how many of its steps take as long as online DPO's 188}, by the median over rounds."""
-    seconds = {(row["method"], row["round"]): row["seconds"] for row in rows if row["world"] == "timing"}
+    """{method: how many of its steps take as long as online DPO's 188}, the median over rounds. The first 188
+    steps see all pairs once. If a run is longer, the reference scores all pairs before it, which takes
+    `first` − `later` for each of 188 steps, and every step takes `later`."""
+    seconds = {(row["method"], row["round"]): row for row in rows if row["world"] == "timing"}
     found = {}
     for method in METHODS:
-        ratios = [seconds["online-dpo", each] / seconds[method, each] for each in range(ROUNDS)]
-        found[method] = round(STEPS * statistics.median(ratios))
+        counts = []
+        for each in range(ROUNDS):
+            time, own = STEPS * seconds["online-dpo", each]["first"], seconds[method, each]
+            first, later = own["first"], min(own["first"], own["later"])
+            counts.append(time / first)
+            if counts[-1] > STEPS and method not in SAMPLED:
+                counts[-1] = (time - STEPS * (first - later)) / later
+        found[method] = round(statistics.median(counts))
     return found
 
 
