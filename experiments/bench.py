@@ -34,6 +34,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 VARIANTS = ["dpo", "dp", "pp", "pr", "dpo-again", "online-dpo"]
 PEERS = {"dpo": "TRL DPO", "dpo-again": "TRL DPO", "pr": "TRL OnlineDPO", "online-dpo": "TRL OnlineDPO"}
+NAMES = {"dpo": "dpo", "dpo-again": "dpo, later epochs", "online-dpo": "online DPO, mix 1", "pr": "pr, mix 1"}
 OVERHEADS = VARIANTS[:4]
 SAMPLED = ("pp", "pr", "online-dpo")
 MODELS = {  # Llama shapes but for qwen2-*
@@ -266,6 +267,31 @@ def line_of(name, rounds, peers):
     else:
         cells += ["", ""]
     return "| " + " | ".join(cells) + " |"
+
+
+def beside_peer(rows):
+    """Markdown: a line for each dtype and variant of --out's rows, medians (ranges) over rounds in turn."""
+    heads = ("tokens/s here", "sampling + update, s a step", "tokens/s TRL", "times its speed", "GB",
+             "GB TRL", "of its memory")
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for dtype, variant in dict.fromkeys((row["dtype"], row["variant"]) for row in rows):
+        of_kind = [row for row in rows if (row["dtype"], row["variant"]) == (dtype, variant)]
+        ours, theirs = ([row for row in of_kind if row["side"] == side] for side in ("sail", "trl"))
+        ratios = [speed(one) / speed(other) for one, other in zip(ours, theirs, strict=True)]
+        shares = [one["gigabytes"] / other["gigabytes"] for one, other in zip(ours, theirs, strict=True)]
+        sampling = median([second for row in ours for second in row["generation"]])
+        update = median([second for row in ours for second in row["seconds"]]) - sampling
+        cells = [with_range([speed(row) for row in ours], 0), f"{sampling:.1f} + {update:.1f}",
+                 with_range([speed(row) for row in theirs], 0), with_range(ratios, 2),
+                 *(f"{median([row['gigabytes'] for row in side]):.1f}" for side in (ours, theirs)),
+                 f"{median(shares):.2f}"]
+        lines.append(f"| {NAMES[variant]}, {dtype} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def with_range(values, digits):
+    """"median (smallest–largest)"."""
+    return f"{median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
 def table(args):

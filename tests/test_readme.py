@@ -5,6 +5,7 @@ import json
 import re
 from pathlib import Path
 
+import bench
 import memory
 import pytest
 import replicate
@@ -114,7 +115,7 @@ ANSWERS = sentiment.answers(rows_of("sentiment"))
 TABLES = [ANSWERS, terms_exact.table(rows_of("terms_exact")),
           *replicate.tables(rows_of("replication")).values(),
           *sentiment.tables(rows_of("sentiment")).values(),
-          memory.measured_table(rows_of("memory"))]
+          memory.measured_table(rows_of("memory")), bench.beside_peer(rows_of("speed"))]
 
 
 @pytest.mark.parametrize("table", TABLES)
