@@ -15,6 +15,7 @@ import argparse
 import json
 import statistics
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,6 +62,7 @@ COMPARED = (                               # (question, method, its control)
     ("SAIL-DP beside DPO", "dp", "dpo"),
     ("RLOO beside online DPO", "rloo", "online-dpo"))
 ROWS = ROOT / "experiments/tuned.jsonl"
+LOADING = threading.Lock()                 # transformers' lazy imports are not for several threads
 
 
 def tuning_prompts(path):
@@ -85,7 +87,8 @@ def measure(job):
     figures["objective"] = [figures["reward"][0] - BETA * figures["kl"][0], None, None]
     if out.parent.name in ("steps", "time"):
         row["entropy"] = entropies(out)
-        figures.update(fit_of(out))
+        with LOADING:
+            figures.update(fit_of(out))
     record(ROWS, row)
 
 
