@@ -242,7 +242,7 @@ def tables(rows):
         lines.append(f"| {words} | {' | '.join(cells)} | {steps[method]} |")
     found = {"Learning rates": "\n".join(lines)}
     heads = {"reward": "reward", "KL": "kl", "reward − β·KL": "objective", "below the best": "gap",
-             "margin": "margin", "accuracy": "accuracy", "win rate": "win_rate"}
+             "accuracy": "accuracy", "win rate": "win_rate"}
     for world, title in (("steps", "At equal steps"), ("time", "At equal time")):
         found[title] = table(rows, heads, world, WORDS)
         found[f"{title}, differences"] = compared(
