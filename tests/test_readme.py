@@ -12,6 +12,7 @@ import replicate
 import sentiment
 import terms_exact
 import torch
+import tuned
 
 from generate import load_policy
 from toy import grammar_pairs
@@ -115,7 +116,8 @@ ANSWERS = sentiment.answers(rows_of("sentiment"))
 TABLES = [ANSWERS, terms_exact.table(rows_of("terms_exact")),
           *replicate.tables(rows_of("replication")).values(),
           *sentiment.tables(rows_of("sentiment")).values(),
-          memory.measured_table(rows_of("memory")), bench.beside_peer(rows_of("speed"))]
+          memory.measured_table(rows_of("memory")), bench.beside_peer(rows_of("speed")),
+          *tuned.tables(rows_of("tuned")).values()]
 
 
 @pytest.mark.parametrize("table", TABLES)
