@@ -82,7 +82,8 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
     every process returns the figures and samples of all examples."""
     if reward is not None:
         reward = as_reward(reward)
-    torch.manual_seed(seeded("held-out samples", args.seed, step, *range(1, rank() + 1)))
+    own = [rank()] if rank() > 0 else []                    # each process draws samples of its own
+    torch.manual_seed(seeded("held-out samples", args.seed, step, *own))
 
     def answer(share):
         return judged_answers(policy, tokenizer, share, reward, preference, num_responses, args)

@@ -88,7 +88,7 @@ class Judge:
             _, rating, text = line.split("\t")
             rows.append((float(rating) > 0, text))
         random.Random(0).shuffle(rows)
-        self.counts, self.totals = (Counter(), Counter()), [0, 0]
+        self.counts, self.totals = {True: Counter(), False: Counter()}, {True: 0, False: 0}
         for is_positive, text in rows[2000:]:
             self.counts[is_positive].update(words_of(text))
             self.totals[is_positive] += 1
@@ -99,7 +99,7 @@ class Judge:
         self.vader_accuracy = np.mean(right).item()
 
     def __call__(self, text):
-        negative, positive = self.counts
+        positive, negative = self.counts[True], self.counts[False]
         score = 0.0
         for word in words_of(text):
             if word in negative or word in positive:
