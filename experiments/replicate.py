@@ -330,7 +330,7 @@ def below_the_best(rows, runs, samples=2000):
         models = [runs / f"{row['world']}/{row['method']}-s{seed}" for row in ours
                   if row["method"] != "sft" and row["world"] != "toy-model"]
         best, curve, _ = best_possible([*map(str, models)], samples,
-                                       {"seed": seed, "reward": toy_settings("dpo")["reward"]})
+                                       {"seed": seed, "reward": toy_settings("dpo")["reward"], "beta": BETA})
         kls, heights = zip(*sorted((point["kl"], point["reward"]) for point in curve), strict=True)
         for row in ours:
             figures = row["figures"]
