@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data import apply_template, length_table, load_tokenizer, render, set_template_date
-from formats import BEYOND, Account, BadRow, best_and_worst, read_answers, train_and_held_out
+from formats import BEYOND, Account, BadRow, best_and_worst, is_text, read_answers, train_and_held_out
 from generate import (
     add_adapter, compute_in_float32, has_weights, heads_of, hold_frozen_in_bfloat16, load_model, place,
     switch_dropout_off, with_trained)
@@ -246,6 +246,8 @@ def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, 
 
     def ids_of(prompt, response):
         text = dialogue_text(prompt, response, tokenizer)
+        if not is_text(text):
+            raise BadRow("no text, for it holds half of a surrogate pair")
         special = not tokenizer.chat_template              # a template writes special tokens itself
         ids = tokenizer(text, add_special_tokens=special)["input_ids"]
         cut = len(ids) > limit

@@ -247,6 +247,16 @@ def test_a_classifier_with_two_logits_is_refused(tmp_path):
         load_reward(str(tmp_path))
 
 
+def test_a_classifier_does_not_score_half_a_surrogate_pair(tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+    LlamaForSequenceClassification(LlamaConfig(
+        vocab_size=IDS, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=1)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="a dialogue is no text, for it holds half of a surrogate pair"):
+        load_reward(str(tmp_path))(["how was the soup ?"], ["\ud800 good"])
+
+
 def test_a_language_model_without_a_trained_head_is_no_reward(checkpoint):
     with pytest.raises(InputError, match="SequenceClassification it lacks weights, score.weight"):
         load_reward(str(checkpoint))
