@@ -172,29 +172,15 @@ def end_token_ids(tokenizer, model=None):
     return ids | {token for token in tokenizer.added_tokens_decoder if token in extra}  # nonsense equals none
 
 
-# The date that chat templates get as today's, YYYY-MM-DD. A run sets it; None stands for the clock's date.
-template_date = None
-
-
-def set_template_date(day):
-    """Tell all chat templates that today is `day`, as YYYY-MM-DD: what a run trains on does not depend on the
-    day on which it is continued or evaluated. Raises InputError for another text, as of a foreign run."""
-    global template_date
-    try:
-        if day is not None:
-            date.fromisoformat(day)
-    except (TypeError, ValueError):
-        raise InputError(f"a run's date is {day!r}; want YYYY-MM-DD") from None
-    template_date = day
+# The date that chat templates get as today's: the one that Llama's own template falls back on. A fixed date
+# makes the texts of a run independent of the day on which it is continued or evaluated.
+TODAY = date(2024, 7, 26)
 
 
 def without_clock(template):
-    """Replace the calls in a chat template that ask for today's date by `template_date`, if that is set."""
-    if template_date is None:
-        return template
-
+    """Replace the calls in a chat template that ask for today's date by TODAY."""
     def that_day(call):
-        return repr(date.fromisoformat(template_date).strftime(call[2]))
+        return repr(TODAY.strftime(call[2]))
 
     return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", that_day, template)
 

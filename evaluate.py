@@ -29,7 +29,7 @@ from runtime.training import micro_batches
 import torch
 import torch.nn.functional as F
 
-from data import collate, encode, end_token_ids, print_report, response_text, set_template_date
+from data import collate, encode, end_token_ids, print_report, response_text
 from formats import train_and_held_out
 from generate import load_frozen, sample, sequence_logps
 from reward import as_reward, drop_unscorable, load_preference, load_reward, try_out
@@ -230,7 +230,7 @@ FLAGS = ("out", "data", "eval_data", "prefer", "score_scale", "reward", "prefere
          "max_prompt_length", "max_response_length", "sample_batch_size", "eval_limit", "dtype", "seed",
          "trust_remote_code")
 OF_A_RUN = ("data", "eval_data", "prefer", "score_scale", "reward", "preference", "reference", "beta",
-            "max_prompt_length", "max_response_length", "sample_batch_size", "eval_limit", "dtype", "date")
+            "max_prompt_length", "max_response_length", "sample_batch_size", "eval_limit", "dtype")
 
 
 def find_run(path, given):
@@ -285,7 +285,6 @@ def evaluate_models(models, show, given):
             args = settings
     references = [settings.reference for _, settings in runs if settings.reference]
     reference_name = references[0] if references else first_model
-    set_template_date(args.date)
     reward, preference, judge = load_judge(args)
     held_out, account = held_out_pairs(args)
     try_out(held_out[0], reward, preference)
@@ -416,7 +415,6 @@ def best_possible(models, samples, given):
 def reference_rewards(args, count):
     """Sample `count` responses of a run's reference to each held-out prompt, and return their rewards, a list
     for each prompt."""
-    set_template_date(args.date)
     lengths = args.max_prompt_length, args.max_response_length
     reference, tokenizer = load_frozen(args.reference, args.dtype, trust_remote_code=args.trust_remote_code,
                                        lengths=lengths)

@@ -33,8 +33,7 @@ from runtime.training import micro_batches
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data import (
-    SIDES, collate, encode, end_token_ids, load_tokenizer, print_report, response_text, set_template_date)
+from data import SIDES, collate, encode, end_token_ids, load_tokenizer, print_report, response_text
 from formats import TextPair, load_pairs, train_and_held_out
 
 # --- load and adapt -----------------------------------------------------------------------------------------
@@ -584,13 +583,11 @@ class Answers:
     seed: int = same_as(Settings, "seed")
     trust_remote_code: bool = same_as(Settings, "trust_remote_code")
     eval_data: str | None = same_as(Settings, "eval_data", help=None)
-    date: str | None = same_as(Settings, "date")
 
 
 # The settings that are taken from a run unless the command line gives them. The run's chat template is in its
 # model's tokenizer.
-OF_A_RUN = ("data", "eval_data", "max_prompt_length", "max_response_length", "sample_batch_size", "dtype",
-            "date")
+OF_A_RUN = ("data", "eval_data", "max_prompt_length", "max_response_length", "sample_batch_size", "dtype")
 
 
 def load_answerer(args):
@@ -659,7 +656,6 @@ def main():
     if args.data is None:
         parser.error("argument --data: want a file, a directory or a hub name")
     refuse_output(args.out, has_columns("prompt", "response"), args.data, args.eval_data)
-    set_template_date(args.date)
     if "data" in given:
         prompts = load_prompts(args)
     else:

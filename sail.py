@@ -53,8 +53,7 @@ from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.processes import (
     all_sum, computing_in, default_dtype, fails_together, print0, process_group, rank, sent,
     share_of_process, sum_gradients, with_equal_counts, world_size)
-from runtime.run_directory import (
-    date_of, fingerprint, fingerprint_files, run_directory)
+from runtime.run_directory import fingerprint, fingerprint_files, run_directory
 from runtime.saved_model import save_model
 from runtime.settings import Objective, Parser, Settings, flag_of, setting, settings_to_resume
 from runtime.training import NOT_MEASURED, micro_batches, refuse_before_loading, steps, training
@@ -62,7 +61,7 @@ from runtime.training import NOT_MEASURED, micro_batches, refuse_before_loading,
 import torch
 import torch.nn.functional as F
 
-from data import Pair, collate, encode, end_token_ids, length_table, set_template_date
+from data import Pair, collate, encode, end_token_ids, length_table
 from evaluate import evaluate_policy, responses_to_each
 from formats import train_and_held_out
 from generate import (
@@ -535,9 +534,7 @@ def train(args):
     ten steps in a row that are not finite."""
     out = Path(args.out)
     inputs = ("model", "reference", "data", "eval_data", "reward", "preference")
-    args.date = args.date or date_of(out, args.resume)
     refuse_before_loading(out, args, *inputs)
-    set_template_date(args.date)
     run, account, held_out_account, lengths = load_run(args)
     total, count = plan(len(run.examples), args.mix, args)
     pairs_a_step = total // max(count, 1)

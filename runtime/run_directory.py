@@ -17,7 +17,6 @@ import socket
 import time
 import warnings
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -161,14 +160,6 @@ def run_directory(source):
     return Path("runs", name or "data")
 
 
-def date_of(out, resume):
-    """The date that a run's chat template gets as today's: the date on which the run began if it is
-    continued, else today."""
-    if resume and (out / "args.json").is_file():
-        return read_json(out / "args.json").get("date")
-    return date.today().isoformat()
-
-
 def refuse_inputs_inside(out, inputs):
     """Raises InputError if an input, {flag: path, hub name, FILE.py:FUNCTION or None}, is OUT or lies in it,
     where a run deletes and replaces files."""
@@ -295,8 +286,10 @@ def run_that_held_out(run):
 
 
 def refuse_occupied(out, args):
-    """Raises InputError if `out` holds something that is no run's, or a run that the settings neither replace
-    nor continue."""
+    """Raises InputError if `out` holds something that is no run's, a run that the settings neither replace
+    nor continue, or a run to continue whose args.json is damaged."""
+    if args.resume and (out / "args.json").is_file():
+        read_json(out / "args.json")
     refuse_foreign(out)
     checkpoint = newest_checkpoint(out)
     if args.overwrite or checkpoint and args.resume or not (checkpoint or (out / "model").exists()):

@@ -224,7 +224,6 @@ class Settings:
     warmup_steps: int | None = setting(None, low=0)                              # None: a tenth of all steps
     max_grad_norm: float = setting(1.0, low=1e-12)
     limit: int | None = setting(None, low=1)                               # use only the data's first N pairs
-    date: str | None = setting(None)            # the date for chat templates that ask for it
     # memory, speed, output
     micro_batch_size: int | None = setting(None, low=1, may_change=True)         # None: what memory allows
     gradient_checkpointing: bool = setting(False, "compute activations twice to keep fewer", may_change=True)

@@ -176,14 +176,6 @@ def test_figures_that_no_run_has_written_are_not_continued(run, monkeypatch, cap
     assert f"error: {out}/eval.jsonl:1: a run has not written this" in message and files_of(out) == before
 
 
-@pytest.mark.parametrize("day", ["2024-13-01", "5", [5], ""])
-def test_a_date_that_no_run_has_written_is_refused(day, run, monkeypatch, capsys):
-    out, _ = run
-    change(out / "args.json", date=day)
-    message = fails(generate.main, ["generate.py", "--model", str(out)], monkeypatch, capsys)
-    assert message.endswith(f"a run's date is {str(day)!r}; want YYYY-MM-DD")
-
-
 SAMPLE = dict(step=2, prompt="Q", response="A", reward=0.5)
 
 

@@ -534,12 +534,12 @@ def test_a_run_is_evaluated_as_it_was_trained(tmp_path, base):
                str(tmp_path / "run"), *flags])
     saved = json.loads((tmp_path / "run/args.json").read_text())
     _, settings = evaluate.find_run(str(tmp_path / "run"), {"reward": saved["reward"]})
-    for name in ("data", "eval_data", "reference", "date", *asked):
+    for name in ("data", "eval_data", "reference", *asked):
         assert getattr(settings, name) == saved[name], name
         assert saved[name] == asked.get(name, saved[name])
     _, answered = read_run(tmp_path / "run", generate.Answers, *generate.OF_A_RUN)
     assert answered == {name: saved[name] for name in (
-        "data", "eval_data", "date", *{*asked} - {"beta", "prefer", "score_scale"})}
+        "data", "eval_data", *{*asked} - {"beta", "prefer", "score_scale"})}
 
 
 def test_the_held_out_loss_of_sft_is_over_all_tokens_and_its_interval_a_ratios(base):
