@@ -86,15 +86,12 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
     torch.manual_seed(seeded("held-out samples", args.seed, step, *own))
 
     def answer(share):
-        return judged_answers(policy, tokenizer, share, reward, preference, num_responses, args)
+        return judged_answers(policy, tokenizer, share, reward, preference, args)
 
-    answers = divided(answer, examples)                     # a list of num_responses for each example
-    answers = [of_example[nth] for nth in range(num_responses) for of_example in answers]
     asked = examples * num_responses                        # the example of each answer
-    responses, texts = [], []
-    for answer in answers:
-        responses.append(answer["ids"])
-        texts.append(answer["text"])
+    answers = divided(answer, asked)
+    responses = [answer["ids"] for answer in answers]
+    texts = [answer["text"] for answer in answers]
     columns = pair_columns(policy, reference, examples, args)      # {name: a number per example or response}
     if reference is not None:
         columns["kl"] = log_ratios(policy, reference, asked, responses, args.dtype).tolist()
@@ -125,33 +122,34 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
     return figures, samples
 
 
-def judged_answers(policy, tokenizer, examples, reward, preference, num_responses, args):
-    """Sample num_responses to each example's prompt and judge them: for each example, a list of {ids, text,
-    finished}. With a reward, each answer also has its `reward`. If a reward or a preference decides on wins
-    over the data's chosen response, each answer also has that response's text as `opponent`, and `win`: 1, ½
-    for a tie or 0, or the preference's probability."""
+def judged_answers(policy, tokenizer, examples, reward, preference, args):
+    """Sample a response to each example's prompt and judge it: a list of {ids, text, finished}. With a
+    reward, each answer also has its `reward`. If a reward or a preference decides on wins over the data's
+    chosen response, each answer also has that response's text as `opponent`, and `win`: 1, ½ for a tie or 0,
+    or the preference's probability."""
+    prompts = [example.prompt for example in examples]
     prompt_ids = [example.prompt_ids for example in examples]
     with computing_in(args.dtype, policy):
-        drawn, ended, _ = sample(policy, tokenizer, prompt_ids, args.max_response_length, num_responses,
+        drawn, ended, _ = sample(policy, tokenizer, prompt_ids, args.max_response_length,
                                  batch_size=args.sample_batch_size)
-    asked, responses, finished = examples * num_responses, [], []
-    for nth in range(num_responses):                  # one answer to every prompt, then a second to every one
-        for ids, done in zip(drawn, ended, strict=True):
-            responses.append(ids[nth])
-            finished.append(done[nth])
-    texts = texts_of(asked, responses, tokenizer)
+    responses = [of_prompt[0] for of_prompt in drawn]       # each prompt has one response
+    finished = [of_prompt[0] for of_prompt in ended]
+    texts = texts_of(examples, responses, tokenizer)
     columns = {"ids": responses, "text": texts, "finished": finished}
     if reward is not None:
-        columns["reward"] = reward([example.prompt for example in asked], texts, finished)
+        columns["reward"] = reward(prompts, texts, finished)
     if examples[0].chosen is not None and (reward is not None or preference is not None):
-        opponents = texts_of(examples, [example.chosen_ids for example in examples], tokenizer)
+        opponents = [example.chosen for example in examples]
+        opponents_finished = [example.finished[0] for example in examples]
+        columns["opponent"] = opponents
         if reward is not None:
-            columns["win"] = wins_by_reward(examples, columns["reward"], opponents, reward)
+            opponent_rewards = reward(prompts, opponents, opponents_finished)
+            differences = torch.tensor(columns["reward"]) - torch.tensor(opponent_rewards)
+            columns["win"] = prefers_chosen(differences).tolist()
         else:
-            columns["win"] = wins_by_preference(examples, texts, finished, opponents, preference)
-        columns["opponent"] = opponents * num_responses
-    answers = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return [answers[place::len(examples)] for place in range(len(examples))]
+            both_finished = list(zip(finished, opponents_finished, strict=True))
+            columns["win"] = preference(prompts, texts, opponents, both_finished)
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def responses_to_each(prompts, limit):
@@ -181,28 +179,6 @@ def pair_columns(policy, reference, examples, args):
     margin = args.beta * (chosen - rejected)
     return {"loss": (-F.logsigmoid(margin)).tolist(), "margin": margin.tolist(),
             "accuracy": prefers_chosen(margin).tolist()}
-
-
-def wins_by_reward(examples, rewards, opponents, reward):
-    """The wins of k·n responses, given their rewards, against n opponents, which are the texts of the data's
-    chosen responses: a list of k·n numbers, 1, ½ for a tie, or 0."""
-    prompts = [example.prompt for example in examples]
-    finished = [example.finished[0] for example in examples]
-    opponent_rewards = torch.tensor(reward(prompts, opponents, finished))
-    differences = torch.tensor(rewards).view(-1, len(examples)) - opponent_rewards                # (k, n)
-    return prefers_chosen(differences).flatten().tolist()
-
-
-def wins_by_preference(examples, texts, finished, opponents, preference):
-    """P(text ≻ opponent) by a preference from `load_preference`: a list of k·n numbers. The k·n texts are k
-    times one response to each of the n examples, in the examples' order, and `finished` says which of them
-    ended by themselves. opponents: the n texts of the data's chosen responses."""
-    k = len(texts) // len(examples)
-    prompts, both_finished = [], []
-    for example, done in zip(examples * k, finished, strict=True):
-        prompts.append(example.prompt)
-        both_finished.append((done, example.finished[0]))
-    return preference(prompts, texts, opponents * k, both_finished)
 
 
 def texts_of(examples, responses, tokenizer):

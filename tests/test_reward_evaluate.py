@@ -575,19 +575,20 @@ def test_the_figures_count_all_responses_to_a_prompt(monkeypatch, base):
     policy, tokenizer = generate.load_policy(base)
     examples = [Pair(prompt, "the", "the", [5], [6, 1], [7, 1], finished=(prompt == "a", True))
                 for prompt in ("a", "b")]
-    drawn = [[[8, 1], [8] * 4], [[8] * 6, [8] * 8]]
-    monkeypatch.setattr(evaluate, "sample", lambda *_, **__: (drawn, [[True, False], [True, True]], None))
+    drawn = [[[8, 1]], [[8] * 6], [[8] * 4], [[8] * 8]]
+    monkeypatch.setattr(evaluate, "sample",
+                        lambda *_, **__: (drawn, [[True], [True], [False], [True]], None))
     rewards = []
 
     def reward(prompts, responses, finished):
         rewards.append((prompts, finished))
-        return [float(nth) for nth in range(len(prompts))]
+        return [0.0, 1.0, 2.0, 3.0] if len(rewards) == 1 else [0.0, 1.0, 0.0, 1.0]
 
     args = sail_args(["--variant", "dpo"])
     figures, samples = evaluate_policy(policy, policy, tokenizer, examples, reward, args, num_responses=2)
     assert figures["length"] == mean_of([3.0, 7.0]) and figures["unfinished"] == share_of([0.5, 0.0])
     assert rewards[0] == (["a", "b", "a", "b"], [True, True, False, True])    # of which the rewards are 0 … 3
-    assert rewards[1] == (["a", "b"], [True, False])                   # of the data's chosen responses
+    assert rewards[1] == (["a", "b", "a", "b"], [True, False, True, False])   # of the data's chosen responses
     assert figures["reward"] == mean_of([1.0, 2.0])
     assert figures["win_rate"] == share_of([0.75, 0.75])               # 0, 2 against 0 and 1, 3 against 1
     assert [row["prompt"] for row in samples] == ["a", "b", "a", "b"]

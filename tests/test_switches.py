@@ -298,7 +298,7 @@ def test_held_out_figures_are_what_their_names_say(base, monkeypatch):
     args = sail_args(["--variant", "dpo", "--beta", "0.7"])
     pairs, _ = pairs_of(8, "dpo")
     for pair in pairs:
-        pair.prompt, pair.chosen, pair.rejected = "Q", "a", "b"
+        pair.prompt, pair.chosen, pair.rejected = "Q", "w w w", "w w"
         pair.prompt_ids, pair.chosen_ids, pair.rejected_ids = [5, 6], [7, 8, 1], [9, 1]
     drawn = [[[7, 8, 1]], [[7, 1]], [[8, 9, 1]], [[9, 7, 8, 9]]]
     finished = [[True], [True], [True], [False]]
