@@ -354,18 +354,20 @@ def log_figures(out, step, figures, counts):
 class Evaluation:
     """What a run has measured on held-out data after a step: a row of eval.jsonl."""
     step: int
+    prompts: int                                           # how many prompts were asked, or pairs scored
     figures: dict[str, tuple[float, float, float]]         # (value, low, high) of each that was measured
 
 
 def evaluation_of(row):
-    """The Evaluation in a row of eval.jsonl, {"step": 5, NAME: value, "NAME_interval": [low, high], …}, where
-    numbers and intervals may be null. Raises KeyError, TypeError or ValueError for another row."""
+    """The Evaluation in a row of eval.jsonl, {"step": 5, "prompts": 128, NAME: value, "NAME_interval": [low,
+    high], …}, where values and intervals may be null. Raises KeyError, TypeError or ValueError for another
+    row."""
     figures = {}
     for name, value in row.items():
-        if name != "step" and not name.endswith("_interval") and value is not None:
-            low, high = row.get(f"{name}_interval") or (None, None)
+        if f"{name}_interval" in row and value is not None:
+            low, high = row[f"{name}_interval"] or (None, None)
             figures[name] = float_of(value), float_of(low), float_of(high)
-    return Evaluation(operator.index(row["step"]), figures)
+    return Evaluation(operator.index(row["step"]), operator.index(row["prompts"]), figures)
 
 
 def float_of(value):

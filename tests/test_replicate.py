@@ -21,7 +21,7 @@ def finished_run(path, *evals, **more):
     """What sail.py leaves of a run, of which the report reads: (step, KL, reward) per evaluation; more
     figures."""
     (path / "model").mkdir(parents=True)
-    rows = [{"step": step, "kl": kl, "kl_interval": [kl - 1, kl + 1], "reward": reward,
+    rows = [{"step": step, "prompts": 4, "kl": kl, "kl_interval": [kl - 1, kl + 1], "reward": reward,
              "reward_interval": [reward - 0.5, reward + 0.5], **more} for step, kl, reward in evals]
     (path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / "metrics.jsonl").write_text('{"seconds": 1.5}\n' * evals[-1][0])

@@ -643,7 +643,8 @@ def run_of(path, base, **settings):
 
 def test_figures_are_written_into_the_run_or_beside_it_and_nowhere_else(tmp_path, monkeypatch, base):
     run, here = run_of(tmp_path / "runs/pr", base), tmp_path / "here"
-    (tmp_path / "runs/pr/eval.jsonl").write_text('{"step": 1, "reward": 1.0}\n')
+    (tmp_path / "runs/pr/eval.jsonl").write_text(
+        '{"step": 1, "prompts": 4, "reward": 1.0, "reward_interval": null}\n')
     here.mkdir()
     monkeypatch.chdir(here)
     files = {"--eval-limit=2": ("pr/evaluated.json", "kl"), "--compare": ("results.json", "reward")}
@@ -701,7 +702,7 @@ def test_a_models_code_runs_on_the_command_lines_word_alone(tmp_path, monkeypatc
 @pytest.mark.parametrize("name, flags", [("args.json", []), ("eval.jsonl", ["--compare"])])
 def test_a_file_cut_short_or_of_another_kind_is_one_line(name, flags, tmp_path, monkeypatch, capsys, base):
     run = run_of(tmp_path / "run", base)
-    (tmp_path / "run/eval.jsonl").write_text('{"step": 0, "reward": 1.0}\n{"step": 5, "reward": 2.0}\n')
+    (tmp_path / "run/eval.jsonl").write_text('{"step": 0, "prompts": 4}\n{"step": 5, "prompts": 4}\n')
     whole = (tmp_path / "run" / name).read_text()
     for content in (whole[:-5], "[1]"):
         (tmp_path / "run" / name).write_text(content)
@@ -717,7 +718,7 @@ def test_a_run_without_an_evaluation_is_not_compared(tmp_path):
 def finished_run(path, *rows):
     """A directory as sail.py leaves it, with these evaluations: (step, KL, reward)."""
     (path / "model").mkdir(parents=True)
-    lines = [{"step": step, "kl": kl, "kl_interval": [kl - 0.1, kl + 0.1], "reward": reward,
+    lines = [{"step": step, "prompts": 4, "kl": kl, "kl_interval": [kl - 0.1, kl + 0.1], "reward": reward,
               "reward_interval": reward and [reward - 0.2, reward + 0.3]} for step, kl, reward in rows]
     (path / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -808,7 +809,8 @@ def table_of(text):
 def test_the_table_shows_what_may_hide_behind_a_reward(tmp_path, capsys):
     run = finished_run(tmp_path / "pr", (5, 1.0, 2.0))
     figures = {"unfinished": 0.25, "margin": 0.5, "accuracy": 0.75}
-    (run / "eval.jsonl").write_text(json.dumps({"step": 5, **figures}) + "\n")
+    intervals = {f"{name}_interval": None for name in figures}
+    (run / "eval.jsonl").write_text(json.dumps({"step": 5, "prompts": 4, **figures, **intervals}) + "\n")
     compare([run])
     assert table_of(capsys.readouterr().out)["pr"] == {
         "": "pr", "unfinished": "0.250", "margin": "0.500", "accuracy": "0.750"}
