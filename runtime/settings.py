@@ -7,7 +7,6 @@ text is no flag: a study sets it from Python, as in sail.main(flags, warmup_step
 import argparse
 import dataclasses
 import math
-import shlex
 import sys
 import typing
 from dataclasses import dataclass, fields
@@ -145,20 +144,6 @@ def settings_to_resume(given, cls, own_code=None):
             names.append(field.name)
     saved = read_settings(out / "args.json", cls, *names)
     return {name: value for name, value in saved.items() if ".py:" not in str(value) or value == own_code}
-
-
-def resume_command(script, args):
-    """The command line that continues a run with these settings. It gives only --resume, --out and what
-    --resume does not take over from the run: the switches that are on, and code, FILE.py:FUNCTION."""
-    words = ["python", *script.split(), "--resume", "--out", str(args.out)]
-    for field in fields(args):
-        value = getattr(args, field.name)
-        is_switch = value is True and field.name not in ("resume", "overwrite", "train")
-        if field.metadata["help"] and is_switch:
-            words.append(flag_of(field.name))
-        elif field.metadata["help"] and ".py:" in str(value):
-            words += [flag_of(field.name), value]
-    return shlex.join(words)
 
 
 def read_run(path, cls, *names):

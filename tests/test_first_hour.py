@@ -1,7 +1,6 @@
 """What a new user meets in the first hour: what is said, how long it takes, what is kept."""
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,6 @@ import reward
 import sail
 from runtime.command_line import command_line
 from runtime.processes import StopSignals
-from runtime.settings import resume_command
 from runtime.training import print_how_long
 
 ROOT = Path(sail.__file__).parent
@@ -319,11 +317,8 @@ def test_resume_needs_no_flag_but_the_directory_and_code(base, tmp_path, capsys)
     shutil.copytree(whole, stopped)
     shutil.rmtree(stopped / "checkpoints/3")
     shutil.rmtree(stopped / "model")
-    args = sail.parse_args(as_settings([*common, "--out", str(stopped)])[0])
-    words = shlex.split(resume_command("sail.py", args))
-    assert words == ["python", "sail.py", "--resume", "--out", str(stopped), "--reward",
-                     f"{tmp_path}/mine.py:score", "--gradient-checkpointing"]
-    sail.main(words[2:])
+    sail.main(["--resume", "--out", str(stopped), "--reward", f"{tmp_path}/mine.py:score",
+               "--gradient-checkpointing"])
     assert rows_of(stopped) == rows_of(whole)
 
 
