@@ -23,7 +23,7 @@ from pathlib import Path
 from runtime.command_line import InputError, command_line, first_line, foreign, format_counts
 from runtime.run_directory import is_run_directory
 from runtime.saved_model import base_of
-from runtime.settings import Parser, Settings, same_as, setting
+from runtime.settings import Parser, Settings, setting
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -555,15 +555,14 @@ def print_pair(nth, prompt, chosen, rejected):
 
 
 @dataclass
-class Reported:
-    """The settings of data.py."""
+class Reported(Settings):
+    """The settings of data.py, of which FLAGS are used."""
     model: str | None = setting(None, "a directory or hub name; texts and lengths are shown in its tokens")
-    chat_template: str | None = same_as(Settings, "chat_template")
-    score_scale: float | None = same_as(Settings, "score_scale")
     limit: int | None = setting(None, "use the first N pairs only", low=1, metavar="N")
-    prefer: str = same_as(Settings, "prefer")
-    max_prompt_length: int = same_as(Settings, "max_prompt_length")
-    max_response_length: int = same_as(Settings, "max_response_length")
+
+
+FLAGS = ("model", "chat_template", "score_scale", "limit", "prefer", "max_prompt_length",
+         "max_response_length")
 
 
 def main(argv=None):
@@ -571,7 +570,7 @@ def main(argv=None):
     parser = Parser("Show what a preference data set holds and how it will be read. Defaults in brackets.",
                     " SOURCE")
     parser.add_argument("source", metavar="SOURCE", help="a file or OWNER/NAME[/CONFIG][:SPLIT]")
-    parser.add_settings(Reported)
+    parser.add_settings(Reported, *FLAGS)
     given = vars(parser.parse_args(argv))
     source = given.pop("source")
     args = Reported(**given)
