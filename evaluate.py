@@ -17,7 +17,7 @@ from pathlib import Path
 
 from runtime.command_line import InputError, command_line, seeded
 from runtime.compare import (
-    are_figures, compare, frontier, print_samples, print_table, refuse_comparison, write_figures)
+    are_figures, compare, frontier, print_samples, print_table, refuse_comparison, short_names, write_figures)
 from runtime.intervals import (
     few, format_figure, mean_of, means_of_prompts, prefers_chosen, share_of, win_figures)
 from runtime.processes import (
@@ -268,7 +268,9 @@ def evaluate_models(models, show, given):
     loading = dict(trust_remote_code=args.trust_remote_code, lengths=lengths)
     reference, reference_tokenizer = load_frozen(reference_name, args.dtype, **loading)
     results, samples, prompts = {}, {}, {}
-    for name, (model, _) in zip(names_of(models), runs, strict=True):
+    parts = 3 if any(run_of_checkpoint(path) for path in models) else 1        # 3: as mine/checkpoints/40
+    names = short_names([Path(path) for path in models], parts)
+    for name, (model, _) in zip(names, runs, strict=True):
         policy, tokenizer = load_frozen(model, args.dtype, **loading)
         if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
             raise InputError(f"{model} has another vocabulary than the reference {reference_name}")
@@ -331,23 +333,6 @@ def print_differences(samples, prompts, beta):
         if not (low > 0 or high < 0):
             verdict = "no difference seen"
         print(f"  {name}: {format_figure(mean, low, high)}: {verdict}")
-
-
-def names_of(paths):
-    """The names of the models in tables: the last parts of their paths, or the whole paths if two last parts
-    are alike."""
-    names = []
-    for path in paths:
-        parts = Path(path).parts[-1:]
-        if run_of_checkpoint(path):
-            parts = Path(path).parts[-3:]                # as mine/checkpoints/40
-        names.append("/".join(parts) or path)
-    if len(set(names)) < len(names):
-        names = list(paths)
-    for nth, name in enumerate(names):
-        if name in names[:nth]:                          # the same model again
-            names[nth] = f"{name} ({nth + 1})"
-    return names
 
 
 def write_evaluated(results, models, runs, out):
@@ -431,6 +416,7 @@ def parse_args(argv=None):
     parser.add_settings(Evaluated, *FLAGS)
     given = vars(parser.parse_args(argv))
     paths = given.pop("models", [])
+    paths = {Path(path): path for path in paths}.values()                        # each model once
     models = [path for path in paths if not Path(path).is_file()]                # a results.json is no model
     if not models:
         parser.error("want the directory of a run or a model")

@@ -56,7 +56,7 @@ def test_evaluate_takes_a_checkpoint_with_its_runs_settings(run, tmp_path, capsy
     evaluate.main([*names, "--reward", TOY_REWARD, "--eval-limit", "8",
                    "--out", str(tmp_path / "figures.json")])
     rows = [line.split("|")[2:] for line in capsys.readouterr().out.splitlines()
-            if line.startswith((f"| {run.name}/checkpoints/4 |", f"| {run.name} |"))]
+            if line.startswith((f"| {run.name}/checkpoints/4 |", f"| {'/'.join(run.parts[-3:])} |"))]
     assert len(rows) == 2 and rows[0] == rows[1]
 
 

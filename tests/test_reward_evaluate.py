@@ -21,7 +21,7 @@ from formats import load_pairs, read_rows
 from runtime.command_line import command_line, InputError, seeded
 from runtime.intervals import format_figure
 from evaluate import evaluate_policy
-from runtime.compare import COLOURS, compare, measured_on, read_runs, tables_of, track_of
+from runtime.compare import COLOURS, compare, measured_on, read_runs, short_names, tables_of, track_of
 from runtime.intervals import length_controlled, scaled_lengths, win_figures
 from runtime.run_directory import write_rows
 from runtime.settings import read_run
@@ -657,8 +657,13 @@ def test_figures_are_written_into_the_run_or_beside_it_and_nowhere_else(tmp_path
 
 
 def test_models_have_the_last_parts_of_their_paths_as_names_unless_two_are_alike():
-    assert evaluate.names_of(["a/x", "b/y", "z"]) == ["x", "y", "z"]
-    assert evaluate.names_of(["a/x", "b/x"]) == ["a/x", "b/x"]
+    def names_of(*paths, length=1):
+        return short_names([Path(path) for path in paths], length)
+
+    assert names_of("a/x", "b/y", "z") == ["x", "y", "z"] and names_of(".") == ["."]
+    assert names_of("a/x", "b/x") == ["a/x", "b/x"]
+    assert names_of("a/x/checkpoints/4", "y", length=3) == ["x/checkpoints/4", "y"]
+    assert evaluate.parse_args(["a/x", "./a/x/", "./y"])[0] == ["./a/x/", "./y"]           # each once
 
 
 def test_figures_are_written_into_the_runs_and_those_of_other_models_where_one_is(tmp_path, monkeypatch):
