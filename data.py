@@ -79,13 +79,11 @@ def load_tokenizer(name, trust_remote_code=False, ends=True, chat_template=None)
         raise InputError(f"{name} is the directory of a run; name its {name}/model")
     if Path(name, "adapter_config.json").is_file():
         raise InputError(f"{name} is an adapter; merge it into its base first, as OUT/model of sail.py is")
-    try:
+    with foreign(f"{name}: no tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code,
                                                   local_files_only=Path(name).is_dir())
         ids = tokenizer("question")["input_ids"]                       # what is nonsense in it shows here
         tokenizer.decode(tokenizer.all_special_ids + ids)
-    except Exception as error:                           # foreign files: they can raise anything
-        raise InputError(f"{name}: no tokenizer ({first_line(error)})") from None
     if ends and tokenizer.eos_token_id is None:
         raise InputError(f"{name}: its tokenizer has no end-of-sequence token; tokenizer_config.json sets it")
     set_chat_template(tokenizer, name, chat_template)
