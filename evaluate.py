@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from data import collate, encode, end_token_ids, print_report, response_text
 from formats import train_and_held_out
 from generate import load_frozen, sample, sequence_logps
-from reward import as_reward, drop_unscorable, load_preference, load_reward, try_out
+from reward import drop_unscorable, load_preference, load_reward, try_out
 
 # --- figures, each as (value, low, high) --------------------------------------------------------------------
 
@@ -80,8 +80,6 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
 
     All processes call this function together. Each process answers and scores its share of the examples, and
     every process returns the figures and samples of all examples."""
-    if reward is not None:
-        reward = as_reward(reward)
     own = [rank()] if rank() > 0 else []                    # each process draws samples of its own
     torch.manual_seed(seeded("held-out samples", args.seed, step, *own))
 

@@ -67,13 +67,6 @@ class Reward:
         return scores_of(f"reward {self.name}", self.score, finished, prompts, responses)
 
 
-def as_reward(reward):
-    """Wrap a function in a Reward; a Reward is returned unchanged."""
-    if isinstance(reward, Reward):
-        return reward
-    return Reward(getattr(reward, "__name__", "reward"), reward)
-
-
 def scores_of(name, function, finished, prompts, *responses, low=-math.inf, high=math.inf):
     """Call function(prompts, *responses) and return a list of finite floats from `low` to `high`, one for
     each prompt. The function gets copies, so it may change its arguments. If it has a parameter `finished`,
@@ -336,7 +329,6 @@ def label_by_reward(pairs, reward, preference="hard"):
     prompts = [pair.prompt for pair in pairs]
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     finished = [pair.finished[0] for pair in pairs] + [pair.finished[1] for pair in pairs]
-    reward = as_reward(reward)
     scores = reward(prompts + prompts, responses, finished)
     cut = reward.cut or [False] * len(scores)
     for nth, pair in enumerate(pairs):

@@ -27,7 +27,7 @@ from runtime.run_directory import write_rows
 from runtime.settings import read_run
 from generate import sample
 from sail import pair_logps
-from reward import label_by_preference, label_by_reward, load_preference, load_reward
+from reward import Reward, label_by_preference, label_by_reward, load_preference, load_reward
 from runtime.intervals import mean_of, means_of_prompts, share_of
 from sail import dpo_loss
 from toy import grammar_pairs, toy_model, toy_pair, toy_reward
@@ -62,7 +62,7 @@ def by_length(prompts, responses):
 
 def test_fresh_pairs_are_put_into_the_rewards_order_and_ties_are_a_half():
     pairs = [fresh_pair("a", "bbb"), fresh_pair("ccc", "d"), fresh_pair("ee", "ff")]
-    label_by_reward(pairs, by_length)
+    label_by_reward(pairs, Reward("length", by_length))
     assert [(pair.chosen, pair.chosen_ids, pair.rejected, pair.rejected_ids) for pair in pairs] == [
         ("bbb", [3], "a", [1]), ("ccc", [3], "d", [1]), ("ee", [2], "ff", [2])]
     assert [pair.preference for pair in pairs] == [1.0, 1.0, 0.5]
@@ -72,7 +72,7 @@ def test_fresh_pairs_are_put_into_the_rewards_order_and_ties_are_a_half():
 
 def test_a_soft_preference_is_the_sigmoid_of_the_reward_difference():
     pairs = [fresh_pair("a", "bbb"), fresh_pair("ee", "ff")]
-    label_by_reward(pairs, by_length, "soft")
+    label_by_reward(pairs, Reward("length", by_length), "soft")
     assert [pair.preference for pair in pairs] == pytest.approx([1 / (1 + math.exp(-2)), 0.5])
 
 
@@ -455,7 +455,8 @@ def evaluated():
                 else [1.0] * third + [0.0] * third + [-1.0] * third)
 
     win_on_first_half.calls = 0
-    figures, samples = evaluate_policy(policy, reference, tokenizer, examples, win_on_first_half, args)
+    reward = Reward("win on first half", win_on_first_half)
+    figures, samples = evaluate_policy(policy, reference, tokenizer, examples, reward, args)
     return policy, reference, examples, figures, samples
 
 
@@ -585,7 +586,8 @@ def test_the_figures_count_all_responses_to_a_prompt(monkeypatch, base):
         return [0.0, 1.0, 2.0, 3.0] if len(rewards) == 1 else [0.0, 1.0, 0.0, 1.0]
 
     args = sail_args(["--variant", "dpo"])
-    figures, samples = evaluate_policy(policy, policy, tokenizer, examples, reward, args, num_responses=2)
+    figures, samples = evaluate_policy(policy, policy, tokenizer, examples, Reward("nth", reward), args,
+                                       num_responses=2)
     assert figures["length"] == mean_of([3.0, 7.0]) and figures["unfinished"] == share_of([0.5, 0.0])
     assert rewards[0] == (["a", "b", "a", "b"], [True, True, False, True])    # of which the rewards are 0 … 3
     assert rewards[1] == (["a", "b", "a", "b"], [True, False, True, False])   # of the data's chosen responses

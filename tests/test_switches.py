@@ -305,11 +305,12 @@ def test_held_out_figures_are_what_their_names_say(base, monkeypatch):
     monkeypatch.setattr(evaluate, "sample", lambda *_, **__: (drawn, finished, None))
     scores = {3: 1.0, 2: -1.0, 4: 2.0}
 
-    def reward(prompts, responses):
+    def by_length(prompts, responses):
         return [scores[len(text.split())] if text.split() else 0.0 for text in responses]
 
     monkeypatch.setattr(evaluate, "texts_of", lambda _, ids, __: [" ".join("w" * len(one)) for one in ids])
-    figures, _ = evaluate.evaluate_policy(policy, reference, tokenizer, pairs, reward, args)
+    figures, _ = evaluate.evaluate_policy(policy, reference, tokenizer, pairs,
+                                          reward.Reward("length", by_length), args)
     value = {name: figure[0] for name, figure in figures.items()}
     assert value["unfinished"] == 0.25 and value["length"] == 3.0
     assert value["reward"] == pytest.approx((1.0 - 1.0 + 1.0 + 2.0) / 4)
