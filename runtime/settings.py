@@ -121,12 +121,8 @@ def read_settings(file, cls, *names):
             continue
         try:
             settings[field.name] = converter(cls, field)(str(value))
-        except argparse.ArgumentTypeError as error:
+        except (argparse.ArgumentTypeError, ValueError) as error:
             raise InputError(f"{file}: argument {flag_of(field.name)}: {error}") from None
-        except ValueError:
-            kind = kind_of(cls, field.name).__name__
-            raise InputError(f"{file}: argument {flag_of(field.name)}: invalid {kind} value: "
-                             f"{value!r}") from None
     return settings
 
 

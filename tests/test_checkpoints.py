@@ -145,7 +145,7 @@ def cut(out):
     (change_args(model="no/such"), "its base no/such is not on this machine"),
     (change_args(model=None), "its base None is not on this machine"),
     (change_args(model_sha256="0"), "the files of its base .* have changed since the run began"),
-    (change_args(lora="many"), "argument --lora: invalid int value"),
+    (change_args(lora="many"), "argument --lora: invalid literal for int"),
     (change_args(lora=3), "checkpoints/4 does not fit its base")],
     ids=["cut", "no args", "no base", "null", "changed base", "no rank", "other rank"])
 def test_a_checkpoint_that_cannot_be_used_says_why(harm, said, moved):

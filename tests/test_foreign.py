@@ -148,7 +148,7 @@ def test_a_directory_that_is_named_almost_like_a_checkpoint_is_none(name, run):
 @pytest.mark.parametrize("more, said", [
     (dict(dtype="float8"), "--dtype: invalid choice: 'float8'"),
     (dict(max_response_length=-3), "--max-response-length: -3 is not in"),
-    (dict(beta="warm"), "--beta: invalid float value: 'warm'")])
+    (dict(beta="warm"), "--beta: could not convert string to float: 'warm'")])
 def test_settings_that_no_run_has_written_are_refused(more, said, run, monkeypatch, capsys):
     out, _ = run
     change(out / "args.json", **more)
@@ -204,7 +204,7 @@ def test_settings_of_any_type_are_shown_beside_figures(more, run, capsys):
 
 
 @pytest.mark.parametrize("more, said", [
-    (dict(data=None), "args.json: names no data"), (dict(limit="all"), "--limit: invalid int value: 'all'"),
+    (dict(data=None), "args.json: names no data"), (dict(limit="all"), "--limit: invalid literal for int"),
     (dict(eval_data="OUT"), "a run that takes them from this")])
 def test_a_run_whose_held_out_pairs_cannot_be_found_is_named(more, said, run, base, monkeypatch, capsys):
     out, _ = run

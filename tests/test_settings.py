@@ -112,7 +112,8 @@ def test_flags_of_the_other_half_of_reward_are_refused(argv, said, monkeypatch, 
 
 
 @pytest.mark.parametrize("name, value, said", [
-    ("beta", "warm", "--beta: invalid float value: 'warm'"), ("beta", -1, "--beta: -1 is not in"),
+    ("beta", "warm", "--beta: could not convert string to float: 'warm'"),
+    ("beta", -1, "--beta: -1 is not in"),
     ("dtype", "float8", "--dtype: invalid choice: 'float8'"),
     ("eval_limit", 0, "--eval-limit: 0 is not in 1")])
 def test_settings_of_a_run_are_read_back_by_the_same_declarations(name, value, said, tmp_path):
