@@ -287,7 +287,6 @@ class Method(Objective):
     nll_coef: float = setting(0.0, "weight of −log π per token of the data's chosen responses", low=0)
     revkl_coef: float = setting(0.0, "weight of KL(π_ref‖π) per token; toy pp 0.3", low=0)
     label: str = setting("expected", choices=("expected", "sampled"))    # a label is summed out or drawn
-    baseline: str = setting("running", choices=("running", "none"))      # of T2: a running mean of f, or 0
     label_smoothing: float = setting(0.0, low=0, high=0.5)               # ε of conservative DPO
 
 
@@ -329,7 +328,7 @@ def training_step(run, data_pairs, variant_pairs, method):
     figures["grad_norm"], figures["learning_rate"], finite = optimizer_step(
         run.policy, run.optimizer, run.scheduler, run.settings.max_grad_norm, totals["loss"])
     # 5. update T2's baseline, a running mean of f
-    if method.baseline == "running" and totals["on_policy"] and math.isfinite(totals["on_policy_loss"]):
+    if totals["on_policy"] and math.isfinite(totals["on_policy_loss"]):
         mean_utility = -totals["on_policy_loss"] / totals["on_policy"]
         run.progress["baseline"] += 0.1 * (mean_utility - run.progress["baseline"])
     return totals, finite, figures
@@ -545,9 +544,7 @@ def train(args):
     # This comes after the optimizer is made, because a forward leaves a sharded model gathered.
     if meets_data_again(total, run, args):
         score_once(run.reference, run.policy, run.examples, args.dtype)
-    start = {"baseline": 0.0}
-    if args.baseline == "running":
-        start["baseline"] = utility(torch.zeros(()), args.beta, args.loss_type).item()           # f(0)
+    start = {"baseline": utility(torch.zeros(()), args.beta, args.loss_type).item()}              # f(0)
     recorded = {**asdict(args), **fingerprints(run, args), "data_counts": account.counts()}
     with training(out, args.variant, args, recorded, start, run.policy, run.optimizer, run.scheduler) as loop:
         run.progress = loop.progress

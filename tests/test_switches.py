@@ -135,20 +135,6 @@ def test_the_anchor_adds_its_weight_times_the_reverse_kl():
     assert sail_args(["--variant", "pp", "--data", "x.jsonl", "--model", "m"]).revkl_coef == 0
 
 
-@pytest.mark.parametrize("kind", ["running", "none"])
-def test_the_baseline_is_of_the_past_or_nothing(kind, base, tmp_path, monkeypatch):
-    seen, original = [], sail.preference_losses
-
-    def watched(policy, reference, pairs, method, baseline, dtype):
-        seen.append(baseline)
-        return original(policy, reference, pairs, method, baseline, dtype)
-
-    monkeypatch.setattr(sail, "preference_losses", watched)
-    train(base, tmp_path, "--variant", "pr", "--mix", "1", "--steps", "3", "--learning-rate", "1e-2",
-          "--baseline", kind)
-    assert len(seen) == 3 and (seen == [0, 0, 0]) == (kind == "none")
-
-
 # --- optimisation
 
 def test_the_optimizer_is_the_one_that_was_asked_for():
