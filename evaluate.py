@@ -200,9 +200,7 @@ class Evaluated(Settings, Objective):
                                     "results.json beside RUN, and a picture results.png)")
 
 
-FLAGS = ("out", "data", "eval_data", "prefer", "score_scale", "reward", "preference", "reference", "beta",
-         "max_prompt_length", "max_response_length", "sample_batch_size", "eval_limit", "dtype", "seed",
-         "trust_remote_code")
+# The settings that are taken from a run unless the command line gives them.
 OF_A_RUN = ("data", "eval_data", "prefer", "score_scale", "reward", "preference", "reference", "beta",
             "max_prompt_length", "max_response_length", "sample_batch_size", "eval_limit", "dtype")
 
@@ -411,7 +409,7 @@ def parse_args(argv=None):
         help="print an answer of each model to the first N prompts (0)")
     add("--frontier", type=int, default=0, metavar="N",
         help="with --compare: the best possible, from N samples of the reference to each held-out prompt")
-    parser.add_settings(Evaluated, *FLAGS)
+    parser.add_settings(Evaluated, *OF_A_RUN, "out", "seed", "trust_remote_code")
     given = vars(parser.parse_args(argv))
     paths = given.pop("models", [])
     paths = {Path(path): path for path in paths}.values()                        # each model once
