@@ -7,8 +7,8 @@
 
 The held-out pairs give DPO loss, margin and accuracy against the reference. Responses that are sampled to
 their prompts, at temperature 1 as in training, give reward, length, unfinished, KL(π‖π_ref), `objective`,
-which is reward − β·KL, and the win rate against the data's chosen responses, raw and length-controlled. A tie
-counts as half a win.
+which is reward − β·KL, and the win rate against the data's chosen responses, in which a tie counts as half a
+win.
 """
 from argparse import Namespace
 from collections import defaultdict
@@ -19,7 +19,7 @@ from runtime.command_line import InputError, command_line, seeded
 from runtime.compare import (
     are_figures, compare, frontier, print_samples, print_table, refuse_comparison, short_names, write_figures)
 from runtime.intervals import (
-    few, format_figure, mean_of, means_of_prompts, prefers_chosen, share_of, win_figures)
+    few, format_figure, mean_of, means_of_prompts, prefers_chosen, share_of)
 from runtime.processes import (
     computing_in, default_dtype, divided, progress, rank, with_equal_counts)
 from runtime.run_directory import fingerprint_files, read_json, refuse_output, run_of_checkpoint
@@ -100,10 +100,12 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
         columns["objective"] = (torch.tensor(columns["reward"]) - args.beta * kl).tolist()
     columns["length"] = [float(len(ids)) for ids in responses]
     columns["unfinished"] = [float(not answer["finished"]) for answer in answers]
+    if "win" in answers[0]:
+        columns["win_rate"] = [answer["win"] for answer in answers]
     figures = {}
     for name, values in columns.items():
         values = means_of_prompts(values, len(examples))
-        if name in ("accuracy", "unfinished"):
+        if name in ("accuracy", "unfinished", "win_rate"):
             figures[name] = share_of(values)
         else:
             figures[name] = mean_of(values)
@@ -113,18 +115,13 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
         for name in ("reward", "kl"):
             if name in columns:
                 samples[nth][name] = columns[name][nth]
-    if "win" in answers[0]:
-        wins = [answer["win"] for answer in answers]
-        opponents = [answer["opponent"] for answer in answers]
-        figures.update(win_figures(wins, texts, opponents, len(examples)))
     return figures, samples
 
 
 def judged_answers(policy, tokenizer, examples, reward, preference, args):
     """Sample a response to each example's prompt and judge it: a list of {ids, text, finished}. With a
     reward, each answer also has its `reward`. If a reward or a preference decides on wins over the data's
-    chosen response, each answer also has that response's text as `opponent`, and `win`: 1, ½ for a tie or 0,
-    or the preference's probability."""
+    chosen response, each answer also has `win`: 1, ½ for a tie or 0, or the preference's probability."""
     prompts = [example.prompt for example in examples]
     prompt_ids = [example.prompt_ids for example in examples]
     with computing_in(args.dtype, policy):
@@ -139,7 +136,6 @@ def judged_answers(policy, tokenizer, examples, reward, preference, args):
     if examples[0].chosen is not None and (reward is not None or preference is not None):
         opponents = [example.chosen for example in examples]
         opponents_finished = [example.finished[0] for example in examples]
-        columns["opponent"] = opponents
         if reward is not None:
             opponent_rewards = reward(prompts, opponents, opponents_finished)
             differences = torch.tensor(columns["reward"]) - torch.tensor(opponent_rewards)
@@ -285,7 +281,7 @@ def evaluate_models(models, show, given):
     print(f"\n{args.eval_data or args.data}: {len(examples)} held-out pairs\n{account}\n"
           f"{each * len(examples)} new samples of each model; reference {reference_name}; {judge}, which "
           "decides on wins over the chosen responses; 95 % intervals over prompts, as ± half or as [low, "
-          f"high]{few(len(examples), results[name])}\n")
+          f"high]{few(len(examples))}\n")
     print_table(results)
     print_differences(samples, prompts, args.beta)
     print_samples(samples, show)

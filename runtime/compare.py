@@ -230,8 +230,8 @@ def figure_of(name, evaluations):
 
 # The figures of the tables, and their heads.
 COLUMNS = {"reward": "reward", "kl": "KL", "objective": "reward − β·KL", "gap": "below the best",
-           "win_rate": "win rate", "lc_win_rate": "LC win rate", "length": "length",
-           "unfinished": "unfinished", "margin": "margin", "accuracy": "accuracy"}
+           "win_rate": "win rate", "length": "length", "unfinished": "unfinished", "margin": "margin",
+           "accuracy": "accuracy"}
 
 def printable(text):
     """The text without characters that control a terminal, except newline and tab, and without lone

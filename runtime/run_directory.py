@@ -344,8 +344,7 @@ def log_figures(out, step, figures, counts):
         row[f"{name}_interval"] = [low, high] if math.isfinite(low) else None
         fields.append(f"{name} {format_figure(value, low, high)}")
     write_line(out, "eval", row)
-    warning = few(counts["prompts"], figures)
-    print0(f"eval {step} | {' | '.join(fields)}{warning}")
+    print0(f"eval {step} | {' | '.join(fields)}{few(counts['prompts'])}")
 
 
 # --- read what was logged -----------------------------------------------------------------------------------
