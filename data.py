@@ -23,7 +23,7 @@ from pathlib import Path
 from runtime.command_line import InputError, command_line, first_line, foreign, format_counts
 from runtime.run_directory import is_run_directory
 from runtime.saved_model import base_of
-from runtime.settings import Parser, Settings, same_as, setting
+from runtime.settings import Parser, Settings, setting
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -79,13 +79,11 @@ def load_tokenizer(name, trust_remote_code=False, ends=True, chat_template=None)
         raise InputError(f"{name} is the directory of a run; name its {name}/model")
     if Path(name, "adapter_config.json").is_file():
         raise InputError(f"{name} is an adapter; merge it into its base first, as OUT/model of sail.py is")
-    try:
+    with foreign(f"{name}: no tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code,
                                                   local_files_only=Path(name).is_dir())
         ids = tokenizer("question")["input_ids"]                       # what is nonsense in it shows here
         tokenizer.decode(tokenizer.all_special_ids + ids)
-    except Exception as error:                           # foreign files: they can raise anything
-        raise InputError(f"{name}: no tokenizer ({first_line(error)})") from None
     if ends and tokenizer.eos_token_id is None:
         raise InputError(f"{name}: its tokenizer has no end-of-sequence token; tokenizer_config.json sets it")
     set_chat_template(tokenizer, name, chat_template)
@@ -172,29 +170,15 @@ def end_token_ids(tokenizer, model=None):
     return ids | {token for token in tokenizer.added_tokens_decoder if token in extra}  # nonsense equals none
 
 
-# The date that chat templates get as today's, YYYY-MM-DD. A run sets it; None stands for the clock's date.
-template_date = None
-
-
-def set_template_date(day):
-    """Tell all chat templates that today is `day`, as YYYY-MM-DD: what a run trains on does not depend on the
-    day on which it is continued or evaluated. Raises InputError for another text, as of a foreign run."""
-    global template_date
-    try:
-        if day is not None:
-            date.fromisoformat(day)
-    except (TypeError, ValueError):
-        raise InputError(f"a run's date is {day!r}; want YYYY-MM-DD") from None
-    template_date = day
+# The date that chat templates get as today's: the one that Llama's own template falls back on. A fixed date
+# makes the texts of a run independent of the day on which it is continued or evaluated.
+TODAY = date(2024, 7, 26)
 
 
 def without_clock(template):
-    """Replace the calls in a chat template that ask for today's date by `template_date`, if that is set."""
-    if template_date is None:
-        return template
-
+    """Replace the calls in a chat template that ask for today's date by TODAY."""
     def that_day(call):
-        return repr(date.fromisoformat(template_date).strftime(call[2]))
+        return repr(TODAY.strftime(call[2]))
 
     return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", that_day, template)
 
@@ -569,15 +553,14 @@ def print_pair(nth, prompt, chosen, rejected):
 
 
 @dataclass
-class Reported:
-    """The settings of data.py."""
+class Reported(Settings):
+    """The settings of data.py, of which FLAGS are used."""
     model: str | None = setting(None, "a directory or hub name; texts and lengths are shown in its tokens")
-    chat_template: str | None = same_as(Settings, "chat_template")
-    score_scale: float | None = same_as(Settings, "score_scale")
     limit: int | None = setting(None, "use the first N pairs only", low=1, metavar="N")
-    prefer: str = same_as(Settings, "prefer")
-    max_prompt_length: int = same_as(Settings, "max_prompt_length")
-    max_response_length: int = same_as(Settings, "max_response_length")
+
+
+FLAGS = ("model", "chat_template", "score_scale", "limit", "prefer", "max_prompt_length",
+         "max_response_length")
 
 
 def main(argv=None):
@@ -585,7 +568,7 @@ def main(argv=None):
     parser = Parser("Show what a preference data set holds and how it will be read. Defaults in brackets.",
                     " SOURCE")
     parser.add_argument("source", metavar="SOURCE", help="a file or OWNER/NAME[/CONFIG][:SPLIT]")
-    parser.add_settings(Reported)
+    parser.add_settings(Reported, *FLAGS)
     given = vars(parser.parse_args(argv))
     source = given.pop("source")
     args = Reported(**given)

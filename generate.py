@@ -33,8 +33,7 @@ from runtime.training import micro_batches
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data import (
-    SIDES, collate, encode, end_token_ids, load_tokenizer, print_report, response_text, set_template_date)
+from data import SIDES, collate, encode, end_token_ids, load_tokenizer, print_report, response_text
 from formats import TextPair, load_pairs, train_and_held_out
 
 # --- load and adapt -----------------------------------------------------------------------------------------
@@ -566,8 +565,8 @@ def roll_out(policy, tokenizer, pairs, sides, args):
 # --- the command line ---------------------------------------------------------------------------------------
 
 @dataclass
-class Answers:
-    """The settings of generate.py. Fields without a help text are no flags."""
+class Answers(Settings):
+    """The settings of generate.py, of which FLAGS and those that are taken from a run are used."""
     model: str | None = setting(None, "a directory or hub name; a run's directory stands for its model, its "
                                       "lengths and its held-out prompts")
     data: str | None = setting(None, "a .jsonl, .json, .csv or .parquet file, or a hub name, for its "
@@ -576,21 +575,14 @@ class Answers:
     out: str = setting("responses.jsonl", "file for the responses, as JSON lines")
     limit: int | None = setting(None, "answer the first N prompts only", low=1, metavar="N")
     temperature: float = setting(1.0, "at 0 each token is the likeliest one", low=0)
-    max_prompt_length: int = same_as(Settings, "max_prompt_length")
     max_response_length: int = same_as(Settings, "max_response_length", default=128)
-    sample_batch_size: int = same_as(Settings, "sample_batch_size")
-    chat_template: str | None = same_as(Settings, "chat_template")
-    dtype: str | None = same_as(Settings, "dtype")
-    seed: int = same_as(Settings, "seed")
-    trust_remote_code: bool = same_as(Settings, "trust_remote_code")
-    eval_data: str | None = same_as(Settings, "eval_data", help=None)
-    date: str | None = same_as(Settings, "date")
 
 
+FLAGS = ("model", "data", "n", "out", "limit", "temperature", "max_prompt_length", "max_response_length",
+         "sample_batch_size", "chat_template", "dtype", "seed", "trust_remote_code")
 # The settings that are taken from a run unless the command line gives them. The run's chat template is in its
 # model's tokenizer.
-OF_A_RUN = ("data", "eval_data", "max_prompt_length", "max_response_length", "sample_batch_size", "dtype",
-            "date")
+OF_A_RUN = ("data", "eval_data", "max_prompt_length", "max_response_length", "sample_batch_size", "dtype")
 
 
 def load_answerer(args):
@@ -646,7 +638,7 @@ def answer(model, tokenizer, prompts, temperature, args, num_responses=1):
 def main():
     """The command `python generate.py --model M --data D --out FILE`."""
     parser = Parser("Sample responses to each prompt of a data set. Defaults in brackets.")
-    parser.add_settings(Answers)
+    parser.add_settings(Answers, *FLAGS)
     given = vars(parser.parse_args())
     if "model" not in given:
         parser.error("argument --model: want a directory or a hub name")
@@ -659,7 +651,6 @@ def main():
     if args.data is None:
         parser.error("argument --data: want a file, a directory or a hub name")
     refuse_output(args.out, has_columns("prompt", "response"), args.data, args.eval_data)
-    set_template_date(args.date)
     if "data" in given:
         prompts = load_prompts(args)
     else:

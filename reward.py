@@ -35,7 +35,7 @@ from runtime.processes import (
     all_sum, computing_in, default_dtype, divided, fails_together, own_device, print0, process_group,
     progress, share_of_process, sum_gradients, with_equal_counts, world_size)
 from runtime.run_directory import (
-    date_of, fingerprint, fingerprint_files, has_columns, refuse_output, run_directory, run_of_checkpoint,
+    fingerprint, fingerprint_files, has_columns, refuse_output, run_directory, run_of_checkpoint,
     write_rows)
 from runtime.saved_model import save_model
 from runtime.settings import Parser, Settings, flag_of, read_settings, setting, settings_to_resume
@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from data import apply_template, length_table, load_tokenizer, render, set_template_date
+from data import apply_template, length_table, load_tokenizer, render
 from formats import BEYOND, Account, BadRow, best_and_worst, is_text, read_answers, train_and_held_out
 from generate import (
     add_adapter, compute_in_float32, has_weights, heads_of, hold_frozen_in_bfloat16, load_model, place,
@@ -65,13 +65,6 @@ class Reward:
 
     def __call__(self, prompts, responses, finished=None):
         return scores_of(f"reward {self.name}", self.score, finished, prompts, responses)
-
-
-def as_reward(reward):
-    """Wrap a function in a Reward; a Reward is returned unchanged."""
-    if isinstance(reward, Reward):
-        return reward
-    return Reward(getattr(reward, "__name__", "reward"), reward)
 
 
 def scores_of(name, function, finished, prompts, *responses, low=-math.inf, high=math.inf):
@@ -338,7 +331,6 @@ def label_by_reward(pairs, reward, preference="hard"):
     prompts = [pair.prompt for pair in pairs]
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     finished = [pair.finished[0] for pair in pairs] + [pair.finished[1] for pair in pairs]
-    reward = as_reward(reward)
     scores = reward(prompts + prompts, responses, finished)
     cut = reward.cut or [False] * len(scores)
     for nth, pair in enumerate(pairs):
@@ -512,9 +504,7 @@ def train_reward(args):
     """Train a reward model and return it. It is evaluated on held-out pairs before, during and after
     training. Raises InputError for bad input, and after ten steps in a row that are not finite."""
     out = Path(args.out)
-    args.date = args.date or date_of(out, args.resume)
     refuse_before_loading(out, args, "model", "data", "eval_data")
-    set_template_date(args.date)
     model, tokenizer, ids_of = fails_together(load_trainee)(args)
     pairs, held_out, account, held_out_account, lengths = load_reward_data(args, ids_of)
     place([model], args)

@@ -53,8 +53,7 @@ from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.processes import (
     all_sum, computing_in, default_dtype, fails_together, print0, process_group, rank, sent,
     share_of_process, sum_gradients, with_equal_counts, world_size)
-from runtime.run_directory import (
-    date_of, fingerprint, fingerprint_files, run_directory)
+from runtime.run_directory import fingerprint, fingerprint_files, run_directory
 from runtime.saved_model import save_model
 from runtime.settings import Objective, Parser, Settings, flag_of, setting, settings_to_resume
 from runtime.training import NOT_MEASURED, micro_batches, refuse_before_loading, steps, training
@@ -62,7 +61,7 @@ from runtime.training import NOT_MEASURED, micro_batches, refuse_before_loading,
 import torch
 import torch.nn.functional as F
 
-from data import Pair, collate, encode, end_token_ids, length_table, set_template_date
+from data import Pair, collate, encode, end_token_ids, length_table
 from evaluate import evaluate_policy, responses_to_each
 from formats import train_and_held_out
 from generate import (
@@ -288,7 +287,6 @@ class Method(Objective):
     nll_coef: float = setting(0.0, "weight of −log π per token of the data's chosen responses", low=0)
     revkl_coef: float = setting(0.0, "weight of KL(π_ref‖π) per token; toy pp 0.3", low=0)
     label: str = setting("expected", choices=("expected", "sampled"))    # a label is summed out or drawn
-    baseline: str = setting("running", choices=("running", "none"))      # of T2: a running mean of f, or 0
     label_smoothing: float = setting(0.0, low=0, high=0.5)               # ε of conservative DPO
 
 
@@ -330,7 +328,7 @@ def training_step(run, data_pairs, variant_pairs, method):
     figures["grad_norm"], figures["learning_rate"], finite = optimizer_step(
         run.policy, run.optimizer, run.scheduler, run.settings.max_grad_norm, totals["loss"])
     # 5. update T2's baseline, a running mean of f
-    if method.baseline == "running" and totals["on_policy"] and math.isfinite(totals["on_policy_loss"]):
+    if totals["on_policy"] and math.isfinite(totals["on_policy_loss"]):
         mean_utility = -totals["on_policy_loss"] / totals["on_policy"]
         run.progress["baseline"] += 0.1 * (mean_utility - run.progress["baseline"])
     return totals, finite, figures
@@ -535,9 +533,7 @@ def train(args):
     ten steps in a row that are not finite."""
     out = Path(args.out)
     inputs = ("model", "reference", "data", "eval_data", "reward", "preference")
-    args.date = args.date or date_of(out, args.resume)
     refuse_before_loading(out, args, *inputs)
-    set_template_date(args.date)
     run, account, held_out_account, lengths = load_run(args)
     total, count = plan(len(run.examples), args.mix, args)
     pairs_a_step = total // max(count, 1)
@@ -548,9 +544,7 @@ def train(args):
     # This comes after the optimizer is made, because a forward leaves a sharded model gathered.
     if meets_data_again(total, run, args):
         score_once(run.reference, run.policy, run.examples, args.dtype)
-    start = {"baseline": 0.0}
-    if args.baseline == "running":
-        start["baseline"] = utility(torch.zeros(()), args.beta, args.loss_type).item()           # f(0)
+    start = {"baseline": utility(torch.zeros(()), args.beta, args.loss_type).item()}              # f(0)
     recorded = {**asdict(args), **fingerprints(run, args), "data_counts": account.counts()}
     with training(out, args.variant, args, recorded, start, run.policy, run.optimizer, run.scheduler) as loop:
         run.progress = loop.progress

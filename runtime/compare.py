@@ -160,12 +160,12 @@ def groups_of(conditions):
     return dict(zip(short_names(paths), groups.values(), strict=True))
 
 
-def short_names(paths):
-    """The last parts of paths, with as many parts as are needed to tell the paths apart."""
-    names, length = [], 0
+def short_names(paths, length=1):
+    """The last parts of different paths: `length` parts of each, or as many as tell the paths apart."""
+    names = []
     while len(set(names)) < len(paths):
+        names = [str(Path(*path.parts[-length:])) for path in paths]
         length += 1
-        names = ["/".join(path.parts[-length:]) for path in paths]
     return names
 
 
@@ -230,8 +230,8 @@ def figure_of(name, evaluations):
 
 # The figures of the tables, and their heads.
 COLUMNS = {"reward": "reward", "kl": "KL", "objective": "reward − β·KL", "gap": "below the best",
-           "win_rate": "win rate", "lc_win_rate": "LC win rate", "length": "length",
-           "unfinished": "unfinished", "margin": "margin", "accuracy": "accuracy"}
+           "win_rate": "win rate", "length": "length", "unfinished": "unfinished", "margin": "margin",
+           "accuracy": "accuracy"}
 
 def printable(text):
     """The text without characters that control a terminal, except newline and tab, and without lone

@@ -17,7 +17,6 @@ import socket
 import time
 import warnings
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -161,14 +160,6 @@ def run_directory(source):
     return Path("runs", name or "data")
 
 
-def date_of(out, resume):
-    """The date that a run's chat template gets as today's: the date on which the run began if it is
-    continued, else today."""
-    if resume and (out / "args.json").is_file():
-        return read_json(out / "args.json").get("date")
-    return date.today().isoformat()
-
-
 def refuse_inputs_inside(out, inputs):
     """Raises InputError if an input, {flag: path, hub name, FILE.py:FUNCTION or None}, is OUT or lies in it,
     where a run deletes and replaces files."""
@@ -295,8 +286,10 @@ def run_that_held_out(run):
 
 
 def refuse_occupied(out, args):
-    """Raises InputError if `out` holds something that is no run's, or a run that the settings neither replace
-    nor continue."""
+    """Raises InputError if `out` holds something that is no run's, a run that the settings neither replace
+    nor continue, or a run to continue whose args.json is damaged."""
+    if args.resume and (out / "args.json").is_file():
+        read_json(out / "args.json")
     refuse_foreign(out)
     checkpoint = newest_checkpoint(out)
     if args.overwrite or checkpoint and args.resume or not (checkpoint or (out / "model").exists()):
@@ -351,8 +344,7 @@ def log_figures(out, step, figures, counts):
         row[f"{name}_interval"] = [low, high] if math.isfinite(low) else None
         fields.append(f"{name} {format_figure(value, low, high)}")
     write_line(out, "eval", row)
-    warning = few(counts["prompts"], figures)
-    print0(f"eval {step} | {' | '.join(fields)}{warning}")
+    print0(f"eval {step} | {' | '.join(fields)}{few(counts['prompts'])}")
 
 
 # --- read what was logged -----------------------------------------------------------------------------------
@@ -361,18 +353,20 @@ def log_figures(out, step, figures, counts):
 class Evaluation:
     """What a run has measured on held-out data after a step: a row of eval.jsonl."""
     step: int
+    prompts: int                                           # how many prompts were asked, or pairs scored
     figures: dict[str, tuple[float, float, float]]         # (value, low, high) of each that was measured
 
 
 def evaluation_of(row):
-    """The Evaluation in a row of eval.jsonl, {"step": 5, NAME: value, "NAME_interval": [low, high], …}, where
-    numbers and intervals may be null. Raises KeyError, TypeError or ValueError for another row."""
+    """The Evaluation in a row of eval.jsonl, {"step": 5, "prompts": 128, NAME: value, "NAME_interval": [low,
+    high], …}, where values and intervals may be null. Raises KeyError, TypeError or ValueError for another
+    row."""
     figures = {}
     for name, value in row.items():
-        if name != "step" and not name.endswith("_interval") and value is not None:
-            low, high = row.get(f"{name}_interval") or (None, None)
+        if f"{name}_interval" in row and value is not None:
+            low, high = row[f"{name}_interval"] or (None, None)
             figures[name] = float_of(value), float_of(low), float_of(high)
-    return Evaluation(operator.index(row["step"]), figures)
+    return Evaluation(operator.index(row["step"]), operator.index(row["prompts"]), figures)
 
 
 def float_of(value):

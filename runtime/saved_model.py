@@ -144,15 +144,13 @@ def command_of(args):
 
 def last_figures(out):
     """A sentence with the last figures in a run's eval.jsonl."""
-    rows = read_log(out / "eval.jsonl", lambda row: (row, evaluation_of(row).figures))
-    if not rows:
+    evaluations = read_log(out / "eval.jsonl", evaluation_of)
+    if not evaluations:
         return "No pair was held out, so nothing was measured."
-    (row, measured), figures = rows[-1], []
-    for name, figure in measured.items():
-        if f"{name}_interval" in row:
-            figures.append(f"{name} {format_figure(*figure)}")
-    return (f"Held-out figures after step {row['step']}, on {row.get('prompts')} prompts, with 95 % "
-            f"intervals: {', '.join(figures)}.")
+    last = evaluations[-1]
+    figures = [f"{name} {format_figure(*figure)}" for name, figure in last.figures.items()]
+    return (f"Held-out figures after step {last.step}, on {last.prompts} prompts, with 95 % intervals: "
+            f"{', '.join(figures)}.")
 
 
 # --- adapters, and the base of a checkpoint -----------------------------------------------------------------

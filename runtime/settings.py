@@ -7,7 +7,6 @@ text is no flag: a study sets it from Python, as in sail.main(flags, warmup_step
 import argparse
 import dataclasses
 import math
-import shlex
 import sys
 import typing
 from dataclasses import dataclass, fields
@@ -122,12 +121,8 @@ def read_settings(file, cls, *names):
             continue
         try:
             settings[field.name] = converter(cls, field)(str(value))
-        except argparse.ArgumentTypeError as error:
+        except (argparse.ArgumentTypeError, ValueError) as error:
             raise InputError(f"{file}: argument {flag_of(field.name)}: {error}") from None
-        except ValueError:
-            kind = kind_of(cls, field.name).__name__
-            raise InputError(f"{file}: argument {flag_of(field.name)}: invalid {kind} value: "
-                             f"{value!r}") from None
     return settings
 
 
@@ -145,20 +140,6 @@ def settings_to_resume(given, cls, own_code=None):
             names.append(field.name)
     saved = read_settings(out / "args.json", cls, *names)
     return {name: value for name, value in saved.items() if ".py:" not in str(value) or value == own_code}
-
-
-def resume_command(script, args):
-    """The command line that continues a run with these settings. It gives only --resume, --out and what
-    --resume does not take over from the run: the switches that are on, and code, FILE.py:FUNCTION."""
-    words = ["python", *script.split(), "--resume", "--out", str(args.out)]
-    for field in fields(args):
-        value = getattr(args, field.name)
-        is_switch = value is True and field.name not in ("resume", "overwrite", "train")
-        if field.metadata["help"] and is_switch:
-            words.append(flag_of(field.name))
-        elif field.metadata["help"] and ".py:" in str(value):
-            words += [flag_of(field.name), value]
-    return shlex.join(words)
 
 
 def read_run(path, cls, *names):
@@ -224,7 +205,6 @@ class Settings:
     warmup_steps: int | None = setting(None, low=0)                              # None: a tenth of all steps
     max_grad_norm: float = setting(1.0, low=1e-12)
     limit: int | None = setting(None, low=1)                               # use only the data's first N pairs
-    date: str | None = setting(None)            # the date for chat templates that ask for it
     # memory, speed, output
     micro_batch_size: int | None = setting(None, low=1, may_change=True)         # None: what memory allows
     gradient_checkpointing: bool = setting(False, "compute activations twice to keep fewer", may_change=True)

@@ -21,7 +21,7 @@ from runtime.processes import (
 from runtime.run_directory import (
     begin, log_figures, print_step, refuse_changed_settings, refuse_inputs_inside, refuse_occupied,
     save_checkpoint, write_line)
-from runtime.settings import flag_of, may_change, resume_command
+from runtime.settings import flag_of, may_change
 
 
 @dataclass
@@ -134,13 +134,9 @@ def is_stopped(loop):
 def end_early(loop):
     """Say how to go on, and end the process."""
     step = loop.progress["step"]
-    users, script = "evaluate.py and generate.py take it as a model", "sail.py"
-    if loop.name == "reward":
-        users, script = "sail.py and reward.py take it as a --reward", "reward.py --train"
     if step:
-        print0(f"to continue: {resume_command(script, loop.args)}")
-        print0(f"stopped after step {step}, which is saved in {loop.out}/checkpoints/{step}; --resume "
-               f"continues, and {users}")
+        print0(f"stopped after step {step}, which is saved in {loop.out}/checkpoints/{step}; the same "
+               "command with --resume continues, and the checkpoint works wherever a model does")
     else:
         print0("stopped before the first step; the same command begins again")
     raise SystemExit(loop.stop.exit_status or 0)

@@ -146,7 +146,7 @@ def test_sigterm_saves_exits_cleanly_and_loses_nothing(base, tmp_path, monkeypat
         finished = on_two_ranks(base, out, *more)
         assert finished.returncode == 0 and "Traceback" not in finished.stderr, finished.stderr
         said = finished.stdout
-    assert f"stopped after step 3, which is saved in {out}/checkpoints/3; --resume continues" in said
+    assert f"stopped after step 3, which is saved in {out}/checkpoints/3; the same command with" in said
     assert len(rows_of(out)) == 3 and not (out / "model").exists() and checkpoints(out) == ["3"]
     if ranks == 1:                                                     # kill.py compares two ranks' runs
         monkeypatch.delenv("TERMINATE")

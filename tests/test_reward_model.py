@@ -309,7 +309,7 @@ def test_a_stopped_training_goes_on_as_if_unbroken(checkpoint, pairs, tmp_path, 
         del stop
         assert not (tmp_path / "stopped/model").exists()
         said = capsys.readouterr().out
-        assert "checkpoints/2; --resume continues, and sail.py and reward.py take it" in said
+        assert "checkpoints/2; the same command with --resume continues" in said
         gc.collect()                                       # the traceback holds the lock
         trained(monkeypatch, checkpoint, pairs, tmp_path / "stopped", *common, "--resume")
     finally:

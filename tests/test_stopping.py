@@ -135,8 +135,8 @@ def test_ctrl_c_finishes_the_step_saves_says_how_to_go_on_and_exits_with_130(bas
     done = subprocess.run(interrupted(base, tmp_path / "run"), text=True, capture_output=True, timeout=100)
     assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
     checkpoint = f"{tmp_path}/run/checkpoints/2"
-    assert done.stdout.endswith(f"stopped after step 2, which is saved in {checkpoint}; --resume continues, "
-                                "and evaluate.py and generate.py take it as a model\n")
+    assert done.stdout.endswith(f"stopped after step 2, which is saved in {checkpoint}; the same command "
+                                "with --resume continues, and the checkpoint works wherever a model does\n")
     assert load_policy(checkpoint)
     assert len(rows_of(tmp_path / "run")) == 2 and not (tmp_path / "run/model").exists()
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["2"]
