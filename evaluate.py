@@ -1,9 +1,9 @@
 """Evaluate policies side by side on held-out data, every figure with its 95 % interval.
 
-    python evaluate.py runs/mine/*                       # runs of sail.py, with their own settings
-    python evaluate.py MODEL runs/mine                   # a run beside the model that it started from
-    python evaluate.py MODEL … --data D --reward R       # any checkpoints
-    python evaluate.py --compare runs/mine/*             # a table and a picture of finished runs' figures
+    python evaluate.py runs/mine/*                       # evaluate runs, with the first run's settings
+    python evaluate.py MODEL runs/mine                   # evaluate a run and the model that it started from
+    python evaluate.py MODEL … --data D --reward R       # evaluate any checkpoints
+    python evaluate.py --compare runs/mine/*             # tabulate and plot the figures of finished runs
 
 The held-out pairs give DPO loss, margin and accuracy against the reference. Responses that are sampled to
 their prompts, at temperature 1 as in training, give reward, length, unfinished, KL(π‖π_ref), `objective`,
@@ -43,7 +43,7 @@ def response_logps(model, examples, responses, dtype):
     def logps_of(rows):
         logps = []
         batches = with_equal_counts(micro_batches(rows, lambda row: len(row[1]), model, 32), model)
-        for micro, weight in progress(batches, "scoring, batches"):
+        for micro, weight in progress(batches, "batches scored"):
             batch = collate(*zip(*micro, strict=True))
             with computing_in(dtype, model):
                 found = sequence_logps(model, *batch)
@@ -80,7 +80,7 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
 
     All processes call this function together. Each process answers and scores its share of the examples, and
     every process returns the figures and samples of all examples."""
-    own = [rank()] if rank() > 0 else []                    # each process draws samples of its own
+    own = [rank()] if rank() > 0 else []                    # the processes draw different samples
     torch.manual_seed(seeded("held-out samples", args.seed, step, *own))
 
     def answer(share):
@@ -147,8 +147,8 @@ def judged_answers(policy, tokenizer, examples, reward, preference, args):
 
 
 def responses_to_each(prompts, limit):
-    """How many responses to draw to each held-out prompt, of which there are `prompts`: as many as keep their
-    sum within the limit, but at least one."""
+    """How many responses to draw to each of `prompts` held-out prompts: the most that keep the number of all
+    responses within the limit, but at least one."""
     return max(1, limit // prompts)
 
 
@@ -192,8 +192,8 @@ class Evaluated(Settings, Objective):
     eval_limit: int = same_as(Settings, "eval_limit", default=256)
     preference: str | None = setting(None, "FILE.py:FUNCTION, which decides on wins if there is no reward",
                                      metavar="FILE.py:FUNCTION")
-    out: str | None = setting(None, "file for the figures as JSON (RUN/evaluated.json; with --compare: "
-                                    "results.json beside RUN, and a picture results.png)")
+    out: str | None = setting(None, "JSON file for the figures (RUN/evaluated.json, or evaluated.json here; "
+                                    "with --compare: results.json beside RUN, with the picture results.png)")
 
 
 # The settings that are taken from a run unless the command line gives them.
@@ -222,28 +222,27 @@ def refuse_replaced(run, reference):
     """Raises InputError if the reference's files have changed since the run in this directory started."""
     then = read_json(run / "args.json").get("reference_sha256")
     if then is not None and then != fingerprint_files(reference):
-        raise InputError(f"{run}: the files of its reference {reference} have changed since; give it as "
-                         "--reference to measure to what it is now")
+        raise InputError(f"{run}: the files of its reference {reference} have changed since the run began; "
+                         f"--reference {reference} measures against the changed files")
 
 
 def held_out_pairs(args):
     """Load (held-out pairs, their Account). Raises InputError if there is no held-out pair."""
     if args.data is None and args.eval_data is None:
-        raise InputError("no data: the models are no runs of sail.py; name some with --data or --eval-data")
+        raise InputError("none of the models is a run of sail.py; name data with --data or --eval-data")
     train, held_out, account, held_out_account = train_and_held_out(
         args.data or args.eval_data, args.eval_data, None, args.prefer, args.score_scale)
     if not held_out:
-        raise InputError(f"{args.data}: no pair is held out; name some with --eval-data")
+        raise InputError(f"{args.data}: no pair is held out; name held-out pairs with --eval-data")
     if args.eval_data is None:
         print_report(args.data, train + held_out, account)
     return held_out, held_out_account
 
 
 def evaluate_models(models, show, given):
-    """Sample from the models, print a table of their figures, and print `show` answers of each. Write the
-    figures into each run's evaluated.json, or all of them into --out. All models are evaluated with the
-    settings of the first run among them, so the held-out pairs, the lengths and the seed are the same for
-    all."""
+    """Sample from the models, print a table of their figures and `show` answers of each, and write the
+    figures as `write_evaluated` says. All models are evaluated with the settings of the first run among them,
+    so the held-out pairs, the lengths and the seed are the same for all models."""
     if "out" in given:
         refuse_output(given["out"], are_figures)
     runs = [find_run(path, given) for path in models]
@@ -275,8 +274,8 @@ def evaluate_models(models, show, given):
               f"{len(examples)} prompts …", flush=True)
         results[name], samples[name] = evaluate_policy(policy, reference, tokenizer, examples, reward, args,
                                                        each, preference=preference)
-        del policy                                         # before the next model is loaded
-    account.add(changes)                                   # as counted for the last model
+        del policy                                         # frees memory for the next model
+    account.add(changes)                                   # the counts of the last model
     account.add(unscorable)
     print(f"\n{args.eval_data or args.data}: {len(examples)} held-out pairs\n{account}\n"
           f"{each * len(examples)} new samples of each model; reference {reference_name}; {judge}, which "
@@ -289,14 +288,14 @@ def evaluate_models(models, show, given):
 
 
 def load_judge(args):
-    """Load what decides on wins: (reward, preference, a description of it for the user). A preference is
-    loaded only if there is no reward. What is not loaded is None."""
+    """Load what decides on wins: (reward, preference, its description). A preference is loaded only if
+    there is no reward. A reward or preference that is not loaded is None."""
     if args.reward:
         reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
-        return reward, None, f"reward {args.reward}"
+        return reward, None, f"reward {args.reward} decides on wins"
     if ".py:" in (args.preference or ""):
-        return None, load_preference(args.preference), f"preference {args.preference}"
-    return None, None, "no reward"
+        return None, load_preference(args.preference), f"preference {args.preference} decides on wins"
+    return None, None, "nothing decides on wins"
 
 
 def print_differences(samples, prompts, beta):
@@ -312,10 +311,10 @@ def print_differences(samples, prompts, beta):
         objectives[name] = means_of_prompts(values, prompts[name])
     first, *others = objectives
     if others:
-        print(f"\nreward − β·KL beside {first}, prompt by prompt:")
+        print(f"\nreward − β·KL less that of {first}, paired by prompt:")
     for name in others:
         if prompts[name] != prompts[first]:
-            print(f"  {name}: was asked {prompts[name]} prompts, not {prompts[first]}, by its chat template")
+            print(f"  {name}: not compared, since {prompts[name]} prompts were asked, not {prompts[first]}")
             continue
         differences = []
         for ours, theirs in zip(objectives[name], objectives[first], strict=True):
@@ -340,7 +339,7 @@ def write_evaluated(results, models, runs, out):
         by_file[file][name] = results[name]
     for file, figures in by_file.items():
         write_figures(figures, file)
-    print(f"\nfigures in {', '.join(map(str, by_file))}")
+    print(f"\nthe figures are in {', '.join(map(str, by_file))}")
 
 
 # --- the best possible --------------------------------------------------------------------------------------
@@ -395,26 +394,26 @@ def reference_rewards(args, count):
 def parse_args(argv=None):
     """Parse a command line: (models, the task as a namespace of compare, show and frontier, the settings that
     were given)."""
-    parser = Parser("Evaluate runs of sail.py, with their own settings, or any checkpoints. Defaults in "
-                    "brackets.", " RUN …")
+    parser = Parser("Evaluate runs of sail.py, all with the settings of the first one, or any checkpoints. "
+                    "Defaults without a run in brackets.", " RUN …")
     add = parser.add_argument
     add("models", nargs="*", metavar="RUN", help="a run's or a checkpoint's directory, or a hub name")
     add("--compare", action="store_true", default=False,
-        help="only read what finished runs have measured, and draw it")
+        help="print and plot what finished runs have measured; evaluate nothing")
     add("--show", type=int, default=0, metavar="N",
         help="print an answer of each model to the first N prompts (0)")
     add("--frontier", type=int, default=0, metavar="N",
-        help="with --compare: the best possible, from N samples of the reference to each held-out prompt")
+        help="with --compare: estimate the best reward at each KL, from N reference samples per prompt")
     parser.add_settings(Evaluated, *OF_A_RUN, "out", "seed", "trust_remote_code")
     given = vars(parser.parse_args(argv))
     paths = given.pop("models", [])
     paths = {Path(path): path for path in paths}.values()                        # each model once
     models = [path for path in paths if not Path(path).is_file()]                # a results.json is no model
     if not models:
-        parser.error("want the directory of a run or a model")
+        parser.error("give the directory of a run, or a model")
     task = Namespace(**{name: given.pop(name) for name in ("compare", "show", "frontier")})
     if task.show < 0 or task.frontier and not (task.compare and task.frontier >= 100):
-        parser.error("argument --show: want 0 or more; --frontier: want 100 or more, with --compare")
+        parser.error("argument --show: takes 0 or more; --frontier takes 100 or more, with --compare")
     return models, task, given
 
 

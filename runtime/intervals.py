@@ -5,7 +5,7 @@ import torch
 
 
 def student(degrees):
-    """The 97.5 % quantile of Student's t with so many degrees of freedom."""
+    """The 97.5 % quantile of Student's t with this number of degrees of freedom."""
     table = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
     if degrees <= len(table):
         return table[degrees - 1]

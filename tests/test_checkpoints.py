@@ -99,7 +99,7 @@ def test_a_reward_models_checkpoint_scores_as_its_model_does(more, checkpoint, h
 
 
 def test_a_policys_checkpoint_is_no_reward_but_a_reward_model_may_start_from_it(run, tmp_path):
-    with pytest.raises(sail.InputError, match="lacks weights, score.weight"):
+    with pytest.raises(sail.InputError, match="lacks weights that .* such as score.weight"):
         load_reward(str(run / "checkpoints/4"))
     reward.main(["--train", "--model", str(run / "checkpoints/4"), "--data", data_of(run), "--steps", "1",
                  "--batch-size", "4", "--out", str(tmp_path / "rm")])
@@ -141,7 +141,7 @@ def cut(out):
 
 @pytest.mark.parametrize("harm, said", [
     (cut, "checkpoints/4 cannot be read"),
-    (lambda out: (out / "args.json").unlink(), "args.json, which names its base, is no run's"),
+    (lambda out: (out / "args.json").unlink(), "args.json, which names its base, is not a run's"),
     (change_args(model="no/such"), "its base no/such is not on this machine"),
     (change_args(model=None), "its base None is not on this machine"),
     (change_args(model_sha256="0"), "the files of its base .* have changed since the run began"),

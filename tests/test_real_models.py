@@ -169,11 +169,11 @@ def test_a_row_that_the_reward_models_template_refuses_is_dropped_and_said_befor
     pairs = [Pair(prompt, "good", None) for prompt in ("yes", "no", "yes")]
     kept, account = drop_unscorable(pairs, reward)
     assert [pair.prompt for pair in kept] == ["yes", "yes"]
-    assert account.dropped == {"for the reward model refused by the chat template: not that": 1}
+    assert account.dropped == {"reward model: refused by the chat template: not that": 1}
     assert drop_unscorable(pairs, None) == (pairs, Account()) and drop_unscorable([], reward)[0] == []
     with pytest.raises(InputError, match="^reward .*: a dialogue is refused by the chat template: not that$"):
         reward(["yes", "no"], ["good"] * 2)
-    with pytest.raises(InputError, match="none of 1 pairs: 1 for the reward model refused"):
+    with pytest.raises(InputError, match="none of 1 pairs: 1 reward model: refused"):
         drop_unscorable(pairs[1:2], reward)
     rows = [{"prompt": "no" if i % 4 == 0 else f"q {i}", "chosen": "the soup", "rejected": "the tea"}
             for i in range(40)]
@@ -182,7 +182,7 @@ def test_a_row_that_the_reward_models_template_refuses_is_dropped_and_said_befor
     sail_main(["--variant", "pr", "--model", base, "--data", write(tmp_path / "x.jsonl", rows), "--eval-data",
                held_out, "--reward", classifier, "--out", str(out), *SHORT, "--max-prompt-length", "40",
                "--eval-limit", "3"])
-    reason = "for the reward model refused by the chat template: not that"
+    reason = "reward model: refused by the chat template: not that"
     account = f"  dropped: 2 (1 beyond --eval-limit, 1 {reason})\n   unread: lang (4 rows)\n"
     said = capsys.readouterr().out
     assert f"x.jsonl: 30 pairs to train on\n  dropped: 10 (10 {reason})\n" in said

@@ -124,15 +124,15 @@ def test_without_a_reward_the_preference_says_how_often_a_policy_wins(base, held
                                      "--preference", f"{source}:ended"])
     evaluate.main()
     said = capsys.readouterr().out
-    assert f"preference {source}:ended, which decides on wins" in said and "win rate" in said
+    assert f"preference {source}:ended decides on wins" in said and "win rate" in said
     assert measured_on(tmp_path / "run")["reward"].startswith("preference mine.py:ended (")
 
 
 @pytest.mark.parametrize("body, message", [
-    ("[0.5]", "preference .*returned 1 scores for 2 responses"),
-    ("[0.5, 1.01]", r"\[0.5, 1.01\]…; want a finite one from 0 to 1 each"),
-    ("[-0.01, 0.5]", r"\[-0.01, 0.5\]…; want a finite one from 0 to 1 each"),
-    ("[float('nan'), 0.5]", r"\[nan, 0.5\]…; want a finite one from 0 to 1 each")])
+    ("[0.5]", "preference .*returned 1 scores for a batch of 2"),
+    ("[0.5, 1.01]", r"\[0.5, 1.01\]…; give a finite score from 0 to 1 for each"),
+    ("[-0.01, 0.5]", r"\[-0.01, 0.5\]…; give a finite score from 0 to 1 for each"),
+    ("[float('nan'), 0.5]", r"\[nan, 0.5\]…; give a finite score from 0 to 1 for each")])
 def test_a_preference_that_is_no_probability_is_refused(tmp_path, body, message):
     (tmp_path / "bad.py").write_text(f"def prefer(prompts, firsts, seconds):\n    return {body}\n")
     with pytest.raises(InputError, match=message):
@@ -189,9 +189,9 @@ def test_a_function_of_a_file_is_a_reward(tmp_path):
 
 
 @pytest.mark.parametrize("body, message", [
-    ("[1.0]", "returned 1 scores for 2 responses"),
-    ("[1.0, float('nan')]", r"2 responses, \[1.0, nan\]…; want a finite one each"),
-    ("[1.0, float('inf')]", "want a finite one each")])
+    ("[1.0]", "returned 1 scores for a batch of 2"),
+    ("[1.0, float('nan')]", r"a batch of 2, \[1.0, nan\]…; give a finite score for each"),
+    ("[1.0, float('inf')]", "give a finite score for each")])
 def test_a_reward_that_is_not_one_finite_number_each_is_refused(tmp_path, body, message):
     path = tmp_path / "bad.py"
     path.write_text(f"def score(prompts, responses):\n    return {body}\n")
@@ -225,7 +225,7 @@ def test_a_file_that_fails_or_exits_at_import_shows_its_traceback_and_is_one_lin
         line, tmp_path, monkeypatch, capsys):
     above, last = complaint(tmp_path, monkeypatch, capsys, f"{line}\n")
     assert above.startswith("Traceback") and line in above
-    assert last == "reward.py: error: reward mine.py:score: mine.py does not import, as shown above"
+    assert last == "reward.py: error: reward mine.py:score: mine.py cannot be imported, as shown above"
 
 
 def test_a_reward_file_may_have_dataclasses_with_postponed_annotations(tmp_path):
@@ -257,7 +257,7 @@ def test_a_classifier_does_not_score_half_a_surrogate_pair(tmp_path):
 
 
 def test_a_language_model_without_a_trained_head_is_no_reward(checkpoint):
-    with pytest.raises(InputError, match="SequenceClassification it lacks weights, score.weight"):
+    with pytest.raises(InputError, match="a SequenceClassification model needs, such as score.weight"):
         load_reward(str(checkpoint))
 
 
@@ -293,9 +293,9 @@ def test_the_best_and_the_worst_of_n_responses_become_pairs_to_train_on(tmp_path
     assert (pair.prompt, pair.finished) == (dialogue, (True, False))
     assert pair.preference == pytest.approx(1 / (1 + math.exp(-1)))
     message = fails(reward_module.main, [*argv, "answers.jsonl"], monkeypatch, capsys)
-    assert "--pairs answers.jsonl is the file that is read; give another --pairs" in message
+    assert "--pairs answers.jsonl is a file that this command reads; give another --pairs" in message
     message = fails(reward_module.main, [*argv, "same.jsonl", "--out", "same.jsonl"], monkeypatch, capsys)
-    assert "--pairs: is the file of --out" in message
+    assert "--pairs: names the same file as --out" in message
 
 
 def test_half_a_surrogate_pair_in_a_response_survives_the_scoring(tmp_path, monkeypatch):
@@ -309,7 +309,7 @@ def test_half_a_surrogate_pair_in_a_response_survives_the_scoring(tmp_path, monk
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--reward", "mine.py"], "reward mine.py: which of its functions? want mine.py:FUNCTION"),
+    (["--reward", "mine.py"], "reward mine.py: name one of its functions, as mine.py:FUNCTION"),
     (["--reward", "mine.py:f"], "no such file mine.py"),
     (["--reward", TOY_REWARD, "--out", "folder"], "--out folder is a directory")])
 def test_what_cannot_be_scored_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
@@ -885,7 +885,7 @@ def test_wins_are_counted_against_the_chosen_responses_each_to_its_prompt(tmp_pa
 
 @pytest.mark.parametrize("argv", [[], ["--compare"], [__file__]])
 def test_nothing_to_evaluate_is_one_line(argv, monkeypatch, capsys):
-    assert "want the directory of a run or a model" in fails(
+    assert "give the directory of a run, or a model" in fails(
         evaluate.main, ["evaluate.py", *argv], monkeypatch, capsys)
 
 

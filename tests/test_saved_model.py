@@ -148,7 +148,7 @@ def test_the_card_names_the_hub_model_that_the_runs_began_with(finished, tmp_pat
     (finished / "eval.jsonl").rename(tmp_path / "eval.jsonl")
     try:
         (finished / "eval.jsonl").write_text("")
-        assert "nothing was measured" in model_card(args)
+        assert "the model was not evaluated" in model_card(args)
     finally:
         (tmp_path / "eval.jsonl").replace(finished / "eval.jsonl")
 

@@ -104,8 +104,8 @@ def test_a_variant_that_labels_no_pair_needs_no_reward():
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["--train", "--model", "m", "--data", "d", "--responses", "r"], "--responses: is not for training"),
-    (["--reward", "r", "--epochs", "2"], "--epochs: is not for scoring"),
+    (["--train", "--model", "m", "--data", "d", "--responses", "r"], "--responses: has no effect with "),
+    (["--reward", "r", "--epochs", "2"], "--epochs: has no effect without --train"),
     (["--reward", "r", "--sample-batch-size", "2"], "unrecognized arguments: --sample-batch-size")])
 def test_flags_of_the_other_half_of_reward_are_refused(argv, said, monkeypatch, capsys):
     assert said in fails(reward.main, ["reward.py", *argv], monkeypatch, capsys)

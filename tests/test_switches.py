@@ -91,7 +91,7 @@ def test_the_label_that_is_followed_is_the_one_asked_for(row, more, label, base,
     by_reward = []
     monkeypatch.setattr(reward, "encode_for_reward",
                         lambda pairs, _: by_reward.append(pairs) or ([], Account(), {}))
-    with pytest.raises(InputError, match="no pair of 30 can be told apart"):
+    with pytest.raises(InputError, match="none of 30 pairs can be used for training"):
         reward.train_reward(reward.parse_args(["--train", "--model", base, *flags], limit=30))
     for pairs, n in zip((*by_sail, by_evaluate, *by_reward), (30, 40, 40, 30, 40), strict=True):
         assert len(pairs) == n and {(pair.chosen, round(pair.preference, 9)) for pair in pairs} == {
