@@ -7,8 +7,10 @@ from pathlib import Path
 
 import bench
 import memory
+import noise
 import pytest
 import replicate
+import sampler_gap
 import sentiment
 import terms_exact
 import torch
@@ -117,6 +119,7 @@ TABLES = [ANSWERS, terms_exact.table(rows_of("terms_exact")),
           *replicate.tables(rows_of("replication")).values(),
           *sentiment.tables(rows_of("sentiment")).values(),
           memory.measured_table(rows_of("memory")), bench.beside_peer(rows_of("speed")),
+          noise.table(rows_of("noise")), sampler_gap.table(rows_of("sampler_gap")),
           *tuned.tables(rows_of("tuned")).values()]
 
 
