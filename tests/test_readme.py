@@ -134,6 +134,14 @@ def test_the_table_of_one_command_follows_from_the_committed_rows():
     assert FRONT in TEXTS["README.md"]
 
 
+def test_the_estimates_of_memory_are_those_that_its_command_prints(capsys):
+    memory.print_estimate()
+    printed = capsys.readouterr().out + memory.measured_table(rows_of("memory"))
+    section, = re.findall(r"^## Memory$.*?^## ", TEXTS["experiments/README.md"], re.DOTALL | re.MULTILINE)
+    shown = [line for line in section.splitlines() if line.startswith("|")]
+    assert len(shown) > 20 and [line for line in shown if line not in printed.splitlines()] == []
+
+
 def test_the_measured_rows_of_the_front_page_are_rows_of_the_studies():
     rows = {line for table in [FRONT, *TABLES] for line in table.splitlines()}
     measured = [line for line in TEXTS["README.md"].splitlines() if line.startswith("|") and "±" in line]
