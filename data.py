@@ -91,12 +91,12 @@ def load_tokenizer(name, trust_remote_code=False, ends=True, chat_template=None)
 
 
 def set_chat_template(tokenizer, name, chat_template):
-    """Set a tokenizer's chat template, and its attribute `template_name`, which says where the template comes
-    from.
+    """Set the chat template of the tokenizer of the model `name`, and its attribute `template_name`, which
+    says where the template comes from. Raises InputError if the template cannot be read or used.
 
     chat_template: a file, whose template replaces the tokenizer's; "none", which removes the template; or
     None, which keeps the tokenizer's template. If the tokenizer has no template, None takes the template in
-    chat_template.json, a file that multimodal processors have."""
+    the model's chat_template.json, a file that multimodal processors have."""
     from transformers.utils import cached_file
     tokenizer.template_name = "the tokenizer's own"
     if chat_template is None and not tokenizer.chat_template:
@@ -279,7 +279,7 @@ def plain_dialogue(messages):
 
 def render(prompt, response, tokenizer=None):
     """Render a prompt and a response: (prompt text, response text), whose concatenation is the whole
-    dialogue. Raises BadRow if the chat template refuses or rewrites them."""
+    dialogue. Raises BadRow if the chat template refuses the dialogue or rewrites the response."""
     dialogue = Dialogue(prompt, tokenizer)
     return dialogue.head, dialogue.tail(response)
 
@@ -298,10 +298,10 @@ def fitting_prompt(prompt, tokenizer, limit, lengths=None):
     """Shorten a prompt to `limit` tokens: (the Dialogue that is left, its ids, its ids within the limit). The
     number of tokens of the whole prompt is appended to lengths["prompt"].
 
-    Without a chat template, a text is cut from the left but keeps its BOS token; only then do the last two
-    values differ. With one, a text is one turn. A dialogue loses its oldest turns, except the system's, until
-    it begins with a user's turn and fits. Raises BadRow if no such dialogue fits, if the prompt has no
-    tokens, or if a turn has special tokens, as if a chat template had already been applied to it."""
+    Without a chat template, a long text is cut from the left but keeps its BOS token, and only for such a
+    text do the last two values differ. With one, a text is one turn. A long dialogue loses its oldest turns,
+    except the system's, until it begins with a user's turn and fits. Raises BadRow if none fits, if the
+    prompt has no tokens, or if a turn has special tokens, as if a chat template had already been applied."""
     dialogue = Dialogue(prompt, tokenizer)
     if dialogue.template:
         for turn in dialogue.messages:
@@ -513,7 +513,7 @@ def print_report(source, pairs, account):
 
 
 def print_as_tokens(pairs, tokenizer, limits):
-    """Print what `encode` makes of the pairs, and the first two pairs as the model sees them."""
+    """Print the counts and lengths that `encode` reports, and the first two pairs as the model sees them."""
     print(f"chat template: {tokenizer.template_name}")
     encoded, account, lengths = encode(pairs, tokenizer, end_token_ids(tokenizer), *limits)
     print(f"{len(encoded)} pairs are encoded as tokens\n{account}")
@@ -564,7 +564,7 @@ FLAGS = ("model", "chat_template", "score_scale", "limit", "prefer", "max_prompt
 
 
 def main(argv=None):
-    """The command `python data.py SOURCE [--model M]`."""
+    """The command `python data.py SOURCE [--model M]`: show what a data set holds and how it is read."""
     parser = Parser("Show what a preference data set holds and how it will be read. Defaults in brackets.",
                     " SOURCE")
     parser.add_argument("source", metavar="SOURCE", help="a file or OWNER/NAME[/CONFIG][:SPLIT]")

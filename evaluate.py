@@ -219,7 +219,7 @@ def find_run(path, given):
 
 
 def refuse_replaced(run, reference):
-    """Raises InputError if the reference's files have changed since the run in this directory started."""
+    """Raises InputError if the reference's files have changed since the run in directory `run` started."""
     then = read_json(run / "args.json").get("reference_sha256")
     if then is not None and then != fingerprint_files(reference):
         raise InputError(f"{run}: the files of its reference {reference} have changed since the run began; "
@@ -299,10 +299,10 @@ def load_judge(args):
 
 
 def print_differences(samples, prompts, beta):
-    """Print by how much the reward − β·KL of each model exceeds that of the first model, prompt by prompt,
-    which is less noisy than the difference of two rows of the table. samples: {model: rows}, as
-    `evaluate_policy` returns them; prompts: {model: number of prompts}. Nothing is printed for a single
-    model, or without a reward and a reference."""
+    """Print by how much the reward − β·KL of each model exceeds that of the first one: the mean of the
+    prompts' differences, which is less noisy than the difference of two rows of the table. A model with
+    another number of prompts is not compared. samples: {model: rows} of `evaluate_policy`; prompts: {model:
+    their number}. Nothing is printed for a single model, or without a reward and a reference."""
     objectives = {}
     for name, rows in samples.items():
         if not {"reward", "kl"} <= rows[0].keys():

@@ -395,7 +395,7 @@ def compute_webgpt(row, question, answer_0, answer_1, score_0, score_1):
 
 def best_and_worst(prompt, scored):
     """Choose from pairs (score, response): (prompt, the response with the highest score, the response with
-    the lowest score). A response without a score is left out. Raises BadRow if no response is preferred."""
+    the lowest score). A score None is skipped. Raises BadRow if all others are equal or one is not finite."""
     ranked = []
     for score, response in scored:
         if score is not None:
@@ -507,7 +507,7 @@ def soft_label(row, score_scale):
 
 
 def number_in(row, column):
-    """The finite number in a column of a row. Raises BadRow if there is none."""
+    """The finite number, also one written as a text, in a column of a row. Raises BadRow if there is none."""
     try:
         value = float(row[column])
     except (KeyError, TypeError, ValueError, OverflowError):
@@ -520,7 +520,7 @@ def number_in(row, column):
 def prompt_and_responses(row, form):
     """(prompt, *responses) of a row in the Format `form`. The prompt is a text or messages. The responses are
     the chosen and the rejected one, one alone, or none, depending on the format. Raises BadRow for a row that
-    has no such prompt and responses."""
+    cannot be read so. A value that is missing or no text may be returned as it is; `pair_of` refuses it."""
     values = [row.get(column) for column in form.needed]
     if form.compute is not None:
         return form.compute(row, *values)
@@ -800,7 +800,7 @@ def remove_repeated_prompts(pairs):
 
 
 def repeats_its_prompt(pair):
-    """Whether the prompt is a string, and each response begins with it and continues."""
+    """Whether there is a response, and each one begins with the prompt, a string, and goes on after it."""
     if not isinstance(pair.prompt, str) or pair.chosen is None:
         return False
     for response in (pair.chosen, pair.rejected):

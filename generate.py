@@ -291,7 +291,7 @@ def heads_of(model):
 
 
 def copy_settings_of_rank_0(model):
-    """Copy rank 0's attention setting and end tokens to the ranks that hold no weights."""
+    """Copy rank 0's attention setting and end tokens to the ranks without weights. All ranks take part."""
     attention = model.config.get_text_config()._attn_implementation
     ends = getattr(model, "generation_config", None)                 # a classifier has none
     attention, model.generation_config = of_rank_0((attention, ends))

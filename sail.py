@@ -446,7 +446,7 @@ def plan(n_pairs, mix, settings):
 
 @lru_cache(maxsize=4)
 def order_of(n_pairs, seed, is_variants, epoch):
-    """The order in which an epoch visits the pairs. The variant's order differs from the data's."""
+    """The indices of the pairs in an epoch's order, which is another for the variant than for the data."""
     generator = torch.Generator()
     generator.manual_seed(seeded("order", seed, int(is_variants), epoch))
     return torch.randperm(n_pairs, generator=generator).tolist()

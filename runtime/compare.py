@@ -143,8 +143,8 @@ def with_fingerprint(source, sha256):
 
 def groups_of(conditions):
     """Group runs that differ only in their seed: {name: paths}, from {path: the run's conditions}. The paths
-    of such runs differ only in their ending -sN. Their conditions are the same, except that each of them may
-    have its own reference."""
+    of a group differ at most in their ending -sN, and its conditions at most in the reference. A name is the
+    end of the path without -sN; if several groups share it, the names of their runs follow in brackets."""
     groups = defaultdict(list)
     for path, words in conditions.items():
         variant = Path(re.sub(r"-s\d+$", "", str(path)))
@@ -269,7 +269,7 @@ def print_table(results, seeds=None):
 
 
 def write_figures(results, path):
-    """Write {model: {name: {value, low, high}}} as JSON. Numbers that are not finite are null."""
+    """Write {model: {name: (value, low, high)}} as JSON, triples as objects. A non-finite number is null."""
     written = {}
     for model, figures in results.items():
         written[model] = {}

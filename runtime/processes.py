@@ -260,8 +260,8 @@ class StopSignals:
 
     @contextmanager
     def interrupting(self):
-        """A context in which the first signal raises Interrupted. It is for work that can be repeated later,
-        such as an evaluation."""
+        """A context in which the first signal, even one that came before, raises Interrupted. It is for work
+        that can be repeated later, such as an evaluation."""
         self.may_interrupt = True
         try:
             if self.exit_status is not None:

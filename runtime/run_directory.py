@@ -90,9 +90,9 @@ def write_rows(path, rows):
 
 def refuse_output(path, is_own, *inputs, flag="--out"):
     """Refuse an output file before there is work to lose. Raises InputError if the path is no regular file,
-    if it is one of the `inputs`, the files that the command reads, or if it is a file that such a command has
-    not written; raises OSError if it cannot be written. is_own: a function that tells from a file's text
-    whether such a command wrote the file."""
+    if it is one of the `inputs`, the files that the command reads, or if it holds a text for which
+    is_own(text) is false, since another program has written it; raises OSError if it cannot be written. The
+    file's directory is made. flag: the option that names the file, for the messages."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise InputError(f"{flag} {path} is a directory, or no regular file; give the name of a file")
@@ -317,7 +317,7 @@ def start_afresh(out, args):
 
 
 def write_line(out, name, row):
-    """Append a row to out/name.jsonl. A number that is not finite is written as null."""
+    """Append a row to out/name.jsonl, on rank 0 only. A number that is not finite is written as null."""
     if rank() != 0:
         return
     written = {}

@@ -21,7 +21,7 @@ LAYER_KINDS = ("gemma3_text", "gemma3n_text", "olmo3")
 @fails_together                                        # no process ends before the model is written
 def save_model(policy, tokenizer, args, merge):
     """Write OUT/model, a whole model that any tool loads. For a policy with an adapter, this is the model
-    that `merge` makes of {name: trained weight}, and the adapter itself is written to OUT/adapter. args: the
+    that merge({name: trained weight}) returns, and the adapter itself is written to OUT/adapter. args: the
     run's settings. All processes take part."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -143,7 +143,7 @@ def command_of(args):
 
 
 def last_figures(out):
-    """A sentence with the last figures in a run's eval.jsonl."""
+    """A sentence with the last figures in a run's eval.jsonl, or one that says that there are none."""
     evaluations = read_log(out / "eval.jsonl", evaluation_of)
     if not evaluations:
         return "No pair was held out, so the model was not evaluated."

@@ -51,7 +51,7 @@ def is_finite(number):
 
 
 def converter(cls, field):
-    """A function that makes the field's value of a text, or raises ArgumentTypeError for a bad value."""
+    """The function that converts a text to the field's value, or raises ArgumentTypeError or ValueError."""
     kind, declared = kind_of(cls, field.name), field.metadata
 
     def convert(text):

@@ -143,7 +143,7 @@ def end_early(loop):
 
 
 def count_step(progress, step, seconds):
-    """Enter a step that was trained into the progress, with the record that is to be logged."""
+    """Enter a Step in the progress: its number, whether it was skipped, and its record, to be logged."""
     progress["step"] = step.number
     if step.finite:
         progress["in_a_row"] = 0
