@@ -14,7 +14,7 @@ class InputError(ValueError):
 @contextmanager
 def foreign(problem):
     """A context for one call of code that is not ours, such as a library that reads or writes a file. Any
-    exception becomes InputError(problem), with the first 200 characters of the reason in brackets. Our own
+    Exception becomes InputError(problem), with the first 200 characters of the reason in brackets. Our own
     code does not belong inside, since a fault of ours must show its traceback."""
     try:
         yield
@@ -27,7 +27,8 @@ DATA_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 def command_line(main):
     """Run a script's `main`; bad input, a file that fails, or an optional package that is not there, becomes
-    one line on stderr and exit status 2. Ctrl-C becomes one line and exit status 130."""
+    one line on stderr and exit status 2. Ctrl-C becomes one line and exit status 130. Under torchrun, only
+    rank 0 prints the line of bad input and of Ctrl-C. Other exceptions pass."""
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")            # escapes half a surrogate pair
     if signal.getsignal(signal.SIGINT) is end_interrupted:               # the imports are done
@@ -47,7 +48,8 @@ def command_line(main):
 
 
 def show_missing_package(kind, error, trace):
-    """A sys.excepthook that shows a missing package in one line, and any other exception as Python does."""
+    """A sys.excepthook that shows a missing package in one line and exits with status 2. It shows any other
+    exception as Python does."""
     if not issubclass(kind, ModuleNotFoundError):
         return sys.__excepthook__(kind, error, trace)
     script = Path(sys.argv[0]).name
@@ -56,14 +58,14 @@ def show_missing_package(kind, error, trace):
 
 
 def end_interrupted(*_):
-    """A handler of SIGINT that ends the process at once, with one line."""
+    """A handler of SIGINT that ends the process at once, with status 130 and one line, printed by rank 0."""
     if os.environ.get("RANK", "0") == "0":
         os.write(2, f"{Path(sys.argv[0]).name}: interrupted\n".encode())
     os._exit(130)
 
 
 def is_open(stream):
-    """Whether text that is written to a stream reaches its reader."""
+    """Flush a stream; returns whether that worked. It fails, for example, if the reader is gone."""
     try:
         stream.flush()
     except OSError:
@@ -84,12 +86,12 @@ def one_line(error):
 
 
 def first_line(error):
-    """The first line of an exception's text."""
+    """The first line of an exception's text, without full stops at its end."""
     return str(error).strip().split("\n")[0].rstrip(".")
 
 
 def format_counts(counter):
-    """{'empty response': 4} -> '4 empty response'."""
+    """{'empty response': 4} -> '4 empty response'; 'none' for an empty counter."""
     return ", ".join(f"{times} {what}" for what, times in counter.items()) or "none"
 
 
