@@ -5,7 +5,8 @@ import torch
 
 
 def student(degrees):
-    """The 97.5 % quantile of Student's t with this number of degrees of freedom."""
+    """The 97.5 % quantile of Student's t with this number of degrees of freedom, which is at least 1. Its
+    error is below 0.005."""
     table = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
     if degrees <= len(table):
         return table[degrees - 1]
@@ -51,7 +52,8 @@ def share_of(values):
 
 
 def prefers_chosen(margins):
-    """1 if the chosen response has the higher reward, ½ for a tie, else 0; any shape."""
+    """For a tensor of margins, chosen less rejected, of any shape: 1 if the margin is positive, ½ if it is 0,
+    else 0."""
     return (margins > 0) + 0.5 * (margins == 0)
 
 
