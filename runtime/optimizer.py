@@ -7,8 +7,9 @@ from runtime.processes import is_sharded
 
 
 def make_optimizer(parameters, steps, settings):
-    """Make (optimizer, scheduler). The learning rate rises linearly during the warm-up, and is then constant
-    or falls as a cosine. The warm-up takes a tenth of the steps if settings.warmup_steps is None."""
+    """Make (optimizer, scheduler). The learning rate rises linearly during the warm-up, and is then constant.
+    The schedule "cosine" multiplies this by a factor that falls from 1 to 0 as a half cosine over all
+    `steps`, the warm-up included. The warm-up takes a tenth of the steps if settings.warmup_steps is None."""
     if settings.optimizer == "rmsprop":
         optimizer = torch.optim.RMSprop(parameters, settings.learning_rate)
     else:
@@ -27,8 +28,9 @@ def make_optimizer(parameters, steps, settings):
 
 
 def optimizer_step(model, optimizer, scheduler, max_grad_norm, loss):
-    """Take one optimizer step, unless the loss or the gradient is not finite: (gradient norm before clipping,
-    learning rate, whether the step was taken)."""
+    """Clip the gradient and take one step of optimizer and scheduler, unless the loss or the gradient is not
+    finite: (gradient norm before clipping, learning rate, whether the step was taken). The gradients are
+    cleared in any case. All processes call this together, with the same loss."""
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     if is_sharded(model):
         grad_norm = grad_norm.full_tensor()
