@@ -16,7 +16,8 @@ def is_packed(model):
 
 
 def packed_logits(model, input_ids, attention_mask, response_mask):
-    """The logits (N, V) that predict the response's tokens of rows, which `data.collate` has made."""
+    """The logits (N, V) that predict the response tokens of rows from `data.collate`, one row after another.
+    The model is one that `allow_packing` has switched over."""
     device = next(model.parameters()).device
     inputs, places = pack(input_ids, attention_mask, response_mask, device)
     scored = response_mask[:, 1:].bool()
@@ -30,8 +31,9 @@ def pack(input_ids, attention_mask, response_mask, device):
     (inputs, places).
 
     If the rows are on the CPU, the CPU never has to wait for a GPU. inputs, on `device`: input_ids and
-    position_ids, (1, N), and `packing`, from which attention restores the separate rows. places: (B, T), the
-    place of each token in the packed row; the places of padding have no meaning."""
+    position_ids, (1, N), an attention_mask that hides nothing, and `packing`, from which attention restores
+    the separate rows. places: (B, T), the place of each token in the packed row; the places of padding have
+    no meaning."""
     real = attention_mask.bool()                                       # (B, T)
     positions = attention_mask.cumsum(-1) - 1
     positions = positions.clamp(min=0)
@@ -57,7 +59,8 @@ def pack(input_ids, attention_mask, response_mask, device):
 
 
 def first_with_prompt(input_ids, prompt):
-    """For each row, the first row with the same prompt: (B,)."""
+    """For each row, the index of the first row with the same prompt, (B,). prompt: (B, T), a mask of the
+    tokens of the prompts."""
     rows, first = {}, []
     for row, (ids, in_prompt) in enumerate(zip(input_ids, prompt, strict=True)):
         key = tuple(ids[in_prompt].tolist())
@@ -92,8 +95,8 @@ def grids_of(places, real, n):
 
 
 def packed_attention(module, query, key, value, attention_mask, packing=None, **options):
-    """SDPA attention as in transformers. For a packed row, it works within each of the rows that were packed.
-    query, key, value: (1, heads, N, D) -> (1, N, heads, D)."""
+    """SDPA attention as in transformers. For a packed row, it works within each of the rows that were packed:
+    query (1, heads, N, D), and key and value, which may have fewer heads -> ((1, N, heads, D), None)."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
@@ -135,8 +138,9 @@ def register_packing():
 
 @torch.no_grad()
 def allow_packing(model):
-    """Switch a model over to packed rows if it gives the same logits for them; returns the model. This is
-    tried on two short rows, because recurrent layers, for example, mix the rows that are packed together."""
+    """Switch a model over to packed rows, in place, if `can_be_packed` and if it gives the same logits for
+    them; returns the model. This is tried on two short rows, because recurrent layers, for example, mix the
+    rows that are packed together."""
     if not can_be_packed(model.config.get_text_config()):
         return model
     register_packing()
