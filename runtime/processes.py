@@ -1,7 +1,8 @@
 """The processes that torchrun starts. Each works on its share of a step's pairs, and a model that is too big
 for one process is split into shards.
 
-In a run of one process, the functions by which processes communicate do nothing, or return what they got."""
+The functions by which processes communicate must be called by all of them together. In a run of one process,
+such a function works with the values of this process alone."""
 import os
 import shutil
 import signal
@@ -23,8 +24,8 @@ from runtime.command_line import InputError, first_line, one_line
 @contextmanager
 def process_group(shard=False):
     """A context in which this process is connected with torchrun's other processes; it yields the device of
-    this process. With `shard` a single process is connected too, since FSDP needs this. Raises OSError if
-    another process is lost."""
+    this process (see `own_device`). With `shard` a single process is connected too, since FSDP needs this.
+    Raises OSError if another process is lost."""
     device = own_device()
     if shard or int(os.environ.get("WORLD_SIZE", 1)) > 1:
         connect(device)
@@ -41,10 +42,10 @@ def process_group(shard=False):
 
 
 def own_device():
-    """This process's GPU, or the CPU if there is none. On a CPU, gradients are summed in a fixed order,
-    whatever the number of threads. On a GPU, float32 products are computed in TF32, and attention does not
-    use cuDNN: torch 2.11 and later prefer it, and it plans again for each new shape, which means for each
-    decoded token."""
+    """This process's GPU, or the CPU if there is none. This also sets options of torch for the whole process.
+    On a CPU, gradients are summed in the same order each time, even with several threads. On a GPU, float32
+    products are computed in TF32, and attention does not use cuDNN: torch 2.11 and later prefer it, and it
+    plans again for each new shape, which means for each decoded token."""
     if not torch.cuda.is_available():
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False    # it only helps to find mistakes
@@ -87,17 +88,17 @@ def computing_in(dtype, model):
 
 
 def sent(tensor, device):
-    """Copy a tensor to the device, without waiting until it has arrived."""
+    """A tensor on the device: itself if it is there already, else a copy, for which nothing waits."""
     return tensor.to(device, non_blocking=True)
 
 
 def rank():
-    """This process's number; 0 prints and writes."""
+    """This process's number, 0 outside of `process_group`; rank 0 prints and writes."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size():
-    """How many processes there are."""
+    """How many processes there are; 1 outside of `process_group`."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -108,8 +109,8 @@ def print0(line):
 
 
 def progress(items, what):
-    """Yield `items` one by one, with a bar that shows how many are done: on a terminal after three seconds,
-    elsewhere every half minute."""
+    """Yield `items`, which have a length, one by one, with a bar that shows how many are done: on a terminal
+    after three seconds, elsewhere every half minute. Only rank 0 shows it, and not for a single item."""
     interval = 0.1 if sys.stderr.isatty() else 30
     options = {**bar_options(), "disable": rank() != 0 or len(items) == 1}
     return tqdm(items, what, leave=False, delay=3, mininterval=interval, maxinterval=max(10, interval),
@@ -123,7 +124,7 @@ def bar_options():
 
 
 def of_rank_0(value):
-    """Send rank 0's value to all processes and return it."""
+    """Send rank 0's value to all processes, which call this together, and return it."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, group=meeting)
@@ -131,7 +132,7 @@ def of_rank_0(value):
 
 
 def of_all(value):
-    """The values of all processes, in their order."""
+    """The values of all processes, which call this together: a list in the order of the ranks."""
     values = [value]
     if dist.is_initialized():
         values = [None] * world_size()
@@ -154,7 +155,8 @@ def share_of_process(*lists):
 def divided(function, items):
     """Compute function(items), a list with a result for each item, in shares: each process computes its
     share, and every process gets all results. If there are fewer items than processes, some processes compute
-    the first item without using the result, since all must take part in the forwards of a sharded model."""
+    the first item without using the result, since all must take part in the forwards of a sharded model. The
+    function may fail as in `fails_together`."""
     n, results = world_size(), [None] * len(items)
     share = items[rank()::n] or items[:1]
     for nth, part in enumerate(of_all(fails_together(function)(share))):
@@ -163,9 +165,9 @@ def divided(function, items):
 
 
 def raise_together(problem=None, where=""):
-    """If a process has a problem, raise InputError with it on all processes. If none has one, all processes
-    have met when this returns. Raises OSError if a process does not come; its text says which one, and that
-    it was missing at the end of the function `where`."""
+    """If a process has a problem, a text, raise InputError with it on all processes. If none has one, all
+    processes have met when this returns. Raises OSError if a process does not come; its text says that it was
+    missing at the end of the function `where` and, on rank 0, which one it is."""
     if dist.is_initialized():
         try:
             dist.monitored_barrier(meeting, PATIENCE, wait_all_ranks=True)
@@ -179,7 +181,8 @@ def raise_together(problem=None, where=""):
 
 def fails_together(function):
     """A decorator: if the function raises InputError in one process, or an OSError such as a full disk, it
-    raises InputError in every process, so that no process waits for another in vain."""
+    raises InputError in every process, so that no process waits for another in vain. All processes have to
+    call the function, since they meet at its end. Any other exception is raised in its own process alone."""
     @wraps(function)
     def wrapped(*args, **options):
         problem, result = None, None
@@ -194,7 +197,7 @@ def fails_together(function):
 
 
 def all_sum(totals, device):
-    """Sum a Counter of floats over the processes, all of which must have the same keys."""
+    """Sum a Counter of numbers over the processes, all of which call this together with the same keys."""
     if not dist.is_initialized():
         return totals
     names = sorted(totals)
@@ -204,9 +207,9 @@ def all_sum(totals, device):
 
 
 def sum_gradients(model):
-    """Sum the gradients over the processes (FSDP has done so for a sharded model). A parameter that the loss
-    does not reach gets a gradient of zeros, so that the optimizer has a state for it that can be saved and
-    continued from."""
+    """Sum the gradients over the processes, in place (FSDP has done so for a sharded model). A trained
+    parameter that the loss does not reach gets a gradient of zeros, so that the optimizer has a state for it
+    that can be saved and continued from."""
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
@@ -223,8 +226,8 @@ class Interrupted(BaseException):
 class StopSignals:
     """A context in which the first SIGINT, SIGTERM or SIGHUP is noted, so that a run can end after its step,
     and a second one ends the process at once. A signal that the process was started to ignore, as nohup does
-    with SIGHUP, stays ignored. A child process, which a reward may start, gets back the handlers that were
-    there before."""
+    with SIGHUP, stays ignored. A forked child process, which a reward may start, gets back the handlers that
+    were there before."""
 
     def __init__(self):
         self.exit_status = None                 # the process's status, once a signal has come
@@ -248,7 +251,7 @@ class StopSignals:
         self.before = {}
 
     def note(self, number, _):
-        """The handler of the first signal."""
+        """The handler of the first signal. It raises Interrupted inside of `interrupting`."""
         self.exit_status = 130 if number == signal.SIGINT else 0
         for each in self.before:
             signal.signal(each, signal.SIG_DFL)
@@ -279,8 +282,9 @@ def is_sharded(model):
 
 
 def shard(model, device="cpu", dtype="float32"):
-    """Split a model over the processes (FSDP2), in place. Rank 0 has the model's weights, and the other
-    processes get their parts of them. The parts keep their dtype: float32, or bfloat16 if frozen."""
+    """Split a model over the processes (FSDP2), in place; all of them call this together. Rank 0 has the
+    model's weights, and the other processes, whose model is on the meta device, get their parts of them on
+    `device`. The parts keep their dtype: float32, or bfloat16 if frozen. dtype: see `split_layers`."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     weights = {}
     if rank() == 0:
@@ -308,7 +312,7 @@ def split_layers(model, dtype):
 
 
 def decoder_layers(model):
-    """The model's decoder layers: the list of modules that holds most of the model's parameters."""
+    """The model's decoder layers: of its lists of modules, the one with the most parameters."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     return max(lists, key=lambda layers: sum(p.numel() for p in layers.parameters()))
 
@@ -316,8 +320,8 @@ def decoder_layers(model):
 @contextmanager
 def gathered(model):
     """A context in which each process holds a whole copy of a sharded model in its compute dtype, so that it
-    can call the model as often as it likes without the other processes. It does nothing for a model that is
-    not sharded."""
+    can call the model as often as it likes without the other processes. All processes enter it together. It
+    does nothing for a model that is not sharded."""
     parts = [module for module in model.modules() if is_sharded(module)]
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
