@@ -44,7 +44,8 @@ def parse_json(text, **options):
 
 
 def read_json(path):
-    """The object in a JSON file of a run. Raises InputError if it is cut short."""
+    """The object in a JSON file, as a dict. Raises InputError if the file holds anything else, for example
+    because it was cut short."""
     try:
         return dict(parse_json(Path(path).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
@@ -89,10 +90,10 @@ def write_rows(path, rows):
 
 
 def refuse_output(path, is_own, *inputs, flag="--out"):
-    """Refuse an output file before there is work to lose. Raises InputError if the path is no regular file,
-    if it is one of the `inputs`, the files that the command reads, or if it holds a text for which
-    is_own(text) is false, since another program has written it; raises OSError if it cannot be written. The
-    file's directory is made. flag: the option that names the file, for the messages."""
+    """Refuse an output file before there is work to lose. Raises InputError if something exists at the path
+    that is no regular file, is one of the `inputs`, the files that the command reads (or None), or holds a
+    text for which is_own(text) is false, since another program has written it; raises OSError if it cannot be
+    written. The file's directory is made. flag: the option that names the file, for the messages."""
     path = Path(path)
     if path.exists() and not path.is_file():
         raise InputError(f"{flag} {path} is a directory, or no regular file; give the name of a file")
@@ -110,7 +111,7 @@ def refuse_output(path, is_own, *inputs, flag="--out"):
 
 
 def has_columns(*names):
-    """A function that tells whether a text is JSON lines whose first line has these columns."""
+    """A function that tells whether the first line of a text is a JSON object with these columns."""
     def is_own(text):
         try:
             return {*names} <= {*parse_json(text[:text.find("\n")])}
@@ -121,8 +122,9 @@ def has_columns(*names):
 
 
 def write_directory(directory, write):
-    """Call write(path) on a free name beside the directory, then rename it: a directory appears under its
-    final name only when it is complete. Raises InputError if it cannot be written."""
+    """Call write(path) on a new directory beside this one, then rename it: a directory appears under its
+    final name only when it is complete. What had that name is removed. Raises InputError if the new directory
+    cannot be written."""
     from transformers.utils.logging import disable_progress_bar
     disable_progress_bar()                                             # writing a model takes a moment
     directory = Path(directory)
@@ -148,8 +150,8 @@ def remove(directory):
 # --- begin and log ------------------------------------------------------------------------------------------
 
 def run_directory(source):
-    """runs/NAME for a data source: a file's name without its ending, a directory's name, or a hub name with -
-    for / and :."""
+    """runs/NAME for a data source. NAME is a file's name, without its ending if DATA_FILES has it (so not
+    .gz), the name of the directory to which a path leads, or a hub name with - for / and :."""
     path = Path(source)
     if path.exists() or path.suffix in DATA_FILES:
         name = os.path.basename(os.path.realpath(path))    # Path.resolve refuses a link to itself
@@ -188,7 +190,7 @@ def refuse_unlike_directories(out):
 
 @fails_together
 def write_token(out):
-    """Rank 0 writes an empty file of a new name into OUT and returns its path."""
+    """Rank 0 writes an empty file of a new name into OUT and returns its path; other ranks return None."""
     if rank() == 0:
         token = free_name(out / socket.gethostname(), ".token")
         write_bytes(token, b"")
@@ -206,8 +208,8 @@ def wait_for(path, seconds=10):
 @fails_together
 def begin(out, args, recorded, progress, policy, optimizer, scheduler):
     """Begin a run in `out`, or with --resume continue it from its newest checkpoint: (lock, progress). Other
-    runs are kept out for as long as the lock, a file, is open. Raises InputError if there is another run in
-    `out`."""
+    runs are kept out for as long as the lock, an open file (None on ranks other than 0), is open. All
+    processes call this together. Raises InputError as `lock_directory` and `resume` do."""
     lock = lock_directory(out, args)                                   # before what all processes do together
     refuse_unlike_directories(out)
     checkpoint = of_rank_0(newest_checkpoint(out))
@@ -250,7 +252,7 @@ def open_lock(out):
 
 def refuse_foreign(out):
     """Raises InputError if `out` has a symbolic link under a name that a run writes, or if it has anything
-    under such a name and no args.json that says that it is a run's directory."""
+    but a lock under such a name and no args.json that says that it is a run's directory."""
     for name in (*NAMES, "lock"):
         path = out / name
         if path.is_symlink():
@@ -272,8 +274,9 @@ def is_run_directory(out):
 
 
 def run_that_held_out(run):
-    """The directory of the run that held out the pairs on which this run was evaluated. It is another run if
-    this run's eval_data is a run. Raises InputError if runs name each other in a circle."""
+    """The directory of the run whose settings name the pairs on which this run was evaluated. It is another
+    run if this run's eval_data is a run. Raises InputError if an args.json is damaged, or if runs name each
+    other in a circle."""
     passed = []
     while True:
         passed.append(os.path.realpath(run))
@@ -286,8 +289,8 @@ def run_that_held_out(run):
 
 
 def refuse_occupied(out, args):
-    """Raises InputError if `out` holds something that is no run's, a run that the settings neither replace
-    nor continue, or a run to continue whose args.json is damaged."""
+    """Raises InputError as `refuse_foreign` does, or if `out` holds a run with a checkpoint or a model that
+    the settings neither replace nor continue, or a run to continue whose args.json is damaged."""
     if args.resume and (out / "args.json").is_file():
         read_json(out / "args.json")
     refuse_foreign(out)
@@ -302,7 +305,9 @@ def refuse_occupied(out, args):
 
 
 def start_afresh(out, args):
-    """Remove what an earlier run left in `out`. Without --overwrite its logs are kept, as NAME.jsonl.old."""
+    """Remove the models and checkpoints that an earlier run left in `out`, and begin empty logs. Without
+    --overwrite, earlier logs that are not empty are kept, as NAME.jsonl.old or NAME.jsonl.2.old, and so
+    on."""
     for name in ("model", "adapter", "checkpoints"):
         remove(out / name)
     if args.resume:
@@ -317,7 +322,8 @@ def start_afresh(out, args):
 
 
 def write_line(out, name, row):
-    """Append a row to out/name.jsonl, on rank 0 only. A number that is not finite is written as null."""
+    """Append a row to out/name.jsonl, on rank 0 only. A value of the row that is a number and not finite is
+    written as null; numbers inside of a value are not changed."""
     if rank() != 0:
         return
     written = {}
@@ -330,7 +336,7 @@ def write_line(out, name, row):
 
 
 def print_step(record, steps):
-    """Print a step's record as a line."""
+    """Print a line with the values of PRINTED that a step's record has, once for all processes."""
     fields = [f"{name} {record[name]:.4g}" for name in PRINTED if record.get(name) is not None]
     print0(f"step {record['step']}/{steps} | " + " | ".join(fields))
 
@@ -359,8 +365,8 @@ class Evaluation:
 
 def evaluation_of(row):
     """The Evaluation in a row of eval.jsonl, {"step": 5, "prompts": 128, NAME: value, "NAME_interval": [low,
-    high], …}, where values and intervals may be null. Raises KeyError, TypeError or ValueError for another
-    row."""
+    high], …}. A figure whose value is null is left out; an interval that is null becomes nan. Raises
+    KeyError, TypeError, ValueError or OverflowError for another row."""
     figures = {}
     for name, value in row.items():
         if f"{name}_interval" in row and value is not None:
@@ -370,7 +376,8 @@ def evaluation_of(row):
 
 
 def float_of(value):
-    """A number of a log as a float; null is nan. Raises TypeError for a value that is no number."""
+    """A number of a log as a float; null is nan. Raises TypeError for a value that is no number, and
+    OverflowError for an int that is too large."""
     if value is None:
         return math.nan
     if not isinstance(value, (int, float)):
@@ -379,14 +386,16 @@ def float_of(value):
 
 
 def whole_lines(path, size):
-    """The whole lines in the first `size` bytes of a log; half a line is left by a disk that was full."""
+    """The whole lines in the first `size` bytes of a log, as bytes, without half a line at the end, which a
+    full disk leaves."""
     lines = path.read_bytes()[:size]
     return lines[:lines.rfind(b"\n") + 1]
 
 
 def read_log(path, convert, size=None):
     """Read the rows of a run's log: convert(object) of the JSON object on each line. If `size` is given, only
-    `whole_lines` are read. Raises InputError for a line that no run has written."""
+    `whole_lines` are read. Raises InputError for a line that no run has written, which is one that is no JSON
+    object, or for which `convert` raises KeyError, TypeError, ValueError or OverflowError."""
     rows = []
     content = path.read_bytes() if size is None else whole_lines(path, size)
     for number, line in enumerate(content.split(b"\n"), 1):
@@ -402,14 +411,16 @@ def read_log(path, convert, size=None):
 # --- checkpoints --------------------------------------------------------------------------------------------
 
 def fingerprint(ids):
-    """SHA-256 of the data as token ids, in lists of any depth. It differs if the data, the tokenizer, the
-    template or the truncation differ."""
+    """SHA-256 of the data as token ids, with or without labels, in lists of any depth. It differs if another
+    text, label, tokenizer, template or truncation changes what the lists hold."""
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def fingerprint_files(name):
     """SHA-256 of the files that a model or a reward comes from, by its directory, hub name or
-    FILE.py:FUNCTION; None for None. Of a large file it reads its size and 64 samples."""
+    FILE.py:FUNCTION; None for None. Of a directory, these are the files with an ending in MODEL_FILES. Of a
+    file of more than 4 MiB it reads the size and some 64 samples. Raises InputError for a name that is not
+    found on the hub."""
     if name is None:
         return None
     if ".py:" in name:
@@ -460,7 +471,8 @@ def state_of(policy, optimizer):
 
 
 def save_checkpoint(out, policy, optimizer, progress):
-    """Write checkpoints/STEP, all processes together; keep the last two. Raises InputError if it fails."""
+    """Write checkpoints/STEP, all processes together, unless it exists; keep the last two. Raises InputError
+    if it fails."""
     import torch.distributed.checkpoint as dcp                        # here, since this import takes a second
     path = out / "checkpoints" / str(progress["step"])
     aside = path.with_name(path.name + ".writing")
@@ -490,7 +502,7 @@ def reason_of(error):
 
 @fails_together
 def make_empty(directory):
-    """Rank 0 makes an empty directory."""
+    """Rank 0 makes an empty directory, in place of the one that may be there."""
     if rank() == 0:
         remove(directory)
         directory.mkdir(parents=True)
@@ -518,7 +530,7 @@ def run_of_checkpoint(name):
 
 def trained_weights(path):
     """The parameters that a checkpoint holds, {name: tensor}, whole and on the CPU. No other process takes
-    part. Raises InputError if they cannot be read."""
+    part. Raises InputError if they cannot be read, or if one has a nan, which stands for a missing part."""
     import torch.distributed.checkpoint as dcp
     state = {}
     try:
@@ -539,10 +551,11 @@ def trained_weights(path):
 
 
 def resume(path, recorded, policy, optimizer, scheduler):
-    """Continue from the checkpoint `path`: restore weights, optimizer and scheduler, cut the logs to what
-    they were at the checkpoint, and return the progress. recorded: the present settings and fingerprints, as
-    in args.json; its `may_change` names the settings that may differ from the run's args.json. Raises
-    InputError if another value differs, if the checkpoint cannot be read, or if a log has lost lines."""
+    """Continue from the checkpoint `path`: restore weights, optimizer and scheduler in place, cut the logs to
+    what they were at the checkpoint, and return the progress. All processes call this together. recorded: the
+    present settings and fingerprints, as in args.json; its `may_change` names the settings that may differ
+    from the run's args.json. Raises InputError if another value differs, if the checkpoint or eval.jsonl
+    cannot be read, or if a log has lost lines."""
     import torch.distributed.checkpoint as dcp
     out, progress = path.parents[1], read_progress(path)
     logs = progress.pop("logs")
@@ -576,7 +589,7 @@ def refuse_unreadable(path):
 
 
 def cut_log(path, size):
-    """Cut a log to its `whole_lines`."""
+    """Cut a log to its `whole_lines` of the first `size` bytes."""
     write_bytes(path, whole_lines(path, size))
 
 
@@ -600,7 +613,7 @@ def read_progress(path):
 
 
 def is_record(record, step):
-    """Whether a value is the record of this step: numbers by name, or null."""
+    """Whether a value is the record of this step: a dict of numbers and nulls, with the step as `step`."""
     if not isinstance(record, dict) or record.get("step") != step:
         return False
     return all(value is None or isinstance(value, (int, float)) for value in record.values())
@@ -615,7 +628,8 @@ def refuse_changed_settings(out, recorded):
 
 
 def refuse_changes(before, recorded, path):
-    """Raises InputError if a setting or an input of the run has changed and is not allowed to change."""
+    """Raises InputError if a value in `recorded` is not the one in `before`, the earlier args.json, and is
+    not allowed to change. path: the checkpoint, for the message."""
     for name, value in recorded.items():
         if name in recorded["may_change"] or before.get(name) == value:
             continue
