@@ -21,8 +21,8 @@ LAYER_KINDS = ("gemma3_text", "gemma3n_text", "olmo3")
 @fails_together                                        # no process ends before the model is written
 def save_model(policy, tokenizer, args, merge):
     """Write OUT/model, a whole model that any tool loads. For a policy with an adapter, this is the model
-    that merge({name: trained weight}) returns, and the adapter itself is written to OUT/adapter. args: the
-    run's settings. All processes take part."""
+    that merge({name: trained weight}) returns, and the adapter itself is written to OUT/adapter. Earlier ones
+    are replaced. args: the run's settings. All processes take part, and rank 0 writes."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     names = {name for name, _ in policy.named_parameters()}            # one name of tied parameters
@@ -50,9 +50,9 @@ def save_model(policy, tokenizer, args, merge):
 
 
 def add_keys_of_version_4(directory):
-    """Add to a saved model the keys that transformers 4 reads in place of those that version 5 writes.
-    Without them, version 4 takes its default rotary angles in silence, which makes another model, and it
-    finds no tokenizer."""
+    """Add to a saved model's config.json the keys that transformers 4 reads in place of those that version 5
+    writes, and rename in tokenizer_config.json what only version 5 knows. Otherwise version 4 takes its
+    default rotary angles in silence, which makes another model, and it finds no tokenizer."""
     config = read_json(directory / "config.json")
     for part in (config, *config.values()):                # a multimodal model has several configs
         if isinstance(part, dict):
@@ -71,7 +71,9 @@ def add_keys_of_version_4(directory):
 
 
 def add_rotary_keys(config):
-    """Add rope_theta, partial_rotary_factor and rope_scaling to a configuration that has rope_parameters."""
+    """Add rope_theta, partial_rotary_factor and rope_scaling, in place, to a configuration that has
+    rope_parameters, and the other names that Gemma 3 and Pythia, for example, read. Rotary encodings of which
+    version 4 knows no form are left as they are."""
     rope = config.get("rope_parameters") or {}
     if config.get("model_type") in LAYER_KINDS:
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
@@ -96,8 +98,8 @@ def add_rotary_keys(config):
 # --- the README.md of a saved model -------------------------------------------------------------------------
 
 def model_card(args):
-    """The text of a saved model's README.md: its base, method and data, the command, and the last held-out
-    figures of the run with the settings `args`."""
+    """The text of a saved model's README.md: its base, method and data, the command, the settings without a
+    flag, and the last held-out figures of the run with the settings `args`."""
     front, origin = "", origin_of(args.model)
     if not Path(origin).exists():                          # the hub refuses a card whose base is a directory
         front = f"base_model: {origin}\n"
@@ -112,8 +114,9 @@ def model_card(args):
 
 
 def origin_of(model):
-    """The hub name or directory of the base from which a model was trained. If the base is itself the model
-    of a run, that run's base is taken, and so on."""
+    """The hub name or directory of the base from which `model`, the model or a checkpoint of a run, was
+    trained. If the base is itself one of a run, that run's base is taken, and so on. Any other model is its
+    own base."""
     for _ in range(100):                                   # args.json of a foreign run may name itself
         out = run_of_checkpoint(model)
         if Path(model).name == "model" and is_run_directory(Path(model).parent):
@@ -125,7 +128,8 @@ def origin_of(model):
 
 
 def command_of(args):
-    """The command line of a run with these settings, and its settings that have no flag: (text, text)."""
+    """The command line of a run with these settings, and its settings that have no flag: (text, text). Values
+    that are a field's default, and settings that may change or have no effect on the run, are left out."""
     words = ["python", "sail.py" if hasattr(args, "variant") else "reward.py"]
     without_flag = []
     for field in fields(args):
