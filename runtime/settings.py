@@ -36,7 +36,8 @@ def flag_of(name):
 
 
 def kind_of(cls, name):
-    """The type of a field's value: int, float, str or bool, also where None is allowed."""
+    """The type of a field's value: int, float, str or bool, also where None is allowed. It is NoneType if
+    only None is allowed."""
     annotation = typing.get_type_hints(cls)[name]
     kinds = [kind for kind in typing.get_args(annotation) if kind is not type(None)]
     return kinds[0] if kinds else annotation
@@ -51,7 +52,8 @@ def is_finite(number):
 
 
 def converter(cls, field):
-    """The function that converts a text to the field's value, or raises ArgumentTypeError or ValueError."""
+    """The function that converts a text to the field's value, or raises ArgumentTypeError or ValueError. For
+    a switch it is useless: "False" becomes True."""
     kind, declared = kind_of(cls, field.name), field.metadata
 
     def convert(text):
@@ -82,8 +84,8 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
     def add_settings(self, cls, *names, title=None, **helps):
-        """Add flags for the fields of a dataclass: for those in `names`, or for all if `names` is empty.
-        helps: {field: the help text to use here}."""
+        """Add flags for the fields of a dataclass that have a help text: for those in `names`, or for all if
+        `names` is empty. helps: {field: the help text to use here}."""
         add = self.add_argument_group(title).add_argument if title else self.add_argument
         for field in fields(cls):
             declared = field.metadata
@@ -112,8 +114,9 @@ class Parser(argparse.ArgumentParser):
 
 
 def read_settings(file, cls, *names):
-    """Read some settings back from a run's args.json: {name: value}. The file may have been edited, so this
-    raises InputError for a value that no flag would accept."""
+    """Read some settings back from a run's args.json: {name: value}, without those that are missing or null.
+    names: settings that are no switches, since a switch would always be read as True. The file may have been
+    edited, so this raises InputError for a value that no flag would accept."""
     saved, settings = read_json(file), {}
     for field in fields(cls):
         value = saved.get(field.name)
@@ -127,10 +130,10 @@ def read_settings(file, cls, *names):
 
 
 def settings_to_resume(given, cls, own_code=None):
-    """The settings that --resume takes over from the run in --out, {name: value}. There are none if --resume
-    is not given, or if there is no run. Switches are not taken over, nor are settings that may change. Code
-    that the run's args.json names is taken over only if it is `own_code`; the command line has to name any
-    other code."""
+    """The settings that --resume takes over from the run in --out, {name: value}. There are none if `given`,
+    the settings on the command line, lacks one of the two flags, or if there is no run. Switches are not
+    taken over, nor are settings that may change. Code that the run's args.json names is taken over only if it
+    is `own_code`; the command line has to name any other code."""
     out = Path(given.get("out") or "")
     if not given.get("resume") or "out" not in given or not is_run_directory(out):
         return {}
@@ -143,10 +146,10 @@ def settings_to_resume(given, cls, own_code=None):
 
 
 def read_run(path, cls, *names):
-    """Find the model at a path and its run's settings: (directory or hub name, {name: value} of these
-    fields). The path of a run leads to the run's model, the path of a checkpoint to the checkpoint itself,
-    and any other path is a model, whose settings are {}. Raises InputError for a run that has no model
-    yet."""
+    """Find the model at a path and its run's settings: (directory or hub name, settings as `read_settings`
+    returns them). The path of a run leads to the run's model, the path of a checkpoint to the checkpoint
+    itself, and any other path, such as RUN/model, is a model, whose settings are {}. Raises InputError for a
+    run that has no model yet."""
     run = run_of_checkpoint(path)
     if run is not None:
         return str(path), read_settings(run / "args.json", cls, *names)
