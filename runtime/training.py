@@ -46,9 +46,9 @@ class Step:
 
 @fails_together
 def refuse_before_loading(out, args, *inputs):
-    """Raise errors that would otherwise end the run after its models are loaded: InputError if an input lies
-    in `out`, if `out` holds something that no flag allows to replace or continue, or if a setting differs
-    that --resume must not change. inputs: the names of the settings that are files or directories."""
+    """Raise errors that would otherwise end the run after its models are loaded: InputError if an input is
+    `out` or lies in it, as `refuse_occupied` does, or if a setting differs that --resume must not change.
+    inputs: the names of the settings that are files or directories. All processes call this together."""
     if rank() != 0:
         return
     refuse_inputs_inside(out, {flag_of(name): getattr(args, name) for name in inputs})
@@ -59,9 +59,10 @@ def refuse_before_loading(out, args, *inputs):
 
 @contextmanager
 def training(out, name, args, recorded, progress, model, optimizer, scheduler):
-    """A context with the Loop of a run in `out`, which is begun or, with --resume, continued. An InputError
-    or an OSError inside, for example because a disk is full, ends the run and saves the steps that were done.
-    Only an OSError in one of several processes ends it without saving.
+    """A context with the Loop of a run in `out`, which all processes begin together or, with --resume,
+    continue. An InputError or an OSError inside, for example because a disk is full, saves the steps that
+    were done, if there are any, and becomes an InputError that says so. In a run of several processes, an
+    OSError ends the run without saving.
 
     recorded: what args.json holds, the settings and the fingerprints of the inputs. progress: what the caller
     adds to the progress of every run."""
@@ -82,11 +83,12 @@ def training(out, name, args, recorded, progress, model, optimizer, scheduler):
 
 def steps(loop, count, evaluate):
     """Yield the Steps that are left of `count`; the loop's body trains one and fills it in. Then the step is
-    logged, and the run is evaluated and saved if that is due.
+    logged, and the run is evaluated and saved if that is due. Evaluations are due at the end and, unless
+    eval_every is 0, before the first step and every eval_every steps. Before each step, torch is seeded.
 
     evaluate() returns (figures, {"prompts": the number of prompts, …}, rows of samples), or None without
     held-out pairs; every process calls it. Raises InputError after ten steps in a row that are not finite,
-    and SystemExit once a signal has stopped the run and it is saved."""
+    and SystemExit once a signal has stopped the run and the steps that were done are saved."""
     progress, args = loop.progress, loop.args
     if progress["record"] is not None:                       # its logging failed before the resume
         log_step(loop, count)
@@ -132,7 +134,7 @@ def is_stopped(loop):
 
 
 def end_early(loop):
-    """Say how to go on, and end the process."""
+    """Say how to go on, and raise SystemExit with the status that belongs to the signal."""
     step = loop.progress["step"]
     if step:
         print0(f"stopped after step {step}, which is saved in {loop.out}/checkpoints/{step}; the same "
@@ -196,9 +198,9 @@ LOGITS = 3 * 2**24                     # the most logits of a forward on a CPU; 
 
 @lru_cache
 def logits_at_once():
-    """The most logits, positions × vocabulary, that one forward may make. On a GPU, where forwards of few
-    rows are slow, these are as many as fit, with their log-softmax and its gradients (12 bytes each), into a
-    quarter of the memory that is free at the first call."""
+    """The most logits, positions × vocabulary, that one forward may make: LOGITS on a CPU. On a GPU, where
+    forwards of few rows are slow, these are as many as fit, with their log-softmax and its gradients (12
+    bytes each), into a quarter of the memory that is free at the first call, but no fewer than LOGITS."""
     if not torch.cuda.is_initialized():
         return LOGITS
     free, _ = torch.cuda.mem_get_info()
@@ -207,9 +209,10 @@ def logits_at_once():
 
 
 def micro_batches(items, tokens_of, model, size=None):
-    """Divide the items, in order, into lists for one forward each. A list has at most `size` items, and no
-    more scored tokens than `logits_at_once` allows. An item that exceeds this alone has a list of its own.
-    tokens_of: a function that returns an item's number of scored tokens."""
+    """Divide the items, in order, into lists for one forward each. A list has at most `size` items, if that
+    is given, and no more scored tokens than `logits_at_once` allows. An item that exceeds this alone has a
+    list of its own. If there are no items, there is one empty list. tokens_of: a function that returns an
+    item's number of scored tokens."""
     vocabulary = model.config.get_text_config().vocab_size
     micros, logits, most = [[]], 0, logits_at_once()
     for item in items:
