@@ -1,7 +1,8 @@
 """Runs side by side: the table of their figures, the picture, the best that is possible.
 
 What a run has measured is read from its logs, eval.jsonl and samples.jsonl; no model is loaded here. Figures
-stand in one table only if they were measured on the same reward, held-out pairs, lengths, β and reference.
+stand in one table only if they were measured on the same reward, held-out pairs, lengths, β and reference,
+as far as each of these played a part. Only runs that differ in their seed may have different references.
 """
 import io
 import json
@@ -50,8 +51,8 @@ def read_runs(paths):
 
 
 def sample_of(row):
-    """A row of samples.jsonl, {"step": 5, "prompt": a text or messages, "response": a text, …}. Raises
-    KeyError, TypeError or ValueError for another row."""
+    """A row of samples.jsonl, {"step": 5, "prompt": a text or messages, "response": a text, …}; its `reward`
+    becomes a float. Raises KeyError, TypeError, ValueError or OverflowError for another row."""
     operator.index(row["step"])
     prompt = row["prompt"]
     if isinstance(prompt, list):
@@ -133,8 +134,8 @@ def held_out_of(args):
 
 
 def with_fingerprint(source, sha256):
-    """The last two parts of a path or name, since a path may be given in several ways, and the beginning of
-    the files' SHA-256."""
+    """The last two parts of a path or name, or the last one of FILE.py:FUNCTION, since a path may be given in
+    several ways, and the beginning of the files' SHA-256."""
     parts = Path(source).parts[-2:]
     if ".py:" in source:
         parts = parts[-1:]
@@ -144,7 +145,8 @@ def with_fingerprint(source, sha256):
 def groups_of(conditions):
     """Group runs that differ only in their seed: {name: paths}, from {path: the run's conditions}. The paths
     of a group differ at most in their ending -sN, and its conditions at most in the reference. A name is the
-    end of the path without -sN; if several groups share it, the names of their runs follow in brackets."""
+    end of the path without -sN. If several groups share that path, the names of their runs follow it in
+    brackets."""
     groups = defaultdict(list)
     for path, words in conditions.items():
         variant = Path(re.sub(r"-s\d+$", "", str(path)))
@@ -244,8 +246,8 @@ def printable(text):
 
 
 def print_table(results, seeds=None):
-    """Print results, {model: {name: figure}}, as a markdown table. seeds, {model: number of its runs},
-    becomes a column."""
+    """Print results, {model: {name: figure}}, as a markdown table of the figures that COLUMNS names. seeds,
+    {model: number of its runs}, becomes a column."""
     measured = set().union(*results.values())
     columns, heads = [], []
     if seeds:
@@ -283,7 +285,7 @@ def write_figures(results, path):
 
 
 def are_figures(text):
-    """Whether `write_figures` has written this text."""
+    """Whether a text has the form of those that `write_figures` writes."""
     try:
         for figures in parse_json(text).values():
             for figure in figures.values():
@@ -296,7 +298,7 @@ def are_figures(text):
 
 def print_samples(samples, count):
     """Print the answers of all models, {model: rows of samples}, to the first `count` prompts, one prompt
-    after the other."""
+    after the other. The rows of all models must be for the same prompts in the same order."""
     kept = min(len(rows) for rows in samples.values())
     if kept < count:
         print(f"\nonly {kept} of the {count} prompts have answers")
@@ -321,10 +323,11 @@ def frontier(rewards, temperatures):
     For each temperature t this is the policy π_t ∝ π_ref·exp(r/t), which has the highest reward of all
     policies with the same KL.
 
-    The samples are weighted by exp(r/t), self-normalised importance sampling. Rows: kl in nats per response;
-    reward; best, the highest reward − t·KL, which is t·log E_ref exp(r/t); error, half the 95 % interval of
-    `best` and of the curve's height at that KL; effective, the smallest effective sample size (Σw)²/Σw² of a
-    prompt. A row with an effective sample size below 30 is left out."""
+    The samples are weighted by exp(r/t), self-normalised importance sampling. Returns a list of rows, dicts:
+    temperature, t; kl in nats per response; reward; best, the highest reward − t·KL, which is t·log E_ref
+    exp(r/t); error, half the 95 % interval of `best` and of the curve's height at that KL, for these prompts;
+    effective, the smallest effective sample size (Σw)²/Σw² of a prompt. A row with less than 30 is left
+    out."""
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     prompts, n = rewards.shape
     rows = []
@@ -354,8 +357,9 @@ COLOURS = dict(zip("sft dpo dp pp online-dpo pr pr-1 spin".split(),             
 
 def plot(tables, results, curve, best_run, path):
     """Write a PNG of held-out reward against KL, with a panel for each table. A large point is the end of a
-    run, or the mean of its seeds. The line to it passes through the earlier evaluations. The curve, rows of
-    `frontier`, is drawn in the panel of the run `best_run`."""
+    run, or the mean of its seeds. The line to it passes through the earlier evaluations. Groups without a
+    reward are left out. results: {group: figures}. The curve, rows of `frontier`, is drawn in the panel of
+    the run `best_run`."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(8 * len(tables), 5), layout="constrained")
     panels = figure.subplots(1, len(tables), squeeze=False)
@@ -440,8 +444,9 @@ def write_labels(axes, ends):
 
 def compare(paths, out=None, show=0, best=None, curve=(), best_run=None):
     """Print finished runs as markdown tables, one for each set of conditions under which they were measured,
-    and their last answers to the first `show` held-out prompts. Write the figures to `out`, and a picture
-    beside it. best, curve, best_run: what `best_possible` returns."""
+    and their last answers to the first `show` held-out prompts. Write the figures to `out`, by default to
+    results.json beside the first run that `read_runs` finds, and a picture beside them. Raises InputError as
+    `read_runs` does. best, curve, best_run: what `best_possible` returns."""
     found = read_runs(paths)
     tables = tables_of(found)
     first_run, *_ = found
@@ -473,9 +478,9 @@ def compare(paths, out=None, show=0, best=None, curve=(), best_run=None):
 
 
 def print_groups(groups, results):
-    """Print the table of the groups' results. If all runs of a group were evaluated before the first step,
-    these figures are a row above the group. Groups with the same figures share one row, above the first of
-    them."""
+    """Print the table of the groups' results. If all runs of a group were evaluated before the first step and
+    again later, the first figures are a row above the group. Groups in which they are the same share one row,
+    above the first of them."""
     began = {}                                             # name: the figures at step 0
     for name, runs in groups.items():
         first = [evaluations[0] for evaluations in runs]
@@ -516,7 +521,8 @@ def results_of(runs, best):
 
 
 def refuse_comparison(out):
-    """Raises InputError if the figures cannot be written to `out`, or the picture beside it."""
+    """Raises InputError if `out` is no .json file that --compare may write, or if a picture without figures
+    lies where its picture would be; raises OSError if `out` cannot be written."""
     if out.suffix != ".json":
         raise InputError(f"--out {out}: give the name of a .json file; the picture is put beside it as .png")
     refuse_output(out, are_figures)
