@@ -36,8 +36,8 @@ class TextPair:
 
 @dataclass
 class Account:
-    """What happened to a source's rows before they are trained, measured or answered. Each function that
-    reads rows returns the Account of what it did, and every command prints the sum."""
+    """What happened to a source's rows before they are trained, measured or answered. The functions that turn
+    rows into pairs or tokens return the Account of what they did, and the commands print the sum."""
     format: str = ""
     rows: int = 0                                            # how many rows were read
     dropped: Counter = field(default_factory=Counter)        # counts of dropped rows, by the reason
@@ -57,7 +57,7 @@ class Account:
         return {name: dict(getattr(self, name)) for name in ("dropped", "cut", "altered", "unread")}
 
     def __str__(self):
-        """A line for each kind of count that is not empty."""
+        """A line for each kind of count that is not empty, or one that says that all are empty."""
         lines = []
         if self.dropped:
             lines.append(f"  dropped: {self.dropped.total()} ({format_counts(self.dropped)})")
@@ -92,7 +92,8 @@ class Reader:
     """A row of a file, or an object inside it such as a message, that remembers which of its values were
     read.
 
-    Raises BadRow if it holds one of NOT_RENDERED. `unread` lists all other values that were not read."""
+    Raises BadRow if it holds one of NOT_RENDERED that is not empty. `unread` lists all other values that were
+    not read."""
 
     def __init__(self, values, name="row"):
         self.values = values
@@ -153,10 +154,10 @@ HH_PROMPT = re.compile(r"\s*Human:.*\n\nAssistant:\s*\Z", re.DOTALL)
 def as_messages(turns, row, is_answer=False):
     """Convert a dialogue in a row to messages {role, content} with the roles system, user and assistant.
 
-    The dialogue is a list of turns, a single turn, or a string that holds one of these as JSON. A turn has
-    the keys role and content, or from and value, and its text may be divided into typed parts. is_answer:
-    whether the last turn is to be trained. Raises BadRow if a turn holds something that cannot be
-    rendered."""
+    The dialogue is a list of turns, a single turn, or a string that holds one of these as in `parse_literal`.
+    A turn has the keys role and content, or from and value, and its text may be divided into typed parts. The
+    row is a Reader. is_answer: whether the last turn is to be trained. Raises BadRow if a turn holds
+    something that cannot be rendered, or if the last one is marked as not to be trained."""
     turns = parse_literal(turns)
     if isinstance(turns, dict):
         turns = [turns]
@@ -179,7 +180,8 @@ def as_messages(turns, row, is_answer=False):
 
 
 def join_parts(parts, message):
-    """The text of a message that is divided into parts {type: "text", text or value}."""
+    """The text of a message that is divided into parts {type: "text", text or value}. Raises BadRow for a
+    part of another type."""
     texts = []
     for each in parts:
         part = message.part(each, "part")
@@ -224,7 +226,7 @@ def parse_rows(text):
 
 
 def object_of(pairs):
-    """The dict of an object's pairs (name, value)."""
+    """The dict of an object's pairs (name, value). Raises BadRow if a name occurs twice."""
     repeated = first_repeated(name for name, _ in pairs)
     if repeated is not None:
         raise BadRow(f"an object has the name {repeated!r} twice")
@@ -242,8 +244,9 @@ def first_repeated(names):
 
 
 def text_or_messages(value, row, is_answer=False):
-    """The value of a column that holds either a text or messages. A string holds messages if it is the JSON
-    of messages, or a dialogue or an open prompt of hh-rlhf; any other string is a text."""
+    """The value of a column that holds either a text or messages. A string holds messages if `holds_messages`
+    says so, or if it is a dialogue of hh-rlhf or, unless is_answer, an open prompt of hh-rlhf; any other
+    string is a text. A value that is no string, list or dict is returned unchanged."""
     if isinstance(value, (list, dict)) or holds_messages(value):
         return as_messages(value, row, is_answer)
     if not isinstance(value, str):
@@ -259,8 +262,8 @@ def text_or_messages(value, row, is_answer=False):
 
 
 def holds_messages(value):
-    """Whether a value is a string that holds messages as JSON. A string that cannot be parsed counts if it
-    begins like a message."""
+    """Whether a value is a string that holds messages, as JSON or as Python prints them. A string that cannot
+    be parsed counts if it begins like a message."""
     if not isinstance(value, str) or not HAS_ROLE.match(value):
         return False
     try:
@@ -322,7 +325,8 @@ def join_dialogues(first, second):
 
 
 def split_dialogues(dialogues):
-    """(prompt, *responses) of whole dialogues, which must have the same prompt."""
+    """(prompt, *responses) of whole dialogues. Raises BadRow if their prompts differ, or as `split_dialogue`
+    does."""
     prompts, responses = [], []
     for dialogue in dialogues:
         prompt, response = split_dialogue(dialogue)
@@ -334,7 +338,8 @@ def split_dialogues(dialogues):
 
 
 def split_dialogue(dialogue):
-    """(prompt messages, last response) of a whole dialogue, given as messages or as a string of hh-rlhf."""
+    """(prompt messages, last response) of a whole dialogue, given as messages or as a string of hh-rlhf.
+    Raises BadRow if the last message is not the assistant's, or as `hh_messages` does."""
     if isinstance(dialogue, str):
         dialogue = hh_messages(dialogue)
     if dialogue[-1]["role"] != "assistant":
@@ -344,7 +349,7 @@ def split_dialogue(dialogue):
 
 def hh_messages(text):
     """The messages of a dialogue of hh-rlhf, a string. The space after "Human:" or "Assistant:" belongs to
-    this mark, and all other white space belongs to the message."""
+    this mark, and all other white space belongs to the message. Raises BadRow for any other string."""
     start, *turns = HH_TURN.split(text)                               # speaker, text, speaker, text, …
     if start.strip() or not turns:
         raise BadRow("not a '\\n\\nHuman: … \\n\\nAssistant: …' dialogue")
@@ -445,7 +450,7 @@ FORMATS = [  # The first format whose needed columns all exist is taken.
 
 
 def format_of(columns, source):
-    """The format of a data set with these columns. Raises InputError if no format fits."""
+    """The first of FORMATS that fits a data set with these columns, a set. Raises InputError if none fits."""
     for form in FORMATS:
         if columns.issuperset(form.needed):
             return form
@@ -485,14 +490,15 @@ def pair_of(row, form, score_scale=None):
 
 
 def finished_in(row, column):
-    """Whether a response ended by itself, according to a column of a row. It did if the row lacks the
-    column."""
+    """Whether a response ended by itself, according to a column of a row. It did unless the column says
+    false or 0."""
     return str(row.get(column)).lower() not in SPELLINGS[False]
 
 
 def soft_label(row, score_scale):
     """P(chosen ≻ rejected) of a row: its column `preference`; otherwise σ of the difference of its scores in
-    units of `score_scale`, if that is given; otherwise 1."""
+    units of `score_scale`, if both are given; otherwise 1. Raises BadRow if the preference is no number from
+    0 to 1, or if a score is no finite number."""
     if PREFERENCE_COLUMN in row:
         probability = number_in(row, PREFERENCE_COLUMN)
         if not 0 <= probability <= 1:
@@ -585,7 +591,8 @@ def history_messages(history, row):
 # --- a file becomes rows ------------------------------------------------------------------------------------
 
 def read_rows(source):
-    """The rows of a source, a list of dicts or a datasets.Dataset. Raises InputError if it cannot be read."""
+    """The rows of a source, a list of dicts or a datasets.Dataset. Raises InputError, or OSError for a file
+    that cannot be opened, if it cannot be read."""
     path = Path(source)
     kind = path.suffix
     if kind == ".gz":
@@ -600,7 +607,8 @@ def read_rows(source):
 
 
 def read_text(path, kind):
-    """The rows of a .csv file, of a file with a JSON object on each line, or of a JSON array of objects."""
+    """The rows of a .csv file, of a file with a JSON object on each line, or of a JSON array of objects. A
+    path in .gz is unpacked. Raises InputError if the file holds anything else."""
     rows, nth = [], 1
     opened = gzip.open if path.suffix == ".gz" else open
     try:
@@ -657,7 +665,8 @@ def line_of_repeated(text):
 
 
 def read_parquet(path):
-    """The rows of a .parquet file. Paths and URLs in them are text, and never opened."""
+    """The rows of a .parquet file. Paths and URLs in them are text, and never opened. Raises InputError if
+    the file cannot be read, or if two columns have the same name."""
     import pyarrow.parquet
     with foreign(unreadable(path)):
         file = pyarrow.parquet.ParquetFile(path)
@@ -670,7 +679,8 @@ def read_parquet(path):
 
 
 def read_data_set(source):
-    """The datasets.Dataset of a directory or of a hub name."""
+    """The datasets.Dataset of a directory or of a hub name: its split "train" unless a hub name has another.
+    Raises InputError if it cannot be read."""
     import datasets                                         # this import is slow, and is needed only here
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)     # its errors are reported below, in one line
@@ -735,12 +745,13 @@ def is_prompt(value):
 # --- a file becomes pairs -----------------------------------------------------------------------------------
 
 def load_pairs(source, limit=None, prefer="better", score_scale=None):
-    """Load (pairs, Account) of a source. At most `limit` pairs are kept. `prefer` chooses PKU-SafeRLHF's
-    label, "better" or "safer". `score_scale` makes soft labels of the columns score_chosen and
+    """Load (pairs, Account) of a source. At most the first `limit` pairs are kept. `prefer` chooses
+    PKU-SafeRLHF's label, "better" or "safer". `score_scale` makes soft labels of the columns score_chosen and
     score_rejected.
 
-    The Account counts as unread every column, and every key of a message, that holds something and was not
-    read. Raises InputError if no row can be used."""
+    The Account counts as unread every column, and every key of a message, that holds something in a kept row
+    and was not read. Raises InputError if the source cannot be read, if its columns fit no format, or if no
+    row can be used."""
     rows = read_rows(source)
     if len(rows) == 0:
         raise InputError(f"{source} has no rows")
@@ -784,8 +795,8 @@ def count_untrained_answers(pairs):
 
 def remove_repeated_prompts(pairs):
     """Remove the prompt from responses that begin with it, in place, if at least half of the pairs have such
-    responses. Otherwise nothing is changed. Returns the number of such pairs, under a reason that says
-    whether the prompt was removed from them."""
+    responses. Otherwise nothing is changed. Returns a Counter with the number of such pairs, if there are
+    any, under a reason that says whether the prompt was removed from them."""
     repeating = []
     for pair in pairs:
         if repeats_its_prompt(pair):
@@ -825,9 +836,10 @@ def split_held_out(pairs):
 
 def train_and_held_out(data, eval_data=None, limit=None, prefer="better", score_scale=None):
     """Load (training pairs, held-out pairs, Account of `data`, Account of the held-out pairs), for every
-    script. If `eval_data` is given, its pairs are held out; if it is the directory of a run, these are the
-    pairs that the run held out. Otherwise `split_held_out` divides the pairs of `data`, and the Account of
-    `data` covers both parts."""
+    script. If `eval_data` is given, its pairs are held out, and all pairs of `data` are for training; if it
+    is the directory of a run, these are the pairs that the run held out, with an empty Account. Otherwise
+    `split_held_out` divides the pairs of `data`, and the Account of `data` covers both parts. `limit` is for
+    `data` alone. Raises InputError as `load_pairs` does, or if no training pair is left."""
     pairs, account = load_pairs(data, limit, prefer, score_scale)
     if eval_data and is_run_directory(Path(eval_data)):
         file = run_that_held_out(eval_data) / "args.json"
