@@ -53,7 +53,8 @@ class Pair:
     sampled_tokens: int = 0                  # the length of the sampled responses together
     unfinished: int = 0                      # how many of the sampled responses have no end token
     sampling_logps: tuple = (0.0, 0.0)       # log π(y|x) of chosen and rejected, computed in sampling
-    # set by the functions of reward.py that label pairs; until then `preference` is the data's label
+    # set by the functions of reward.py that label pairs; until then, `preference` is the data's label, or 1
+    # if a response was sampled
     preference: float = 1.0                  # P(chosen ≻ rejected)
     rewards: tuple = ()                      # of chosen and rejected; empty if no reward has scored them
     cut_for_reward: int = 0                  # how many of the two dialogues a classifier cut on the left
@@ -66,9 +67,10 @@ class Pair:
 
 def load_tokenizer(name, trust_remote_code=False, ends=True, chat_template=None):
     """Load the tokenizer of a directory or hub name. For a run's checkpoint, this is the tokenizer of the
-    run's base model with the run's chat template. ends: whether an end-of-sequence token is required.
-    chat_template: see `set_chat_template`. Raises InputError if there is no tokenizer, or if a required
-    end-of-sequence token is missing."""
+    run's base model with the run's chat template, unless another is given. ends: whether an end-of-sequence
+    token is required. chat_template: see `set_chat_template`. Raises InputError if there is no tokenizer, if
+    the name is the directory of a run or of an adapter, if a required end-of-sequence token is missing, or if
+    the chat template cannot be used."""
     from transformers import AutoTokenizer
     run = base_of(name)
     if run is not None:
@@ -94,9 +96,10 @@ def set_chat_template(tokenizer, name, chat_template):
     """Set the chat template of the tokenizer of the model `name`, and its attribute `template_name`, which
     says where the template comes from. Raises InputError if the template cannot be read or used.
 
-    chat_template: a file, whose template replaces the tokenizer's; "none", which removes the template; or
-    None, which keeps the tokenizer's template. If the tokenizer has no template, None takes the template in
-    the model's chat_template.json, a file that multimodal processors have."""
+    chat_template: a file, whose template replaces the tokenizer's (a .json file has it under the key
+    chat_template); "none", which removes the template; or None, which keeps the tokenizer's template. If the
+    tokenizer has no template, None takes the template in the model's chat_template.json, a file that
+    multimodal processors have."""
     from transformers.utils import cached_file
     tokenizer.template_name = "the tokenizer's own"
     if chat_template is None and not tokenizer.chat_template:
@@ -126,7 +129,7 @@ class Frame:
     opening: str | None      # the text between question and answer; None if the template refuses the question
     filler: str              # what the template itself writes at the start of the answer
     end_ids: set             # the ids of EOS and of the token that closes an answer
-    marks: re.Pattern        # matches special tokens and end tokens, which no message may contain
+    marks: re.Pattern        # matches special tokens and end tokens, which no turn of a prompt may contain
 
 
 def frame_of(tokenizer):
@@ -158,9 +161,9 @@ def find_frame(tokenizer, template, size, eos_id):
 
 
 def end_token_ids(tokenizer, model=None):
-    """The ids that end a response: the tokenizer's EOS, the token with which the chat template closes an
-    answer, and the end tokens of generation_config that are added tokens. A default id in generation_config
-    may be an ordinary word, so only added tokens count."""
+    """The set of ids that end a response: the tokenizer's EOS, the token with which the chat template closes
+    an answer and, if a model is given, the end tokens of its generation_config that are added tokens. A
+    default id in generation_config may be an ordinary word, so only added tokens count."""
     ids = set(frame_of(tokenizer).end_ids)
     if model is None:
         return ids
@@ -176,7 +179,8 @@ TODAY = date(2024, 7, 26)
 
 
 def without_clock(template):
-    """Replace the calls in a chat template that ask for today's date by TODAY."""
+    """The chat template with TODAY, as a text, in place of each call strftime_now("FORMAT"). Calls with a
+    variable are left as they are."""
     def that_day(call):
         return repr(TODAY.strftime(call[2]))
 
@@ -202,8 +206,8 @@ class Dialogue:
     found by rendering an answer that occurs in no text.
 
     If a prompt ends in an assistant's message, this message is the beginning of the answer, and the response
-    continues it. Raises BadRow if the template leaves the answer out, or if it writes the beginning of an
-    answered dialogue differently from a prompt's."""
+    continues it. Raises BadRow if the template refuses the prompt or leaves the answer out, or if it writes
+    the beginning of an answered dialogue differently from a prompt's."""
 
     def __init__(self, prompt, tokenizer=None):
         self.tokenizer, self.template = tokenizer, tokenizer is not None and bool(tokenizer.chat_template)
@@ -244,7 +248,7 @@ class Dialogue:
 
     def tail(self, response):
         """The text that follows `head`: the response, with the text that the template writes around it.
-        Raises BadRow if the template changes the response, apart from its outer white space."""
+        Raises BadRow if the template refuses or changes the response, apart from its outer white space."""
         if not self.template:
             return self.filler + response
         whole = self.answered_by(response)
@@ -296,12 +300,13 @@ def token_ids(text, tokenizer):
 
 def fitting_prompt(prompt, tokenizer, limit, lengths=None):
     """Shorten a prompt to `limit` tokens: (the Dialogue that is left, its ids, its ids within the limit). The
-    number of tokens of the whole prompt is appended to lengths["prompt"].
+    number of tokens of the whole prompt is appended to lengths["prompt"], if lengths are given.
 
     Without a chat template, a long text is cut from the left but keeps its BOS token, and only for such a
     text do the last two values differ. With one, a text is one turn. A long dialogue loses its oldest turns,
-    except the system's, until it begins with a user's turn and fits. Raises BadRow if none fits, if the
-    prompt has no tokens, or if a turn has special tokens, as if a chat template had already been applied."""
+    except the system's, until it begins with a user's turn and fits. Raises BadRow as `Dialogue` does, if no
+    such dialogue fits, if the prompt has no tokens, or if, with a chat template, a turn has special tokens,
+    as if the template had already been applied."""
     dialogue = Dialogue(prompt, tokenizer)
     if dialogue.template:
         for turn in dialogue.messages:
@@ -431,7 +436,8 @@ def up_to_end(ids, end, end_ids):
 
 def response_text(tokenizer, ids, prompt_ids=()):
     """The text of a response as a reward, a judge and a reader see it: without the end token, and without the
-    filler that the chat template itself writes at its start. White space is kept.
+    filler that the chat template itself writes at its start. White space is kept. prompt_ids: the ids before
+    the response; without them, a filler stays in the text.
 
     If the tokenizer has a `response_template`, as tokenizers have for models that write in channels, the
     template decides which part of the response is the answer. If it has none, or if the response does not fit
