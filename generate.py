@@ -41,11 +41,11 @@ from formats import TextPair, load_pairs, train_and_held_out
 
 def load_policy(name, trust_remote_code=False, lengths=(0, 0), whole=True, chat_template=None):
     """Load (model, tokenizer): a causal language model in float32 without dropout, on the CPU. name: a
-    directory, which is loaded without the network, a run's checkpoint, or a hub name. Ids that the tokenizer
-    cannot produce get no probability, in sampling and scoring alike. lengths: the most tokens of a prompt and
-    of a response. With whole=False the model is built on the meta device, without weights. chat_template: see
-    `set_chat_template`. Raises InputError if there is nothing to load, or if the model has too few positions
-    for both lengths together."""
+    directory, which is loaded without the network, a run's checkpoint, or a hub name. Ids beyond the
+    tokenizer's last one get no probability, in sampling and scoring alike. lengths: the most tokens of a
+    prompt and of a response. With whole=False the model is built on the meta device, without weights.
+    chat_template: see `set_chat_template`. Raises InputError as `load_tokenizer`, `load_model` and `prepare`
+    do, or if the model has too few positions for both lengths together."""
     from transformers import AutoModelForCausalLM
     tokenizer = load_tokenizer(name, trust_remote_code, chat_template=chat_template)
     model = load_model(AutoModelForCausalLM, name, trust_remote_code, whole=whole)
@@ -63,12 +63,12 @@ def load_model(auto_class, name, trust_remote_code=False, may_lack=frozenset(), 
                whole=True, **options):
     """Load auto_class.from_pretrained(name) in float32 and eval mode, without the network if `name` is a
     directory. For a run's checkpoint, the run's base model is loaded and the trained weights are put into it.
-    With whole=False the model is built on the meta device, without weights.
+    With whole=False the model is built on the meta device from its configuration alone.
 
-    Raises InputError if there is no such model, if the checkpoint lacks a weight, which transformers would
-    fill with random numbers, or if it holds a tensor that has no place in the model, which transformers would
-    drop. may_lack: the names of weights that the checkpoint may lack. may_leave: the names of tensors that
-    may be dropped."""
+    Raises InputError if there is no such model, if the model's files lack a weight, which transformers would
+    fill with random numbers, or if they hold a tensor of another shape, or one that has no place in the
+    model, which transformers would drop. may_lack: the names of weights that the files may lack. may_leave:
+    the names of tensors that may be dropped."""
     from transformers import AutoConfig
     run = base_of(name)
     if run is not None:
@@ -107,10 +107,10 @@ def load_model(auto_class, name, trust_remote_code=False, may_lack=frozenset(), 
 
 
 def with_trained(model, trained, lora, name, may_lack=frozenset(), may_leave=frozenset()):
-    """Put the parameters that a run has trained, {name: tensor}, into its base model. An adapter of rank
-    `lora` is merged into the base; lora=None means full fine-tuning. name: the checkpoint, for error
-    messages. Raises InputError if the parameters are not exactly those that such a run trains, except for
-    `may_lack` and `may_leave` as in `load_model`."""
+    """Put the parameters that a run has trained, {name: tensor}, into its base model, in place, and return
+    the model, in eval mode. An adapter of rank `lora` is merged into the base; lora=None means full
+    fine-tuning. name: the checkpoint or run, for error messages. Raises InputError if the parameters are not
+    exactly those that such a run trains, except for `may_lack` and `may_leave` as in `load_model`."""
     tuner = None
     if lora:
         tuner = add_adapter(model, lora)
@@ -127,9 +127,9 @@ def with_trained(model, trained, lora, name, may_lack=frozenset(), may_leave=fro
 
 
 def positions_of(model):
-    """The greatest number of tokens that a model can both sample and score. Beyond a certain length, the
-    rotary encodings longrope and dynamic rescale all positions, which invalidates cached keys, so this length
-    is their maximum."""
+    """The greatest number of tokens that a model can both sample and score; inf if its config names none.
+    Beyond a certain length, the rotary encodings longrope and dynamic rescale all positions, which
+    invalidates cached keys, so this length is their maximum."""
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or math.inf
     rope = getattr(config, "rope_parameters", None) or {}
@@ -142,9 +142,10 @@ def positions_of(model):
 
 
 def prepare(model, tokenizer, name="model"):
-    """Prepare a model for sampling and scoring, and return it. Dropout is switched off for good, the output
-    layer computes in float32, the ids beyond the tokenizer's are masked, and packed rows are allowed if the
-    model can take them. Raises InputError if the model cannot be sampled from and scored."""
+    """Prepare a model, in place, for sampling and scoring, and return it. Dropout is switched off for good,
+    the output layer computes in float32, the ids beyond the tokenizer's last one are masked, and packed rows
+    are allowed if the model can take them. Raises InputError if the model lacks the id of an end token, or if
+    it cannot be sampled from and scored, which is not tried on the meta device."""
     switch_dropout_off(model)
     known = max(tokenizer.get_vocab().values()) + 1
     head = model.get_output_embeddings()
@@ -200,9 +201,9 @@ def try_out(model):
 
 
 def load_models(args):
-    """Load (policy, reference, tokenizer) of a run of sail.py, adapted and placed. The reference is None for
-    sft. If the policy trains an adapter and the reference is its base model, the reference is the policy
-    without the adapter."""
+    """Load (policy, reference, tokenizer) of a run of sail.py, adapted and placed, all processes together.
+    The reference is None for sft. If the policy trains an adapter and the reference is its base model, the
+    reference is the policy without the adapter. Raises InputError as `load_parts` does."""
     models, tokenizer = load_parts(args)
     place(models, args)
     policy, reference = models[0], None
@@ -216,7 +217,8 @@ def load_models(args):
 @fails_together
 def load_parts(args):
     """Load ([policy], tokenizer) on the CPU, or ([policy, reference], tokenizer) if the reference needs a
-    model of its own. With --shard only rank 0 loads weights."""
+    model of its own. With --shard only rank 0 loads weights, and the other ranks get models on the meta
+    device. Raises InputError as `load_policy` does, or if the two models have unlike vocabularies."""
     options = dict(trust_remote_code=args.trust_remote_code, whole=has_weights(args),
                    chat_template=args.chat_template,
                    lengths=(args.max_prompt_length, args.max_response_length))
@@ -242,8 +244,9 @@ def has_weights(settings):
 
 @fails_together
 def place(models, settings):
-    """Move models to where they compute: to this process's device or, with --shard, in parts to all
-    processes. The first model is trained. Frozen linear layers are held in bfloat16 if that is the dtype."""
+    """Move models, in place, to where they compute: to this process's device or, with --shard, in parts to
+    all processes. The first model is trained. Linear layers that are frozen, except those that make logits,
+    are held in bfloat16 if that is the dtype. All processes call this together."""
     device = own_device()
     for model in models:
         if settings.dtype == "bfloat16":
@@ -259,7 +262,8 @@ def place(models, settings):
 
 def load_frozen(name, dtype, **options):
     """Load (model, tokenizer) as `load_policy` does, for a model that is not trained, and move the model to
-    this process's device. Its linear layers are held in bfloat16 if that is the dtype."""
+    this process's device. Its linear layers but the output layer are held in bfloat16 if that is the
+    dtype."""
     model, tokenizer = load_policy(name, **options)
     model.requires_grad_(False)
     if dtype == "bfloat16":
@@ -268,9 +272,9 @@ def load_frozen(name, dtype, **options):
 
 
 def hold_frozen_in_bfloat16(model):
-    """Hold the frozen weights of linear layers in bfloat16. Autocast would round them to bfloat16 at each
-    forward, so the results are the same and take less memory. The embedding and the output layers stay in
-    float32, since autocast does not round them."""
+    """Hold the frozen weights of linear layers in bfloat16, in place. Autocast would round them to bfloat16
+    at each forward, so the results are the same and take less memory. The embedding and the output layers
+    stay in float32, since autocast does not round them."""
     kept = [model.get_input_embeddings().weight, *(head.weight for head in heads_of(model))]
     if model.get_output_embeddings() is not None:
         kept.append(model.get_output_embeddings().weight)
@@ -291,7 +295,8 @@ def heads_of(model):
 
 
 def copy_settings_of_rank_0(model):
-    """Copy rank 0's attention setting and end tokens to the ranks without weights. All ranks take part."""
+    """Copy rank 0's attention setting and generation_config, which has the end tokens, to the ranks without
+    weights. All ranks take part."""
     attention = model.config.get_text_config()._attn_implementation
     ends = getattr(model, "generation_config", None)                 # a classifier has none
     attention, model.generation_config = of_rank_0((attention, ends))
@@ -302,8 +307,8 @@ def copy_settings_of_rank_0(model):
 
 def add_adapter(model, rank, seed=0):
     """Add a new LoRA adapter (arXiv 2106.09685) of this rank, with alpha 2·rank, to every linear layer but
-    the output layer. After that only the adapter and the head of a classifier are trained. Returns the object
-    of peft that can merge the adapter."""
+    the output layer, in place. After that only the adapter and the head of a classifier are trained. Returns
+    the object of peft that can merge the adapter. This seeds torch."""
     import peft
     device = model.device
     model.requires_grad_(False)
@@ -389,8 +394,8 @@ def pair_logps(model, pairs, dtype="float32"):
 
 @torch.no_grad()
 def reference_logps(reference, pairs, dtype="float32"):
-    """The reference's log-probabilities of the pairs, (2, B). They are taken from the pairs if `score_once`
-    has entered them there, and computed otherwise."""
+    """The reference's log-probabilities of the pairs, (2, B), without gradient. They are taken from the pairs
+    if `score_once` has entered them in all of these, and computed otherwise."""
     known = [pair.reference_logps for pair in pairs]
     if any(logps is None for logps in known):
         return pair_logps(reference, pairs, dtype)
@@ -400,8 +405,9 @@ def reference_logps(reference, pairs, dtype="float32"):
 @torch.no_grad()
 def score_once(reference, policy, pairs, dtype="float32"):
     """Enter the reference's log-probabilities into pairs of the data, in place, so that no step computes them
-    again. Each process scores a part of the pairs, and then gets the numbers of the other processes. The
-    batches depend on the pairs alone, so on a CPU a run that is continued computes the same bits."""
+    again. All processes call this together: each scores a part of the pairs, and then gets the numbers of the
+    others. On a CPU the batches depend only on the pairs and the number of processes, so a run that is
+    continued computes the same bits. policy: tells how large the batches may be."""
     def score(share):
         scored = []
         batches = with_equal_counts(micro_batches(share, response_tokens, policy), policy)
@@ -538,8 +544,9 @@ def draw_tokens(logits, temperature):
 
 @fails_together
 def roll_out(policy, tokenizer, pairs, sides, args):
-    """Copies of the pairs in which samples of the policy, as ids and text, replace the responses on `sides`.
-    A pair of two equal samples is kept, because dropping it would bias T2."""
+    """Copies of the pairs in which samples of the policy, as ids and text, replace the responses on `sides`;
+    without sides, the pairs themselves. A copy's `preference` is 1, until it is labelled. A pair of two equal
+    samples is kept, because dropping it would bias T2. All processes call this together."""
     if not sides:
         return pairs
     policy.eval()
@@ -586,8 +593,8 @@ OF_A_RUN = ("data", "eval_data", "max_prompt_length", "max_response_length", "sa
 
 
 def load_answerer(args):
-    """Load (model, tokenizer), frozen and in the dtype of the settings. If the settings have no dtype, they
-    get the default one."""
+    """Load (model, tokenizer) as `load_frozen` does, for the dtype of the settings. If the settings have no
+    dtype, they get the default one."""
     args.dtype = args.dtype or default_dtype()
     return load_frozen(args.model, args.dtype, trust_remote_code=args.trust_remote_code,
                        chat_template=args.chat_template,
@@ -595,7 +602,8 @@ def load_answerer(args):
 
 
 def load_held_out_prompts(run, args):
-    """Load the held-out prompts of a run with these settings. Raises InputError if there are none."""
+    """Load the first args.limit held-out prompts, or all, of a run with these settings, and print a report.
+    Raises InputError if there are none."""
     train, held_out, account, held_out_account = train_and_held_out(args.data, args.eval_data)
     if args.eval_data:
         print_report(args.eval_data, held_out, held_out_account)
@@ -609,7 +617,7 @@ def load_held_out_prompts(run, args):
 
 
 def load_prompts(args):
-    """Load the prompts of --data."""
+    """Load the first args.limit prompts, or all, of --data, and print a report."""
     pairs, account = load_pairs(args.data, args.limit)
     print_report(args.data, pairs, account)
     return [pair.prompt for pair in pairs]
