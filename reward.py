@@ -56,8 +56,9 @@ from generate import (
 
 @dataclass
 class Reward:
-    """A reward as a callable: reward(prompts, responses) -> a list of finite floats. A call raises InputError
-    if the scores are invalid, and also if scoring fails, after printing the traceback."""
+    """A reward as a callable: reward(prompts, responses, finished=None) -> a list of finite floats. finished:
+    as in `scores_of`. A call raises InputError if the scores are invalid, and also if scoring fails, after
+    printing the traceback."""
     name: str
     score: Callable                       # the user's function, or a classifier's
     ids_of: Callable | None = None        # only for a classifier: see `load_classifier`
@@ -71,8 +72,7 @@ def scores_of(name, function, finished, prompts, *responses, low=-math.inf, high
     """Call function(prompts, *responses) and return a list of finite floats from `low` to `high`, one for
     each prompt. The function gets copies, so it may change its arguments. If it has a parameter `finished`,
     it is told which responses ended by themselves (see `load_reward`); finished=None means all of them.
-    Raises InputError if the scores are invalid, and also if the function fails, after printing the
-    traceback."""
+    Raises InputError if the scores are invalid, and also if the function fails, as in `users_code`."""
     inputs, options = copy.deepcopy([prompts, *responses]), {}
     if finished is None:
         finished = [True] * len(prompts)
@@ -122,8 +122,8 @@ def load_reward(name, trust_remote_code=False, dtype="float32"):
 def load_preference(name):
     """Load the preference FILE.py:FUNCTION: preference(prompts, firsts, seconds, finished) -> a list of
     floats, P(first ≻ second). finished: for each pair, whether the first and whether the second response
-    ended by itself; the function gets this if it has such a parameter. A call raises InputError as a call of
-    a Reward does."""
+    ended by itself; the function gets this if it has such a parameter. Raises InputError if there is nothing
+    to load. A call raises InputError as a call of a Reward does."""
     function = load_function("preference", name)
 
     def preference(prompts, firsts, seconds, finished=None):
@@ -135,8 +135,8 @@ def load_preference(name):
 
 
 def try_out(pair, reward=None, preference=None):
-    """Call the user's functions on one pair of the data, so that a function that fails does so before models
-    are loaded and responses are sampled."""
+    """Call the user's functions, but no classifier, on one pair of the data, so that a function that fails
+    raises its InputError before models are loaded and responses are sampled."""
     chosen, rejected = pair.chosen or "answer", pair.rejected or "answer"
     if reward is not None and reward.ids_of is None:
         reward([pair.prompt] * 2, [chosen, rejected], list(pair.finished))
@@ -146,9 +146,10 @@ def try_out(pair, reward=None, preference=None):
 
 @contextmanager
 def users_code(problem):
-    """A context for calling code that the user wrote. An exception becomes its traceback and one line.
-    Afterwards the working directory, torch's gradient mode and os._exit are what they were before. Inside,
-    os._exit raises SystemExit in this process, so that a run never ends silently with status 0."""
+    """A context for calling code that the user wrote. An exception, SystemExit too, becomes its traceback and
+    InputError(problem). Without a traceback, a BadRow becomes an InputError, and an InputError and Ctrl-C
+    pass. Afterwards the working directory, torch's gradient mode and os._exit are what they were before.
+    Inside, os._exit raises SystemExit in this process, so that a run never ends silently with status 0."""
     directory, gradients, leave, process = os.getcwd(), torch.is_grad_enabled(), os._exit, os.getpid()
 
     def leave_child_only(status):
@@ -179,7 +180,8 @@ def users_code(problem):
 
 def load_function(what, name):
     """Load the function of FILE.py:FUNCTION. The file's code runs, so name only files that you trust. what:
-    what the function is, for error messages."""
+    what the function is, for error messages. Raises InputError if the file or the function is missing, or if
+    the file's code fails, after printing the traceback."""
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise InputError(f"{what} {name}: no such file {path}")
@@ -199,12 +201,13 @@ def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, 
 
     ids_of(prompt, response) -> (ids, was_cut): the ids that the classifier reads, the same in scoring and in
     training, and whether tokens are lost on the left because the dialogue is too long. The classifier's own
-    tokenizer and chat template render the dialogue. ids_of raises BadRow if the template refuses it, and
-    InputError if the model lacks an id in it. max_length: the most tokens of a dialogue; None stands for
-    the setting of the run, if `name` is a run's checkpoint, or for as many as the model takes. whole: see
-    `load_model`; chat_template: see `set_chat_template`. trainee: num_labels=1, given only if the model is to
-    be trained; it may then be a causal language model, which gets a random score head. Raises InputError if
-    the model has several logits, or if it would have to shift and scale its scores (`normalize_reward`)."""
+    tokenizer and chat template render the dialogue. ids_of raises BadRow if the template refuses it or if it
+    is no valid text, and InputError if the model lacks an id in it. max_length: the most tokens of a
+    dialogue; None stands for the setting of the run, if `name` is a run's checkpoint, or for as many as the
+    model takes. whole: see `load_model`; chat_template: see `set_chat_template`. trainee: num_labels=1, given
+    only if the model is to be trained; it may then be a causal language model, which gets a random score
+    head. Raises InputError as `load_tokenizer` and `load_model` do, if the model has several logits, or if it
+    would have to shift and scale its scores (`normalize_reward`)."""
     from transformers import AutoModelForSequenceClassification
     tokenizer = load_tokenizer(name, trust_remote_code, ends=False, chat_template=chat_template)
     may_lack = {"score.weight"} if trainee else frozenset()
@@ -255,7 +258,8 @@ def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, 
 
 
 def dialogue_text(prompt, response, tokenizer):
-    """The text of the whole dialogue, as a reward model reads it."""
+    """The text of the whole dialogue, as a reward model reads it. A prompt that is a string counts as one
+    user message, also without a chat template. Raises BadRow if the template refuses the dialogue."""
     messages = prompt
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
@@ -324,8 +328,8 @@ def drop_unscorable(pairs, reward):
 @fails_together
 def label_by_reward(pairs, reward, preference="hard"):
     """Score the pairs and label them, in place: the response with the higher reward becomes `chosen`.
-    `rewards` is set, and `preference`, P(chosen ≻ rejected), becomes σ(reward difference) for "soft"; for
-    "hard" it becomes 1, or ½ for a tie."""
+    `rewards` and `cut_for_reward` are set, and `preference`, P(chosen ≻ rejected), becomes σ(reward
+    difference) for "soft"; for "hard" it becomes 1, or ½ for a tie. All processes call this together."""
     if not pairs:
         return
     prompts = [pair.prompt for pair in pairs]
@@ -352,7 +356,7 @@ def label_by_reward(pairs, reward, preference="hard"):
 @fails_together
 def label_by_preference(pairs, preference):
     """Label the pairs, in place, by a preference from `load_preference`: the preferred response becomes
-    `chosen`, and the pair's `preference` becomes P(chosen ≻ rejected)."""
+    `chosen`, and the pair's `preference` becomes P(chosen ≻ rejected). All processes call this together."""
     if not pairs:
         return
     prompts = [pair.prompt for pair in pairs]
@@ -367,7 +371,8 @@ def label_by_preference(pairs, preference):
 
 
 def swap_responses(pair):
-    """Exchange the chosen and the rejected response of a pair, in place."""
+    """Exchange the chosen and the rejected response of a pair, in place. `preference` and `rewards` stay as
+    they are."""
     pair.chosen, pair.rejected = pair.rejected, pair.chosen
     pair.chosen_ids, pair.rejected_ids = pair.rejected_ids, pair.chosen_ids
     pair.finished = pair.finished[::-1]
@@ -387,9 +392,9 @@ def bradley_terry_loss(chosen, rejected, preference=1.0):
 
 
 def encode_for_reward(pairs, ids_of):
-    """Encode pairs for a reward model: ([(chosen ids, rejected ids, preference)], Account, lengths in
-    tokens). A dialogue that is too long is cut from the left. A pair is dropped if a chat template refuses
-    it, or if its two dialogues have the same tokens, for example because the difference was cut off."""
+    """Encode pairs for a reward model: ([(chosen ids, rejected ids, preference)], Account, lengths in tokens
+    after cutting). A dialogue that is too long is cut from the left. A pair is dropped if ids_of raises
+    BadRow, or if its two dialogues have the same tokens, for example because the difference was cut off."""
     encoded, account, lengths = [], Account(), {"chosen": [], "rejected": []}
     for pair in pairs:
         try:
@@ -411,8 +416,9 @@ def encode_for_reward(pairs, ids_of):
 
 
 def evaluate_reward(model, held_out, dtype):
-    """Evaluate a reward model on held-out pairs of ids: (the figures accuracy, loss and margin, the number of
-    pairs as {"prompts": n}, an empty list of samples). Returns None if there are no pairs."""
+    """Evaluate a reward model on held-out pairs of ids, all processes together: (the figures accuracy, loss
+    and margin, the number of pairs as {"prompts": n}, an empty list of samples). Returns None if there are no
+    pairs."""
     if not held_out:
         return None
     print0(f"evaluating: the scores of both responses of {len(held_out)} held-out pairs …")
@@ -432,8 +438,8 @@ def evaluate_reward(model, held_out, dtype):
 
 
 def reward_step(model, pairs, optimizer, scheduler, args):
-    """Take one optimizer step, for which this process contributes its pairs of ids: (figures over all
-    processes, whether the step was finite)."""
+    """Take one optimizer step, all processes together, for which each contributes its pairs of ids: (figures
+    over all processes, whether the step was finite and so was taken)."""
     model.train(args.gradient_checkpointing)               # checkpointing works in train mode only
     totals = Counter(pairs=len(pairs), loss=0.0, accuracy=0.0, margin=0.0)
     total = all_sum(Counter(pairs=len(pairs)), model.device)["pairs"]
@@ -473,7 +479,7 @@ def load_trainee(args):
 def load_reward_data(args, ids_of):
     """Load and encode the data: (training pairs of ids, held-out pairs of ids, Account of the training pairs,
     Account of the held-out pairs, lengths of the training pairs). At most `eval_limit` pairs are held out.
-    Raises InputError if a response is missing from the data, or if no training pair is left."""
+    Raises InputError if the data lacks chosen or rejected responses, or if no training pair is left."""
     train_pairs, held_out, account, held_out_account = train_and_held_out(
         args.data, args.eval_data, args.limit, args.prefer, args.score_scale)
     for pair in (train_pairs[0], *held_out[:1]):
@@ -501,8 +507,9 @@ def merged(trained, args):
 
 
 def train_reward(args):
-    """Train a reward model and return it, evaluated at the end and, unless eval_every is 0, before and during
-    training. Raises InputError for bad input, and after ten steps in a row that are not finite."""
+    """Train a reward model, save it in OUT/model, and return it, with an adapter unmerged. If pairs are held
+    out, it is evaluated at the end and, unless eval_every is 0, before and during training. Raises InputError
+    for bad input, and otherwise as `steps` does."""
     out = Path(args.out)
     refuse_before_loading(out, args, "model", "data", "eval_data")
     model, tokenizer, ids_of = fails_together(load_trainee)(args)
@@ -560,7 +567,9 @@ class RewardSettings(Settings):
 
 
 def score_file(args):
-    """Write the rows of --responses to --out, each with a `reward`."""
+    """Write the rows of --responses to --out, each with a `reward`, and with --pairs write the pairs of
+    `best_and_worst_pairs`. Raises InputError if a file cannot be used, if the reward fails, or if there is no
+    pair."""
     rows = read_answers(args.responses)
     prompts = [row["prompt"] for row in rows]
     responses = [row["response"] for row in rows]
