@@ -39,7 +39,8 @@ from reward import drop_unscorable, load_preference, load_reward, try_out
 
 @torch.no_grad()
 def response_logps(model, examples, responses, dtype):
-    """log π(y|x) of one response y (ids) to each example's prompt x, (n,)."""
+    """log π(y|x) of one response y (ids) to each example's prompt x, (n,), on the CPU. All processes call
+    this together, each with all examples."""
     def logps_of(rows):
         logps = []
         batches = with_equal_counts(micro_batches(rows, lambda row: len(row[1]), model, 32), model)
@@ -187,8 +188,7 @@ def texts_of(examples, responses, tokenizer):
 
 @dataclass
 class Evaluated(Settings, Objective):
-    """The settings of evaluate.py. For a run, the settings that it was trained with are the defaults, except
-    for its seed."""
+    """The settings of evaluate.py. For a run, its settings named in OF_A_RUN are the defaults."""
     eval_limit: int = same_as(Settings, "eval_limit", default=256)
     preference: str | None = setting(None, "FILE.py:FUNCTION, which decides on wins if there is no reward",
                                      metavar="FILE.py:FUNCTION")
@@ -203,9 +203,9 @@ OF_A_RUN = ("data", "eval_data", "prefer", "score_scale", "reward", "preference"
 
 def find_run(path, given):
     """Find a model and its settings: (model directory or name, settings). The path names a run of sail.py,
-    one of its checkpoints, or any other model, which has the default settings. Settings that are given on the
-    command line take precedence. Code that a run's args.json names is never executed; the command line has to
-    name it."""
+    one of its checkpoints, or any other model, which has the default settings. Settings that are `given` on
+    the command line take precedence. Code that a run's args.json names is never executed: this raises
+    InputError if the command line does not name code that is needed, or as `refuse_replaced` does."""
     model, saved = read_run(path, Evaluated, *OF_A_RUN)
     settings = Evaluated(**{"dtype": default_dtype(), **saved, **given})
     for name in ("reward", "preference"):
@@ -227,7 +227,8 @@ def refuse_replaced(run, reference):
 
 
 def held_out_pairs(args):
-    """Load (held-out pairs, their Account). Raises InputError if there is no held-out pair."""
+    """Load (held-out pairs, their Account). If they are a part of --data, the Account is empty, and a report
+    on all of --data is printed. Raises InputError if no data is named, or if there is no held-out pair."""
     if args.data is None and args.eval_data is None:
         raise InputError("none of the models is a run of sail.py; name data with --data or --eval-data")
     train, held_out, account, held_out_account = train_and_held_out(
@@ -242,7 +243,8 @@ def held_out_pairs(args):
 def evaluate_models(models, show, given):
     """Sample from the models, print a table of their figures and `show` answers of each, and write the
     figures as `write_evaluated` says. All models are evaluated with the settings of the first run among them,
-    so the held-out pairs, the lengths and the seed are the same for all models."""
+    so the held-out pairs, the lengths and the seed are the same for all models. The reference is that of the
+    first run that has one, or else the first model. Raises InputError for bad input."""
     if "out" in given:
         refuse_output(given["out"], are_figures)
     runs = [find_run(path, given) for path in models]
@@ -288,8 +290,8 @@ def evaluate_models(models, show, given):
 
 
 def load_judge(args):
-    """Load what decides on wins: (reward, preference, its description). A preference is loaded only if
-    there is no reward. A reward or preference that is not loaded is None."""
+    """Load what decides on wins: (reward, preference, its description). A preference, which must be code, is
+    loaded only if there is no reward. A reward or preference that is not loaded is None."""
     if args.reward:
         reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
         return reward, None, f"reward {args.reward} decides on wins"
@@ -328,7 +330,7 @@ def print_differences(samples, prompts, beta):
 
 def write_evaluated(results, models, runs, out):
     """Write all figures to `out`. Without `out`, the figures of a run go to evaluated.json in its directory,
-    and the figures of other models to evaluated.json in the working directory."""
+    and the figures of other models, checkpoints too, to evaluated.json in the working directory."""
     by_file = defaultdict(dict)
     for name, path, (model, _) in zip(results, models, runs, strict=True):
         file = Path("evaluated.json")
@@ -346,8 +348,8 @@ def write_evaluated(results, models, runs, out):
 
 def best_possible(models, samples, given):
     """Compute the best possible, by `frontier`, for the first run that has a reference and a reward: (the row
-    at β, all rows, the run's path). Raises InputError if there is no such run, or if the samples are too
-    few."""
+    at β, all rows, the run's path). samples: how many to draw to each prompt. Raises InputError if there is
+    no such run, or if the samples are too few."""
     runs = []
     for path in models:
         _, run = find_run(path, given)
@@ -365,8 +367,8 @@ def best_possible(models, samples, given):
 
 
 def reference_rewards(args, count):
-    """Sample `count` responses of a run's reference to each held-out prompt, and return their rewards, a list
-    for each prompt."""
+    """Sample `count` responses of a run's reference to each different prompt of its held-out pairs, at most
+    eval_limit pairs that can be encoded and scored, and return their rewards, a list for each prompt."""
     lengths = args.max_prompt_length, args.max_response_length
     reference, tokenizer = load_frozen(args.reference, args.dtype, trust_remote_code=args.trust_remote_code,
                                        lengths=lengths)
