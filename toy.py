@@ -141,7 +141,7 @@ def toy_vocabulary():
 
 def is_toy_model(model):
     """Whether a directory holds a model of the toy, which is recognised by its vocabulary. If the directory
-    does not exist: whether it lies where the toy writes its models."""
+    does not exist: whether its name begins as those of the models that the toy writes."""
     file = Path(model, "tokenizer.json")
     if not Path(model).is_dir():
         return str(model).startswith(str(WORLD.parent))
@@ -191,7 +191,7 @@ def toy_settings(variant, model=None, seed=0):
 
 
 def write_world(seed=0):
-    """Write the grammar's pairs and the model before any training, unless they exist."""
+    """Write the grammar's pairs and the model before any training to WORLD, unless they exist."""
     if not (WORLD / "grammar.jsonl").is_file():
         write_rows(WORLD / "grammar.jsonl", grammar_pairs())
     if not (WORLD / "held-out.jsonl").is_file():
