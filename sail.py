@@ -220,8 +220,8 @@ def sail_metrics(losses, chosen_logps, rejected_logps, reference_chosen_logps, r
 @dataclass
 class Variant:
     """How a variant treats its pairs, which are the share `mix` of a run's pairs. All other pairs are trained
-    with DPO on the data's responses and labels. Each number is the default of the setting with the same name;
-    the numbers are taken from the authors' examples."""
+    on the data's responses and labels, with DPO or, in sft, by likelihood. Each number is the default of the
+    setting with the same name; for dp, pp and pr they are taken from the authors' examples."""
     responses: str                # who writes them: "data", "policy", or "data, policy" for chosen, rejected
     label: str                    # who labels them: "data", "policy" or "reward"
     mix: float = 0.0              # share of a run's pairs
@@ -310,8 +310,10 @@ class Run:
 
 
 def training_step(run, data_pairs, variant_pairs, method):
-    """Take one optimizer step on the data's pairs and the variant's pairs: (sums of their metrics, whether
-    the step was finite, a dict of timings, gradient norm and learning rate)."""
+    """Take one optimizer step on the data's pairs and the variant's pairs, of which each process gives its
+    share: (sums of their metrics over all processes, whether the step was finite and so was taken, a dict of
+    timings, gradient norm and learning rate). The pairs may be changed, and so is run.progress["baseline"].
+    All processes call this together."""
     variant, figures = VARIANTS[method.variant], {}
     # 1. roll out: the policy's responses replace the data's on the sides that the variant samples
     with timed(figures, "seconds_rollout"):
@@ -336,7 +338,8 @@ def training_step(run, data_pairs, variant_pairs, method):
 
 def accumulate_gradients(run, pairs, method):
     """Back-propagate the mean loss over the pairs of all processes in micro-batches; for SFT, the mean over
-    the tokens of their chosen responses. Returns the sums of all counts and metrics."""
+    the tokens of their chosen responses. All processes call this together, each with its own pairs. Returns
+    the sums of all counts and metrics over all processes."""
     run.policy.train(run.settings.gradient_checkpointing)   # eval mode, unless checkpointing needs train mode
     likelihood = VARIANTS[method.variant].likelihood
     totals, sums = all_sum(counts_of(pairs, likelihood), run.policy.device), {}
@@ -362,7 +365,8 @@ def accumulate_gradients(run, pairs, method):
 
 
 def preference_losses(policy, reference, pairs, method, baseline=None, dtype="float32"):
-    """`sail_loss` of the pairs, plus the regularisers that are switched on: (losses (B,), metrics)."""
+    """`sail_loss` of the pairs, plus the regularisers that are switched on: (losses (B,), metrics). The
+    metrics are means over the pairs; their `loss` is without the regularisers."""
     # 1. log-probabilities, (2, B): row 0 the chosen responses, row 1 the rejected ones
     if method.revkl_coef:
         with computing_in(dtype, policy):
@@ -453,9 +457,9 @@ def order_of(n_pairs, seed, is_variants, epoch):
 
 
 def draw_pairs(examples, step, total, count, method, seed):
-    """Draw (the data's pairs, the variant's pairs) of one step, for all processes together. Steps are
-    numbered from 1 to `count`. The share `mix` of a run's `total` pairs is the variant's, evenly spread over
-    the steps."""
+    """Draw (the data's pairs, the variant's pairs) of one step, copies of the examples: the pairs of all
+    processes, the same in each process. Steps are numbered from 1 to `count`. The share `mix` of a run's
+    `total` pairs is the variant's, evenly spread over the steps."""
     mix, variant = Fraction(str(method.mix)), VARIANTS[method.variant]       # exact, so that no pair is lost
     generator = torch.Generator().manual_seed(seeded("label draws", seed, step))
     data_pairs, variant_pairs = [], []
@@ -476,7 +480,8 @@ def draw_pairs(examples, step, total, count, method, seed):
 
 
 def counts_of(pairs, likelihood):
-    """Count what a step works on: pairs and tokens, and the number, length and rewards of the samples."""
+    """Count what a step works on: pairs and tokens, the number and length of the samples, and the rewards of
+    all responses that a reward has scored."""
     totals = Counter(pairs=len(pairs), tokens=0, chosen_tokens=0, samples=0, sampled_tokens=0, unfinished=0,
                      scored=0, ties=0, cut_for_reward=0, reward=0.0)
     for pair in pairs:
@@ -529,8 +534,8 @@ def record_of(step, totals, method, figures):
 
 
 def train(args):
-    """The whole run: load, loop, save. Raises InputError for bad input, for a reward that fails, and after
-    ten steps in a row that are not finite."""
+    """The whole run: load, loop, save. All processes call this together. Raises InputError for bad input, for
+    a reward that fails, and after ten steps in a row that are not finite, and SystemExit after a signal."""
     out = Path(args.out)
     inputs = ("model", "reference", "data", "eval_data", "reward", "preference")
     refuse_before_loading(out, args, *inputs)
@@ -564,7 +569,8 @@ def train(args):
 
 def meets_data_again(total, run, args):
     """Whether a run of `total` pairs needs the reference's log-probabilities of the data's responses more
-    than once, and needs them for no other responses."""
+    than once, and nothing else of the reference: neither of other responses nor, for revkl_coef, of other
+    tokens."""
     samples = args.mix > 0 and VARIANTS[args.variant].sampled
     return run.reference is not None and not samples and not args.revkl_coef and total > len(run.examples)
 
@@ -577,8 +583,8 @@ def merged(trained, args):
 
 
 def evaluate_run(run, args):
-    """Evaluate the current policy: (figures, the numbers of prompts and responses behind them, samples to
-    keep). Returns None if no pair is held out."""
+    """Evaluate the current policy, all processes together: (figures, the numbers of prompts and responses
+    behind them, samples to keep). Returns None if no pair is held out."""
     if not run.held_out:
         return None
     run.policy.eval()
@@ -609,7 +615,9 @@ def fingerprints(run, args):
 @fails_together
 def load_data(args):
     """Load (training pairs, held-out pairs, reward, preference function, Account of the training pairs,
-    Account of the held-out pairs)."""
+    Account of the held-out pairs), all processes together. The pairs are TextPairs; a reward or a function
+    that the settings do not name is None. Raises InputError if the data lacks responses that the variant
+    needs, or if something cannot be loaded or tried out."""
     train, held_out, account, held_out_account = train_and_held_out(
         args.data, args.eval_data, args.limit, args.prefer, args.score_scale)
     for side in needed_sides(args):
@@ -637,8 +645,9 @@ def needed_sides(args):
 
 
 def load_run(args):
-    """Load the data and the models: (Run without an optimizer, Account of the training pairs, Account of the
-    held-out pairs, lengths of the training pairs as in `encode`)."""
+    """Load the data and the models, all processes together: (Run without an optimizer, Account of the
+    training pairs, Account of the held-out pairs, lengths of the training pairs as in `encode`). At most
+    eval_limit pairs are held out. Raises InputError for bad input."""
     train, held_out, reward, preference, account, held_out_account = load_data(args)
     policy, reference, tokenizer = load_models(args)
     limits = (end_token_ids(tokenizer, policy), args.max_prompt_length, args.max_response_length,
@@ -653,7 +662,8 @@ def load_run(args):
 
 def encode_scorable(pairs, account, tokenizer, limits, reward):
     """Encode the pairs and keep those that the reward can score: (the encoded pairs, lengths as in `encode`).
-    What becomes of the pairs is added to their Account."""
+    What becomes of the pairs is added to their Account. limits: the arguments of `encode` that follow the
+    tokenizer. Raises InputError if no pair can be encoded, or none scored."""
     encoded, changes, lengths = encode(pairs, tokenizer, *limits)
     account.add(changes)
     encoded, changes = drop_unscorable(encoded, reward)
@@ -750,7 +760,8 @@ def refuse_flags(args, parser):
 
 @fails_together
 def make_toy(args):
-    """Write the files that `--data toy` stands for, unless they exist."""
+    """Write, on rank 0, the files that `--data toy` stands for, unless they exist. All processes call this
+    together."""
     if rank() != 0:
         return
     write_world(args.seed)
