@@ -5,7 +5,7 @@ In a run of one process, the functions by which processes communicate do nothing
 import os
 import shutil
 import signal
-import sys
+import time
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
@@ -107,13 +107,22 @@ def print0(line):
         tqdm.write(line)
 
 
-def progress(items, what):
-    """Yield `items` one by one, with a bar that shows how many are done: on a terminal after three seconds,
-    elsewhere every half minute."""
-    interval = 0.1 if sys.stderr.isatty() else 30
-    options = {**bar_options(), "disable": rank() != 0 or len(items) == 1}
-    return tqdm(items, what, leave=False, delay=3, mininterval=interval, maxinterval=max(10, interval),
-                **options)
+def progress(items, what, total=None):
+    """Yield `items` one by one and show how many are done: on a terminal with a bar, which appears after
+    three seconds, elsewhere with a line every half minute."""
+    if total is None:
+        total = len(items)
+    if rank() != 0 or total == 1:
+        yield from items
+        return
+    bar = tqdm(items, what, total, leave=False, delay=3, **bar_options())
+    started = printed = time.perf_counter()
+    for done, item in enumerate(bar, 1):
+        yield item
+        now = time.perf_counter()
+        if bar.disable and now - printed > 30:
+            print0(f"{what}: {done} of {total} after {now - started:.0f} s")
+            printed = now
 
 
 def bar_options():
