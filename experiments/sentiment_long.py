@@ -38,6 +38,7 @@ from evaluate import evaluate_policy
 from formats import read_rows
 from generate import load_policy
 from replicate import by_seed, compared, record, recorded, table, train
+from reward import Reward
 from runtime.command_line import command_line, seeded
 from runtime.compare import COLOURS
 from runtime.intervals import mean_of
@@ -51,12 +52,12 @@ METHODS = {                                # name: (what it is, flags)
 RATES, TUNED, TUNING_SEED = (1e-5, 3e-5, 1e-4), ("dpo-soft", "online-dpo"), 100
 SEEDS = (0, 1, 2, 3, 4, 5)
 STEPS, BATCH, SAMPLES, START_SAMPLES, BEST_OF_N = 128, 16, 32, 96, (1, 2, 4, 8, 16, 32)
-START = "start"                            # the name of the model as it was
-WORDS = {START: "the model as it was", **{method: words for method, (words, _) in METHODS.items()}}
+START = "start"                            # the name of the initial model
+WORDS = {START: "the initial model", **{method: words for method, (words, _) in METHODS.items()}}
 COMPARED = (                               # (question, method, its control)
-    ("Fresh responses, soft labels", "online-dpo", "dpo-soft"),
+    ("Fresh responses instead of the data's, soft labels", "online-dpo", "dpo-soft"),
     ("T2 × 0.3 (SAIL-PR)", "pr", "online-dpo"),
-    ("SAIL-PR beside DPO, soft labels", "pr", "dpo-soft"))
+    ("SAIL-PR minus DPO with soft labels", "pr", "dpo-soft"))
 ROWS = ROOT / "experiments/sentiment_long.jsonl"
 MEASURING = threading.Lock()
 
@@ -129,7 +130,8 @@ def measured(model, base, texts, samples, seed, judge):
                             end_token_ids(tokenizer, policy), 128, TOKENS)
     args = argparse.Namespace(seed=seed, dtype="float32", beta=BETA, max_response_length=TOKENS,
                               sample_batch_size=8)
-    found, rows = evaluate_policy(policy, reference, tokenizer, examples, vader, args, samples)
+    found, rows = evaluate_policy(policy, reference, tokenizer, examples, Reward("vader", vader), args,
+                                  samples)
     figures = {name: list(figure) for name, figure in found.items()}
     scores = [judge(row["response"]) for row in rows]
     figures["judge"] = [float(np.mean(scores)), None, None]
@@ -176,7 +178,7 @@ def best_rates(rows):
 
 
 def measure_start(runs, judge):
-    """The rows of the model as it was: its own figures, how good the judge is, and the best of n samples by
+    """The rows of the initial model: its own figures, how good the judge is, and the best of n samples by
     the reward, whose KL is at most log n − (n − 1)/n."""
     if any(row["world"] == "judge" for row in recorded(ROWS)):
         return

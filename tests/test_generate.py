@@ -345,7 +345,7 @@ def test_what_is_cut_dropped_altered_or_unread_is_said_and_a_row_has_what_the_po
     assert [row["prompt"] for row in rows] == [turns[2:], "e"]
     said = capsys.readouterr().out
     assert "x.jsonl: prompts; 3 rows, 3 kept\n   unread: lang (1 rows)\n" in said
-    assert ("2 prompts asked\n  dropped: 1 (1 prompt longer than --max-prompt-length)\n"
+    assert ("2 prompts were asked\n  dropped: 1 (1 prompt longer than --max-prompt-length)\n"
             "      cut: 1 prompts longer than --max-prompt-length\n" in said)
 
 

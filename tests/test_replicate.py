@@ -9,7 +9,7 @@ import pytest
 import replicate
 import torch
 
-from runtime import intervals
+from runtime.intervals import student
 
 from sail import parse_args
 from toy import grammar_pairs, toy_reward, toy_settings
@@ -21,7 +21,7 @@ def finished_run(path, *evals, **more):
     """What sail.py leaves of a run, of which the report reads: (step, KL, reward) per evaluation; more
     figures."""
     (path / "model").mkdir(parents=True)
-    rows = [{"step": step, "kl": kl, "kl_interval": [kl - 1, kl + 1], "reward": reward,
+    rows = [{"step": step, "prompts": 4, "kl": kl, "kl_interval": [kl - 1, kl + 1], "reward": reward,
              "reward_interval": [reward - 0.5, reward + 0.5], **more} for step, kl, reward in evals]
     (path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / "metrics.jsonl").write_text('{"seconds": 1.5}\n' * evals[-1][0])
@@ -89,15 +89,15 @@ def test_p_is_the_tail_of_students_t(degrees):
     scale = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(degrees * math.pi)
     grid = torch.linspace(0, t, 20001, dtype=torch.float64)
     below = torch.trapezoid(scale * (1 + grid**2 / degrees) ** (-(degrees + 1) / 2), grid).item()
-    assert intervals.p_value(values) == pytest.approx(1 - 2 * below, abs=1e-6)
-    edge = intervals.student(degrees) * statistics.stdev(values) / math.sqrt(len(values))
+    assert replicate.p_value(values) == pytest.approx(1 - 2 * below, abs=1e-6)
+    edge = student(degrees) * statistics.stdev(values) / math.sqrt(len(values))
     shifted = [value - statistics.mean(values) + edge for value in values]
-    assert intervals.p_value(shifted) == pytest.approx(0.05, abs=3e-4)
+    assert replicate.p_value(shifted) == pytest.approx(0.05, abs=3e-4)
 
 
 def test_holm_adjusts_the_smallest_most_and_keeps_their_order():
-    assert intervals.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
-    assert intervals.holm([0.9, 0.8]) == [1.0, 1.0] and intervals.holm([]) == []
+    assert replicate.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert replicate.holm([0.9, 0.8]) == [1.0, 1.0] and replicate.holm([]) == []
 
 
 def test_what_is_compared_has_been_run():
@@ -191,3 +191,15 @@ def test_a_runs_reward_is_set_beside_the_highest_at_its_kl(tmp_path, monkeypatch
     replicate.below_the_best(rows, tmp_path)
     found = {(row["method"], row["seed"]): (row["figures"]["gap"][0], row.get("above")) for row in rows}
     assert found == {("dpo", 0): (0.75, -0.5), ("pr", 0): (-0.25, 0.25), ("pr", 1): (3.75, None)}
+
+
+def test_all_runs_of_a_seed_are_measured_to_one_best():
+    """The best reward − β·KL is a property of a seed's SFT model, so that a row's figure and its distance
+    from the best add up to the same number for all methods, whatever β they were trained with."""
+    best = {}
+    for row in replicate.recorded():
+        figures = row["figures"]
+        if "gap" in figures:
+            best.setdefault(row["seed"], []).append(figures["gap"][0] + figures["objective"][0])
+    for sums in best.values():
+        assert max(sums) - min(sums) < 1e-6
