@@ -394,7 +394,7 @@ def test_of_a_long_file_it_is_shown_how_far_it_is(monkeypatch, capsys):
     monkeypatch.setattr("time.perf_counter", lambda: next(clock))
     sample(model, tokenizer, [[2]] * 6, 1, batch_size=2)
     shown = capsys.readouterr().out
-    assert "responses to 6 prompts, batches: 2 of 3 after 40 s" in shown
+    assert "batches of responses to 6 prompts: 2 of 3 after 40 s" in shown
 
 
 def test_a_response_is_called_finished_if_it_is(monkeypatch):
