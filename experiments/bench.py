@@ -2,7 +2,7 @@
 
     python experiments/bench.py                 # models S and V, each row in a process of its own
     python experiments/bench.py --peer-python TRL/bin/python --rounds 3   # in turn with TRL under that Python
-    python experiments/bench.py --overheads     # dp, pp and pr against dpo on the same pairs, in turn
+    python experiments/bench.py --overheads     # CPU seconds of dp, pp and pr against dpo's, in turn
     python experiments/bench.py --models DIR --data FILE --batch 4 --steps 6 --prompt 128 --response 128 \\
         --variants dpo dpo-again online-dpo --peer-python TRL/bin/python --rounds 3      # a pretrained model
     python experiments/bench.py --models qwen2-0.5b --dtype bfloat16 --prompt 512 --response 512 \\
@@ -326,16 +326,36 @@ def keep(out, row):
         file.write(json.dumps(row) + "\n")
 
 
+def overhead_table(rows):
+    """Markdown: a line for each model of --overheads' rows, medians (quartiles) over steps of a variant's CPU
+    seconds divided by dpo's."""
+    lines = ["| model | " + " | ".join(f"{variant} / dpo" for variant in OVERHEADS[1:]) + " |",
+             "|---" * len(OVERHEADS) + "|"]
+    for row in rows:
+        shape, cells = row["model"], []
+        for variant in OVERHEADS[1:]:
+            ratios = [one / dpo for one, dpo in zip(row[variant], row["dpo"], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            cells.append(f"{middle:.3f} ({low:.3f}–{high:.3f})")
+        lines.append(f"| {row['name']}: {shape['num_hidden_layers']} layers of width {shape['hidden_size']}, "
+                     f"vocabulary {shape['vocab_size']:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def overheads(args):
-    """dp, pp and pr against dpo on the same pairs, the update alone, variants in turn within each step."""
+    """dp, pp and pr against dpo on the same pairs, the update alone, on one thread, variants in turn within
+    each step. Keeps a row for each model, with each variant's CPU seconds, which count no other work of a
+    busy machine, of every step but the first two. Prints the table."""
     sys.path.insert(0, str(ROOT))
     import copy
+
+    import torch
 
     import sail
     from generate import prepare
     from runtime.settings import Settings
-    print("| update alone, same pairs | " + " | ".join(f"{variant}/dpo" for variant in OVERHEADS[1:]) + " |\n"
-          + "|---" * len(OVERHEADS) + "|")
+    torch.set_num_threads(1)
+    measured = []
     for name in args.models:
         row = row_of(args, name, "dpo")
         model, tokenizer = model_and_tokenizer(row)
@@ -359,14 +379,14 @@ def overheads(args):
                     ids = [tokenizer(pair[side])["input_ids"] for side in ("prompt", "chosen", "rejected")]
                     pairs.append(sail.Pair("", "", "", ids[0], ids[1] + [EOS], ids[2] + [EOS],
                                            own.responses == "policy", own.label == "policy"))
-                started = time.perf_counter()
+                started = time.process_time()
                 sail.accumulate_gradients(run_, pairs, methods[variant])
                 sail.optimizer_step(policy, optimizer, scheduler, 1.0, 0.0)
-                seconds[variant].append(time.perf_counter() - started)
-        ratios = [[one / dpo for one, dpo in list(zip(seconds[variant], seconds["dpo"], strict=True))[2:]]
-                  for variant in OVERHEADS[1:]]
-        print(f"| {name} | " + " | ".join("{1:.3f} ({0:.3f}–{2:.3f})".format(*statistics.quantiles(each, n=4))
-                                          for each in ratios) + " |", flush=True)
+                seconds[variant].append(time.process_time() - started)
+        times = {variant: [round(second, 4) for second in seconds[variant][2:]] for variant in OVERHEADS}
+        measured.append({"name": row["name"], "model": row["model"], "steps": args.steps, **times})
+        keep(args.out, measured[-1])
+    print(overhead_table(measured))
 
 
 def main():

@@ -6,7 +6,7 @@ such a function works with the values of this process alone."""
 import os
 import shutil
 import signal
-import sys
+import time
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
@@ -108,13 +108,23 @@ def print0(line):
         tqdm.write(line)
 
 
-def progress(items, what):
-    """Yield `items`, which have a length, one by one, with a bar that shows how many are done: on a terminal
-    after three seconds, elsewhere every half minute. Only rank 0 shows it, and not for a single item."""
-    interval = 0.1 if sys.stderr.isatty() else 30
-    options = {**bar_options(), "disable": rank() != 0 or len(items) == 1}
-    return tqdm(items, what, leave=False, delay=3, mininterval=interval, maxinterval=max(10, interval),
-                **options)
+def progress(items, what, total=None):
+    """Yield `items` one by one and show, on rank 0, how many of several are done: on a terminal with a bar,
+    which appears after three seconds, elsewhere with a line every half minute. total: the number of items, if
+    they have no length."""
+    if total is None:
+        total = len(items)
+    if rank() != 0 or total == 1:
+        yield from items
+        return
+    bar = tqdm(items, what, total, leave=False, delay=3, **bar_options())
+    started = printed = time.perf_counter()
+    for done, item in enumerate(bar, 1):
+        yield item
+        now = time.perf_counter()
+        if bar.disable and now - printed > 30:
+            print0(f"{what}: {done} of {total} after {now - started:.0f} s")
+            printed = now
 
 
 def bar_options():

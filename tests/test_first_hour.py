@@ -285,7 +285,8 @@ def test_models_are_set_beside_the_first_prompt_by_prompt(two_runs, base, monkey
     rows = json.loads((two_runs / "beside.json").read_text())
     objectives = [row["objective"]["value"] for row in rows.values()]
     assert [*rows] == [Path(base).name, "pr"]
-    below = said[said.index(f"reward − β·KL less that of {Path(base).name}, paired by prompt:"):].splitlines()[1]
+    heading = f"reward − β·KL less that of {Path(base).name}, paired by prompt:"
+    below = said[said.index(heading):].splitlines()[1]
     assert below.startswith("  pr: ") and f"{objectives[1] - objectives[0]:.3f}" in below
 
 

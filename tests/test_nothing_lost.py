@@ -266,7 +266,7 @@ def test_a_signal_saves_before_any_evaluation_and_ends_one(name, status, at, rea
     out, harm = tmp_path / "run", f"os.kill(os.getpid(), signal.{name}); time.sleep(60 * ({at} == 5))"
     done = run_mine(base, out, at, harm)                               # 60 s would be too many for it
     assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
-    assert f"step {reached}, which is saved in {out}/checkpoints/{reached}; --resume" in done.stdout
+    assert f"step {reached}, which is saved in {out}/checkpoints/{reached}; the same command" in done.stdout
     assert [row["step"] for row in logs(out) if "prompts" in row] == [0] and not (out / "model").exists()
     more = ["--reward", f"{tmp_path}/mine.py:score"]
     sail_main(arguments(base, out, *more, "--resume"))

@@ -121,7 +121,9 @@ TABLES = [ANSWERS, terms_exact.table(rows_of("terms_exact")),
           *replicate.tables(rows_of("replication")).values(),
           *sentiment.tables(rows_of("sentiment")).values(),
           memory.measured_table(rows_of("memory")), bench.beside_peer(rows_of("speed")),
-          noise.table(rows_of("noise")), sampler_gap.table(rows_of("sampler_gap")),
+          bench.overhead_table(rows_of("overheads")),
+          first_runs.table(rows_of("first_run")), noise.table(rows_of("noise")),
+          sampler_gap.table(rows_of("sampler_gap")),
           *tuned.tables(rows_of("tuned")).values()]
 
 
