@@ -242,12 +242,14 @@ def held_out_pairs(args):
 
 def evaluate_models(models, show, given):
     """Sample from the models, print a table of their figures and `show` answers of each, and write the
-    figures as `write_evaluated` says. All models are evaluated with the settings of the first run among them,
-    so the held-out pairs, the lengths and the seed are the same for all models. The reference is that of the
-    first run that has one, or else the first model. Raises InputError for bad input."""
-    if "out" in given:
-        refuse_output(given["out"], are_figures)
+    figures to the files that `file_of_figures` names. All models are evaluated with the settings of the first
+    run among them, so the held-out pairs, the lengths and the seed are the same for all models. The reference
+    is that of the first run that has one, or else the first model. Raises InputError for bad input."""
     runs = [find_run(path, given) for path in models]
+    files = []
+    for path, (model, _) in zip(models, runs, strict=True):
+        files.append(file_of_figures(path, model, given.get("out")))
+        refuse_output(files[-1], are_figures)
     first_model, args = runs[0]
     for _, settings in runs[::-1]:
         if settings.data or settings.eval_data:
@@ -271,7 +273,8 @@ def evaluate_models(models, show, given):
         examples, changes, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths,
                                       vocabulary, args.eval_limit)
         examples, unscorable = drop_unscorable(examples, reward)
-        prompts[name], each = len(examples), responses_to_each(len(examples), args.eval_limit)
+        prompts[name] = [example.prompt for example in examples]
+        each = responses_to_each(len(examples), args.eval_limit)
         print(f"{name}: {each * len(examples)} responses of up to {args.max_response_length} tokens to "
               f"{len(examples)} prompts …", flush=True)
         results[name], samples[name] = evaluate_policy(policy, reference, tokenizer, examples, reward, args,
@@ -280,13 +283,18 @@ def evaluate_models(models, show, given):
     account.add(changes)                                   # the counts of the last model
     account.add(unscorable)
     print(f"\n{args.eval_data or args.data}: {len(examples)} held-out pairs\n{account}\n"
-          f"{each * len(examples)} new samples of each model; reference {reference_name}; {judge}, which "
-          "decides on wins over the chosen responses; 95 % intervals over prompts, as ± half or as [low, "
-          f"high]{few(len(examples))}\n")
+          f"{each * len(examples)} new samples of each model; reference {reference_name}; {judge} "
+          "over the chosen responses; 95 % intervals over prompts, as ± half or as [low, high]"
+          f"{few(len(examples))}\n")
     print_table(results)
     print_differences(samples, prompts, args.beta)
     print_samples(samples, show)
-    write_evaluated(results, models, runs, args.out)
+    by_file = defaultdict(dict)
+    for name, file in zip(results, files, strict=True):
+        by_file[file][name] = results[name]
+    for file, figures in by_file.items():
+        write_figures(figures, file)
+    print(f"\nthe figures are in {', '.join(map(str, by_file))}")
 
 
 def load_judge(args):
@@ -303,20 +311,21 @@ def load_judge(args):
 def print_differences(samples, prompts, beta):
     """Print by how much the reward − β·KL of each model exceeds that of the first one: the mean of the
     prompts' differences, which is less noisy than the difference of two rows of the table. A model with
-    another number of prompts is not compared. samples: {model: rows} of `evaluate_policy`; prompts: {model:
-    their number}. Nothing is printed for a single model, or without a reward and a reference."""
+    other prompts is not compared. samples: {model: rows} of `evaluate_policy`; prompts: {model:
+    those that it was asked}. Nothing is printed for a single model, or without a reward and a reference."""
     objectives = {}
     for name, rows in samples.items():
         if not {"reward", "kl"} <= rows[0].keys():
             return
         values = [row["reward"] - beta * row["kl"] for row in rows]
-        objectives[name] = means_of_prompts(values, prompts[name])
+        objectives[name] = means_of_prompts(values, len(prompts[name]))
     first, *others = objectives
     if others:
         print(f"\nreward − β·KL less that of {first}, paired by prompt:")
     for name in others:
         if prompts[name] != prompts[first]:
-            print(f"  {name}: not compared, since {prompts[name]} prompts were asked, not {prompts[first]}")
+            print(f"  {name}: not compared, since its {len(prompts[name])} prompts are not the "
+                  f"{len(prompts[first])} of {first}")
             continue
         differences = []
         for ours, theirs in zip(objectives[name], objectives[first], strict=True):
@@ -328,20 +337,15 @@ def print_differences(samples, prompts, beta):
         print(f"  {name}: {format_figure(mean, low, high)}: {verdict}")
 
 
-def write_evaluated(results, models, runs, out):
-    """Write all figures to `out`. Without `out`, the figures of a run go to evaluated.json in its directory,
-    and the figures of other models, checkpoints too, to evaluated.json in the working directory."""
-    by_file = defaultdict(dict)
-    for name, path, (model, _) in zip(results, models, runs, strict=True):
-        file = Path("evaluated.json")
-        if out:
-            file = Path(out)
-        elif Path(path, "model") == Path(model):
-            file = Path(path, "evaluated.json")
-        by_file[file][name] = results[name]
-    for file, figures in by_file.items():
-        write_figures(figures, file)
-    print(f"\nthe figures are in {', '.join(map(str, by_file))}")
+def file_of_figures(path, model, out):
+    """The file for the figures of a model that the command line calls `path`: `out`, if that is given; for a
+    run, evaluated.json in its directory; for other models, checkpoints too, evaluated.json in the working
+    directory."""
+    if out:
+        return Path(out)
+    if Path(path, "model") == Path(model):
+        return Path(path, "evaluated.json")
+    return Path("evaluated.json")
 
 
 # --- the best possible --------------------------------------------------------------------------------------
@@ -425,8 +429,8 @@ def main(argv=None):
     models, task, given = parse_args(argv)
     if not task.compare:
         return evaluate_models(models, task.show, given)
-    out = given.get("out")
-    refuse_comparison(Path(out or Path(models[0]).parent / "results.json"))
+    out = Path(given.get("out") or Path(models[0]).parent / "results.json")
+    refuse_comparison(out)
     best = best_possible(models, task.frontier, given) if task.frontier else ()
     compare(models, out, task.show, *best)
 

@@ -836,10 +836,11 @@ def split_held_out(pairs):
 
 def train_and_held_out(data, eval_data=None, limit=None, prefer="better", score_scale=None):
     """Load (training pairs, held-out pairs, Account of `data`, Account of the held-out pairs), for every
-    script. If `eval_data` is given, its pairs are held out, and all pairs of `data` are for training; if it
-    is the directory of a run, these are the pairs that the run held out, with an empty Account. Otherwise
-    `split_held_out` divides the pairs of `data`, and the Account of `data` covers both parts. `limit` is for
-    `data` alone. Raises InputError as `load_pairs` does, or if no training pair is left."""
+    script. If `eval_data` is a file or a hub name, its pairs are held out, and all pairs of `data` are for
+    training. If it is the directory of a run, the pairs that the run held out are held out here too, with an
+    empty Account, and pairs of `data` with one of their prompts are dropped. Otherwise `split_held_out`
+    divides the pairs of `data`, and the Account of `data` covers both parts. `limit` is for `data` alone.
+    Raises InputError as `load_pairs` does, or if no training pair is left."""
     pairs, account = load_pairs(data, limit, prefer, score_scale)
     if eval_data and is_run_directory(Path(eval_data)):
         file = run_that_held_out(eval_data) / "args.json"
@@ -847,7 +848,13 @@ def train_and_held_out(data, eval_data=None, limit=None, prefer="better", score_
         if "data" not in run:
             raise InputError(f"{file}: this run names no data")
         _, held_out, *_ = train_and_held_out(**run, prefer=prefer, score_scale=score_scale)
-        return pairs, held_out, account, Account()
+        prompts = {str(pair.prompt) for pair in held_out}
+        train = [pair for pair in pairs if str(pair.prompt) not in prompts]
+        if len(train) < len(pairs):
+            account.dropped[f"prompt that {eval_data} held out"] += len(pairs) - len(train)
+        if not train:
+            raise InputError(f"{data}: all {len(pairs)} pairs have prompts that {eval_data} held out")
+        return train, held_out, account, Account()
     if eval_data:
         held_out, held_out_account = load_pairs(eval_data, None, prefer, score_scale)
         return pairs, held_out, account, held_out_account

@@ -598,11 +598,11 @@ def evaluate_run(run, args):
 
 
 def fingerprints(run, args):
-    """The fingerprints that --resume compares besides the settings: of the data as token ids, and of the
-    files of models and functions."""
+    """The fingerprints that --resume compares besides the settings: of the data as token ids and labels, and
+    of the files of models and functions."""
     ids = []
     for pair in run.examples + run.held_out:
-        ids.append([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids])
+        ids.append([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, pair.preference])
     found = {"data_sha256": fingerprint(ids)}
     for name in ("model", "reference", "reward"):
         found[f"{name}_sha256"] = fingerprint_files(getattr(args, name))

@@ -297,15 +297,16 @@ def are_figures(text):
 
 
 def print_samples(samples, count):
-    """Print the answers of all models, {model: rows of samples}, to the first `count` prompts, one prompt
-    after the other. The rows of all models must be for the same prompts in the same order."""
-    kept = min(len(rows) for rows in samples.values())
-    if kept < count:
-        print(f"\nonly {kept} of the {count} prompts have answers")
-    # by_prompt has, for each prompt, a row of each model.
-    by_prompt = zip(*(rows[:min(kept, count)] for rows in samples.values()), strict=True)
-    for rows in by_prompt:
-        prompt = rows[0]["prompt"]
+    """Print the answers of all models, {model: rows of samples}, to the first model's first `count` prompts,
+    one prompt after the other."""
+    first, *others = samples.values()
+    if len(first) < count:
+        print(f"\nonly {len(first)} of the {count} prompts have answers")
+    for nth, row in enumerate(first[:count]):
+        prompt, rows = row["prompt"], [row]
+        for theirs in others:                              # its row in the same place, or of the same prompt
+            same = [each for each in theirs[nth:nth + 1] + theirs if each["prompt"] == prompt]
+            rows.append(same[0] if same else {"response": "(this model was not asked this prompt)"})
         if isinstance(prompt, list):                       # a dialogue is shown by its last message
             prompt = prompt[-1]["content"]
         print(f"\n>>> {printable(prompt)}")
@@ -442,15 +443,13 @@ def write_labels(axes, ends):
 
 # --- the comparison -----------------------------------------------------------------------------------------
 
-def compare(paths, out=None, show=0, best=None, curve=(), best_run=None):
+def compare(paths, out, show=0, best=None, curve=(), best_run=None):
     """Print finished runs as markdown tables, one for each set of conditions under which they were measured,
-    and their last answers to the first `show` held-out prompts. Write the figures to `out`, by default to
-    results.json beside the first run that `read_runs` finds, and a picture beside them. Raises InputError as
-    `read_runs` does. best, curve, best_run: what `best_possible` returns."""
+    and their last answers to the first `show` held-out prompts. Write the figures to the file `out`, and a
+    picture beside them. Raises InputError as `read_runs` does. best, curve, best_run: what `best_possible`
+    returns."""
     found = read_runs(paths)
     tables = tables_of(found)
-    first_run, *_ = found
-    out = Path(out or first_run.parent / "results.json")
     results = {}
     for nth, table in enumerate(tables):
         best_here = None

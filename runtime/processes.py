@@ -59,7 +59,7 @@ def own_device():
 
 def default_dtype():
     """The dtype to compute in if no setting names one: bfloat16 on a GPU that has it, else float32."""
-    if torch.cuda.is_available() and torch.cuda.is_bf16_supported():
+    if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bfloat16"
     return "float32"
 

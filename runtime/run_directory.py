@@ -545,7 +545,7 @@ def trained_weights(path):
     weights = {}
     for name, value in state.items():
         weights[name.removeprefix("model.")] = value
-        if value.isnan().any():
+        if not value.isfinite().all():
             raise InputError(f"{path} cannot be read (a part of {name} is missing, or not finite)")
     return weights
 
@@ -634,7 +634,7 @@ def refuse_changes(before, recorded, path):
         if name in recorded["may_change"] or before.get(name) == value:
             continue
         what = f"--{name.replace('_', '-')} has"
-        if name == "data_sha256":
+        if name in ("data_sha256", "data_counts"):
             what = "the data have"
         elif name.endswith("_sha256"):
             what = f"the files of --{name.removesuffix('_sha256')} have"

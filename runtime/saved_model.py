@@ -143,7 +143,7 @@ def command_of(args):
         words.append(flag_of(field.name))
         if value is not True:
             words.append(str(value))
-    return shlex.join(words), ", ".join(without_flag)
+    return shlex.join(words), ", ".join(without_flag) or "all at their defaults"
 
 
 def last_figures(out):

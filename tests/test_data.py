@@ -378,8 +378,15 @@ def test_the_held_out_pairs_of_a_run_are_those_within_its_limit(tmp_path):
     for limit in (None, 200):
         (tmp_path / "run/args.json").write_text(json.dumps(dict(data=source, limit=limit, may_change=[])))
         _, expected, *_ = train_and_held_out(source, limit=limit)
-        train, held_out, *_ = train_and_held_out(source, str(tmp_path / "run"))
-        assert held_out == expected and len(train) == 400 and 4 < len(held_out) < 30
+        train, held_out, account, _ = train_and_held_out(source, str(tmp_path / "run"))
+        assert held_out == expected and 4 < len(held_out) < 30
+        # The run has not seen these pairs, so that another run on the same data must not see them either.
+        assert not {pair.prompt for pair in train} & {pair.prompt for pair in held_out}
+        assert len(train) == 400 - len(held_out)
+        assert account.dropped == {f"prompt that {tmp_path}/run held out": len(held_out)}
+    (tmp_path / "run/args.json").write_text(json.dumps(dict(data=source, eval_data=source, may_change=[])))
+    with pytest.raises(InputError, match="all 400 pairs have prompts that .*run held out"):
+        train_and_held_out(source, str(tmp_path / "run"))
 
 
 def test_accounts_add_up_kind_by_kind():

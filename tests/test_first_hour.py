@@ -18,6 +18,7 @@ import generate
 import reward
 import sail
 from runtime.command_line import command_line
+from runtime.compare import print_samples
 from runtime.processes import StopSignals
 from runtime.training import print_how_long
 
@@ -296,14 +297,29 @@ def test_models_are_set_beside_the_first_prompt_by_prompt(two_runs, base, monkey
 def test_a_difference_is_paired_and_has_a_verdict(first, second, verdict, capsys):
     samples = {name: [dict(reward=value + 0.5, kl=1.0) for value in values]
                for name, values in (("a", first), ("b", second))}
-    evaluate.print_differences(samples, dict.fromkeys("ab", len(first)), 0.5)
+    asked = dict.fromkeys("ab", [f"question {i}" for i in range(len(first))])
+    evaluate.print_differences(samples, asked, 0.5)
     assert verdict in capsys.readouterr().out
     evaluate.print_differences({"a": [dict(reward=1.0)] * 2, "b": [dict(reward=1.0)] * 2}, {}, 0.5)
-    evaluate.print_differences({"a": samples["a"]}, {"a": len(first)}, 0.5)
+    evaluate.print_differences({"a": samples["a"]}, asked, 0.5)
     assert capsys.readouterr().out == ""
-    fewer = {"a": len(first), "b": len(first) - 1}
+    fewer = {"a": asked["a"], "b": asked["b"][1:]}
     evaluate.print_differences({**samples, "b": samples["b"][1:]}, fewer, 0.5)
-    assert f"since {len(first) - 1} prompts were asked, not {len(first)}" in capsys.readouterr().out
+    assert f"since its {len(first) - 1} prompts are not the {len(first)} of a" in capsys.readouterr().out
+    others = {"a": asked["a"], "b": [*asked["b"][1:], "another question"]}
+    evaluate.print_differences(samples, others, 0.5)
+    assert f"since its {len(first)} prompts are not the {len(first)} of a" in capsys.readouterr().out
+
+
+def test_an_answer_is_shown_below_its_own_prompt(capsys):
+    """One of the models has a chat template that refuses the first prompt."""
+    first = [dict(prompt=f"question {i}", response=f"first's answer {i}") for i in range(3)]
+    second = [dict(prompt=f"question {i}", response=f"second's answer {i}") for i in (1, 2)]
+    print_samples({"first": first, "second": second}, 3)
+    shown = capsys.readouterr().out.split(">>> ")[1:]
+    assert "second's answer" not in shown[0] and "was not asked" in shown[0]
+    assert "first's answer 1" in shown[1] and "second's answer 1" in shown[1]
+    assert "first's answer 2" in shown[2] and "second's answer 2" in shown[2]
 
 
 # --- going on

@@ -199,7 +199,7 @@ def test_settings_of_any_type_are_shown_beside_figures(more, run, capsys):
     out, _ = run
     (out / "eval.jsonl").write_text(json.dumps(FIGURE) + "\n")
     change(out / "args.json", **more)
-    compare([str(out)])
+    compare([str(out)], out.parent / "results.json")
     assert "Measured on: " in capsys.readouterr().out
 
 
@@ -235,7 +235,7 @@ def test_a_name_with_a_dollar_is_drawn_as_it_is(run, monkeypatch):
     before = (named / "args.json").read_text()
     row = {**FIGURE, "reward": 0.2, "reward_interval": None}
     (named / "eval.jsonl").write_text(json.dumps(row) + "\n")
-    compare([str(named)])
+    compare([str(named)], named.parent / "results.json")
     assert not link.is_symlink() and link.read_bytes()[1:4] == b"PNG"
     assert (named / "args.json").read_text() == before
 

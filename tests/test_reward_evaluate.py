@@ -601,13 +601,33 @@ def test_models_have_the_last_parts_of_their_paths_as_names_unless_two_are_alike
     assert evaluate.parse_args(["a/x", "./a/x/", "./y"])[0] == ["./a/x/", "./y"]           # each once
 
 
-def test_figures_are_written_into_the_runs_and_those_of_other_models_where_one_is(tmp_path, monkeypatch):
+@pytest.mark.parametrize("path, model, out, file", [
+    ("runs/one", "runs/one/model", None, "runs/one/evaluated.json"),
+    ("runs/one", "runs/one/model", "mine.json", "mine.json"),
+    ("owner/name", "owner/name", None, "evaluated.json"),
+    ("runs/one/checkpoints/4", "runs/one/checkpoints/4", None, "evaluated.json")])
+def test_the_figures_of_a_run_are_for_its_directory_and_those_of_other_models_for_here(
+        path, model, out, file):
+    assert evaluate.file_of_figures(path, model, out) == Path(file)
+
+
+def test_another_file_of_the_name_evaluated_json_is_not_overwritten(base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    paths, models = ["runs/one", "checkpoint", "owner/name"], ["runs/one/model", "checkpoint", "owner/name"]
-    results = {name: {"kl": (1.0, 0.0, 2.0)} for name in ("one", "checkpoint", "name")}
-    evaluate.write_evaluated(results, paths, [(model, None) for model in models], None)
-    assert {*json.loads(Path("runs/one/evaluated.json").read_text())} == {"one"}
-    assert {*json.loads(Path("evaluated.json").read_text())} == {"checkpoint", "name"}
+    Path("evaluated.json").write_text('{"mine": 1}')
+    argv = ["evaluate.py", base, "--data", f"{base}/toy-pairs.jsonl"]
+    assert "evaluated.json is a file that this command has not written" in fails(
+        evaluate.main, argv, monkeypatch, capsys)
+    assert Path("evaluated.json").read_text() == '{"mine": 1}'
+
+
+def test_compare_writes_where_it_has_looked_even_if_the_first_run_is_left_out(tmp_path, monkeypatch, capsys):
+    run = finished_run(tmp_path / "theirs/dpo", (5, 1.0, 2.0))
+    (tmp_path / "theirs/results.json").write_text('{"theirs": 1}')
+    (tmp_path / "mine/unfinished").mkdir(parents=True)
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "--compare", str(tmp_path / "mine/unfinished"), str(run)])
+    evaluate.main()
+    assert (tmp_path / "theirs/results.json").read_text() == '{"theirs": 1}'
+    assert (tmp_path / "mine/results.json").is_file() and (tmp_path / "mine/results.png").is_file()
 
 
 def test_a_runs_reward_that_is_code_runs_on_the_command_lines_word_alone(tmp_path, monkeypatch, capsys, base):
@@ -652,7 +672,7 @@ def test_a_file_cut_short_or_of_another_kind_is_one_line(name, flags, tmp_path, 
 def test_a_run_without_an_evaluation_is_not_compared(tmp_path):
     (finished_run(tmp_path / "empty") / "eval.jsonl").write_text("\n")
     with pytest.raises(InputError, match="no finished run"):
-        compare([tmp_path / "empty"])
+        compare([tmp_path / "empty"], tmp_path / "results.json")
 
 
 def finished_run(path, *rows):
@@ -695,12 +715,13 @@ def test_each_group_is_drawn_in_a_colour_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(matplotlib.axes.Axes, "errorbar", lambda *inputs, **more: (
         drawn.append(more["color"]), errorbar(*inputs, **more))[1])
     names = ["mine", "sft", "other", "dpo", "third"]
-    compare([finished_run(tmp_path / name, (5, 1.0, 2.0)) for name in names])
+    compare([finished_run(tmp_path / name, (5, 1.0, 2.0)) for name in names], tmp_path / "results.json")
     assert len({*drawn}) == len(names) and [drawn[1], drawn[3]] == [COLOURS["sft"], COLOURS["dpo"]]
 
 
 def test_a_dollar_in_a_path_begins_no_formula_in_the_picture(tmp_path):
-    compare([run_measured_on(tmp_path / name, eval_data=f"{name}$^$x") for name in ("a$^$", "b$_$")])
+    compare([run_measured_on(tmp_path / name, eval_data=f"{name}$^$x") for name in ("a$^$", "b$_$")],
+            tmp_path / "results.json")
     assert (tmp_path / "results.png").is_file()
 
 
@@ -713,14 +734,14 @@ def test_a_track_goes_through_the_steps_that_all_seeds_have_measured(tmp_path):
 
 def test_seeds_without_a_common_step_are_compared_at_their_ends(tmp_path, capsys):
     runs = [finished_run(tmp_path / "pr-s0", (5, 1.0, 2.0)), finished_run(tmp_path / "pr-s1", (7, 2.0, 3.0))]
-    compare(runs)
+    compare(runs, tmp_path / "results.json")
     assert json.loads((tmp_path / "results.json").read_text())["pr"]["reward"]["value"] == 2.5
     assert (tmp_path / "results.png").is_file() and "| pr | 2 | 2.500 ± 6.355 |" in capsys.readouterr().out
 
 
 def test_runs_without_a_reward_are_compared_in_what_they_have(tmp_path, capsys):
     compare([finished_run(tmp_path / "dpo", (0, 0.0, None), (5, 1.0, None)),
-             finished_run(tmp_path / "pr", (0, 0.0, None), (5, 2.0, 3.0))])
+             finished_run(tmp_path / "pr", (0, 0.0, None), (5, 2.0, 3.0))], tmp_path / "results.json")
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results["dpo"]) == ["kl"] and list(results["pr"]) == ["reward", "kl"]
     assert "| dpo |  | 1.000 ± 0.100 |" in capsys.readouterr().out
@@ -732,7 +753,7 @@ def test_texts_of_others_have_no_control_over_the_terminal(tmp_path, capsys):
     run = finished_run(tmp_path / "p\x1b[1mr", (5, 1.0, 2.0))
     sample = {"step": 5, "prompt": [{"role": "user", "content": hostile}], "response": hostile}
     (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
-    compare([run], show=1)
+    compare([run], tmp_path / "results.json", show=1)
     shown = capsys.readouterr().out
     assert not set(shown) & {*map(chr, range(32)), *map(chr, range(127, 160)), "\ud800"} - {"\n", "\t"}
     assert shown.count("[2Jred [31mtext[0m ") == 2 and "| p[1mr |" in shown
@@ -751,7 +772,7 @@ def test_the_table_shows_what_may_hide_behind_a_reward(tmp_path, capsys):
     figures = {"unfinished": 0.25, "margin": 0.5, "accuracy": 0.75}
     intervals = {f"{name}_interval": None for name in figures}
     (run / "eval.jsonl").write_text(json.dumps({"step": 5, "prompts": 4, **figures, **intervals}) + "\n")
-    compare([run])
+    compare([run], tmp_path / "results.json")
     assert table_of(capsys.readouterr().out)["pr"] == {
         "": "pr", "unfinished": "0.250", "margin": "0.500", "accuracy": "0.750"}
     assert json.loads((tmp_path / "results.json").read_text())["pr"]["margin"]["value"] == 0.5
@@ -763,7 +784,7 @@ def test_the_model_as_it_was_is_a_row_before_the_runs_that_began_from_it(tmp_pat
             finished_run(tmp_path / "pr", (0, 0.0, 1.0), (5, 2.0, 3.0)),
             finished_run(tmp_path / "dp", (0, 0.0, 4.0), (5, 2.0, 5.0)),         # began elsewhere
             finished_run(tmp_path / "pp", (0, 0.0, 6.0))]                        # took no step
-    compare(runs)
+    compare(runs, tmp_path / "results.json")
     table = table_of(capsys.readouterr().out)
     assert list(table) == ["sft", "step 0 of dpo, pr", "dpo", "pr", "step 0 of dp", "dp", "pp"]
     assert table["step 0 of dpo, pr"]["reward"] == "1.000 [0.80, 1.30]" and table["step 0 of dp"]["KL"]
@@ -792,7 +813,7 @@ def test_figures_of_unlike_things_are_in_tables_and_panels_of_their_own(other, t
     runs = [run_measured_on(tmp_path / "sft", reference=None, beta=7.0, reference_sha256=None)]    # has no KL
     runs += [run_measured_on(tmp_path / "dpo", data="its own"), run_measured_on(tmp_path / "pr", **other),
              run_measured_on(tmp_path / "dp", **other)]
-    compare(runs)
+    compare(runs, tmp_path / "results.json")
     shown = capsys.readouterr().out.splitlines()
     heads = [nth for nth, line in enumerate(shown) if line.startswith("Measured on: ")]
     assert len(heads) == len(drawn) == 2 and shown[heads[0]] != shown[heads[1]]
@@ -819,7 +840,7 @@ def test_the_held_out_pairs_are_told_apart_by_their_file_or_by_the_rows_that_the
 
 def test_seeds_that_were_measured_on_unlike_things_are_no_seeds_of_each_other(tmp_path, capsys):
     compare([run_measured_on(tmp_path / "pr-s0"), run_measured_on(tmp_path / "pr-s1", reward="mine.py:other"),
-             run_measured_on(tmp_path / "pr-s2")])
+             run_measured_on(tmp_path / "pr-s2")], tmp_path / "results.json")
     results = json.loads((tmp_path / "results.json").read_text())
     assert list(results) == ["pr (pr-s0, pr-s2)", "pr (pr-s1)"]
     assert capsys.readouterr().out.count("Measured on") == 2
@@ -833,7 +854,7 @@ def test_runs_of_one_name_are_told_apart_by_as_much_of_their_paths_as_that_takes
 def test_the_seeds_of_a_method_may_have_a_reference_each(tmp_path, capsys):
     runs = [run_measured_on(tmp_path / f"{name}-s{seed}", reference=f"sft-s{seed}/model")
             for name in ("dpo", "pr") for seed in (0, 1)]
-    compare(runs)
+    compare(runs, tmp_path / "results.json")
     shown = capsys.readouterr().out
     assert shown.count("Measured on") == 1 and {"dpo", "pr"} == {*table_of(shown)}
     assert "sft-s0/model (22222222), reference sft-s1/model (22222222); β 0.1" in shown
