@@ -208,6 +208,25 @@ def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(base, stopp
     assert same(stopped, unbroken)
 
 
+def test_a_checkpoint_gets_its_name_last_and_so_never_lacks_its_progress(base, stopped, unbroken, monkeypatch,
+                                                                         capsys):
+    """The disk is full when all weights are written and progress.json is not."""
+    from runtime import run_directory
+    write = run_directory.write_json
+
+    def full(path, value):
+        if path.name == "progress.json":
+            raise OSError(28, "No space left on device", str(path))
+        write(path, value)
+
+    monkeypatch.setattr(run_directory, "write_json", full)
+    assert "No space left on device" in fails_here(base, stopped, monkeypatch, capsys, "--resume")
+    assert run_directory.newest_checkpoint(stopped).name == "8"
+    monkeypatch.setattr(run_directory, "write_json", write)
+    run(base, stopped, "--resume")
+    assert same(stopped, unbroken)
+
+
 def test_a_disk_that_is_full_while_logging_ends_the_run_with_one_line(base, tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device", "metrics.jsonl")
