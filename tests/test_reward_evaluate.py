@@ -298,6 +298,14 @@ def test_the_best_and_the_worst_of_n_responses_become_pairs_to_train_on(tmp_path
     assert "--pairs: names the same file as --out" in message
 
 
+def test_answers_of_another_tool_that_say_not_whether_they_ended_become_pairs_that_did():
+    rows = [{"prompt": "q", "response": response, "reward": reward}
+            for response, reward in (("worst", 0.0), ("best", 2.0), ("between", 1.0))]
+    (row,), dropped = reward_module.best_and_worst_pairs(rows)
+    assert (row["chosen"], row["rejected"], sum(dropped.values())) == ("best", "worst", 0)
+    assert row["chosen_finished"] is row["rejected_finished"] is True
+
+
 def test_half_a_surrogate_pair_in_a_response_survives_the_scoring(tmp_path, monkeypatch):
     text = '{"prompt": "p", "response": "\\ud800 \\u00e9"}\n'
     (tmp_path / "responses.jsonl").write_text(text)
@@ -432,6 +440,19 @@ def test_kl_and_loss_are_of_each_examples_own_rows_in_its_place(monkeypatch):
             ratio = torch.cat([pair_logps(policy, [row]) - pair_logps(reference, [row]) for row in rows], 1)
         assert figures["kl"][nth] == pytest.approx(ratio[0, 1].item(), abs=1e-4)
         assert figures["margin"][nth] == pytest.approx(0.2 * (ratio[0, 0] - ratio[1, 0]).item(), abs=1e-4)
+
+
+def test_each_process_draws_held_out_samples_of_its_own_and_the_first_those_of_a_single_one(evaluated,
+                                                                                            monkeypatch):
+    """Otherwise two processes would give one answer where their prompts are the same."""
+    policy, reference, examples, _, samples = evaluated
+    args = sail_args(["--variant", "dpo", "--beta", "0.2"])
+    drawn = []
+    for rank in (0, 1, 2):
+        monkeypatch.setattr(evaluate, "rank", lambda rank=rank: rank)
+        drawn.append(evaluate_policy(policy, reference, toy_model()[1], examples, None, args)[1])
+    first, second, third = ([row["response"] for row in rows] for rows in drawn)
+    assert first == [row["response"] for row in samples] and first != second != third != first
 
 
 SMALL = ["--max-prompt-length", "8", "--max-response-length", "24"]
