@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TEMPLATE, byte_tokenizer
+from conftest import END, EOS, TEMPLATE, byte_tokenizer
 from test_errors import fails
 from test_real_data import PLAIN, SYSTEM, Q, sentencepiece, turn
 
@@ -106,6 +106,20 @@ def test_prompt_and_answer_are_the_template_of_the_whole_dialogue(family, prompt
 def test_the_end_of_an_answer_is_the_token_that_closes_it(family):
     tokenizer, (*_, eos, closing) = tokenizer_of(family), FAMILIES[family]
     assert end_token_ids(tokenizer) == set(tokenizer.convert_tokens_to_ids([eos, closing]))
+
+
+def test_a_tokenizer_that_gets_another_template_or_eos_gets_other_end_tokens():
+    """What was found for a tokenizer is kept, and holds for its template, its size and its EOS alone."""
+    tokenizer = byte_tokenizer(TEMPLATE)
+    assert end_token_ids(tokenizer) == {EOS, END}
+    tokenizer.eos_token = "<pad>"
+    assert end_token_ids(tokenizer) == {0, END}
+    tokenizer.chat_template = None
+    assert end_token_ids(tokenizer) == {0}
+    tokenizer.chat_template = TEMPLATE.replace("<|end|>", "<|done|>")
+    assert end_token_ids(tokenizer) == {0}                             # the template closes with a text
+    tokenizer.add_tokens("<|done|>")
+    assert end_token_ids(tokenizer) == {0, len(tokenizer.get_vocab())}
 
 
 @every_family
