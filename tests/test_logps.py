@@ -119,8 +119,9 @@ def test_the_logits_of_a_model_that_also_sees_are_those_of_its_text(monkeypatch)
     assert micro_batches([2] * 5, int, model) == [[2, 2], [2, 2], [2]]
 
 
-SHARED = [[5, 6, 7], [9], [5, 6, 7], [11, 12, 13, 14, 15, 16, 17] * 9, [5, 6, 7]]      # three share a prompt
-ANSWERS = [[20, 21, 1], [30, 1], [22] * 40 + [1], [31, 32, 33], [20, 21, 1]]
+# Three share a prompt, and the last prompt is another one of the same length.
+SHARED = [[5, 6, 7], [9], [5, 6, 7], [11, 12, 13, 14, 15, 16, 17] * 9, [5, 6, 7], [5, 8, 7]]
+ANSWERS = [[20, 21, 1], [30, 1], [22] * 40 + [1], [31, 32, 33], [20, 21, 1], [20, 21, 1]]
 
 
 @pytest.mark.parametrize("left", [False, True], ids=["right-padded", "left-padded"])
@@ -131,12 +132,12 @@ def test_packed_rows_give_the_losses_and_gradients_of_padded_ones(family, left):
     assert packed_model.config._attn_implementation == "packed" != padded_model.config._attn_implementation
     packed_model.register_forward_pre_hook(lambda _, __, inputs: sizes.append(inputs["input_ids"].shape),
                                            with_kwargs=True)
-    weights, gradients = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.25]), []
+    weights, gradients = torch.tensor([1.0, -2.0, 0.5, 3.0, 0.25, 2.0]), []
     logps = [sequence_logps(model, *padded(SHARED, ANSWERS, left)) for model in (padded_model, packed_model)]
     for model, sums in zip((padded_model, packed_model), logps, strict=True):
         gradients.append(torch.cat([gradient.flatten() for gradient in torch.autograd.grad(
             (weights * sums).sum(), list(model.parameters()))]))
-    assert sizes == [(1, sum(map(len, ANSWERS)) + 3 + 1 + 63)]         # no padding, and the prompt once
+    assert sizes == [(1, sum(map(len, ANSWERS)) + 3 + 1 + 63 + 3)]     # no padding, and each prompt once
     torch.testing.assert_close(logps[1], logps[0], rtol=1e-5, atol=1e-5)
     assert (gradients[1] - gradients[0]).norm() < 1e-5 * gradients[0].norm()
 
