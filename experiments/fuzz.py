@@ -175,7 +175,7 @@ OWN = {  # further values of a key
     "chat_template": ({"a": "{{ messages }}"}, [{"name": "a", "template": "x"}], "{{ 1 / 0 }}", "{%"),
     "rope_parameters": ({"rope_type": "dynamic"}, {"rope_type": 5}), "eos_token_id": ([[1]], 10**9),
     "model": ("model", ".", "run"), "data": ("/", "run"), "eval_data": ("run",)}
-STRANGE = ("²", "٣", "0", "007", "-1", "2.writing", "9" * 200, "x\n")          # names beside a checkpoint
+STRANGE = ("²", "٣", "0", "007", "-1", "writing", "9" * 200, "x\n")          # names beside a checkpoint
 
 
 def kind_of(path):

@@ -159,7 +159,7 @@ def test_sigterm_saves_exits_cleanly_and_loses_nothing(base, tmp_path, monkeypat
 
 def test_a_checkpoint_that_is_not_renamed_yet_is_passed_over(base, unbroken, tmp_path, capsys):
     out = shutil.copytree(unbroken, tmp_path / "run")
-    (out / "checkpoints/10").rename(out / "checkpoints/10.writing")
+    (out / "checkpoints/10").rename(out / "checkpoints/writing")
     run(base, out, "--resume")
     assert "continuing after step 8" in capsys.readouterr().out
     assert same(out, unbroken) and checkpoints(out) == ["8", "10"]
@@ -224,7 +224,7 @@ def test_a_checkpoint_gets_its_name_last_and_so_never_lacks_its_progress(base, s
     assert run_directory.newest_checkpoint(stopped).name == "8"
     monkeypatch.setattr(run_directory, "write_json", write)
     run(base, stopped, "--resume")
-    assert same(stopped, unbroken)
+    assert same(stopped, unbroken) and not (stopped / "checkpoints/writing").exists()
 
 
 def test_a_disk_that_is_full_while_logging_ends_the_run_with_one_line(base, tmp_path, monkeypatch, capsys):
