@@ -475,7 +475,7 @@ def save_checkpoint(out, policy, optimizer, progress):
     if it fails."""
     import torch.distributed.checkpoint as dcp                        # here, since this import takes a second
     path = out / "checkpoints" / str(progress["step"])
-    aside = path.with_name("writing")                      # what a failure leaves there, the next save replaces
+    aside = path.with_name("writing")                      # the next save replaces what a failed one left
     if path.exists():
         return
     make_empty(aside)
