@@ -239,7 +239,7 @@ def print_how_long(seconds, evaluation, steps_left, args, device):
         total += evaluation * evaluations
     left = f"{total:.0f} s" if total < 100 else f"{total / 60:.0f} min"
     if evaluation is None:
-        left += ", not counting evaluations,"
+        left += " of steps"                                    # how long evaluations take is not known yet
     print0(f"{took}: about {left} to go")
     if seconds > 60 or device.type == "cpu" and total > 1200:
         flags = []

@@ -5,6 +5,7 @@
                                 into its --out
 """
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -109,3 +110,5 @@ if __name__ == "__main__":
     with process_group() as device:
         {"gradients": write_gradients, "runs": run_all}[sys.argv[1]](Path(sys.argv[2]), device)
         torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)                 # gloo can abort an interpreter that ends (pytorch/pytorch#179291)

@@ -330,7 +330,7 @@ def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_mode
                         f"1 steps of up to 4 pairs -> "
                         f"{tmp_path}/run")
     assert lines[7].startswith("step 1/1 | loss ")
-    assert re.fullmatch(r"the first step took [\d.]+ s: about 0 s, not counting evaluations, to go", lines[8])
+    assert re.fullmatch(r"the first step took [\d.]+ s: about 0 s of steps to go", lines[8])
     assert lines[9] == "evaluating: 4 responses of up to 6 tokens to 4 held-out prompts …"
     assert lines[-1].startswith(f"saved {tmp_path}/run/model; `python evaluate.py {tmp_path}/run --reward ")
 
