@@ -177,7 +177,7 @@ def pair_columns(policy, reference, examples, args):
 
 
 def texts_of(examples, responses, tokenizer):
-    """The texts of responses (ids), one to each example's prompt."""
+    """The texts, as `response_text` makes them, of responses (ids), one to each example's prompt."""
     texts = []
     for example, ids in zip(examples, responses, strict=True):
         texts.append(response_text(tokenizer, ids, example.prompt_ids))
@@ -351,9 +351,9 @@ def file_of_figures(path, model, out):
 # --- the best possible --------------------------------------------------------------------------------------
 
 def best_possible(models, samples, given):
-    """Compute the best possible, by `frontier`, for the first run that has a reference and a reward: (the row
-    at β, all rows, the run's path). samples: how many to draw to each prompt. Raises InputError if there is
-    no such run, or if the samples are too few."""
+    """Compute the `frontier` of the first of the paths `models` whose run has a reference and a reward: (the
+    row at the run's β, all rows, the path). samples: how many to draw to each prompt. Raises InputError if
+    there is no such run or no row at β, as with too few samples, or as `find_run(path, given)` does."""
     runs = []
     for path in models:
         _, run = find_run(path, given)

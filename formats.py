@@ -116,7 +116,7 @@ class Reader:
         return self.values.get(key)
 
     def part(self, values, name):
-        """A Reader of an object inside this row, which is called `name` in reports."""
+        """A Reader of `values`, an object inside this row that `unread` and a BadRow call `name`."""
         part = Reader(values, name)
         self.parts.append(part)
         return part
@@ -373,7 +373,7 @@ def compute_pku(row, prompt, response_0, response_1, better_response_id, safer_r
 
 
 def compute_ultrafeedback(row, instruction, completions):
-    """UltraFeedback (arXiv 2310.01377) has an overall score for each of four responses."""
+    """Choose `best_and_worst` of UltraFeedback's four responses (arXiv 2310.01377) by overall score."""
     scored = []
     for each in parse_literal(completions):
         completion = row.part(each, "completions")
@@ -607,8 +607,8 @@ def read_rows(source):
 
 
 def read_text(path, kind):
-    """The rows of a .csv file, of a file with a JSON object on each line, or of a JSON array of objects. A
-    path in .gz is unpacked. Raises InputError if the file holds anything else."""
+    """The rows, a list of dicts, of a CSV file if `kind` is ".csv", else of a file with a JSON object on each
+    line or with an array of them. A path in .gz is unpacked. Raises InputError for any other content."""
     rows, nth = [], 1
     opened = gzip.open if path.suffix == ".gz" else open
     try:

@@ -262,8 +262,8 @@ def place(models, settings):
 
 def load_frozen(name, dtype, **options):
     """Load (model, tokenizer) as `load_policy` does, for a model that is not trained, and move the model to
-    this process's device. Its linear layers but the output layer are held in bfloat16 if that is the
-    dtype."""
+    this process's device. If `dtype` is "bfloat16", its linear layers except the output layer are held in
+    bfloat16; all other weights are float32."""
     model, tokenizer = load_policy(name, **options)
     model.requires_grad_(False)
     if dtype == "bfloat16":
@@ -434,8 +434,8 @@ def sum_rows(values, rows, n):
 
 
 def response_logits(model, input_ids, attention_mask, response_mask):
-    """The logits that predict the response's tokens, (N, V), in float32 at least. The model computes logits
-    only at positions where they are needed for some row."""
+    """The logits (N, V) that predict the N tokens of response_mask (B, T), one row after another, in float32
+    at least. The model computes logits only at positions where they are needed for some row."""
     if is_packed(model):                                     # the same logits, faster: see runtime/packing.py
         logits = packed_logits(model, input_ids, attention_mask, response_mask)
     else:

@@ -548,8 +548,8 @@ def train_reward(args):
 
 @dataclass
 class RewardSettings(Settings):
-    """The settings of reward.py. Without --train only `reward`, `responses`, `pairs`, `out`, `dtype` and
-    `trust_remote_code` are used."""
+    """The settings of reward.py. To score, it uses `reward`, `responses`, `pairs`, `out`, `dtype` and
+    `trust_remote_code`. With --train it uses the last three and all that are not named here."""
     reward: str | None = setting(None, "FILE.py:FUNCTION, or a one-logit classifier, to score with")
     responses: str = setting("responses.jsonl", "file whose rows have a prompt and a response")
     pairs: str | None = setting(None, "FILE for the best and the worst response to each prompt, as pairs to "

@@ -501,8 +501,8 @@ def counts_of(pairs, likelihood):
 
 
 def record_of(step, totals, method, figures):
-    """A step's line in metrics.jsonl: counts, and means over the pairs or responses that a figure is about.
-    A figure is None if the step has none of them."""
+    """A step's line in metrics.jsonl: counts and means from `totals` and, unchanged, `figures`, as
+    `training_step` returns both. A mean is None if the step has none of the pairs or responses it is over."""
     variant = VARIANTS[method.variant]
 
     def mean(name, over="pairs"):
@@ -598,8 +598,8 @@ def evaluate_run(run, args):
 
 
 def fingerprints(run, args):
-    """The fingerprints that --resume compares besides the settings: of the data as token ids and labels, and
-    of the files of models and functions."""
+    """The fingerprints that --resume compares besides the settings, {"…_sha256": text or None}: of training
+    and held-out pairs as token ids and labels, and of the files of models and functions."""
     ids = []
     for pair in run.examples + run.held_out:
         ids.append([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, pair.preference])
@@ -661,9 +661,9 @@ def load_run(args):
 
 
 def encode_scorable(pairs, account, tokenizer, limits, reward):
-    """Encode the pairs and keep those that the reward can score: (the encoded pairs, lengths as in `encode`).
-    What becomes of the pairs is added to their Account. limits: the arguments of `encode` that follow the
-    tokenizer. Raises InputError if no pair can be encoded, or none scored."""
+    """Encode the pairs and keep those that the reward, if any, can score: (encoded pairs, lengths as in
+    `encode`). What is dropped or cut is added to `account`. limits: the arguments of `encode` that follow
+    the tokenizer. Raises InputError as `encode` and `drop_unscorable` do."""
     encoded, changes, lengths = encode(pairs, tokenizer, *limits)
     account.add(changes)
     encoded, changes = drop_unscorable(encoded, reward)

@@ -143,10 +143,10 @@ def with_fingerprint(source, sha256):
 
 
 def groups_of(conditions):
-    """Group runs that differ only in their seed: {name: paths}, from {path: the run's conditions}. The paths
-    of a group differ at most in their ending -sN, and its conditions at most in the reference. A name is the
-    end of the path without -sN. If several groups share that path, the names of their runs follow it in
-    brackets."""
+    """Group the runs that pass for seeds of one run: {name: paths}, from {path: its `measured_on`}. The paths
+    of a group differ at most in their ending -sN, and its conditions at most in the reference; no other
+    setting is compared. A name is the end of the path without -sN. If several groups share that path, the
+    names of their runs follow it in brackets."""
     groups = defaultdict(list)
     for path, words in conditions.items():
         variant = Path(re.sub(r"-s\d+$", "", str(path)))

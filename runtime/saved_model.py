@@ -174,10 +174,10 @@ def save_adapter(policy, state, out):
 
 
 def base_of(name):
-    """The Settings model, lora and chat_template of the run that wrote the checkpoint `name`; every other
-    setting has its default. A hub name becomes the directory of its files. Returns None if `name` is no
-    checkpoint. Raises InputError if the run has no valid args.json, if the base is not on this machine, or
-    if the base's files have changed since the run began."""
+    """Settings with the model (the base), lora and chat_template of the run that wrote the checkpoint `name`;
+    the others have their defaults. A base that is a hub name becomes the directory of its files. Returns None
+    if `name` is no checkpoint. Raises InputError if the run has no valid args.json, if the base is not on
+    this machine, or if the base's files have changed since the run began."""
     out = run_of_checkpoint(name)
     if out is None:
         return None

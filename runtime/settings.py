@@ -85,7 +85,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_settings(self, cls, *names, title=None, **helps):
         """Add flags for the fields of a dataclass that have a help text: for those in `names`, or for all if
-        `names` is empty. helps: {field: the help text to use here}."""
+        `names` is empty. title: a heading for them. helps: {field: its help text here, with the default}."""
         add = self.add_argument_group(title).add_argument if title else self.add_argument
         for field in fields(cls):
             declared = field.metadata
@@ -146,10 +146,10 @@ def settings_to_resume(given, cls, own_code=None):
 
 
 def read_run(path, cls, *names):
-    """Find the model at a path and its run's settings: (directory or hub name, settings as `read_settings`
-    returns them). The path of a run leads to the run's model, the path of a checkpoint to the checkpoint
-    itself, and any other path, such as RUN/model, is a model, whose settings are {}. Raises InputError for a
-    run that has no model yet."""
+    """Find the model at a path and its run's settings: (directory or hub name, settings). `read_settings`
+    says what `cls` and `names` are. The path of a run leads to the run's model, that of a checkpoint to the
+    checkpoint itself, with its run's settings, and any other path, such as RUN/model, is a model, whose
+    settings are {}. Raises InputError for a run that has no model yet, or as `read_settings` does."""
     run = run_of_checkpoint(path)
     if run is not None:
         return str(path), read_settings(run / "args.json", cls, *names)

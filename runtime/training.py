@@ -47,8 +47,8 @@ class Step:
 @fails_together
 def refuse_before_loading(out, args, *inputs):
     """Raise errors that would otherwise end the run after its models are loaded: InputError if an input is
-    `out` or lies in it, as `refuse_occupied` does, or if a setting differs that --resume must not change.
-    inputs: the names of the settings that are files or directories. All processes call this together."""
+    `out` or lies in it, if `refuse_occupied` refuses `out`, or if --resume meets a changed setting that must
+    not change. inputs: names of settings that are files or directories. All processes call this together."""
     if rank() != 0:
         return
     refuse_inputs_inside(out, {flag_of(name): getattr(args, name) for name in inputs})
@@ -157,9 +157,9 @@ def count_step(progress, step, seconds):
 
 @fails_together
 def log_step(loop, count, is_long_ago=False):
-    """Append the step's record to metrics.jsonl. Print every tenth record, the first and the last, and any
-    record if the last print is long ago. Returns whether it was printed. If logging fails, the record stays
-    in the progress, and the run logs it when it is continued."""
+    """Append the step's record, `loop.progress["record"]`, to metrics.jsonl. Print it for every tenth step,
+    step 1 and step `count`, the run's last, and if the last print is long ago. Returns whether it was
+    printed. If it cannot be appended, it stays in the progress, and the run logs it when it is continued."""
     record = loop.progress["record"]
     write_line(loop.out, "metrics", record)
     loop.progress["record"] = None
