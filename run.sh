@@ -44,8 +44,10 @@ for variant in sft dpo dp pp pr; do
     if [ -d "$runs/$variant/model" ] && [ -z "$again" ]; then
         echo "# $runs/$variant is there already; --overwrite trains it anew"
     else
-        only=; if [ $variant = sft ]; then only=${SFT_FLAGS:-}; fi
-        run "${train[@]}" --variant $variant "$@" $only --out "$runs/$variant"
+        only= anchor=
+        if [ $variant = sft ]; then only=${SFT_FLAGS:-}; fi
+        if [ $variant = pp ]; then anchor="--revkl-coef 0.3"; fi                  # without it PP diverges
+        run "${train[@]}" --variant $variant $anchor "$@" $only --out "$runs/$variant"
     fi
 done
 best=(); if [ "$source" = toy ]; then best=(--frontier 2000 --reward "$here/toy.py:toy_reward"); fi      # the best possible

@@ -9,8 +9,8 @@ row is run again, so that the study can be stopped and goes on, also in another 
 Each seed has its own SFT model, which its other runs start from and are measured against, and 18,000 pairs
 that this model sampled. A run takes 188 steps of 96 pairs, which is 18,000 once, unless its name says
 otherwise. Drawn labels are drawn from Bradley-Terry on the reward, soft ones are its probability. The
-objective is reward − β·KL at β 0.5, on 1,024 held-out prompts. The best that any policy can have is known
-from samples of the seed's SFT model.
+objective is reward − β·KL at β 0.5, on 1,024 responses to 20 held-out prompts. The best that any policy can
+have is known from samples of the seed's SFT model.
 """
 import argparse
 import json
@@ -92,13 +92,16 @@ UNFLAGGED = {                              # settings that are no flags, by meth
     "toy-quarter": dict(limit=FEW_LABELS)}
 # What is compared: (question, (world, method), (world, its control)).
 COMPARED = (
-    ("Soft labels for drawn ones, offline", ("toy", "dpo-soft"), ("toy", "dpo")),
-    ("Soft labels for drawn ones, fully online", ("toy-online", "online-dpo"),
+    ("Soft labels instead of drawn ones, offline", ("toy", "dpo-soft"), ("toy", "dpo")),
+    ("Soft labels instead of drawn ones, fully online", ("toy-online", "online-dpo"),
      ("toy-online", "online-drawn")),
-    ("Fresh responses, drawn labels, fully online", ("toy-online", "online-drawn"), ("toy", "dpo")),
-    ("Fresh responses, drawn labels, mix 0.3", ("toy", "online-drawn"), ("toy", "dpo")),
-    ("Fresh responses, soft labels, fully online", ("toy-online", "online-dpo"), ("toy", "dpo-soft")),
-    ("Fresh responses, soft labels, mix 0.3", ("toy", "online-dpo"), ("toy", "dpo-soft-0.3")),
+    ("Fresh responses instead of the data's, drawn labels, fully online",
+     ("toy-online", "online-drawn"), ("toy", "dpo")),
+    ("Fresh responses instead of the data's, drawn labels, mix 0.3", ("toy", "online-drawn"), ("toy", "dpo")),
+    ("Fresh responses instead of the data's, soft labels, fully online",
+     ("toy-online", "online-dpo"), ("toy", "dpo-soft")),
+    ("Fresh responses instead of the data's, soft labels, mix 0.3",
+     ("toy", "online-dpo"), ("toy", "dpo-soft-0.3")),
     ("T2 × 0.3 (SAIL-PR), mix 0.3", ("toy", "pr"), ("toy", "online-dpo")),
     ("T2 × 1, mix 0.3", ("toy", "pr-1"), ("toy", "online-dpo")),
     ("T2 × 0.3, fully online", ("toy-online", "pr"), ("toy-online", "online-dpo")),
@@ -106,42 +109,48 @@ COMPARED = (
     ("T3 (SAIL-DP)", ("toy", "dp"), ("toy", "dp-control")),
     ("T3, a quarter of the pairs", ("toy-quarter", "dp"), ("toy-quarter", "dp-control")),
     ("T3, a fifth of the labels flipped", ("toy-flipped", "dp"), ("toy-flipped", "dp-control")),
-    ("SAIL-PP beside DPO, the same anchor", ("toy", "pp"), ("toy", "pp-control")))
+    ("SAIL-PP minus DPO, both with RevKL 0.3", ("toy", "pp"), ("toy", "pp-control")))
 ASKED = (
-    ("4,500 labels: a reward model of them, then online DPO; for DPO on them",
+    ("4,500 labels: online DPO with a reward model of them, minus DPO on them",
      ("toy-model", "online-dpo"), ("toy-quarter", "dpo")),
-    ("4,500 labels: on fresh responses, each once; for DPO on them",
+    ("4,500 labels: online DPO that spends each once, minus DPO on them",
      ("toy-online", "few-fresh"), ("toy-quarter", "dpo")),
-    ("4,500 labels: a reward model of them for labels on fresh responses",
+    ("4,500 labels: online DPO with a reward model of them, minus online DPO that spends each once",
      ("toy-model", "online-dpo"), ("toy-online", "few-fresh")),
-    ("Five rounds of DPO on new pairs for one, drawn labels", ("toy-rounds", "dpo"), ("toy", "dpo")),
-    ("New pairs at each step for five rounds, drawn labels", ("toy-online", "online-drawn"),
+    ("Five rounds of DPO on new pairs minus one round, drawn labels", ("toy-rounds", "dpo"), ("toy", "dpo")),
+    ("New pairs at each step minus five rounds, drawn labels", ("toy-online", "online-drawn"),
      ("toy-rounds", "dpo")),
-    ("The half of the pairs that differ more, for a random half", ("toy-clear", "dpo"), ("toy-half", "dpo")),
-    ("Pairs of another model for its own", ("toy-other", "dpo"), ("toy", "dpo")),
-    ("RevKL 0.03 on DP, a quarter of the pairs", ("toy-quarter", "dp-revkl"), ("toy-quarter", "dp")),
-    ("Label smoothing 0.1 on DP, a quarter", ("toy-quarter", "dp-smoothing"), ("toy-quarter", "dp")),
-    ("NLL 0.1 on DP, a quarter", ("toy-quarter", "dp-nll"), ("toy-quarter", "dp")),
-    ("IPO for DPO", ("toy", "ipo"), ("toy", "dpo")),
-    ("A hinge for DPO's log σ", ("toy", "hinge"), ("toy", "dpo")),
-    ("IPO for DPO, fully online, soft labels", ("toy-online", "online-ipo"), ("toy-online", "online-dpo")))
+    ("The half with the larger reward differences minus a random half",
+     ("toy-clear", "dpo"), ("toy-half", "dpo")),
+    ("Pairs of another model minus pairs of its own", ("toy-other", "dpo"), ("toy", "dpo")),
+    ("DP with RevKL 0.03 minus DP, a quarter of the pairs",
+     ("toy-quarter", "dp-revkl"), ("toy-quarter", "dp")),
+    ("DP with label smoothing 0.1 minus DP, a quarter of the pairs",
+     ("toy-quarter", "dp-smoothing"), ("toy-quarter", "dp")),
+    ("DP with NLL 0.1 minus DP, a quarter of the pairs", ("toy-quarter", "dp-nll"), ("toy-quarter", "dp")),
+    ("IPO minus DPO", ("toy", "ipo"), ("toy", "dpo")),
+    ("A hinge minus DPO's log σ", ("toy", "hinge"), ("toy", "dpo")),
+    ("IPO minus DPO, fully online, soft labels", ("toy-online", "online-ipo"), ("toy-online", "online-dpo")))
 NEGLIGIBLE = 0.05                          # of reward − β·KL: a fortieth of what the best policy has
 # What was asked after rows of these worlds had been seen.
 EXPLORED = (
-    ("SAIL-PR beside DPO", ("toy", "pr"), ("toy", "dpo")),
-    ("SAIL-PR beside DPO, soft labels", ("toy", "pr"), ("toy", "dpo-soft")),
-    ("SAIL-DP beside DPO", ("toy", "dp"), ("toy", "dpo")),
-    ("SAIL-DP beside DPO at β 0.433", ("toy", "dp"), ("toy", "dpo-0.433")),
-    ("Label smoothing 0.05 on DPO", ("toy", "dpo-smoothing"), ("toy", "dpo")),
-    ("4,500 labels: five rounds of 900 for DPO on them", ("toy-few-rounds", "dpo"), ("toy-quarter", "dpo")),
-    ("4,500 labels: a reward model of them for five rounds of 900",
+    ("SAIL-PR minus DPO", ("toy", "pr"), ("toy", "dpo")),
+    ("SAIL-PR minus DPO with soft labels", ("toy", "pr"), ("toy", "dpo-soft")),
+    ("SAIL-DP minus DPO", ("toy", "dp"), ("toy", "dpo")),
+    ("SAIL-DP minus DPO at β 0.433", ("toy", "dp"), ("toy", "dpo-0.433")),
+    ("DPO with label smoothing 0.05 minus DPO", ("toy", "dpo-smoothing"), ("toy", "dpo")),
+    ("4,500 labels: five rounds of DPO on 900 each, minus DPO on all at once",
+     ("toy-few-rounds", "dpo"), ("toy-quarter", "dpo")),
+    ("4,500 labels: online DPO with a reward model of them, minus five rounds of 900",
      ("toy-model", "online-dpo"), ("toy-few-rounds", "dpo")),
     ("T2 × 0.3 (SAIL-PR), a quarter of the pairs", ("toy-quarter", "pr"), ("toy-quarter", "online-dpo")),
     ("T2 × 0.3, a fifth of the labels flipped", ("toy-flipped", "pr"), ("toy-flipped", "online-dpo")),
-    ("SAIL-PP beside DPO, the same anchor, a quarter", ("toy-quarter", "pp"), ("toy-quarter", "pp-control")),
-    ("SAIL-PP beside DPO, the same anchor, flipped", ("toy-flipped", "pp"), ("toy-flipped", "pp-control")),
-    ("Clear pairs first, for random halves", ("toy-clear-first", "dpo"), ("toy-halves", "dpo")),
-    ("Close pairs first, for random halves", ("toy-close-first", "dpo"), ("toy-halves", "dpo")))
+    ("SAIL-PP minus DPO, both with RevKL 0.3, a quarter of the pairs",
+     ("toy-quarter", "pp"), ("toy-quarter", "pp-control")),
+    ("SAIL-PP minus DPO, both with RevKL 0.3, a fifth of the labels flipped",
+     ("toy-flipped", "pp"), ("toy-flipped", "pp-control")),
+    ("Clear pairs first minus random halves", ("toy-clear-first", "dpo"), ("toy-halves", "dpo")),
+    ("Close pairs first minus random halves", ("toy-close-first", "dpo"), ("toy-halves", "dpo")))
 GAINED = {"reward": "reward", "KL": "kl", "reward − β·KL": "objective"}
 # Of the picture, in which nobody could tell more apart.
 PICTURE = (("toy", "sft"), ("toy", "dpo"), ("toy", "dpo-soft"), ("toy", "dp"), ("toy", "pp"),
@@ -330,7 +339,7 @@ def below_the_best(rows, runs, samples=2000):
         models = [runs / f"{row['world']}/{row['method']}-s{seed}" for row in ours
                   if row["method"] != "sft" and row["world"] != "toy-model"]
         best, curve, _ = best_possible([*map(str, models)], samples,
-                                       {"seed": seed, "reward": toy_settings("dpo")["reward"]})
+                                       {"seed": seed, "reward": toy_settings("dpo")["reward"], "beta": BETA})
         kls, heights = zip(*sorted((point["kl"], point["reward"]) for point in curve), strict=True)
         for row in ours:
             figures = row["figures"]

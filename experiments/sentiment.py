@@ -9,7 +9,7 @@ data's labels are drawn from Bradley-Terry; "soft" ones are that probability its
 many steps, on the same pairs or on the same beginnings.
 
 Each run is evaluated on four samples to each held-out beginning. Best-of-n takes the best by the reward of n
-samples of the model as it was; its KL is at most log n − (n − 1)/n. Runs that are finished are kept, so
+samples of the initial model; its KL is at most log n − (n − 1)/n. Runs that are finished are kept, so
 that it can be stopped and goes on. Rows, one a run, go to experiments/sentiment.jsonl, the picture to
 sentiment.png.
 """
@@ -53,17 +53,17 @@ METHODS = {                                # name: (what it is, flags)
     "pp": ("SAIL-PP, RevKL 0.3", "--variant pp --revkl-coef 0.3"),
     "online-dpo": ("online DPO, mix 1", "--variant online-dpo --mix 1"),
     "pr": ("SAIL-PR, mix 1", "--variant pr --mix 1")}
-START = "start"                            # the name of the model as it was
+START = "start"                            # the name of the initial model
 WORDS = {method: words for method, (words, _) in METHODS.items()}
 COMPARED = (                               # (question, method, its control)
-    ("DPO beside the model as it was", "dpo", START),
-    ("Online DPO beside the model as it was", "online-dpo", START),
-    ("Online DPO beside DPO", "online-dpo", "dpo"),
-    ("Soft labels for drawn ones, offline", "dpo-soft", "dpo"),
-    ("Fresh responses, soft labels, fully online", "online-dpo", "dpo-soft"),
+    ("DPO minus the initial model", "dpo", START),
+    ("Online DPO minus the initial model", "online-dpo", START),
+    ("Online DPO minus DPO", "online-dpo", "dpo"),
+    ("Soft labels instead of drawn ones, offline", "dpo-soft", "dpo"),
+    ("Fresh responses instead of the data's, soft labels, fully online", "online-dpo", "dpo-soft"),
     ("T2 × 0.3 (SAIL-PR), fully online", "pr", "online-dpo"),
-    ("SAIL-DP beside DPO", "dp", "dpo"),
-    ("SAIL-PP beside DPO", "pp", "dpo"))
+    ("SAIL-DP minus DPO", "dp", "dpo"),
+    ("SAIL-PP minus DPO", "pp", "dpo"))
 BETA, TOKENS, PAIRS, STEPS, HELD_OUT, SAMPLES, BEST_OF = 0.1, 24, 512, 32, 64, 4, 32
 BEST_OF_N = (1, 2, 4, 8, 16, 32)
 
@@ -189,7 +189,7 @@ def draw(rows, best, path):
     for axes, name in zip(panels, ("reward", "judge"), strict=True):
         heights = np.interp(reach, [row["kl"] for row in best], [row[name] for row in best])
         axes.plot(reach, heights, "k--", label="best of n")
-        for method, words in {START: "the model as it was", **WORDS}.items():
+        for method, words in {START: "the initial model", **WORDS}.items():
             points = [row["figures"] for row in rows if row["method"] == method]
             if points:
                 axes.plot([point["kl"][0] for point in points], [point[name][0] for point in points], "o",
@@ -204,7 +204,7 @@ def draw(rows, best, path):
 
 def tables(rows):
     """{title: markdown} of all tables, from the rows alone."""
-    words = {START: "the model as it was", **WORDS}
+    words = {START: "the initial model", **WORDS}
     runs = [row for row in rows if row["world"] == "sentiment"]
     heads = {"reward": "reward", "KL": "kl", "reward − β·KL": "objective", "AFINN": "judge",
              "tokens": "length"}

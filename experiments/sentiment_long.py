@@ -51,12 +51,12 @@ METHODS = {                                # name: (what it is, flags)
 RATES, TUNED, TUNING_SEED = (1e-5, 3e-5, 1e-4), ("dpo-soft", "online-dpo"), 100
 SEEDS = (0, 1, 2, 3, 4, 5)
 STEPS, BATCH, SAMPLES, START_SAMPLES, BEST_OF_N = 128, 16, 32, 96, (1, 2, 4, 8, 16, 32)
-START = "start"                            # the name of the model as it was
-WORDS = {START: "the model as it was", **{method: words for method, (words, _) in METHODS.items()}}
+START = "start"                            # the name of the initial model
+WORDS = {START: "the initial model", **{method: words for method, (words, _) in METHODS.items()}}
 COMPARED = (                               # (question, method, its control)
-    ("Fresh responses, soft labels", "online-dpo", "dpo-soft"),
+    ("Fresh responses instead of the data's, soft labels", "online-dpo", "dpo-soft"),
     ("T2 × 0.3 (SAIL-PR)", "pr", "online-dpo"),
-    ("SAIL-PR beside DPO, soft labels", "pr", "dpo-soft"))
+    ("SAIL-PR minus DPO with soft labels", "pr", "dpo-soft"))
 ROWS = ROOT / "experiments/sentiment_long.jsonl"
 MEASURING = threading.Lock()
 
@@ -176,7 +176,7 @@ def best_rates(rows):
 
 
 def measure_start(runs, judge):
-    """The rows of the model as it was: its own figures, how good the judge is, and the best of n samples by
+    """The rows of the initial model: its own figures, how good the judge is, and the best of n samples by
     the reward, whose KL is at most log n − (n − 1)/n."""
     if any(row["world"] == "judge" for row in recorded(ROWS)):
         return

@@ -53,14 +53,14 @@ TUNING_PROMPTS = ("review the {} ?", "how was the {} :", "tell me about the {} ?
 ROUNDS, TIMED_STEPS, NEW_PAIRS = 3, 48, 1024
 WORDS = {method: words for method, (words, _) in METHODS.items()}
 COMPARED = (                               # (question, method, its control)
-    ("Soft labels for drawn ones, offline", "dpo-soft", "dpo"),
-    ("Fresh responses, soft labels", "online-dpo", "dpo-soft"),
-    ("Online DPO beside DPO", "online-dpo", "dpo"),
+    ("Soft labels instead of drawn ones, offline", "dpo-soft", "dpo"),
+    ("Fresh responses instead of the data's, soft labels", "online-dpo", "dpo-soft"),
+    ("Online DPO minus DPO", "online-dpo", "dpo"),
     ("T2 × 0.3 (SAIL-PR)", "pr", "online-dpo"),
-    ("SAIL-PR beside DPO", "pr", "dpo"),
-    ("SAIL-PR beside DPO, soft labels", "pr", "dpo-soft"),
-    ("SAIL-DP beside DPO", "dp", "dpo"),
-    ("RLOO beside online DPO", "rloo", "online-dpo"))
+    ("SAIL-PR minus DPO", "pr", "dpo"),
+    ("SAIL-PR minus DPO with soft labels", "pr", "dpo-soft"),
+    ("SAIL-DP minus DPO", "dp", "dpo"),
+    ("RLOO minus online DPO", "rloo", "online-dpo"))
 ROWS = ROOT / "experiments/tuned.jsonl"
 LOADING = threading.Lock()                 # transformers' lazy imports are not for several threads
 

@@ -228,6 +228,7 @@ def test_run_sh_gives_the_sft_flags_of_its_own(tmp_path):
     rates = {line.split("--variant ")[1].split()[0]: line.split("--learning-rate ")[-1].split()[0]
              for line in calls}
     assert rates == {"sft": "3e-5", "dpo": "1e-6", "dp": "1e-6", "pp": "1e-6", "pr": "1e-6"}
+    assert [line for line in calls if "--revkl-coef 0.3" in line] == [calls[3]]       # that of pp
 
 
 def test_what_a_person_reads_of_samples_has_no_end_token(two_runs):

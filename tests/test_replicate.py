@@ -191,3 +191,15 @@ def test_a_runs_reward_is_set_beside_the_highest_at_its_kl(tmp_path, monkeypatch
     replicate.below_the_best(rows, tmp_path)
     found = {(row["method"], row["seed"]): (row["figures"]["gap"][0], row.get("above")) for row in rows}
     assert found == {("dpo", 0): (0.75, -0.5), ("pr", 0): (-0.25, 0.25), ("pr", 1): (3.75, None)}
+
+
+def test_all_runs_of_a_seed_are_measured_to_one_best():
+    """The best reward − β·KL is a property of a seed's SFT model, so that a row's figure and its distance
+    from the best add up to the same number for all methods, whatever β they were trained with."""
+    best = {}
+    for row in replicate.recorded():
+        figures = row["figures"]
+        if "gap" in figures:
+            best.setdefault(row["seed"], []).append(figures["gap"][0] + figures["objective"][0])
+    for sums in best.values():
+        assert max(sums) - min(sums) < 1e-6
