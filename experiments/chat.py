@@ -3,13 +3,12 @@
     python experiments/chat.py --model DIR --data FILE         # hh-rlhf's helpful-base, 2,354 pairs
 
 The pairs whose prompt has at most 256 tokens and whose responses have at most 128 are divided by prompt into
-three parts. A reward model is trained on 800 pairs, and a judge, in the same way, on 800 others. The rest is
-held out: nothing is trained on it. Both models are tested on pairs that they have not seen, the other model's
-pairs among them. The study stops there if the judge is right on fewer than 60 % of them, because such a judge
-cannot compare policies.
+three parts. A judge is trained on 800 pairs, once each, and tested on 512 of the others. The study stops there
+if it is right on fewer than 60 % of them, because such a judge cannot compare policies.
 
-Otherwise DPO, DPO with soft labels, and online DPO are trained for 50 steps of 16 pairs on the reward model's
-part, one seed each. They are evaluated on the held-out pairs: by the reward model that labelled, and by the
+Otherwise a reward model is trained in the same way on 800 other pairs. The rest is held out: nothing is trained
+on it. DPO, DPO with soft labels, and online DPO are trained for 50 steps of 16 pairs on the reward model's
+pairs, one seed each. They are evaluated on the held-out pairs: by the reward model that labelled, and by the
 judge, whose win rate is over the data's chosen responses. Rows go to experiments/chat.jsonl as they are
 measured, and what has a row there is not measured again.
 """
@@ -18,7 +17,6 @@ import json
 import random
 import sys
 from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -32,7 +30,7 @@ from runtime.run_directory import read_json, write_rows
 
 PROMPT, RESPONSE = 256, 128                # most tokens
 PAIRS, TESTED = 800, 512                   # that a reward model is trained on, and tested on
-STEPS, BATCH, RATE, BETA = 50, 16, 2e-5, 0.1
+STEPS, BATCH, RATE, SCORER_RATE, BETA = 50, 16, 2e-5, 5e-5, 0.1
 SCORERS = {"reward": "the reward model", "judge": "the judge"}
 METHODS = {                                # name: (what it is, flags)
     "start": ("the model as it was", None),
@@ -71,8 +69,8 @@ def train_scorer(name, model, runs):
     if not (out / "model").is_dir():
         again = ["--resume"] if (out / "args.json").is_file() else []
         run("reward", "--train", "--model", model, "--data", runs / f"{name}.jsonl", "--eval-data",
-            runs / f"{name}-unseen.jsonl", "--eval-limit", TESTED, "--eval-every", 0, "--epochs", 2,
-            "--batch-size", BATCH, "--learning-rate", RATE, "--save-every", 10, *again, "--out", out)
+            runs / f"{name}-unseen.jsonl", "--eval-limit", TESTED, "--eval-every", 0,
+            "--batch-size", BATCH, "--learning-rate", SCORER_RATE, "--save-every", 10, *again, "--out", out)
     figures = json.loads((out / "eval.jsonl").read_text().splitlines()[-1])
     record(ROWS, dict(what="scorer", name=name, pairs=len(read_rows(runs / f"{name}.jsonl")),
                       tested=figures["prompts"], accuracy=figures["accuracy"],
@@ -130,13 +128,15 @@ def main():
     args = parser.parse_args()
     divide(args.data, load_tokenizer(args.model), args.runs)
     done = {row["name"] for row in recorded(ROWS)}
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda name: train_scorer(name, args.model, args.runs), set(SCORERS) - done))
+    if "judge" not in done:
+        train_scorer("judge", args.model, args.runs)
     judge = next(row for row in recorded(ROWS) if row["name"] == "judge")
     if judge["accuracy"] < 0.6:
         print(f"the judge is right on {judge['accuracy']:.3f} of pairs that it has not seen, which is too few "
               "to compare policies; no policy is trained")
     else:
+        if "reward" not in done:
+            train_scorer("reward", args.model, args.runs)
         for name in METHODS:
             if name not in done:
                 train_policy(name, args.model, args.runs)
