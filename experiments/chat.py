@@ -6,11 +6,11 @@ The pairs whose prompt has at most 256 tokens and whose responses have at most 1
 three parts. A judge is trained on 800 pairs, once each, and tested on 512 of the others. The study stops there
 if it is right on fewer than 60 % of them, because such a judge cannot compare policies.
 
-Otherwise a reward model is trained in the same way on 800 other pairs. The rest is held out: nothing is trained
-on it. DPO, DPO with soft labels, and online DPO are trained for 50 steps of 16 pairs on the reward model's
-pairs, one seed each. They are evaluated on the held-out pairs: by the reward model that labelled, and by the
-judge, whose win rate is over the data's chosen responses. Rows go to experiments/chat.jsonl as they are
-measured, and what has a row there is not measured again.
+Otherwise a reward model is trained in the same way on 800 other pairs. The rest is held out: nothing is
+trained on it. DPO, DPO with soft labels, and online DPO are trained for 50 steps of 16 pairs on the reward
+model's pairs, one seed each. They are evaluated on the held-out pairs: by the reward model that labelled, and
+by the judge, whose win rate is over the data's chosen responses. Rows go to experiments/chat.jsonl as they
+are measured, and what has a row there is not measured again.
 """
 import argparse
 import json
