@@ -23,7 +23,7 @@ from pathlib import Path
 from runtime.command_line import InputError, command_line, first_line, foreign, format_counts
 from runtime.run_directory import is_run_directory
 from runtime.saved_model import base_of
-from runtime.settings import Parser, Settings, same_as, setting
+from runtime.settings import Parser, Settings, setting
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -38,7 +38,7 @@ class Pair:
     """A pair of responses to one prompt, in the form in which it is trained. It holds the token ids and the
     texts, and says who wrote the responses and who labels them."""
     # set by `encode`, or by `generate.roll_out` for responses that the policy writes
-    prompt: str | list                       # what is left of the data's prompt in prompt_ids
+    prompt: str | list                       # the part of the data's prompt that prompt_ids hold
     chosen: str | None = None                # the text of chosen_ids; None if the data has none
     rejected: str | None = None
     prompt_ids: list = field(default_factory=list)
@@ -76,18 +76,16 @@ def load_tokenizer(name, trust_remote_code=False, ends=True, chat_template=None)
     if not Path(name).exists() and (str(name)[:1] in "/.~" or str(name).count("/") > 1):
         raise InputError(f"{name}: no such directory")
     if is_run_directory(Path(name)):
-        raise InputError(f"{name} is the directory of a run; name its {name}/model")
+        raise InputError(f"{name} is the directory of a run; give its model, {name}/model")
     if Path(name, "adapter_config.json").is_file():
-        raise InputError(f"{name} is an adapter; merge it into its base first, as OUT/model of sail.py is")
-    try:
+        raise InputError(f"{name} is an adapter; merge it into its base first, as sail.py does in OUT/model")
+    with foreign(f"{name}: no tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code,
                                                   local_files_only=Path(name).is_dir())
-        ids = tokenizer("question")["input_ids"]                       # what is nonsense in it shows here
+        ids = tokenizer("question")["input_ids"]                       # a broken tokenizer fails here
         tokenizer.decode(tokenizer.all_special_ids + ids)
-    except Exception as error:                           # foreign files: they can raise anything
-        raise InputError(f"{name}: no tokenizer ({first_line(error)})") from None
     if ends and tokenizer.eos_token_id is None:
-        raise InputError(f"{name}: its tokenizer has no end-of-sequence token; tokenizer_config.json sets it")
+        raise InputError(f"{name} has no end-of-sequence token; set eos_token in its tokenizer_config.json")
     set_chat_template(tokenizer, name, chat_template)
     return tokenizer
 
@@ -96,9 +94,9 @@ def set_chat_template(tokenizer, name, chat_template):
     """Set a tokenizer's chat template, and its attribute `template_name`, which says where the template comes
     from.
 
-    chat_template: a file whose template replaces the tokenizer's own; "none" for no template; None for the
-    tokenizer's own template or, if it has none, for the template in chat_template.json beside it, a file that
-    multimodal processors have."""
+    chat_template: a file, whose template replaces the tokenizer's; "none", which removes the template; or
+    None, which keeps the tokenizer's template. If the tokenizer has no template, None takes the template in
+    chat_template.json, a file that multimodal processors have."""
     from transformers.utils import cached_file
     tokenizer.template_name = "the tokenizer's own"
     if chat_template is None and not tokenizer.chat_template:
@@ -110,13 +108,13 @@ def set_chat_template(tokenizer, name, chat_template):
         tokenizer.chat_template, tokenizer.template_name = None, "none"
         return
     if chat_template is not None:
-        with foreign(f"{chat_template}: no chat template"):
+        with foreign(f"{chat_template}: cannot be read as a chat template"):
             text = Path(chat_template).read_text(encoding="utf-8")
             if Path(chat_template).suffix == ".json":
                 text = json.loads(text)["chat_template"]
         tokenizer.chat_template, tokenizer.template_name = text, str(chat_template)
-    with foreign(f"{name}: no chat template"):
-        template = tokenizer.get_chat_template()             # of several, the default one
+    with foreign(f"{name}: its chat template cannot be used"):
+        template = tokenizer.get_chat_template()             # the default one of several
         if not isinstance(template, str):
             raise TypeError(f"it is of type {type(template).__name__}")
 
@@ -139,7 +137,7 @@ def frame_of(tokenizer):
 @lru_cache(maxsize=8)
 def find_frame(tokenizer, template, size, eos_id):
     """Find the Frame of a tokenizer. The template, the number of tokens and the EOS id are arguments because
-    the cache's key needs them: they can change."""
+    they can change, and a changed tokenizer needs another entry of the cache."""
     added, end_ids = tokenizer.added_tokens_decoder, {eos_id}
     opening, filler = None, ""
     try:
@@ -169,32 +167,18 @@ def end_token_ids(tokenizer, model=None):
     extra = model.generation_config.eos_token_id
     if not isinstance(extra, list):
         extra = [extra]
-    return ids | {token for token in tokenizer.added_tokens_decoder if token in extra}  # nonsense equals none
+    return ids | {token for token in tokenizer.added_tokens_decoder if token in extra}  # bad ids match none
 
 
-# The date that chat templates get as today's, YYYY-MM-DD. A run sets it; None stands for the clock's date.
-template_date = None
-
-
-def set_template_date(day):
-    """Tell all chat templates that today is `day`, as YYYY-MM-DD: what a run trains on does not depend on the
-    day on which it is continued or evaluated. Raises InputError for another text, as of a foreign run."""
-    global template_date
-    try:
-        if day is not None:
-            date.fromisoformat(day)
-    except (TypeError, ValueError):
-        raise InputError(f"a run's date is {day!r}; want YYYY-MM-DD") from None
-    template_date = day
+# The date that chat templates get as today's: the one that Llama's own template falls back on. A fixed date
+# makes the texts of a run independent of the day on which it is continued or evaluated.
+TODAY = date(2024, 7, 26)
 
 
 def without_clock(template):
-    """Replace the calls in a chat template that ask for today's date by `template_date`, if that is set."""
-    if template_date is None:
-        return template
-
+    """Replace the calls in a chat template that ask for today's date by TODAY."""
     def that_day(call):
-        return repr(date.fromisoformat(template_date).strftime(call[2]))
+        return repr(TODAY.strftime(call[2]))
 
     return re.sub(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""", that_day, template)
 
@@ -242,7 +226,7 @@ class Dialogue:
         if not self.started:
             self.head = apply_template(tokenizer, self.messages, add_generation_prompt=True)
             if self.head == apply_template(tokenizer, self.messages):  # the template has no generation prompt
-                self.head = opening.rstrip(" ")                      # its last space belongs to the next word
+                self.head = opening.rstrip(" ")                      # the answer's first token has the space
         if not opening.startswith(self.head):
             raise BadRow("the chat template's generation prompt does not begin an answered dialogue")
         self.filler = opening[len(self.head):]
@@ -267,7 +251,7 @@ class Dialogue:
         answer = whole[len(self.head):len(whole) - len(self.closing)]
         if whole != self.head + answer + self.closing:
             raise BadRow("the chat template rewrites the answer")
-        # A template may leave its filler out if the response brings its own, such as thoughts.
+        # A template may leave its filler out if the response begins with thoughts, for example.
         if answer.removeprefix(self.filler).strip() != response.strip():
             raise BadRow("the chat template rewrites the answer")
         return answer + self.closing
@@ -314,15 +298,15 @@ def fitting_prompt(prompt, tokenizer, limit, lengths=None):
     """Shorten a prompt to `limit` tokens: (the Dialogue that is left, its ids, its ids within the limit). The
     number of tokens of the whole prompt is appended to lengths["prompt"].
 
-    A prompt without turns is cut from the left but keeps its BOS token, and only then do the last two values
-    differ. A dialogue loses whole turns, the oldest first. It keeps its system turn, and what follows begins
-    with a user's turn. Raises BadRow if the prompt has no tokens, if what is left is still too long, or if
-    the prompt contains special tokens, as a prompt does to which a template was already applied."""
+    Without a chat template, a text is cut from the left but keeps its BOS token; only then do the last two
+    values differ. With one, a text is one turn. A dialogue loses its oldest turns, except the system's, until
+    it begins with a user's turn and fits. Raises BadRow if no such dialogue fits, if the prompt has no
+    tokens, or if a turn has special tokens, as if a chat template had already been applied to it."""
     dialogue = Dialogue(prompt, tokenizer)
     if dialogue.template:
         for turn in dialogue.messages:
             if frame_of(tokenizer).marks.search(turn["content"]):
-                raise BadRow("prompt that holds special tokens, as one that is templated already")
+                raise BadRow("prompt with special tokens, as if already in a chat template")
     ids = token_ids(dialogue.head, tokenizer)
     if not ids:
         raise BadRow("prompt without tokens")
@@ -368,14 +352,14 @@ def encode(pairs, tokenizer, end_ids, max_prompt_length, max_response_length, ro
         if highest >= rows:
             token = tokenizer.convert_ids_to_tokens(highest)
             raise InputError(f"the data hold {token!r}, id {highest}, and the model has only {rows} ids; "
-                             "wrong tokenizer?")
+                             "is this the wrong tokenizer?")
         account.add(changes)
         encoded.append(done)
     if not encoded:
         advice = ""
         if frame_of(tokenizer).opening is None:
-            advice = "; the chat template refuses every plain dialogue, and --chat-template names another"
-        raise InputError(f"none of {len(pairs)} prompts or pairs can be used as tokens: "
+            advice = "; the chat template refuses every plain dialogue; sail.py --chat-template names another"
+        raise InputError(f"none of {len(pairs)} prompts or pairs can be encoded as tokens: "
                          f"{format_counts(account.dropped)}{advice}")
     return encoded, account, lengths
 
@@ -401,7 +385,7 @@ def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length
             finished.append(True)
             continue
         text = dialogue.tail(response)
-        if not ended:                             # nothing closes a response that was cut when it was written
+        if not ended:                             # a response that was cut has no closing
             text = text.removesuffix(dialogue.closing)
         whole = token_ids(dialogue.head + text, tokenizer)
         if whole[:len(uncut)] == uncut:
@@ -438,7 +422,7 @@ def prompt_left(prompt, dialogue, ids):
 
 def up_to_end(ids, end, end_ids):
     """The ids of a response up to and including its first end token, which is one of `end_ids`. If there is
-    none, all ids followed by `end`, a list of one id or an empty list."""
+    no end token, these are all ids, followed by `end`, a list of one id or an empty list."""
     for place, token in enumerate(ids):
         if token in end_ids:
             return ids[:place + 1]
@@ -509,7 +493,7 @@ def length_table(lengths, unit, limits=None):
         n = len(ordered)
         median = ordered[n // 2]
         most = ordered[n * 9 // 10]
-        line = f"{side:>9}: {unit} median {median}, 90 % {most}, most {ordered[-1]}"
+        line = f"{side:>9}: median {median} {unit}, 90th percentile {most}, longest {ordered[-1]}"
         if limits:
             over = sum(number > limits[side] for number in numbers)
             line += f"; {over} of {len(numbers)} longer than {limits[side]}"
@@ -532,7 +516,7 @@ def print_as_tokens(pairs, tokenizer, limits):
     """Print what `encode` makes of the pairs, and the first two pairs as the model sees them."""
     print(f"chat template: {tokenizer.template_name}")
     encoded, account, lengths = encode(pairs, tokenizer, end_token_ids(tokenizer), *limits)
-    print(f"{len(encoded)} pairs as tokens\n{account}")
+    print(f"{len(encoded)} pairs are encoded as tokens\n{account}")
     prompt_limit, response_limit = limits
     limit_of = dict(prompt=prompt_limit, chosen=response_limit, rejected=response_limit)
     print(length_table(lengths, "tokens", limit_of))
@@ -569,15 +553,14 @@ def print_pair(nth, prompt, chosen, rejected):
 
 
 @dataclass
-class Reported:
-    """The settings of data.py."""
+class Reported(Settings):
+    """The settings of data.py, of which FLAGS are used."""
     model: str | None = setting(None, "a directory or hub name; texts and lengths are shown in its tokens")
-    chat_template: str | None = same_as(Settings, "chat_template")
-    score_scale: float | None = same_as(Settings, "score_scale")
     limit: int | None = setting(None, "use the first N pairs only", low=1, metavar="N")
-    prefer: str = same_as(Settings, "prefer")
-    max_prompt_length: int = same_as(Settings, "max_prompt_length")
-    max_response_length: int = same_as(Settings, "max_response_length")
+
+
+FLAGS = ("model", "chat_template", "score_scale", "limit", "prefer", "max_prompt_length",
+         "max_response_length")
 
 
 def main(argv=None):
@@ -585,12 +568,12 @@ def main(argv=None):
     parser = Parser("Show what a preference data set holds and how it will be read. Defaults in brackets.",
                     " SOURCE")
     parser.add_argument("source", metavar="SOURCE", help="a file or OWNER/NAME[/CONFIG][:SPLIT]")
-    parser.add_settings(Reported)
+    parser.add_settings(Reported, *FLAGS)
     given = vars(parser.parse_args(argv))
     source = given.pop("source")
     args = Reported(**given)
     if args.chat_template and not args.model:
-        parser.error("argument --chat-template: it renders in the tokens of a --model")
+        parser.error("argument --chat-template: has no effect without --model")
     pairs, account = load_pairs(source, args.limit, args.prefer, args.score_scale)
     print_report(source, pairs, account)
     if args.model:

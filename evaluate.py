@@ -1,14 +1,14 @@
 """Evaluate policies side by side on held-out data, every figure with its 95 % interval.
 
-    python evaluate.py runs/mine/*                       # runs of sail.py, with their own settings
-    python evaluate.py MODEL runs/mine                   # a run beside the model that it started from
-    python evaluate.py MODEL … --data D --reward R       # any checkpoints
-    python evaluate.py --compare runs/mine/*             # a table and a picture of finished runs' figures
+    python evaluate.py runs/mine/*                       # evaluate runs, with the first run's settings
+    python evaluate.py MODEL runs/mine                   # evaluate a run and the model that it started from
+    python evaluate.py MODEL … --data D --reward R       # evaluate any checkpoints
+    python evaluate.py --compare runs/mine/*             # tabulate and plot the figures of finished runs
 
 The held-out pairs give DPO loss, margin and accuracy against the reference. Responses that are sampled to
 their prompts, at temperature 1 as in training, give reward, length, unfinished, KL(π‖π_ref), `objective`,
-which is reward − β·KL, and the win rate against the data's chosen responses, raw and length-controlled. A tie
-counts as half a win.
+which is reward − β·KL, and the win rate against the data's chosen responses, in which a tie counts as half a
+win.
 """
 from argparse import Namespace
 from collections import defaultdict
@@ -17,9 +17,9 @@ from pathlib import Path
 
 from runtime.command_line import InputError, command_line, seeded
 from runtime.compare import (
-    are_figures, compare, frontier, print_samples, print_table, refuse_comparison, write_figures)
+    are_figures, compare, frontier, print_samples, print_table, refuse_comparison, short_names, write_figures)
 from runtime.intervals import (
-    few, format_figure, mean_of, means_of_prompts, prefers_chosen, share_of, win_figures)
+    few, format_figure, mean_of, means_of_prompts, prefers_chosen, share_of)
 from runtime.processes import (
     computing_in, default_dtype, divided, progress, rank, with_equal_counts)
 from runtime.run_directory import fingerprint_files, read_json, refuse_output, run_of_checkpoint
@@ -29,10 +29,10 @@ from runtime.training import micro_batches
 import torch
 import torch.nn.functional as F
 
-from data import collate, encode, end_token_ids, print_report, response_text, set_template_date
+from data import collate, encode, end_token_ids, print_report, response_text
 from formats import train_and_held_out
 from generate import load_frozen, sample, sequence_logps
-from reward import as_reward, drop_unscorable, load_preference, load_reward, try_out
+from reward import drop_unscorable, load_preference, load_reward, try_out
 
 # --- figures, each as (value, low, high) --------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ def response_logps(model, examples, responses, dtype):
     def logps_of(rows):
         logps = []
         batches = with_equal_counts(micro_batches(rows, lambda row: len(row[1]), model, 32), model)
-        for micro, weight in progress(batches, "scoring, batches"):
+        for micro, weight in progress(batches, "batches scored"):
             batch = collate(*zip(*micro, strict=True))
             with computing_in(dtype, model):
                 found = sequence_logps(model, *batch)
@@ -80,21 +80,16 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
 
     All processes call this function together. Each process answers and scores its share of the examples, and
     every process returns the figures and samples of all examples."""
-    if reward is not None:
-        reward = as_reward(reward)
-    own = [rank()] if rank() > 0 else []                    # each process draws samples of its own
+    own = [rank()] if rank() > 0 else []                    # the processes draw different samples
     torch.manual_seed(seeded("held-out samples", args.seed, step, *own))
 
     def answer(share):
-        return judged_answers(policy, tokenizer, share, reward, preference, num_responses, args)
+        return judged_answers(policy, tokenizer, share, reward, preference, args)
 
-    answers = divided(answer, examples)                     # a list of num_responses for each example
-    answers = [of_example[nth] for nth in range(num_responses) for of_example in answers]
     asked = examples * num_responses                        # the example of each answer
-    responses, texts = [], []
-    for answer in answers:
-        responses.append(answer["ids"])
-        texts.append(answer["text"])
+    answers = divided(answer, asked)
+    responses = [answer["ids"] for answer in answers]
+    texts = [answer["text"] for answer in answers]
     columns = pair_columns(policy, reference, examples, args)      # {name: a number per example or response}
     if reference is not None:
         columns["kl"] = log_ratios(policy, reference, asked, responses, args.dtype).tolist()
@@ -105,10 +100,12 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
         columns["objective"] = (torch.tensor(columns["reward"]) - args.beta * kl).tolist()
     columns["length"] = [float(len(ids)) for ids in responses]
     columns["unfinished"] = [float(not answer["finished"]) for answer in answers]
+    if "win" in answers[0]:
+        columns["win_rate"] = [answer["win"] for answer in answers]
     figures = {}
     for name, values in columns.items():
         values = means_of_prompts(values, len(examples))
-        if name in ("accuracy", "unfinished"):
+        if name in ("accuracy", "unfinished", "win_rate"):
             figures[name] = share_of(values)
         else:
             figures[name] = mean_of(values)
@@ -118,45 +115,40 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
         for name in ("reward", "kl"):
             if name in columns:
                 samples[nth][name] = columns[name][nth]
-    if "win" in answers[0]:
-        wins = [answer["win"] for answer in answers]
-        opponents = [answer["opponent"] for answer in answers]
-        figures.update(win_figures(wins, texts, opponents, len(examples)))
     return figures, samples
 
 
-def judged_answers(policy, tokenizer, examples, reward, preference, num_responses, args):
-    """Sample num_responses to each example's prompt and judge them: for each example, a list of {ids, text,
-    finished}. With a reward, each answer also has its `reward`. If a reward or a preference decides on wins
-    over the data's chosen response, each answer also has that response's text as `opponent`, and `win`: 1, ½
-    for a tie or 0, or the preference's probability."""
+def judged_answers(policy, tokenizer, examples, reward, preference, args):
+    """Sample a response to each example's prompt and judge it: a list of {ids, text, finished}. With a
+    reward, each answer also has its `reward`. If a reward or a preference decides on wins over the data's
+    chosen response, each answer also has `win`: 1, ½ for a tie or 0, or the preference's probability."""
+    prompts = [example.prompt for example in examples]
     prompt_ids = [example.prompt_ids for example in examples]
     with computing_in(args.dtype, policy):
-        drawn, ended, _ = sample(policy, tokenizer, prompt_ids, args.max_response_length, num_responses,
+        drawn, ended, _ = sample(policy, tokenizer, prompt_ids, args.max_response_length,
                                  batch_size=args.sample_batch_size)
-    asked, responses, finished = examples * num_responses, [], []
-    for nth in range(num_responses):                  # one answer to every prompt, then a second to every one
-        for ids, done in zip(drawn, ended, strict=True):
-            responses.append(ids[nth])
-            finished.append(done[nth])
-    texts = texts_of(asked, responses, tokenizer)
+    responses = [of_prompt[0] for of_prompt in drawn]       # each prompt has one response
+    finished = [of_prompt[0] for of_prompt in ended]
+    texts = texts_of(examples, responses, tokenizer)
     columns = {"ids": responses, "text": texts, "finished": finished}
     if reward is not None:
-        columns["reward"] = reward([example.prompt for example in asked], texts, finished)
+        columns["reward"] = reward(prompts, texts, finished)
     if examples[0].chosen is not None and (reward is not None or preference is not None):
-        opponents = texts_of(examples, [example.chosen_ids for example in examples], tokenizer)
+        opponents = [example.chosen for example in examples]
+        opponents_finished = [example.finished[0] for example in examples]
         if reward is not None:
-            columns["win"] = wins_by_reward(examples, columns["reward"], opponents, reward)
+            opponent_rewards = reward(prompts, opponents, opponents_finished)
+            differences = torch.tensor(columns["reward"]) - torch.tensor(opponent_rewards)
+            columns["win"] = prefers_chosen(differences).tolist()
         else:
-            columns["win"] = wins_by_preference(examples, texts, finished, opponents, preference)
-        columns["opponent"] = opponents * num_responses
-    answers = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return [answers[place::len(examples)] for place in range(len(examples))]
+            both_finished = list(zip(finished, opponents_finished, strict=True))
+            columns["win"] = preference(prompts, texts, opponents, both_finished)
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def responses_to_each(prompts, limit):
-    """How many responses to draw to each held-out prompt, of which there are `prompts`: as many as keep their
-    sum within the limit, but at least one."""
+    """How many responses to draw to each of `prompts` held-out prompts: the most that keep the number of all
+    responses within the limit, but at least one."""
     return max(1, limit // prompts)
 
 
@@ -183,28 +175,6 @@ def pair_columns(policy, reference, examples, args):
             "accuracy": prefers_chosen(margin).tolist()}
 
 
-def wins_by_reward(examples, rewards, opponents, reward):
-    """The wins of k·n responses, given their rewards, against n opponents, which are the texts of the data's
-    chosen responses: a list of k·n numbers, 1, ½ for a tie, or 0."""
-    prompts = [example.prompt for example in examples]
-    finished = [example.finished[0] for example in examples]
-    opponent_rewards = torch.tensor(reward(prompts, opponents, finished))
-    differences = torch.tensor(rewards).view(-1, len(examples)) - opponent_rewards                # (k, n)
-    return prefers_chosen(differences).flatten().tolist()
-
-
-def wins_by_preference(examples, texts, finished, opponents, preference):
-    """P(text ≻ opponent) by a preference from `load_preference`: a list of k·n numbers. The k·n texts are k
-    times one response to each of the n examples, in the examples' order, and `finished` says which of them
-    ended by themselves. opponents: the n texts of the data's chosen responses."""
-    k = len(texts) // len(examples)
-    prompts, both_finished = [], []
-    for example, done in zip(examples * k, finished, strict=True):
-        prompts.append(example.prompt)
-        both_finished.append((done, example.finished[0]))
-    return preference(prompts, texts, opponents * k, both_finished)
-
-
 def texts_of(examples, responses, tokenizer):
     """The texts of responses (ids), one to each example's prompt."""
     texts = []
@@ -222,15 +192,13 @@ class Evaluated(Settings, Objective):
     eval_limit: int = same_as(Settings, "eval_limit", default=256)
     preference: str | None = setting(None, "FILE.py:FUNCTION, which decides on wins if there is no reward",
                                      metavar="FILE.py:FUNCTION")
-    out: str | None = setting(None, "file for the figures as JSON (RUN/evaluated.json; with --compare: "
-                                    "results.json beside RUN, and a picture results.png)")
+    out: str | None = setting(None, "JSON file for the figures (RUN/evaluated.json, or evaluated.json here; "
+                                    "with --compare: results.json beside RUN, with the picture results.png)")
 
 
-FLAGS = ("out", "data", "eval_data", "prefer", "score_scale", "reward", "preference", "reference", "beta",
-         "max_prompt_length", "max_response_length", "sample_batch_size", "eval_limit", "dtype", "seed",
-         "trust_remote_code")
+# The settings that are taken from a run unless the command line gives them.
 OF_A_RUN = ("data", "eval_data", "prefer", "score_scale", "reward", "preference", "reference", "beta",
-            "max_prompt_length", "max_response_length", "sample_batch_size", "eval_limit", "dtype", "date")
+            "max_prompt_length", "max_response_length", "sample_batch_size", "eval_limit", "dtype")
 
 
 def find_run(path, given):
@@ -254,28 +222,27 @@ def refuse_replaced(run, reference):
     """Raises InputError if the reference's files have changed since the run in this directory started."""
     then = read_json(run / "args.json").get("reference_sha256")
     if then is not None and then != fingerprint_files(reference):
-        raise InputError(f"{run}: the files of its reference {reference} have changed since; give it as "
-                         "--reference to measure to what it is now")
+        raise InputError(f"{run}: the files of its reference {reference} have changed since the run began; "
+                         f"--reference {reference} measures against the changed files")
 
 
 def held_out_pairs(args):
     """Load (held-out pairs, their Account). Raises InputError if there is no held-out pair."""
     if args.data is None and args.eval_data is None:
-        raise InputError("no data: the models are no runs of sail.py; name some with --data or --eval-data")
+        raise InputError("none of the models is a run of sail.py; name data with --data or --eval-data")
     train, held_out, account, held_out_account = train_and_held_out(
         args.data or args.eval_data, args.eval_data, None, args.prefer, args.score_scale)
     if not held_out:
-        raise InputError(f"{args.data}: no pair is held out; name some with --eval-data")
+        raise InputError(f"{args.data}: no pair is held out; name held-out pairs with --eval-data")
     if args.eval_data is None:
         print_report(args.data, train + held_out, account)
     return held_out, held_out_account
 
 
 def evaluate_models(models, show, given):
-    """Sample from the models, print a table of their figures, and print `show` answers of each. Write the
-    figures into each run's evaluated.json, or all of them into --out. All models are evaluated with the
-    settings of the first run among them, so the held-out pairs, the lengths and the seed are the same for
-    all."""
+    """Sample from the models, print a table of their figures and `show` answers of each, and write the
+    figures as `write_evaluated` says. All models are evaluated with the settings of the first run among them,
+    so the held-out pairs, the lengths and the seed are the same for all models."""
     if "out" in given:
         refuse_output(given["out"], are_figures)
     runs = [find_run(path, given) for path in models]
@@ -285,7 +252,6 @@ def evaluate_models(models, show, given):
             args = settings
     references = [settings.reference for _, settings in runs if settings.reference]
     reference_name = references[0] if references else first_model
-    set_template_date(args.date)
     reward, preference, judge = load_judge(args)
     held_out, account = held_out_pairs(args)
     try_out(held_out[0], reward, preference)
@@ -293,7 +259,9 @@ def evaluate_models(models, show, given):
     loading = dict(trust_remote_code=args.trust_remote_code, lengths=lengths)
     reference, reference_tokenizer = load_frozen(reference_name, args.dtype, **loading)
     results, samples, prompts = {}, {}, {}
-    for name, (model, _) in zip(names_of(models), runs, strict=True):
+    parts = 3 if any(run_of_checkpoint(path) for path in models) else 1        # 3: as mine/checkpoints/40
+    names = short_names([Path(path) for path in models], parts)
+    for name, (model, _) in zip(names, runs, strict=True):
         policy, tokenizer = load_frozen(model, args.dtype, **loading)
         if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
             raise InputError(f"{model} has another vocabulary than the reference {reference_name}")
@@ -306,13 +274,13 @@ def evaluate_models(models, show, given):
               f"{len(examples)} prompts …", flush=True)
         results[name], samples[name] = evaluate_policy(policy, reference, tokenizer, examples, reward, args,
                                                        each, preference=preference)
-        del policy                                         # before the next model is loaded
-    account.add(changes)                                   # as counted for the last model
+        del policy                                         # frees memory for the next model
+    account.add(changes)                                   # the counts of the last model
     account.add(unscorable)
     print(f"\n{args.eval_data or args.data}: {len(examples)} held-out pairs\n{account}\n"
           f"{each * len(examples)} new samples of each model; reference {reference_name}; {judge}, which "
           "decides on wins over the chosen responses; 95 % intervals over prompts, as ± half or as [low, "
-          f"high]{few(len(examples), results[name])}\n")
+          f"high]{few(len(examples))}\n")
     print_table(results)
     print_differences(samples, prompts, args.beta)
     print_samples(samples, show)
@@ -320,14 +288,14 @@ def evaluate_models(models, show, given):
 
 
 def load_judge(args):
-    """Load what decides on wins: (reward, preference, a description of it for the user). A preference is
-    loaded only if there is no reward. What is not loaded is None."""
+    """Load what decides on wins: (reward, preference, its description). A preference is loaded only if
+    there is no reward. A reward or preference that is not loaded is None."""
     if args.reward:
         reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
-        return reward, None, f"reward {args.reward}"
+        return reward, None, f"reward {args.reward} decides on wins"
     if ".py:" in (args.preference or ""):
-        return None, load_preference(args.preference), f"preference {args.preference}"
-    return None, None, "no reward"
+        return None, load_preference(args.preference), f"preference {args.preference} decides on wins"
+    return None, None, "nothing decides on wins"
 
 
 def print_differences(samples, prompts, beta):
@@ -343,10 +311,10 @@ def print_differences(samples, prompts, beta):
         objectives[name] = means_of_prompts(values, prompts[name])
     first, *others = objectives
     if others:
-        print(f"\nreward − β·KL beside {first}, prompt by prompt:")
+        print(f"\nreward − β·KL less that of {first}, paired by prompt:")
     for name in others:
         if prompts[name] != prompts[first]:
-            print(f"  {name}: was asked {prompts[name]} prompts, not {prompts[first]}, by its chat template")
+            print(f"  {name}: not compared, since {prompts[name]} prompts were asked, not {prompts[first]}")
             continue
         differences = []
         for ours, theirs in zip(objectives[name], objectives[first], strict=True):
@@ -356,23 +324,6 @@ def print_differences(samples, prompts, beta):
         if not (low > 0 or high < 0):
             verdict = "no difference seen"
         print(f"  {name}: {format_figure(mean, low, high)}: {verdict}")
-
-
-def names_of(paths):
-    """The names of the models in tables: the last parts of their paths, or the whole paths if two last parts
-    are alike."""
-    names = []
-    for path in paths:
-        parts = Path(path).parts[-1:]
-        if run_of_checkpoint(path):
-            parts = Path(path).parts[-3:]                # as mine/checkpoints/40
-        names.append("/".join(parts) or path)
-    if len(set(names)) < len(names):
-        names = list(paths)
-    for nth, name in enumerate(names):
-        if name in names[:nth]:                          # the same model again
-            names[nth] = f"{name} ({nth + 1})"
-    return names
 
 
 def write_evaluated(results, models, runs, out):
@@ -388,7 +339,7 @@ def write_evaluated(results, models, runs, out):
         by_file[file][name] = results[name]
     for file, figures in by_file.items():
         write_figures(figures, file)
-    print(f"\nfigures in {', '.join(map(str, by_file))}")
+    print(f"\nthe figures are in {', '.join(map(str, by_file))}")
 
 
 # --- the best possible --------------------------------------------------------------------------------------
@@ -416,7 +367,6 @@ def best_possible(models, samples, given):
 def reference_rewards(args, count):
     """Sample `count` responses of a run's reference to each held-out prompt, and return their rewards, a list
     for each prompt."""
-    set_template_date(args.date)
     lengths = args.max_prompt_length, args.max_response_length
     reference, tokenizer = load_frozen(args.reference, args.dtype, trust_remote_code=args.trust_remote_code,
                                        lengths=lengths)
@@ -444,25 +394,26 @@ def reference_rewards(args, count):
 def parse_args(argv=None):
     """Parse a command line: (models, the task as a namespace of compare, show and frontier, the settings that
     were given)."""
-    parser = Parser("Evaluate runs of sail.py, with their own settings, or any checkpoints. Defaults in "
-                    "brackets.", " RUN …")
+    parser = Parser("Evaluate runs of sail.py, all with the settings of the first one, or any checkpoints. "
+                    "Defaults without a run in brackets.", " RUN …")
     add = parser.add_argument
     add("models", nargs="*", metavar="RUN", help="a run's or a checkpoint's directory, or a hub name")
     add("--compare", action="store_true", default=False,
-        help="only read what finished runs have measured, and draw it")
+        help="print and plot what finished runs have measured; evaluate nothing")
     add("--show", type=int, default=0, metavar="N",
         help="print an answer of each model to the first N prompts (0)")
     add("--frontier", type=int, default=0, metavar="N",
-        help="with --compare: the best possible, from N samples of the reference to each held-out prompt")
-    parser.add_settings(Evaluated, *FLAGS)
+        help="with --compare: estimate the best reward at each KL, from N reference samples per prompt")
+    parser.add_settings(Evaluated, *OF_A_RUN, "out", "seed", "trust_remote_code")
     given = vars(parser.parse_args(argv))
     paths = given.pop("models", [])
+    paths = {Path(path): path for path in paths}.values()                        # each model once
     models = [path for path in paths if not Path(path).is_file()]                # a results.json is no model
     if not models:
-        parser.error("want the directory of a run or a model")
+        parser.error("give the directory of a run, or a model")
     task = Namespace(**{name: given.pop(name) for name in ("compare", "show", "frontier")})
     if task.show < 0 or task.frontier and not (task.compare and task.frontier >= 100):
-        parser.error("argument --show: want 0 or more; --frontier: want 100 or more, with --compare")
+        parser.error("argument --show: takes 0 or more; --frontier takes 100 or more, with --compare")
     return models, task, given
 
 

@@ -1,8 +1,8 @@
 """A file becomes pairs of texts: FORMATS declares each format once, `load_pairs` reads the rows.
 
-A source is a .jsonl, .json or .csv file, which may be packed as .gz, a .parquet file, or a hub name written
-OWNER/NAME[/CONFIG][:SPLIT]. Its columns determine the format. A fully online run needs only prompts, and sft
-needs only dialogues.
+A source is a .jsonl, .json or .csv file, which may be compressed as .gz, a .parquet file, a directory that
+the library datasets can load, or a hub name written OWNER/NAME[/CONFIG][:SPLIT]. Its columns determine the
+format. A fully online run needs only prompts, and sft needs only dialogues.
 """
 import ast
 import csv
@@ -79,9 +79,9 @@ NO_TEXT, TIE = "null or malformed text", "no preference between the responses"
 BEYOND = "beyond --eval-limit"
 TOO_MANY_CELLS = "more cells than the header"              # the name under which csv stores such cells
 
-# --- what was read of a row ---------------------------------------------------------------------------------
+# --- which values of a row were read ------------------------------------------------------------------------
 
-EMPTY = (None, "", "[]", [], {})                                       # values that say nothing
+EMPTY = (None, "", "[]", [], {})                                       # values that count as missing
 # A row or a message that has one of these keys would mean something else without it.
 NOT_RENDERED = ("tools", "functions", "tool_calls", "function_call", "tool_call_id", "reasoning_content",
                 "reasoning", "thinking", "images", "image", "audio", "audios", "video", "videos", "documents",
@@ -172,7 +172,7 @@ def as_messages(turns, row, is_answer=False):
         if not isinstance(role, str) or not isinstance(content, str):
             raise BadRow(NO_TEXT)
         if role.strip().lower() not in ROLES:
-            raise BadRow(f"message of the role {role[:20]!r}")
+            raise BadRow(f"message with the role {role[:20]!r}")
         read_training_marks(message, is_answer and nth == len(turns))
         messages.append({"role": ROLES[role.strip().lower()], "content": content})
     return messages
@@ -196,7 +196,7 @@ def read_training_marks(message, is_trained):
     for mark in TRAINING_MARKS:
         value = str(message.values.get(mark)).lower()
         if is_trained and value in SPELLINGS[False]:
-            raise BadRow(f"answer that is not to be trained, by its {mark}")
+            raise BadRow(f"answer that its {mark} excludes from training")
         if value in SPELLINGS[is_trained]:
             message.get(mark)
 
@@ -215,11 +215,11 @@ def parse_literal(value):
             continue
         if isinstance(parsed, (list, dict)):
             return parsed
-    raise BadRow("a dialogue in a string that is no JSON")
+    raise BadRow("string that holds no list or object, in JSON or in Python")
 
 
 def parse_rows(text):
-    """What a JSON text holds. Raises BadRow if an object has a name twice, of which json.loads drops one."""
+    """Parse a JSON text. Raises BadRow if an object has a name twice, since json.loads drops one of them."""
     return parse_json(text, object_pairs_hook=object_of)
 
 
@@ -227,12 +227,12 @@ def object_of(pairs):
     """The dict of an object's pairs (name, value)."""
     repeated = first_repeated(name for name, _ in pairs)
     if repeated is not None:
-        raise BadRow(f"the name {repeated!r} stands twice in an object")
+        raise BadRow(f"an object has the name {repeated!r} twice")
     return dict(pairs)
 
 
 def first_repeated(names):
-    """The first of the names that has occurred before; None if each occurs once."""
+    """The first name that occurs a second time; None if each name occurs once."""
     seen = set()
     for name in names:
         if name in seen:
@@ -309,7 +309,7 @@ def join_dialogues(first, second):
     system, turns = split_system(first)
     second_system, second_turns = split_system(second)
     if system and second_system and stripped(system) != stripped(second_system):
-        raise BadRow("two system turns")
+        raise BadRow("two different system turns")
     system = system or second_system
     texts, second_texts = stripped(turns), stripped(second_turns)
     for start in range(len(second_texts) - len(texts) + 1):
@@ -450,7 +450,7 @@ def format_of(columns, source):
         if columns.issuperset(form.needed):
             return form
     known = "; ".join(", ".join(form.needed) for form in FORMATS)
-    raise InputError(f"{source}: columns {', '.join(sorted(columns))} fit none of: {known}")
+    raise InputError(f"{source}: columns {', '.join(sorted(columns))} fit none of these formats: {known}")
 
 
 # --- a row becomes a pair -----------------------------------------------------------------------------------
@@ -513,7 +513,7 @@ def number_in(row, column):
     except (KeyError, TypeError, ValueError, OverflowError):
         value = math.nan
     if not math.isfinite(value):
-        raise BadRow(f"{column} that is not a number")
+        raise BadRow(f"{column} that is not a finite number")
     return value
 
 
@@ -617,7 +617,7 @@ def read_text(path, kind):
                 if line.strip():
                     rows.append(parse_rows(line))
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text ({error})") from None
+        raise InputError(f"{path} is not UTF-8 text ({error})") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: cannot be unpacked ({first_line(error)})") from None
     except BadRow as repeated:
@@ -627,7 +627,7 @@ def read_text(path, kind):
     except (ValueError, csv.Error) as error:
         line = nth + getattr(error, "lineno", 1) - 1
         raise InputError(f"{path}:{line}: not {kind[1:]} ({first_line(error)}); "
-                         "want an object per line, or an array of objects") from None
+                         "write an object on each line, or an array of objects") from None
     if not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: a row is not an object with columns")
     return rows
@@ -639,7 +639,7 @@ def read_csv(text):
     rows = csv.DictReader(io.StringIO(text, newline=""), restkey=TOO_MANY_CELLS)
     repeated = first_repeated(rows.fieldnames or [])
     if repeated is not None:
-        raise BadRow(f"the name {repeated!r} stands twice in the header")
+        raise BadRow(f"the header has the name {repeated!r} twice")
     return list(rows)
 
 
@@ -664,7 +664,7 @@ def read_parquet(path):
         names = file.schema_arrow.names
     repeated = first_repeated(names)
     if repeated is not None:
-        raise InputError(f"{path}: the name {repeated!r} stands twice among the columns")
+        raise InputError(f"{path}: two columns have the name {repeated!r}")
     with foreign(unreadable(path)):
         return file.read().to_pylist()
 
@@ -673,7 +673,7 @@ def read_data_set(source):
     """The datasets.Dataset of a directory or of a hub name."""
     import datasets                                         # this import is slow, and is needed only here
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)     # its errors are told below, in one line
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)     # its errors are reported below, in one line
     name, _, split = source.partition(":")
     config, options = None, {"split": split or "train"}
     if Path(source).exists():                               # its files may have changed since their caching
@@ -684,12 +684,12 @@ def read_data_set(source):
         try:
             return datasets.load_dataset(name or "(no name)", config, **options)
         except datasets.exceptions.DatasetGenerationError as error:
-            raise error.__cause__ from None                 # which says why
+            raise error.__cause__ from None                 # the cause says what failed
 
 
 def unreadable(source):
     """The problem with a source that a library cannot read."""
-    return (f"{source}: cannot be read as a data set; want a {', '.join(DATA_FILES)} file or "
+    return (f"{source}: cannot be read as a data set; give a {', '.join(DATA_FILES)} file, a directory or "
             "OWNER/NAME[/CONFIG][:SPLIT]")
 
 
@@ -704,14 +704,14 @@ def stored_rows(rows):
 
 
 def read_answers(source):
-    """The rows of a file of answers: in each, `prompt` is a text or messages, `response` a text. Raises
-    InputError for another file."""
+    """The rows of a file of answers. Each row has a `prompt`, a text or messages, and a `response`, a text.
+    Raises InputError if there is no row, or if a row lacks one of them."""
     rows = list(stored_rows(read_rows(source)))
     for nth, row in enumerate(rows, 1):
         if not is_prompt(row.get("prompt")) or not isinstance(row.get("response"), str):
-            raise InputError(f"{source}: row {nth}: want prompt and response, as generate.py writes them")
+            raise InputError(f"{source}: row {nth} needs prompt and response, as generate.py writes them")
     if not rows:
-        raise InputError(f"{source}: no rows; want prompt and response in each, as generate.py writes them")
+        raise InputError(f"{source} has no rows; each needs prompt and response, as generate.py writes them")
     return rows
 
 
@@ -743,7 +743,7 @@ def load_pairs(source, limit=None, prefer="better", score_scale=None):
     read. Raises InputError if no row can be used."""
     rows = read_rows(source)
     if len(rows) == 0:
-        raise InputError(f"{source}: empty, no rows")
+        raise InputError(f"{source} has no rows")
     if isinstance(rows, list):
         columns = set().union(*rows)
     else:
@@ -765,7 +765,7 @@ def load_pairs(source, limit=None, prefer="better", score_scale=None):
         except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError):
             account.dropped[NO_TEXT] += 1
     if not pairs:
-        raise InputError(f"{source}: no usable pair in {len(rows)} rows ({format_counts(account.dropped)})")
+        raise InputError(f"{source}: none of {len(rows)} rows can be used ({format_counts(account.dropped)})")
     account.altered = remove_repeated_prompts(pairs)
     if form.name == "dialogues":
         account.altered += count_untrained_answers(pairs)
@@ -784,8 +784,8 @@ def count_untrained_answers(pairs):
 
 def remove_repeated_prompts(pairs):
     """Remove the prompt from responses that begin with it, in place, if at least half of the pairs have such
-    responses. Returns a count by reason: of the pairs whose prompt was removed or, if they are the minority,
-    of the pairs that were left as they are."""
+    responses. Otherwise nothing is changed. Returns the number of such pairs, under a reason that says
+    whether the prompt was removed from them."""
     repeating = []
     for pair in pairs:
         if repeats_its_prompt(pair):
@@ -833,7 +833,7 @@ def train_and_held_out(data, eval_data=None, limit=None, prefer="better", score_
         file = run_that_held_out(eval_data) / "args.json"
         run = read_settings(file, Settings, "data", "eval_data", "limit")
         if "data" not in run:
-            raise InputError(f"{file}: names no data")
+            raise InputError(f"{file}: this run names no data")
         _, held_out, *_ = train_and_held_out(**run, prefer=prefer, score_scale=score_scale)
         return pairs, held_out, account, Account()
     if eval_data:
@@ -841,6 +841,6 @@ def train_and_held_out(data, eval_data=None, limit=None, prefer="better", score_
         return pairs, held_out, account, held_out_account
     train, held_out = split_held_out(pairs)
     if not train:
-        raise InputError(f"{data}: all {len(pairs)} pairs are held out; give more, or name others with "
-                         "--eval-data")
+        raise InputError(f"{data}: all {len(pairs)} pairs are held out; give more pairs, or held-out pairs "
+                         "with --eval-data")
     return train, held_out, account, Account()

@@ -33,8 +33,7 @@ from runtime.training import micro_batches
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data import (
-    SIDES, collate, encode, end_token_ids, load_tokenizer, print_report, response_text, set_template_date)
+from data import SIDES, collate, encode, end_token_ids, load_tokenizer, print_report, response_text
 from formats import TextPair, load_pairs, train_and_held_out
 
 # --- load and adapt -----------------------------------------------------------------------------------------
@@ -55,8 +54,8 @@ def load_policy(name, trust_remote_code=False, lengths=(0, 0), whole=True, chat_
     model.generation_config._from_model_config = False    # otherwise other tools take config.json's end token
     positions = positions_of(model)
     if sum(lengths) > positions:
-        raise InputError(f"{name} takes {positions} tokens, --max-prompt-length {lengths[0]} and "
-                         f"--max-response-length {lengths[1]} make more; lower them")
+        raise InputError(f"{name} takes {positions} tokens, fewer than --max-prompt-length "
+                         f"{lengths[0]} plus --max-response-length {lengths[1]}; lower them")
     return model, tokenizer
 
 
@@ -68,8 +67,8 @@ def load_model(auto_class, name, trust_remote_code=False, may_lack=frozenset(), 
 
     Raises InputError if there is no such model, if the checkpoint lacks a weight, which transformers would
     fill with random numbers, or if it holds a tensor that has no place in the model, which transformers would
-    drop. may_lack, may_leave: the names of weights that may be lacking, and of tensors that may be
-    dropped."""
+    drop. may_lack: the names of weights that the checkpoint may lack. may_leave: the names of tensors that
+    may be dropped."""
     from transformers import AutoConfig
     run = base_of(name)
     if run is not None:
@@ -86,24 +85,24 @@ def load_model(auto_class, name, trust_remote_code=False, may_lack=frozenset(), 
     kind = auto_class.__name__.removeprefix("AutoModelFor")
     options.update(trust_remote_code=trust_remote_code, local_files_only=Path(name).is_dir())
     if not whole:
-        with foreign(f"{name}: no model for {kind} to load"), torch.device("meta"):
+        with foreign(f"{name}: cannot be loaded as a {kind} model"), torch.device("meta"):
             config = AutoConfig.from_pretrained(name, **options)
             return auto_class.from_config(config, trust_remote_code=trust_remote_code).float().eval()
-    with foreign(f"{name}: no model for {kind} to load"):
+    with foreign(f"{name}: cannot be loaded as a {kind} model"):
         model, loading = auto_class.from_pretrained(name, output_loading_info=True, dtype=torch.float32,
                                                     ignore_mismatched_sizes=True, **options)
     unlike = sorted(each for each, *_ in loading["mismatched_keys"])
     if unlike:                                      # transformers itself would report them in many lines
-        raise InputError(f"{name}: no model for {kind} to load ({len(unlike)} tensors of its files have "
-                         f"other shapes than its configuration says, as {', '.join(unlike[:3])})")
+        raise InputError(f"{name}: cannot be loaded as a {kind} model ({len(unlike)} tensors of its files "
+                         f"have other shapes than its configuration says, such as {', '.join(unlike[:3])})")
     left_over = sorted(set(loading["unexpected_keys"]) - may_leave)
     if left_over:                                   # transformers has taken out those that it calls harmless
         raise InputError(f"{name}: its files hold {len(left_over)} tensors for which its configuration has "
-                         f"no place, as {', '.join(left_over[:3])}; without them it would be another model")
+                         f"no place, such as {', '.join(left_over[:3])}; without them the model is wrong")
     lacking = loading["missing_keys"] - may_lack
     if lacking:
-        raise InputError(f"{name}: as a model for {kind} it lacks weights, {', '.join(sorted(lacking)[:3])}; "
-                         "want a trained one")
+        raise InputError(f"{name} lacks weights that a {kind} model needs, such as "
+                         f"{', '.join(sorted(lacking)[:3])}; give a trained model")
     return model.float().eval()
 
 
@@ -152,7 +151,7 @@ def prepare(model, tokenizer, name="model"):
     rows = head.weight.shape[0]
     if max(end_token_ids(tokenizer, model)) >= rows:     # other ids without a row may never occur in a text
         raise InputError(f"{name}: the tokenizer has {known} ids, the model only {rows}, and an end token is "
-                         "among the others; wrong tokenizer?")
+                         "among the ids that the model lacks; is this the wrong tokenizer?")
     try:
         if model.device.type != "meta":
             allow_packing(model)                         # before ids are masked, since it compares logits
@@ -186,7 +185,7 @@ def switch_dropout_off(model):
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
         for attribute, value in vars(module).items():
-            is_noise = "drop" in attribute or "jitter" in attribute  # of functional.dropout, or of a router
+            is_noise = "drop" in attribute or "jitter" in attribute  # a dropout rate, or a router's noise
             if is_noise and isinstance(value, float):
                 setattr(module, attribute, 0.0)
 
@@ -406,7 +405,7 @@ def score_once(reference, policy, pairs, dtype="float32"):
     def score(share):
         scored = []
         batches = with_equal_counts(micro_batches(share, response_tokens, policy), policy)
-        for micro, weight in progress(batches, "log-probabilities of the reference, batches"):
+        for micro, weight in progress(batches, "batches of the reference's log-probabilities"):
             logps = pair_logps(reference, micro, dtype)
             if weight:                                                 # the weight is 0 for a repeated batch
                 scored += logps.T.cpu()
@@ -462,7 +461,7 @@ def sample(model, tokenizer, prompt_ids, max_response_length, num_responses=1, t
     by_length = sorted(range(len(prompt_ids)), key=lambda place: len(prompt_ids[place]))
     responses, logps = [None] * len(prompt_ids), [None] * len(prompt_ids)
     starts = range(0, len(prompt_ids), batch_size)
-    for start in progress(starts, f"responses to {len(prompt_ids)} prompts, batches"):
+    for start in progress(starts, f"batches of responses to {len(prompt_ids)} prompts"):
         batch = by_length[start:start + batch_size]
         rows, sums = draw(model, [prompt_ids[place] for place in batch], end_ids, max_response_length,
                           num_responses, temperature)
@@ -496,7 +495,7 @@ def draw(model, prompt_ids, end_ids, max_response_length, num_responses, tempera
     going = list(responses)                                            # responses without an end token so far
     logps = torch.zeros(len(mask), dtype=torch.float64, device=model.device)
     rows = torch.arange(len(mask), device=model.device)                # the places of `going` in `logps`
-    what = f"responses to {len(prompt_ids)} prompts, tokens"
+    what = f"tokens of responses to {len(prompt_ids)} prompts"
     for length in progress(range(1, max_response_length + 1), what):
         tokens, token_logps = draw_tokens(logits, temperature)                                      # (B, 1)
         logps[rows] += token_logps[:, 0]
@@ -531,7 +530,7 @@ def draw_tokens(logits, temperature):
     cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     total = cumulative[:, -1:]
     if not total.isfinite().all():
-        raise InputError("the policy's logits are not finite; try a lower --learning-rate")
+        raise InputError("the model's logits are not finite; train it at a lower --learning-rate")
     uniform = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device)
     tokens = torch.searchsorted(cumulative, total * uniform, right=True)
     return tokens, probabilities.gather(-1, tokens).double().log()
@@ -566,8 +565,8 @@ def roll_out(policy, tokenizer, pairs, sides, args):
 # --- the command line ---------------------------------------------------------------------------------------
 
 @dataclass
-class Answers:
-    """The settings of generate.py. Fields without a help text are no flags."""
+class Answers(Settings):
+    """The settings of generate.py, of which FLAGS and those that are taken from a run are used."""
     model: str | None = setting(None, "a directory or hub name; a run's directory stands for its model, its "
                                       "lengths and its held-out prompts")
     data: str | None = setting(None, "a .jsonl, .json, .csv or .parquet file, or a hub name, for its "
@@ -575,22 +574,15 @@ class Answers:
     n: int = setting(1, "responses to each prompt", low=1, metavar="N")
     out: str = setting("responses.jsonl", "file for the responses, as JSON lines")
     limit: int | None = setting(None, "answer the first N prompts only", low=1, metavar="N")
-    temperature: float = setting(1.0, "at 0 each token is the likeliest one", low=0)
-    max_prompt_length: int = same_as(Settings, "max_prompt_length")
+    temperature: float = setting(1.0, "sampling temperature; at 0 each token is the likeliest one", low=0)
     max_response_length: int = same_as(Settings, "max_response_length", default=128)
-    sample_batch_size: int = same_as(Settings, "sample_batch_size")
-    chat_template: str | None = same_as(Settings, "chat_template")
-    dtype: str | None = same_as(Settings, "dtype")
-    seed: int = same_as(Settings, "seed")
-    trust_remote_code: bool = same_as(Settings, "trust_remote_code")
-    eval_data: str | None = same_as(Settings, "eval_data", help=None)
-    date: str | None = same_as(Settings, "date")
 
 
+FLAGS = ("model", "data", "n", "out", "limit", "temperature", "max_prompt_length", "max_response_length",
+         "sample_batch_size", "chat_template", "dtype", "seed", "trust_remote_code")
 # The settings that are taken from a run unless the command line gives them. The run's chat template is in its
 # model's tokenizer.
-OF_A_RUN = ("data", "eval_data", "max_prompt_length", "max_response_length", "sample_batch_size", "dtype",
-            "date")
+OF_A_RUN = ("data", "eval_data", "max_prompt_length", "max_response_length", "sample_batch_size", "dtype")
 
 
 def load_answerer(args):
@@ -646,20 +638,19 @@ def answer(model, tokenizer, prompts, temperature, args, num_responses=1):
 def main():
     """The command `python generate.py --model M --data D --out FILE`."""
     parser = Parser("Sample responses to each prompt of a data set. Defaults in brackets.")
-    parser.add_settings(Answers)
+    parser.add_settings(Answers, *FLAGS)
     given = vars(parser.parse_args())
     if "model" not in given:
-        parser.error("argument --model: want a directory or a hub name")
-    source = given["model"]                                            # the run whose prompts are answered
+        parser.error("argument --model: give a directory or a hub name")
+    source = given["model"]                                            # whose prompts are answered, if a run
     if is_run_directory(Path(given.get("data", source))):
         source = given.pop("data", source)
     model, _ = read_run(given["model"], Answers)
     _, of_run = read_run(source, Answers, *OF_A_RUN)
     args = Answers(**{**of_run, **given, "model": model})
     if args.data is None:
-        parser.error("argument --data: want a file, a directory or a hub name")
+        parser.error("argument --data: give a file, a directory or a hub name")
     refuse_output(args.out, has_columns("prompt", "response"), args.data, args.eval_data)
-    set_template_date(args.date)
     if "data" in given:
         prompts = load_prompts(args)
     else:
@@ -667,7 +658,7 @@ def main():
     model, tokenizer = load_answerer(args)
     torch.manual_seed(seeded("answers", args.seed))
     rows, account = answer(model, tokenizer, prompts, args.temperature, args, args.n)
-    print(f"{len(rows) // args.n} prompts asked\n{account}")
+    print(f"{len(rows) // args.n} prompts were asked\n{account}")
     write_rows(args.out, rows)
     print(f"{len(rows)} responses in {args.out}, {sum(row['finished'] for row in rows)} of them finished")
 

@@ -35,7 +35,7 @@ from runtime.processes import (
     all_sum, computing_in, default_dtype, divided, fails_together, own_device, print0, process_group,
     progress, share_of_process, sum_gradients, with_equal_counts, world_size)
 from runtime.run_directory import (
-    date_of, fingerprint, fingerprint_files, has_columns, refuse_output, run_directory, run_of_checkpoint,
+    fingerprint, fingerprint_files, has_columns, refuse_output, run_directory, run_of_checkpoint,
     write_rows)
 from runtime.saved_model import save_model
 from runtime.settings import Parser, Settings, flag_of, read_settings, setting, settings_to_resume
@@ -45,8 +45,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from data import apply_template, length_table, load_tokenizer, render, set_template_date
-from formats import BEYOND, Account, BadRow, best_and_worst, read_answers, train_and_held_out
+from data import apply_template, length_table, load_tokenizer, render
+from formats import BEYOND, Account, BadRow, best_and_worst, is_text, read_answers, train_and_held_out
 from generate import (
     add_adapter, compute_in_float32, has_weights, heads_of, hold_frozen_in_bfloat16, load_model, place,
     switch_dropout_off, with_trained)
@@ -60,18 +60,11 @@ class Reward:
     if the scores are invalid, and also if scoring fails, after printing the traceback."""
     name: str
     score: Callable                       # the user's function, or a classifier's
-    ids_of: Callable | None = None        # of a classifier; see `load_classifier`
+    ids_of: Callable | None = None        # only for a classifier: see `load_classifier`
     cut: list = field(default_factory=list)  # for each dialogue of the last call, whether a classifier cut it
 
     def __call__(self, prompts, responses, finished=None):
         return scores_of(f"reward {self.name}", self.score, finished, prompts, responses)
-
-
-def as_reward(reward):
-    """Wrap a function in a Reward; a Reward is returned unchanged."""
-    if isinstance(reward, Reward):
-        return reward
-    return Reward(getattr(reward, "__name__", "reward"), reward)
 
 
 def scores_of(name, function, finished, prompts, *responses, low=-math.inf, high=math.inf):
@@ -88,14 +81,14 @@ def scores_of(name, function, finished, prompts, *responses, low=-math.inf, high
     with users_code(f"{name}: failed, as shown above"):
         scores = function(*inputs, **options)
         if scores is None or isinstance(scores, (dict, set, str, bytes, int, float)):
-            raise InputError(f"{name}: returned a {type(scores).__name__}; want a list of floats, one for "
-                             "each response")
+            raise InputError(f"{name}: returned a {type(scores).__name__}; it must return a list of floats, "
+                             "one for each prompt that it gets")
         scores = [float(value) for value in scores]
     possible = [low <= score <= high and math.isfinite(score) for score in scores]
     if len(scores) != len(prompts) or not all(possible):
         between = "" if high == math.inf else f" from {low:g} to {high:g}"
-        raise InputError(f"{name}: returned {len(scores)} scores for {len(prompts)} responses, "
-                         f"{str(scores)[:60]}…; want a finite one{between} each")
+        raise InputError(f"{name}: returned {len(scores)} scores for a batch of {len(prompts)}, "
+                         f"{str(scores)[:60]}…; give a finite score{between} for each")
     return scores
 
 
@@ -107,7 +100,7 @@ def load_reward(name, trust_remote_code=False, dtype="float32"):
     if ".py:" in name:
         return Reward(name, load_function("reward", name))
     if name.endswith(".py"):
-        raise InputError(f"reward {name}: which of its functions? want {name}:FUNCTION")
+        raise InputError(f"reward {name}: name one of its functions, as {name}:FUNCTION")
     model, _, ids_of = load_classifier(name, trust_remote_code)
     model.requires_grad_(False)
     if dtype == "bfloat16":
@@ -172,7 +165,7 @@ def users_code(problem):
         raise InputError(f"{problem.partition(':')[0]}: a dialogue is {reason}") from None
     except KeyboardInterrupt:
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            raise                                          # it is Ctrl-C, which raises nothing in training
+            raise                                          # this is Ctrl-C; in training it raises nothing
         traceback.print_exc()
         raise InputError(problem) from None
     except (Exception, SystemExit):
@@ -193,7 +186,7 @@ def load_function(what, name):
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(spec.name, module)            # dataclasses, for example, look their module up here
-    with users_code(f"{what} {name}: {path} does not import, as shown above"):
+    with users_code(f"{what} {name}: {path} cannot be imported, as shown above"):
         spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
         raise InputError(f"{what} {name}: {path} defines no function {function}")
@@ -224,10 +217,10 @@ def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, 
     model = load_model(AutoModelForSequenceClassification, name, trust_remote_code, may_lack, may_leave,
                        whole, **trainee)
     if getattr(model.config, "normalize_reward", False):
-        raise InputError(f"{name}: its config.json says normalize_reward, and its scores would have to be "
-                         "shifted and divided by its mean and std, which no classifier here does")
+        raise InputError(f"{name}: its config.json sets normalize_reward, so its scores would have to be "
+                         "shifted by its mean and divided by its std, which is not supported")
     if model.config.num_labels != 1:
-        raise InputError(f"{name}: has {model.config.num_labels} logits per response; want a model with one")
+        raise InputError(f"{name} has {model.config.num_labels} logits per response; give a model with one")
     model.config.use_cache = False                       # each dialogue is read once
     for head in heads_of(model):
         compute_in_float32(head)                         # scores that are rounded to bfloat16 would tie
@@ -239,21 +232,23 @@ def load_classifier(name, trust_remote_code=False, max_length=None, whole=True, 
         model.config.pad_token_id = pad
     rows = model.get_input_embeddings().weight.shape[0]
     tokenizer.truncation_side = "left"
-    tokenizer.model_max_length = min(tokenizer.model_max_length, max_length or math.inf)   # this is saved too
+    tokenizer.model_max_length = min(tokenizer.model_max_length, max_length or math.inf)   # saved with model
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 10**9))
     if limit < 1:
-        raise InputError(f"{name}: takes {limit} tokens, by its model_max_length or max_position_embeddings")
+        raise InputError(f"{name} takes {limit} tokens, by its model_max_length or max_position_embeddings")
 
     def ids_of(prompt, response):
         text = dialogue_text(prompt, response, tokenizer)
+        if not is_text(text):
+            raise BadRow("no text, for it holds half of a surrogate pair")
         special = not tokenizer.chat_template              # a template writes special tokens itself
         ids = tokenizer(text, add_special_tokens=special)["input_ids"]
         cut = len(ids) > limit
         if cut:
             ids = tokenizer(text, add_special_tokens=special, truncation=True, max_length=limit)["input_ids"]
         if max(ids) >= rows:
-            raise InputError(f"{name}: a dialogue has the id {max(ids)}, and the model only {rows} ids; want "
-                             "its own tokenizer")
+            raise InputError(f"{name}: a dialogue has the id {max(ids)}, and the model only {rows} ids; "
+                             "is this the wrong tokenizer?")
         return ids, cut
 
     return model, tokenizer, ids_of
@@ -272,7 +267,7 @@ def dialogue_text(prompt, response, tokenizer):
 def classifier_logits(model, rows):
     """The rewards r(x, y) of B dialogues, which are given as lists of ids: (B,), float32, with gradient."""
     # transformers scores a decoder at a row's last token that is not config.pad_token_id. If the checkpoint
-    # has no such id, an id that ends no row of this batch has each row scored at its true last token.
+    # has no such id, an id is taken that ends no row of this batch, so that no row's last token is skipped.
     own_pad, last = model.config.pad_token_id, {row[-1] for row in rows}
     pad = own_pad
     if pad is None:
@@ -293,7 +288,7 @@ def classifier_scores(model, rows, dtype="float32"):
     similar lengths are scored together."""
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     scores = [0.0] * len(rows)
-    for batch in progress(micro_batches(order, lambda row: len(rows[row]), model), "scoring, batches"):
+    for batch in progress(micro_batches(order, lambda row: len(rows[row]), model), "batches scored"):
         with computing_in(dtype, model):
             logits = classifier_logits(model, [rows[row] for row in batch])
         for row, value in zip(batch, logits.tolist(), strict=True):
@@ -313,10 +308,10 @@ def drop_unscorable(pairs, reward):
             _, chosen_cut = reward.ids_of(pair.prompt, pair.chosen or "answer")
             _, rejected_cut = reward.ids_of(pair.prompt, pair.rejected or "answer")
         except BadRow as reason:
-            account.dropped[f"for the reward model {reason}"] += 1
+            account.dropped[f"reward model: {reason}"] += 1
             continue
         if chosen_cut or rejected_cut:
-            account.cut["pairs, from the left, for the reward model"] += 1
+            account.cut["pairs longer than the reward model takes, from the left"] += 1
         kept.append(pair)
     if not kept:
         raise InputError(f"the reward model can score none of {len(pairs)} pairs: "
@@ -336,7 +331,6 @@ def label_by_reward(pairs, reward, preference="hard"):
     prompts = [pair.prompt for pair in pairs]
     responses = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
     finished = [pair.finished[0] for pair in pairs] + [pair.finished[1] for pair in pairs]
-    reward = as_reward(reward)
     scores = reward(prompts + prompts, responses, finished)
     cut = reward.cut or [False] * len(scores)
     for nth, pair in enumerate(pairs):
@@ -406,7 +400,7 @@ def encode_for_reward(pairs, ids_of):
             continue
         for is_cut in (chosen_cut, rejected_cut):
             if is_cut:
-                account.cut["dialogues, from the left"] += 1
+                account.cut["dialogues longer than the model takes, from the left"] += 1
         lengths["chosen"].append(len(chosen))
         lengths["rejected"].append(len(rejected))
         if chosen == rejected:
@@ -484,8 +478,8 @@ def load_reward_data(args, ids_of):
         args.data, args.eval_data, args.limit, args.prefer, args.score_scale)
     for pair in (train_pairs[0], *held_out[:1]):
         if pair.chosen is None or pair.rejected is None:
-            raise InputError(f"{args.eval_data or args.data}: a reward model needs pairs of responses "
-                             "throughout")
+            raise InputError("a reward model needs pairs of two responses, both in --data and in "
+                             "--eval-data")
     pairs, changes, lengths = encode_for_reward(train_pairs, ids_of)
     account.add(changes)
     beyond = len(held_out) - args.eval_limit
@@ -494,7 +488,7 @@ def load_reward_data(args, ids_of):
     if beyond > 0:
         held_out_account.dropped[BEYOND] = beyond
     if not pairs:
-        raise InputError(f"{args.data}: no pair of {len(train_pairs)} can be told apart "
+        raise InputError(f"{args.data}: none of {len(train_pairs)} pairs can be used for training "
                          f"({format_counts(changes.dropped)})")
     return pairs, held_out, account, held_out_account, lengths
 
@@ -507,12 +501,10 @@ def merged(trained, args):
 
 
 def train_reward(args):
-    """Train a reward model and return it. It is evaluated on held-out pairs before, during and after
+    """Train a reward model and return it, evaluated at the end and, unless eval_every is 0, before and during
     training. Raises InputError for bad input, and after ten steps in a row that are not finite."""
     out = Path(args.out)
-    args.date = args.date or date_of(out, args.resume)
     refuse_before_loading(out, args, "model", "data", "eval_data")
-    set_template_date(args.date)
     model, tokenizer, ids_of = fails_together(load_trainee)(args)
     pairs, held_out, account, held_out_account, lengths = load_reward_data(args, ids_of)
     place([model], args)
@@ -531,8 +523,8 @@ def train_reward(args):
     with training(out, "reward", args, recorded, {}, model, optimizer, scheduler) as loop:
         print0(f"chat template: {tokenizer.template_name}\n"
                f"{args.data}: {len(pairs)} pairs to train on\n{account}\n{length_table(lengths, 'tokens')}\n"
-               f"{args.eval_data or 'held out of these'}: {len(held_out)} pairs to evaluate on\n"
-               f"{held_out_account}\n{count} steps of up to {len(batches[0])} -> {out}")
+               f"{args.eval_data or f'held out of {args.data}'}: {len(held_out)} pairs to evaluate on\n"
+               f"{held_out_account}\n{count} steps of up to {len(batches[0])} pairs -> {out}")
         if not held_out:
             print0(NOT_MEASURED)
         for step in steps(loop, count, lambda: evaluate_reward(model, held_out, args.dtype)):
@@ -556,11 +548,11 @@ class RewardSettings(Settings):
     pairs: str | None = setting(None, "FILE for the best and the worst response to each prompt, as pairs to "
                                       "train on; see generate.py --n", metavar="FILE")
     train: bool = setting(False, "train a reward model instead of scoring responses")
-    max_length: int | None = setting(None, "most tokens of a dialogue, in training and in use; longer ones "
-                                        "are cut from the left (as many as the model takes)", low=1)
-    learning_rate: float = setting(1e-5, "after the warm-up", low=1e-12)
-    eval_limit: int = setting(1024, "held-out pairs to evaluate on", low=1)
-    out: str | None = setting(None, "FILE for the lines with their reward (scored.jsonl), or, with --train, "
+    max_length: int | None = setting(None, "the most tokens of a dialogue, in training and in use; longer "
+                                        "ones are cut on the left (as many as the model takes)", low=1)
+    learning_rate: float = setting(1e-5, "rate after the warm-up", low=1e-12)
+    eval_limit: int = setting(1024, "the most held-out pairs to evaluate on", low=1)
+    out: str | None = setting(None, "FILE for the rows with their rewards (scored.jsonl); with --train, the "
                                     "directory for logs and model (runs/DATA-reward)", may_change=True)
     max_prompt_length: None = setting(None)                # a reward model has no use for these three
     max_response_length: None = setting(None)
@@ -568,7 +560,7 @@ class RewardSettings(Settings):
 
 
 def score_file(args):
-    """Write the rows of --responses with a `reward` each to --out."""
+    """Write the rows of --responses to --out, each with a `reward`."""
     rows = read_answers(args.responses)
     prompts = [row["prompt"] for row in rows]
     responses = [row["response"] for row in rows]
@@ -576,7 +568,7 @@ def score_file(args):
     refuse_output(args.out, has_columns("prompt", "response", "reward"), args.responses)
     if args.pairs:
         if Path(args.pairs).suffix != ".jsonl":
-            raise InputError(f"--pairs {args.pairs}: want a name that ends in .jsonl, by which it is read")
+            raise InputError(f"--pairs {args.pairs}: the name must end in .jsonl, to be read as --data")
         refuse_output(args.pairs, has_columns("prompt", "chosen", "rejected", "score_chosen"),
                       args.responses, args.out, flag="--pairs")
     reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
@@ -590,8 +582,8 @@ def score_file(args):
     if args.pairs:
         pairs, dropped = best_and_worst_pairs(rows)
         if not pairs:
-            raise InputError(f"{args.responses}: no prompt has two responses of unlike scores; want several "
-                             "to each, as generate.py --n 4 writes them")
+            raise InputError(f"{args.responses}: no prompt has two responses with different scores; sample "
+                             "several responses to each prompt, with generate.py --n 4")
         write_rows(args.pairs, pairs)
         print(f"{len(pairs)} pairs in {args.pairs}; dropped: {format_counts(dropped)}")
 
@@ -618,7 +610,7 @@ def best_and_worst_pairs(rows):
 
 def parse_args(argv=None, **unflagged):
     """The settings of a command line. unflagged: settings that are no flags, by name."""
-    parser = Parser("Score a file of responses, or train a reward model on pairs. Defaults in brackets.")
+    parser = Parser("Score responses or, with --train, train a reward model. Defaults in brackets.")
     parser.add_settings(RewardSettings)
     given = {**vars(parser.parse_args(argv)), **unflagged}
     saved = settings_to_resume(given, RewardSettings)
@@ -626,13 +618,13 @@ def parse_args(argv=None, **unflagged):
     if args.train and not (args.model and args.data):
         parser.error("argument --train: needs --model and --data")
     if not args.train and not args.reward:
-        parser.error("argument --reward: want FILE.py:FUNCTION or a classifier; or --train")
+        parser.error("argument --reward: give FILE.py:FUNCTION or a classifier, or train one with --train")
     to_score = {"reward", "responses", "pairs"}
     to_train = {*given} - {"out", "dtype", "trust_remote_code", "train"}
     for name in sorted(to_score & given.keys() if args.train else to_train - to_score):
-        parser.error(f"argument {flag_of(name)}: is not for {'training' if args.train else 'scoring'}")
+        parser.error(f"argument {flag_of(name)}: has no effect {'with' if args.train else 'without'} --train")
     if args.pairs and args.out and os.path.realpath(args.pairs) == os.path.realpath(args.out):
-        parser.error("argument --pairs: is the file of --out")
+        parser.error("argument --pairs: names the same file as --out")
     if args.out is None:
         args.out = f"{run_directory(args.data)}-reward" if args.train else "scored.jsonl"
     return args

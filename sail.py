@@ -26,9 +26,9 @@ The other pairs of a run are trained with plain DPO, on the data's responses and
 computes all three terms for a batch of pairs, `training_step` uses it, and `train` is the loop.
 experiments/terms_by_hand.py computes the terms of one prompt with torch.autograd.grad.
 
-    python sail.py --variant pr                                     # the embedded toy world, on a CPU
-    python sail.py --variant pr --model M --data D --reward R       # your own, on one GPU if there is one
-    torchrun --nproc_per_node 8 sail.py --variant pr …              # on eight GPUs; and on two nodes:
+    python sail.py --variant pr                                # train on the toy world, in minutes on a CPU
+    python sail.py --variant pr --model M --data D --reward R  # train your model, on a GPU if there is one
+    torchrun --nproc_per_node 8 sail.py --variant pr …         # train on eight GPUs; on two nodes:
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 sail.py …
 
 Where this code departs from the paper's text, on purpose:
@@ -53,8 +53,7 @@ from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.processes import (
     all_sum, computing_in, default_dtype, fails_together, print0, process_group, rank, sent,
     share_of_process, sum_gradients, with_equal_counts, world_size)
-from runtime.run_directory import (
-    date_of, fingerprint, fingerprint_files, run_directory)
+from runtime.run_directory import fingerprint, fingerprint_files, run_directory
 from runtime.saved_model import save_model
 from runtime.settings import Objective, Parser, Settings, flag_of, setting, settings_to_resume
 from runtime.training import NOT_MEASURED, micro_batches, refuse_before_loading, steps, training
@@ -62,7 +61,7 @@ from runtime.training import NOT_MEASURED, micro_batches, refuse_before_loading,
 import torch
 import torch.nn.functional as F
 
-from data import Pair, collate, encode, end_token_ids, length_table, set_template_date
+from data import Pair, collate, encode, end_token_ids, length_table
 from evaluate import evaluate_policy, responses_to_each
 from formats import train_and_held_out
 from generate import (
@@ -143,8 +142,8 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
     on_policy      (B,)  bool: both responses were sampled from the policy as it is now, so T2 applies
     self_labelled  (B,)  bool: the policy labels the pair, so T3 applies; σ(u) then replaces `preference`
     baseline       what T2 subtracts from f, a number or (B,) without gradient. It must not depend on the
-                   pair's own responses. None means the mean f of the other on-policy pairs of this call,
-                   which is valid if no two pairs share a response, or f(0) if there is no other pair
+                   pair's own responses. None means f(0) for a single on-policy pair, and otherwise the
+                   mean f of the call's other on-policy pairs, which must share no response with the pair
     lengths        (2, B)  the responses' numbers of tokens, for the objectives that compare means per token
 
     Returns (losses, metrics). losses, (B,), have the value −(p f(u) + (1 − p) f(−u)) and the gradient −(T1 +
@@ -180,7 +179,7 @@ def sail_loss(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps
 
 
 def mean_of_others(f, on_policy, f_zero):
-    """T2's baseline, (B,): the mean f of the other on-policy pairs, or f(0) where there is no other one.
+    """T2's baseline, (B,): the mean f of the other on-policy pairs, or f(0) for the only on-policy pair.
     Pairs that are not on-policy get a value that T2 does not use."""
     others = on_policy.sum() - 1
     return torch.where(others > 0, ((f * on_policy).sum() - f) / others.clamp(min=1), f_zero)
@@ -220,9 +219,9 @@ def sail_metrics(losses, chosen_logps, rejected_logps, reference_chosen_logps, r
 
 @dataclass
 class Variant:
-    """What is done with a variant's own pairs, which are the share `mix` of a run's pairs. The run's other
-    pairs are trained with DPO on the data. The numbers are the defaults of the settings of the same names;
-    they are taken from the authors' examples."""
+    """How a variant treats its pairs, which are the share `mix` of a run's pairs. All other pairs are trained
+    with DPO on the data's responses and labels. Each number is the default of the setting with the same name;
+    the numbers are taken from the authors' examples."""
     responses: str                # who writes them: "data", "policy", or "data, policy" for chosen, rejected
     label: str                    # who labels them: "data", "policy" or "reward"
     mix: float = 0.0              # share of a run's pairs
@@ -265,12 +264,12 @@ VARIANTS = {
 
 
 def defaults_of(name):
-    """A setting's defaults by variant, but for those of 0, as text: "dp 0.4, pp 0.3"."""
+    """A setting's defaults by variant as text, without the defaults that are 0: "dp 0.4, pp 0.3"."""
     values = {variant: getattr(VARIANTS[variant], name) for variant in VARIANTS}
     return ", ".join(f"{variant} {value:g}" for variant, value in values.items() if value)
 
 
-LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "simpo", "orpo")     # those that `utility` knows
+LOSS_TYPES = ("sigmoid", "sigmoid_norm", "ipo", "hinge", "simpo", "orpo")     # the losses of `utility`
 
 
 @dataclass
@@ -278,7 +277,7 @@ class Method(Objective):
     """What a run optimises. The reward, the reference and β are inherited from Objective. Fields without a
     help text are no flags; studies in experiments/ set them from Python."""
     variant: str = setting("pr", "who writes the responses, and who labels them", choices=tuple(VARIANTS))
-    mix: float | None = setting(None, f"share of the variant's pairs ({defaults_of('mix')})", low=0, high=1)
+    mix: float | None = setting(None, f"the variant's share of pairs ({defaults_of('mix')})", low=0, high=1)
     response_coef: float | None = setting(None, f"weight of T2 ({defaults_of('response_coef')})", low=0)
     label_coef: float | None = setting(None, f"weight of T3 ({defaults_of('label_coef')})", low=0)
     preference: str = setting("soft", "P(chosen ≻ rejected): soft is σ(reward difference), hard is 1 for the "
@@ -288,7 +287,6 @@ class Method(Objective):
     nll_coef: float = setting(0.0, "weight of −log π per token of the data's chosen responses", low=0)
     revkl_coef: float = setting(0.0, "weight of KL(π_ref‖π) per token; toy pp 0.3", low=0)
     label: str = setting("expected", choices=("expected", "sampled"))    # a label is summed out or drawn
-    baseline: str = setting("running", choices=("running", "none"))      # of T2: a running mean of f, or 0
     label_smoothing: float = setting(0.0, low=0, high=0.5)               # ε of conservative DPO
 
 
@@ -330,7 +328,7 @@ def training_step(run, data_pairs, variant_pairs, method):
     figures["grad_norm"], figures["learning_rate"], finite = optimizer_step(
         run.policy, run.optimizer, run.scheduler, run.settings.max_grad_norm, totals["loss"])
     # 5. update T2's baseline, a running mean of f
-    if method.baseline == "running" and totals["on_policy"] and math.isfinite(totals["on_policy_loss"]):
+    if totals["on_policy"] and math.isfinite(totals["on_policy_loss"]):
         mean_utility = -totals["on_policy_loss"] / totals["on_policy"]
         run.progress["baseline"] += 0.1 * (mean_utility - run.progress["baseline"])
     return totals, finite, figures
@@ -352,7 +350,7 @@ def accumulate_gradients(run, pairs, method):
                                                 run.progress["baseline"], run.settings.dtype)
         (weight * losses.sum() / total).backward()
         counted = len(micro)
-        if weight == 0:                                                # repeated to keep processes in step
+        if weight == 0:                                                # a repeat keeps the processes in step
             counted = 0
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0) + value.double() * counted
@@ -396,7 +394,7 @@ def preference_losses(policy, reference, pairs, method, baseline=None, dtype="fl
         loss_type=method.loss_type, baseline=baseline, lengths=lengths)
 
     # 4. regularisers: −log π per token of chosen responses; KL(π_ref ‖ π) per token of both responses
-    from_data = ~(on_policy | self_labelled)               # also pairs of relabelled-dpo and spin, not of dp
+    from_data = ~(on_policy | self_labelled)               # true for relabelled-dpo and spin, not for dp
     nll = torch.where(from_data, -ours[0] / lengths[0], 0.0)
     revkl = revkl.sum(0) / lengths.sum(0)
     with torch.no_grad():
@@ -448,7 +446,7 @@ def plan(n_pairs, mix, settings):
 
 @lru_cache(maxsize=4)
 def order_of(n_pairs, seed, is_variants, epoch):
-    """The order in which an epoch visits the pairs; the variant's pairs have an order of their own."""
+    """The order in which an epoch visits the pairs. The variant's order differs from the data's."""
     generator = torch.Generator()
     generator.manual_seed(seeded("order", seed, int(is_variants), epoch))
     return torch.randperm(n_pairs, generator=generator).tolist()
@@ -464,7 +462,7 @@ def draw_pairs(examples, step, total, count, method, seed):
     for k in range(total * (step - 1) // count, total * step // count):       # the run's k-th pair
         variants_before, variants_after = int(k * mix), int((k + 1) * mix)
         is_variants = variants_after > variants_before
-        nth = variants_before if is_variants else k - variants_before         # its number among its kind
+        nth = variants_before if is_variants else k - variants_before  # among the variant's or data's pairs
         epoch, place = divmod(nth, len(examples))
         example = examples[order_of(len(examples), seed, is_variants, epoch)[place]]
         pair = replace(example, label_draw=torch.rand((), generator=generator).item())       # a copy
@@ -515,7 +513,7 @@ def record_of(step, totals, method, figures):
     record["reward"] = mean("reward", "samples") if totals["scored"] else None
     record["response_length"] = mean("sampled_tokens", "samples")
     record["unfinished"] = mean("unfinished", "samples")
-    record["entropy"] = mean("sampled_nll", "sampled_tokens")          # the policy's, estimated from samples
+    record["entropy"] = mean("sampled_nll", "sampled_tokens")          # the policy's per token, from samples
     squared_gap = mean("squared_sampler_gap", "samples")
     record["sampler_gap"] = None if squared_gap is None else math.sqrt(squared_gap)      # see generate.py
     record["label_reversed"] = mean("label_reversed", "self_labelled")
@@ -535,9 +533,7 @@ def train(args):
     ten steps in a row that are not finite."""
     out = Path(args.out)
     inputs = ("model", "reference", "data", "eval_data", "reward", "preference")
-    args.date = args.date or date_of(out, args.resume)
     refuse_before_loading(out, args, *inputs)
-    set_template_date(args.date)
     run, account, held_out_account, lengths = load_run(args)
     total, count = plan(len(run.examples), args.mix, args)
     pairs_a_step = total // max(count, 1)
@@ -548,9 +544,7 @@ def train(args):
     # This comes after the optimizer is made, because a forward leaves a sharded model gathered.
     if meets_data_again(total, run, args):
         score_once(run.reference, run.policy, run.examples, args.dtype)
-    start = {"baseline": 0.0}
-    if args.baseline == "running":
-        start["baseline"] = utility(torch.zeros(()), args.beta, args.loss_type).item()           # f(0)
+    start = {"baseline": utility(torch.zeros(()), args.beta, args.loss_type).item()}              # f(0)
     recorded = {**asdict(args), **fingerprints(run, args), "data_counts": account.counts()}
     with training(out, args.variant, args, recorded, start, run.policy, run.optimizer, run.scheduler) as loop:
         run.progress = loop.progress
@@ -562,9 +556,10 @@ def train(args):
             step.record = record_of(step.number, totals, args, figures)
         save_model(run.policy, run.tokenizer, args, lambda trained: merged(trained, args))
     command = f"python evaluate.py {out}"
-    if ".py:" in (args.reward or ""):
-        command += f" --reward {args.reward}"
-    print0(f"saved {out}/model; `{command}` samples from it and sets it beside other runs")
+    for name in ("reward", "preference"):
+        if ".py:" in (getattr(args, name) or ""):              # code runs only if the command line names it
+            command += f" --{name} {getattr(args, name)}"
+    print0(f"saved {out}/model; `{command}` samples from it and prints its held-out figures")
 
 
 def meets_data_again(total, run, args):
@@ -583,7 +578,7 @@ def merged(trained, args):
 
 def evaluate_run(run, args):
     """Evaluate the current policy: (figures, the numbers of prompts and responses behind them, samples to
-    keep); None if no pair is held out."""
+    keep). Returns None if no pair is held out."""
     if not run.held_out:
         return None
     run.policy.eval()
@@ -620,8 +615,8 @@ def load_data(args):
     for side in needed_sides(args):
         if getattr(train[0], side) is None:
             needs = " and ".join(needed_sides(args))
-            raise InputError(f"{args.data}: {account.format}, without the {needs} responses that --variant "
-                             f"{args.variant} learns from (pp, pr and online-dpo do without at --mix 1)")
+            raise InputError(f"{args.data} has {account.format}, without the {needs} responses that "
+                             f"--variant {args.variant} learns from (pp, pr, online-dpo need none at mix 1)")
     reward = preference = None
     if args.reward:
         reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
@@ -676,16 +671,16 @@ def print_plan(run, account, held_out_account, lengths, total, count, args):
     limits = dict(prompt=args.max_prompt_length, chosen=args.max_response_length,
                   rejected=args.max_response_length)
     print0(length_table(lengths, "tokens", limits))
-    print0(f"{args.eval_data or 'held out of these'}: {len(run.held_out)} pairs to evaluate on\n"
+    print0(f"{args.eval_data or f'held out of {args.data}'}: {len(run.held_out)} pairs to evaluate on\n"
            f"{held_out_account}")
     if not run.held_out:
         print0(NOT_MEASURED)
     generated = int(total * Fraction(str(args.mix)))
-    what = f"{generated} generated to its prompts"
+    what = f"{generated} generated for the data's prompts"
     if generated and not VARIANTS[args.variant].sampled:
         what = f"{generated} with new labels"
-    print0(f"{args.variant}: {total - generated} pairs as in the data, {what}; {count} steps of up to "
-           f"{math.ceil(total / count)} -> {args.out}")
+    print0(f"{args.variant}: {total - generated} pairs from the data, {what}; {count} steps of up to "
+           f"{math.ceil(total / count)} pairs -> {args.out}")
 
 
 # --- the command line ---------------------------------------------------------------------------------------
@@ -704,10 +699,10 @@ def parse_args(argv=None, **unflagged):
     """The settings of a command line, checked and completed with the defaults that depend on data and
     variant. unflagged: settings that are no flags, by name."""
     parser = Parser("Train a language model by SFT, DPO or SAIL's DP, PP and PR. Defaults in brackets.")
-    parser.add_settings(Method, title="method (the weights are the authors' examples)")
-    parser.add_settings(Settings, title="models, data, optimisation, output; toy: see toy.py",
+    parser.add_settings(Method, title="method (the default weights are taken from the authors' examples)")
+    parser.add_settings(Settings, title="models, data, optimisation, output (toy.py has the toy's defaults)",
                         data="toy, a .jsonl, .json, .csv or .parquet file, or a hub name (toy)",
-                        learning_rate="after the warm-up (1e-6, lora 1e-5, sft 2e-5; toy 4e-4, sft 2e-3)",
+                        learning_rate="rate after warm-up (1e-6, lora 1e-5, sft 2e-5; toy 4e-4, sft 2e-3)",
                         out="directory for logs and model (runs/DATA/VARIANT)")
     flags = {**vars(parser.parse_args(argv)), **unflagged}
     saved = settings_to_resume(flags, Arguments, toy_settings("dpo")["reward"])
@@ -724,7 +719,7 @@ def parse_args(argv=None, **unflagged):
         defaults["learning_rate"] = max(variant.learning_rate, 1e-5)
     if source == "toy":
         if "model" in given and not is_toy_model(given["model"]):
-            parser.error(f"argument --data: is needed; the toy's data are not for {given['model']}")
+            parser.error(f"argument --data: is needed; {given['model']} cannot read the toy's data")
         given.pop("data", None)
         defaults.update(toy_settings(name, given.get("model"), given.get("seed", 0)))
     args = Arguments(**{**defaults, **given})
@@ -738,19 +733,19 @@ def refuse_flags(args, parser):
     """End with an error if settings do not go together, or if one is missing."""
     variant = VARIANTS[args.variant]
     if args.model is None:
-        parser.error("argument --model: want a directory or hub name")
+        parser.error("argument --model: give a directory or hub name")
     if args.preference not in ("soft", "hard") and ".py:" not in args.preference:
         parser.error(f"argument --preference: {args.preference} is neither soft nor hard nor "
                      "FILE.py:FUNCTION")
     if variant.label == "reward" and args.mix > 0 and not args.reward and ".py:" not in args.preference:
-        parser.error(f"argument --reward: {args.variant} needs one to label its samples; FILE.py:FUNCTION or "
-                     "a classifier")
+        parser.error(f"argument --reward: {args.variant} needs one to label its pairs: FILE.py:FUNCTION or a "
+                     "classifier; or give a --preference FILE.py:FUNCTION")
     if args.nll_coef and args.mix == 1 and "policy" in (variant.responses, variant.label):
-        parser.error("argument --nll-coef: has no effect at mix 1, where no pair is the data's")
+        parser.error("argument --nll-coef: has no effect at mix 1: the policy writes or labels each pair")
     if args.label == "sampled" and variant.label == "policy":
-        parser.error(f"label sampled: {args.variant} sums the policy's own label out")
+        parser.error(f"label='sampled': {args.variant} sums out the policy's labels, so none is sampled")
     if args.overwrite and args.resume:
-        parser.error("argument --overwrite: deletes what --resume continues; give one of them")
+        parser.error("argument --overwrite: deletes what --resume continues; give only one of the two")
 
 
 @fails_together
@@ -760,7 +755,7 @@ def make_toy(args):
         return
     write_world(args.seed)
     if Path(args.data).name == "toy-pairs.jsonl" and not Path(args.data).is_file():
-        print0(f"toy: drawing pairs from {args.model} into {args.data}, once")
+        print0(f"toy: sampling pairs from {args.model} into {args.data}, this once")
         draw_toy_pairs(args.model, args.data)
 
 
@@ -769,10 +764,10 @@ def main(argv=None, **unflagged):
     args = parse_args(argv, **unflagged)
     is_toy = args.data == toy_settings(args.variant, args.model, args.seed)["data"]
     if is_toy:
-        torch.set_num_threads(1)                   # here more threads gain nothing, and round differently
+        torch.set_num_threads(1)                   # more threads are no faster, and round differently
     with process_group(args.shard):
         if is_toy and args.model == toy_settings("dpo")["model"] and not Path(args.model).is_dir():
-            print0(f"toy: no SFT model in {args.model} yet; training it, once")
+            print0(f"toy: {args.model} has no SFT model yet, so it is trained now, once")
             sft = parse_args(["--variant", "sft", "--resume"])
             make_toy(sft)
             train(sft)

@@ -25,7 +25,7 @@ ADJECTIVES = dict(
     plain=-0.3, dull=-0.3, weak=-0.6, poor=-0.6, bad=-0.8, nasty=-0.8, awful=-1.0, horrible=-1.0)
 ADVERBS = dict(slightly=0.5, fairly=0.8, rather=1.0, very=1.5, truly=1.5, utterly=1.8)
 PROMPTS = ("review the {} :", "how was the {} ?", "tell me about the {} :", "what about the {} ?")
-WORLD = Path("runs/toy/world")             # the grammar's pairs, and models before any training
+WORLD = Path("runs/toy/world")             # the grammar's pairs, and untrained models
 SFT_MODEL = Path("runs/toy/sft/model")     # the model that all variants but sft start from
 DEFAULTS = dict(max_prompt_length=8, max_response_length=24, beta=0.5, epochs=1.0, batch_size=96,
                 learning_rate=4e-4, schedule="cosine", eval_every=25, eval_limit=256)
@@ -55,8 +55,8 @@ def toy_reward(prompts, responses):
       length      −0.3 for every word past the ninth
     """
     if not all(isinstance(prompt, str) for prompt in prompts):
-        raise InputError("reward toy: scores reviews of the toy's nouns; name the reward of your data with "
-                         "--reward")
+        raise InputError("the toy's reward can score only reviews of the toy's nouns; name a reward for your "
+                         "data with --reward")
     scores = []
     for prompt, response in zip(prompts, responses, strict=True):
         words = response.split()
@@ -154,7 +154,7 @@ def toy_tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     tokenizer = Tokenizer(models.WordLevel(toy_vocabulary(), unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()         # splits words from marks
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()         # splits words from punctuation
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>",
                                    unk_token="<unk>", clean_up_tokenization_spaces=False)
 
@@ -170,7 +170,7 @@ def toy_model(seed=0):
         num_attention_heads=4, max_position_embeddings=128, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)).eval(), tokenizer
 
-# --- as any user has it -------------------------------------------------------------------------------------
+# --- the toy as a user's project ----------------------------------------------------------------------------
 
 def toy_settings(variant, model=None, seed=0):
     """The settings that `--data toy` stands for, {name: default}: files of pairs, the directory of a model,

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from formats import is_text, read_rows
-from generate import Answers, answer, load_answerer
+from generate import FLAGS, Answers, answer, load_answerer
 from runtime.command_line import InputError, command_line, format_counts, seeded
 from runtime.run_directory import has_columns, refuse_output, write_rows, write_text
 from runtime.settings import Parser, flag_of, setting
@@ -106,7 +106,7 @@ class Questions(Answers):
 def main(argv=None):
     """`python experiments/benchmarks.py --model M --questions Q --out FILE`."""
     parser = Parser("Answer a benchmark's questions. Defaults in brackets.")
-    parser.add_settings(Questions)
+    parser.add_settings(Questions, "questions", *FLAGS)
     args = Questions(**vars(parser.parse_args(argv)))
     for name in ("model", "questions", "out"):
         if getattr(args, name) is None:

@@ -174,7 +174,7 @@ VALUES = (0, -1, 1.5, 10**400, float("nan"), float("inf"), None, True, "", "x", 
 OWN = {  # further values of a key
     "chat_template": ({"a": "{{ messages }}"}, [{"name": "a", "template": "x"}], "{{ 1 / 0 }}", "{%"),
     "rope_parameters": ({"rope_type": "dynamic"}, {"rope_type": 5}), "eos_token_id": ([[1]], 10**9),
-    "date": ("5", "2024-13-01"), "model": ("model", ".", "run"), "data": ("/", "run"), "eval_data": ("run",)}
+    "model": ("model", ".", "run"), "data": ("/", "run"), "eval_data": ("run",)}
 STRANGE = ("²", "٣", "0", "007", "-1", "2.writing", "9" * 200, "x\n")          # names beside a checkpoint
 
 

@@ -6,8 +6,9 @@
         --preference experiments/judge.py:preference         # the judge labels what the policy writes
 
 The judge is a model at an OpenAI-compatible endpoint. Each pair is asked in both orders, and a verdict counts
-where these agree. Every answer is appended to --verdicts at once, and a question in it is not asked again, so
-that a killed run goes on. OPENAI_API_KEY of the environment is sent to that host, and no other key.
+where these agree. From 32 prompts on, a second win rate is that at equal lengths. Every answer is appended to
+--verdicts at once, and a question in it is not asked again, so that a killed run goes on. OPENAI_API_KEY of
+the environment is sent to that host, and no other key.
 """
 import fcntl
 import hashlib
@@ -22,12 +23,13 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch
 from tqdm import tqdm
 
 from data import render
 from formats import read_answers
 from runtime.command_line import InputError, command_line, first_line
-from runtime.intervals import few, format_figure, share_of, win_figures
+from runtime.intervals import few, format_figure, share_of
 from runtime.run_directory import parse_json
 from runtime.settings import Parser
 
@@ -172,6 +174,81 @@ def open_verdicts(path):
         yield file, marks
 
 
+# --- win rates ----------------------------------------------------------------------------------------------
+
+def length_controlled(verdicts, lengths):
+    """The win rate at equal lengths, (R, n) × 2 -> (R,), as in AlpacaEval 2 (arXiv 2404.04475).
+
+    verdicts: 1, ½ or 0. lengths: how much longer the response is than its opponent, within ±1. P(win) =
+    σ(quality + bias · length) is fitted by Newton's method. The rate is σ(quality), or the raw rate if no
+    length differs. A small ridge penalty keeps quality and bias finite. It is a thousand times larger on
+    quality, so that what both explain equally well counts as length, for example if all winning responses are
+    longer."""
+    ones = torch.ones_like(lengths)
+    inputs = torch.stack([ones, lengths], -1)                             # (R, n, 2)
+    ridge = torch.tensor([0.1, 1e-4]).to(verdicts)
+    weights = verdicts.new_zeros(len(verdicts), 2, 1)                     # quality, bias
+    for _ in range(100):
+        p = torch.sigmoid(inputs @ weights)                               # (R, n, 1)
+        errors = verdicts[..., None] - p
+        gradient = inputs.mT @ errors - ridge[:, None] * weights          # (R, 2, 1)
+        slopes = p * (1 - p)
+        curvature = inputs.mT @ (slopes * inputs) + ridge.diag()          # (R, 2, 2)
+        step = torch.linalg.solve(curvature, gradient)
+        size = step.norm(dim=1, keepdim=True)
+        too_long = (size / 5).clamp(min=1)                                # a step is at most 5 long
+        weights = weights + step / too_long
+        if size.max() < 1e-9:
+            break
+    rate = torch.sigmoid(weights[:, 0, 0])
+    same_lengths = (lengths == 0).all(-1)
+    return torch.where(same_lengths, verdicts.mean(-1), rate)
+
+
+def scaled_lengths(ours, theirs):
+    """How much longer each text of `ours` is than its opponent in `theirs`: tanh(difference / root mean
+    square of the differences) of the lengths in characters, (n,), within ±1."""
+    differences = []
+    for our_text, their_text in zip(ours, theirs, strict=True):
+        differences.append(len(our_text) - len(their_text))
+    difference = torch.tensor(differences).float()
+    root_mean_square = difference.square().mean().sqrt()
+    return torch.tanh(difference / root_mean_square.clamp(min=1e-9))
+
+
+def bootstrap(statistic, *columns, draws=1000):
+    """(value, low, high): statistic(*columns) and its 95 % interval. The interval has the percentiles over
+    `draws` draws of the n prompts with replacement, which are the same in every call. columns: n numbers
+    each, one for each prompt. statistic: takes the columns as float64 tensors (R, n), one row per draw, and
+    returns (R,)."""
+    data = []
+    for column in columns:
+        data.append(torch.as_tensor(column).double())
+    data = torch.stack(data)                                                               # (columns, n)
+    value = statistic(*data[:, None]).item()
+    n = data.shape[1]
+    generator = torch.Generator()
+    generator.manual_seed(0)
+    rows = torch.randint(n, (draws, n), generator=generator)                               # (R, n)
+    ends = torch.tensor([0.025, 0.975]).double()
+    low, high = statistic(*data[:, rows]).quantile(ends).tolist()
+    return value, low, high
+
+
+# How many prompts a length-controlled win rate needs. Its interval holds the true rate 82 to 90 times in 100
+# at 12 or 16 prompts, 92 to 95 times at 32 and more.
+ENOUGH = 32
+
+
+def win_figures(wins, ours, theirs):
+    """The win rates of the texts `ours` against `theirs`, one for each prompt: raw and, from ENOUGH prompts
+    on, length-controlled. wins: 1, ½ for a tie, or 0."""
+    figures = {"win_rate": share_of(wins)}
+    if len(wins) >= ENOUGH:
+        figures["lc_win_rate"] = bootstrap(length_controlled, wins, scaled_lengths(ours, theirs))
+    return figures
+
+
 def main():
     """`python experiments/judge.py OURS THEIRS --url U --model M`."""
     parser = Parser("Win rates of responses against others, by a model's verdicts.")
@@ -199,7 +276,10 @@ def main():
     for name, figure in figures.items():
         print(f"{name:>12} {format_figure(*figure)}")
     n = len(wins)
-    print(f"n = {n}: {args.ours} against {args.theirs}, judged by {args.model}{few(n, figures)}")
+    warning = few(n)
+    if n < ENOUGH:
+        warning += f" | a length-controlled win rate would need {ENOUGH} prompts"
+    print(f"n = {n}: {args.ours} against {args.theirs}, judged by {args.model}{warning}")
 
 
 if __name__ == "__main__":

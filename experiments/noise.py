@@ -1,6 +1,6 @@
 """How noisy, and how biased, estimators of ∇J are, from one pair: PP and PR, sigmoid utility.
 
-    python experiments/noise.py                 # seconds on one core: two tables
+    python experiments/noise.py                 # seconds on one core: a table; raw rows in noise.jsonl
 
 ∇J is the whole gradient, T1 + T2 + T3 with coefficients 1. With s_1, s_2 the scores ∇log π(y) of a pair's
 responses, f its utility and c what T1 and T3 give to s_1 − s_2, an estimator is
@@ -9,14 +9,15 @@ responses, f its utility and c what T1 and T3 give to s_1 − s_2, an estimator 
 
 f and c are means over both labels or, "label drawn", those of one, as in the paper's text. The rows are T2's
 baselines b:
-  none                 0
-  other 7 pairs        the mean f of the other pairs in a batch of 8
-  running mean         of past steps' f, at the rate 0.1 with 29 pairs a step, as in sail.py
-  best constant        the one of least variance
+  no baseline                      0
+  mean f of the other 7 pairs      in a batch of 8
+  running mean of f                of past steps, at the rate 0.1 with 29 pairs a step, as in sail.py
+  best constant                    the one of least variance
 The last row is biased: the authors' public code adds T2 as f / log π(y), without a baseline.
 
 The policy is the fifteen-response GPT-2 of test_enumeration.py, unrelated to its reference, β 0.7, soft
-labels. All sums are over all pairs of responses and both labels: nothing is estimated.
+labels. All sums are over all pairs of responses and both labels: nothing is estimated. The rows go to
+experiments/noise.jsonl.
 """
 import sys
 from dataclasses import dataclass
@@ -27,7 +28,10 @@ import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+from runtime.run_directory import write_rows
 from test_enumeration import BETA, World, flat_gradient
+
+ROWS = ROOT / "experiments/noise.jsonl"
 
 
 @dataclass
@@ -58,14 +62,15 @@ def estimators(world, route):
     b = (weight * f).sum()
     variance = (weight * f**2).sum() - b**2
     variance_drawn = (weight * (p * f_first**2 + (1 - p) * f_second**2)).sum() - b**2
+    running = 0.1 / 1.9 / 29                                        # Var(running mean) / Var(f)
     return {
-        "no baseline, label drawn": (drawn, 0, 0),
+        "no baseline, label drawn: the paper's text": (drawn, 0, 0),
         "no baseline": (summed, 0, 0),
-        "other 7 pairs, label drawn": (drawn, b, variance_drawn / 7),
-        "other 7 pairs": (summed, b, variance / 7),
-        "running mean": (summed, b, 0.1 / 1.9 / 29 * variance),     # Var(running mean) / Var(f)
+        "mean f of the other 7 pairs, label drawn": (drawn, b, variance_drawn / 7),
+        "mean f of the other 7 pairs": (summed, b, variance / 7),
+        "running mean of f: the default": (summed, b, running * variance),
         "best constant": (summed, None, 0),
-        "T2 as f / log π(y), label drawn": (theirs, 0, 0)}
+        "T2 as f / log π(y), label drawn: the authors' code": (theirs, 0, 0)}
 
 
 def measure(world, scores, route):
@@ -97,16 +102,29 @@ def measure(world, scores, route):
     return results
 
 
+def table(rows):
+    """Markdown: a line for each estimator, with its standard deviation and its cosine on both routes."""
+    lines = ["| one pair's gradient | standard deviation, PP | PR | cosine of its mean with ∇J, PP | PR |",
+             "|---|---|---|---|---|"]
+    for name in dict.fromkeys(row["estimator"] for row in rows):
+        of_name = {row["route"]: row for row in rows if row["estimator"] == name}
+        cells = [f"{of_name[route]['std']:.1f}" for route in ("pp", "pr")]
+        cells += [f"{of_name[route]['cosine']:.2f}" for route in ("pp", "pr")]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def main():
     """`python experiments/noise.py`."""
     torch.set_num_threads(1)
     world = World()
     scores = torch.stack([flat_gradient(logp, world.policy) for logp in world.logps])
+    rows = []
     for route in ("pp", "pr"):
-        print(f"\n| {route.upper()} | standard deviation of one pair's gradient | cosine with ∇J |")
-        print("|---|---|---|")
         for name, (std, cosine) in measure(world, scores, route).items():
-            print(f"| {name} | {std:.1f} | {cosine:.2f} |")
+            rows.append({"route": route, "estimator": name, "std": std, "cosine": cosine})
+    write_rows(ROWS, rows)
+    print(table(rows))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ have is known from samples of the seed's SFT model.
 """
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -32,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from formats import read_rows
 from evaluate import best_possible
 from runtime.command_line import InputError, command_line, seeded
-from runtime.intervals import holm, mean_of, p_value
+from runtime.intervals import mean_of
 from runtime.run_directory import read_json, write_rows
 from toy import draw_toy_pairs, toy_reward, toy_settings, write_world
 
@@ -376,6 +377,33 @@ def table(rows, columns, world, methods):
         if any(cells):
             lines.append(f"| {words} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def p_value(values):
+    """The two-sided p of a mean of 0, by Student's t of n independent numbers (Abramowitz and Stegun, 26.7.3
+    and 26.7.4, whose sums are exact)."""
+    values = torch.tensor(values, dtype=torch.float64)
+    degrees = len(values) - 1
+    t = values.mean().abs() / values.std() * math.sqrt(len(values))
+    angle = math.atan(t / math.sqrt(degrees))
+    term, total = 1.0, 0.0                                 # of a series in cos² of the angle
+    for k in range(degrees // 2):
+        total += term
+        term *= math.cos(angle) ** 2 * (2 * k + 1 + degrees % 2) / (2 * k + 2 + degrees % 2)
+    if degrees % 2 == 0:
+        return 1 - math.sin(angle) * total
+    return 1 - 2 / math.pi * (angle + math.sin(angle) * math.cos(angle) * total)
+
+
+def holm(p_values):
+    """Holm's adjustment of the p of several questions (Scand. J. Stat. 6, 65): the smallest is multiplied by
+    their number, the next by one less, and so on; none becomes smaller than one before it, or larger than 1.
+    """
+    adjusted, least = [0.0] * len(p_values), 0.0
+    for nth, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = min(1.0, max(least, p_values[place] * (len(p_values) - nth)))
+        adjusted[place] = least
+    return adjusted
 
 
 def compared(rows, questions, columns=GAINED, negligible=NEGLIGIBLE):

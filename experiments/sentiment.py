@@ -30,6 +30,7 @@ from formats import read_rows
 from evaluate import evaluate_policy
 from generate import load_policy, sample
 from replicate import compared, table, train_all
+from reward import Reward
 from runtime.command_line import command_line, seeded
 from runtime.compare import COLOURS
 from runtime.run_directory import read_json, write_directory, write_rows, write_text
@@ -155,7 +156,8 @@ def judged(model, base, seed, path):
                                 end_token_ids(tokenizer, policy), 128, TOKENS)
         args = argparse.Namespace(seed=seed, dtype="float32", beta=BETA, max_response_length=TOKENS,
                                   sample_batch_size=HELD_OUT)
-        found, samples = evaluate_policy(policy, reference, tokenizer, examples * SAMPLES, vader, args)
+        found, samples = evaluate_policy(policy, reference, tokenizer, examples * SAMPLES,
+                                         Reward("vader", vader), args)
         figures = {name: list(figure) for name, figure in found.items()}
         figures["judge"] = [float(np.mean(afinn([row["response"] for row in samples]))), None, None]
         write_text(path, json.dumps(dict(figures=figures, samples=samples[:3])))

@@ -38,6 +38,7 @@ from evaluate import evaluate_policy
 from formats import read_rows
 from generate import load_policy
 from replicate import by_seed, compared, record, recorded, table, train
+from reward import Reward
 from runtime.command_line import command_line, seeded
 from runtime.compare import COLOURS
 from runtime.intervals import mean_of
@@ -129,7 +130,8 @@ def measured(model, base, texts, samples, seed, judge):
                             end_token_ids(tokenizer, policy), 128, TOKENS)
     args = argparse.Namespace(seed=seed, dtype="float32", beta=BETA, max_response_length=TOKENS,
                               sample_batch_size=8)
-    found, rows = evaluate_policy(policy, reference, tokenizer, examples, vader, args, samples)
+    found, rows = evaluate_policy(policy, reference, tokenizer, examples, Reward("vader", vader), args,
+                                  samples)
     figures = {name: list(figure) for name, figure in found.items()}
     scores = [judge(row["response"]) for row in rows]
     figures["judge"] = [float(np.mean(scores)), None, None]

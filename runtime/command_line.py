@@ -29,8 +29,8 @@ def command_line(main):
     """Run a script's `main`; bad input, a file that fails, or an optional package that is not there, becomes
     one line on stderr and exit status 2. Ctrl-C becomes one line and exit status 130."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")            # as stderr does: half a character
-    if signal.getsignal(signal.SIGINT) is end_interrupted:               # all is imported
+        sys.stdout.reconfigure(errors="backslashreplace")            # escapes half a surrogate pair
+    if signal.getsignal(signal.SIGINT) is end_interrupted:               # the imports are done
         signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         main()
@@ -51,7 +51,7 @@ def show_missing_package(kind, error, trace):
     if not issubclass(kind, ModuleNotFoundError):
         return sys.__excepthook__(kind, error, trace)
     script = Path(sys.argv[0]).name
-    print(f"{script}: error: {error}: pip install -r requirements.txt, or run ./run.sh", file=sys.stderr)
+    print(f"{script}: error: {error}; pip install -r requirements.txt, or run ./run.sh", file=sys.stderr)
     sys.exit(2)
 
 
@@ -74,7 +74,7 @@ def is_open(stream):
 def one_line(error):
     """The message for the user, in one line, of an InputError, an OSError or a missing package."""
     if isinstance(error, ModuleNotFoundError) and error.name:
-        return f"needs a package: pip install {error.name}"
+        return f"a package is missing: pip install {error.name}"
     path = getattr(error, "filename2", None) or getattr(error, "filename", None)   # 2: the target of a rename
     if path:
         return f"{path}: {error.strerror}"

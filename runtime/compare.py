@@ -28,14 +28,14 @@ from runtime.run_directory import (
 # --- what finished runs have measured -----------------------------------------------------------------------
 
 def read_runs(paths):
-    """{path: evaluations} of those paths that have a model and figures on held-out pairs, from sail.py or
-    reward.py. A line says of each of the others why it is left out. Raises InputError if there is no such
-    path, or if a log has a line that no run has written."""
+    """Read {path: evaluations} of the runs of sail.py or reward.py that have a model and held-out figures.
+    For every other path, a line is printed that says why it is left out. Raises InputError if no run is left,
+    or if a log has a line that no run has written."""
     runs = {}
     for path in map(Path, paths):
         why = "it is no run; evaluate.py without --compare measures any model"
         if is_run_directory(path):
-            why = "it has no model yet"
+            why = "it has no model yet, or no eval.jsonl"
         if (path / "model").is_dir() and (path / "eval.jsonl").is_file():
             evaluations = read_log(path / "eval.jsonl", evaluation_of)
             if evaluations:
@@ -45,7 +45,7 @@ def read_runs(paths):
                    "--eval-data, measures it")
         print(f"{path} is left out: {why}")
     if not runs:
-        raise InputError("--compare: no finished run with held-out figures among the arguments")
+        raise InputError("--compare: the arguments name no finished run with held-out figures")
     return runs
 
 
@@ -126,9 +126,9 @@ def held_out_of(args):
         args = texts_of_settings(run_that_held_out(args["eval_data"]))
     pairs = args["eval_data"] or str(args["data"])
     if Path(pairs).exists():
-        pairs = os.path.relpath(pairs)                     # makes the same path of all its spellings
+        pairs = os.path.relpath(pairs)                     # one text for all spellings of a path
     if args["eval_data"] is None:
-        pairs = f"{pairs}, one in twenty of {args['limit'] or 'all'} rows"
+        pairs = f"{pairs}, one prompt in twenty of {args['limit'] or 'all'} pairs"
     return pairs
 
 
@@ -160,12 +160,12 @@ def groups_of(conditions):
     return dict(zip(short_names(paths), groups.values(), strict=True))
 
 
-def short_names(paths):
-    """The last parts of paths, with as many parts as are needed to tell the paths apart."""
-    names, length = [], 0
+def short_names(paths, length=1):
+    """The last parts of different paths: `length` parts of each, or as many as tell the paths apart."""
+    names = []
     while len(set(names)) < len(paths):
+        names = [str(Path(*path.parts[-length:])) for path in paths]
         length += 1
-        names = ["/".join(path.parts[-length:]) for path in paths]
     return names
 
 
@@ -230,8 +230,8 @@ def figure_of(name, evaluations):
 
 # The figures of the tables, and their heads.
 COLUMNS = {"reward": "reward", "kl": "KL", "objective": "reward − β·KL", "gap": "below the best",
-           "win_rate": "win rate", "lc_win_rate": "LC win rate", "length": "length",
-           "unfinished": "unfinished", "margin": "margin", "accuracy": "accuracy"}
+           "win_rate": "win rate", "length": "length", "unfinished": "unfinished", "margin": "margin",
+           "accuracy": "accuracy"}
 
 def printable(text):
     """The text without characters that control a terminal, except newline and tab, and without lone
@@ -299,7 +299,7 @@ def print_samples(samples, count):
     after the other."""
     kept = min(len(rows) for rows in samples.values())
     if kept < count:
-        print(f"\nanswers to {kept} prompts are there, not to {count}")
+        print(f"\nonly {kept} of the {count} prompts have answers")
     # by_prompt has, for each prompt, a row of each model.
     by_prompt = zip(*(rows[:min(kept, count)] for rows in samples.values()), strict=True)
     for rows in by_prompt:
@@ -462,13 +462,13 @@ def compare(paths, out=None, show=0, best=None, curve=(), best_run=None):
     write_figures(results, out)
     picture = out.with_suffix(".png")
     plot(tables, results, curve, best_run, picture)
-    print("\nwin rate: over the data's chosen responses, by the reward or the preference\n"
-          "95 % intervals, as ± half or as [low, high]: over seeds (t) if there are several, else over "
+    print("\nwins are over the data's chosen responses, as the reward or the preference decides\n"
+          "95 % intervals, written ± half or [low, high], are over seeds if there are several, else over "
           "prompts\n"
-          f"figures in {out}, picture in {picture}")
+          f"the figures are in {out}, the picture is in {picture}")
     if best:
         print(f"the best reward − β·KL at β {best['temperature']:g} is {best['best']:.3f} ± "
-              f"{best['error']:.3f}, reward {best['reward']:.2f} at KL {best['kl']:.2f} (effective sample "
+              f"{best['error']:.3f}, at reward {best['reward']:.2f}, KL {best['kl']:.2f} (effective sample "
               f"size {best['effective']:.0f})")
 
 
@@ -518,8 +518,8 @@ def results_of(runs, best):
 def refuse_comparison(out):
     """Raises InputError if the figures cannot be written to `out`, or the picture beside it."""
     if out.suffix != ".json":
-        raise InputError(f"--out {out}: want the name of a .json file; the picture stands beside it as .png")
+        raise InputError(f"--out {out}: give the name of a .json file; the picture is put beside it as .png")
     refuse_output(out, are_figures)
     picture = out.with_suffix(".png")
     if picture.exists() and not out.exists():
-        raise InputError(f"{picture} is there without figures of --compare beside it; give another --out")
+        raise InputError(f"{picture} exists, but no {out.name} of --compare beside it; give another --out")

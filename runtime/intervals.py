@@ -1,11 +1,11 @@
-"""Figures with their 95 % intervals, as (value, low, high): over prompts, over seeds, win rates."""
+"""Figures with their 95 % intervals, as (value, low, high): over prompts, and over seeds."""
 import math
 
 import torch
 
 
 def student(degrees):
-    """The 97.5 % quantile of Student's t with so many degrees of freedom."""
+    """The 97.5 % quantile of Student's t with this number of degrees of freedom."""
     table = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13]
     if degrees <= len(table):
         return table[degrees - 1]
@@ -23,33 +23,6 @@ def mean_of(values):
         return mean, math.nan, math.nan
     half = student(n - 1) * values.std().item() / math.sqrt(n)
     return mean, mean - half, mean + half
-
-
-def p_value(values):
-    """The two-sided p of a mean of 0, by Student's t of n independent numbers (Abramowitz and Stegun, 26.7.3
-    and 26.7.4, whose sums are exact)."""
-    values = torch.tensor(values, dtype=torch.float64)
-    degrees = len(values) - 1
-    t = values.mean().abs() / values.std() * math.sqrt(len(values))
-    angle = math.atan(t / math.sqrt(degrees))
-    term, total = 1.0, 0.0                                 # of a series in cos² of the angle
-    for k in range(degrees // 2):
-        total += term
-        term *= math.cos(angle) ** 2 * (2 * k + 1 + degrees % 2) / (2 * k + 2 + degrees % 2)
-    if degrees % 2 == 0:
-        return 1 - math.sin(angle) * total
-    return 1 - 2 / math.pi * (angle + math.sin(angle) * math.cos(angle) * total)
-
-
-def holm(p_values):
-    """Holm's adjustment of the p of several questions (Scand. J. Stat. 6, 65): the smallest is multiplied by
-    their number, the next by one less, and so on; none becomes smaller than one before it, or larger than 1.
-    """
-    adjusted, least = [0.0] * len(p_values), 0.0
-    for nth, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        least = min(1.0, max(least, p_values[place] * (len(p_values) - nth)))
-        adjusted[place] = least
-    return adjusted
 
 
 def means_of_prompts(values, prompts):
@@ -82,85 +55,6 @@ def prefers_chosen(margins):
     return (margins > 0) + 0.5 * (margins == 0)
 
 
-def length_controlled(verdicts, lengths):
-    """The win rate at equal lengths, (R, n) × 2 -> (R,), as in AlpacaEval 2 (arXiv 2404.04475).
-
-    verdicts: 1, ½ or 0. lengths: how much longer the response is than its opponent, within ±1. P(win) =
-    σ(quality + bias · length) is fitted by Newton's method. The rate is σ(quality), or the raw rate if no
-    length differs. A small ridge penalty keeps quality and bias finite. It is a thousand times larger on
-    quality, so that what both explain equally well counts as length, for example if all winning responses are
-    longer."""
-    ones = torch.ones_like(lengths)
-    inputs = torch.stack([ones, lengths], -1)                             # (R, n, 2)
-    ridge = torch.tensor([0.1, 1e-4]).to(verdicts)
-    weights = verdicts.new_zeros(len(verdicts), 2, 1)                     # quality, bias
-    for _ in range(100):
-        p = torch.sigmoid(inputs @ weights)                               # (R, n, 1)
-        errors = verdicts[..., None] - p
-        gradient = inputs.mT @ errors - ridge[:, None] * weights          # (R, 2, 1)
-        slopes = p * (1 - p)
-        curvature = inputs.mT @ (slopes * inputs) + ridge.diag()          # (R, 2, 2)
-        step = torch.linalg.solve(curvature, gradient)
-        size = step.norm(dim=1, keepdim=True)
-        too_long = (size / 5).clamp(min=1)                                # a step is at most 5 long
-        weights = weights + step / too_long
-        if size.max() < 1e-9:
-            break
-    rate = torch.sigmoid(weights[:, 0, 0])
-    same_lengths = (lengths == 0).all(-1)
-    return torch.where(same_lengths, verdicts.mean(-1), rate)
-
-
-def scaled_lengths(ours, theirs):
-    """How much longer each text of `ours` is than its opponent in `theirs`: tanh(difference / root mean
-    square of the differences) of the lengths in characters, (n,), within ±1."""
-    differences = []
-    for our_text, their_text in zip(ours, theirs, strict=True):
-        differences.append(len(our_text) - len(their_text))
-    difference = torch.tensor(differences).float()
-    root_mean_square = difference.square().mean().sqrt()
-    return torch.tanh(difference / root_mean_square.clamp(min=1e-9))
-
-
-def bootstrap(statistic, *columns, prompts, draws=1000):
-    """(value, low, high): statistic(*columns) and its 95 % interval, which is nan for a single prompt. The
-    interval has the percentiles over `draws` draws of the prompts with replacement, which are the same in
-    every call. columns: k·prompts numbers each, in the order of `means_of_prompts`. statistic: takes the
-    columns as float64 tensors (R, n), one row per draw, and returns (R,)."""
-    data = []
-    for column in columns:
-        data.append(torch.as_tensor(column).double())
-    data = torch.stack(data)                                                               # (columns, n)
-    value = statistic(*data[:, None]).item()
-    if prompts < 2:
-        return value, math.nan, math.nan
-    generator = torch.Generator()
-    generator.manual_seed(0)
-    drawn = torch.randint(prompts, (draws, 1, prompts), generator=generator)
-    firsts = torch.arange(0, data.shape[1], prompts)[:, None]
-    rows = (firsts + drawn).flatten(1)                                                     # (R, n)
-    ends = torch.tensor([0.025, 0.975]).double()
-    low, high = statistic(*data[:, rows]).quantile(ends).tolist()
-    return value, low, high
-
-
-# How many prompts a length-controlled win rate needs. Its interval holds the true rate 82 to 90 times in 100
-# at 12 or 16 prompts, 92 to 95 times at 32 and more.
-ENOUGH = 32
-
-
-def win_figures(wins, ours, theirs, prompts=None):
-    """The win rates of the texts `ours` against `theirs`: raw and, from ENOUGH prompts on, length-controlled.
-    wins: 1, ½ for a tie, or 0, or the probability of a win. prompts: the number of prompts, as in
-    `bootstrap`; None means one prompt per text."""
-    prompts = prompts or len(wins)
-    figures = {"win_rate": share_of(means_of_prompts(wins, prompts))}
-    if prompts >= ENOUGH:
-        lengths = scaled_lengths(ours, theirs)
-        figures["lc_win_rate"] = bootstrap(length_controlled, wins, lengths, prompts=prompts)
-    return figures
-
-
 def format_figure(value, low, high):
     """A figure as text: its value ± half its interval. If the value is far from the middle of the interval,
     the interval's ends follow the value instead. A figure without an interval is its value alone."""
@@ -173,11 +67,8 @@ def format_figure(value, low, high):
     return f"{value:.3f} ± {half:.3f}"
 
 
-def few(n, figures):
-    """Warnings, as text, about figures that were measured on n prompts; "" if n is enough."""
-    said = ""
+def few(n):
+    """A warning, as text, about figures that were measured on n prompts; "" if n is enough."""
     if n < 20:
-        said += f" | of {n} prompts only: the intervals are rough"
-    if "win_rate" in figures and "lc_win_rate" not in figures:
-        said += f" | a length-controlled win rate would need {ENOUGH} prompts"
-    return said
+        return f" | of {n} prompts only: the intervals are rough"
+    return ""

@@ -98,7 +98,7 @@ def packed_attention(module, query, key, value, attention_mask, packing=None, **
     if packing is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     tokens, shapes, back = packing
-    options["is_causal"] = True                          # no row looks at its padding, on the right
+    options["is_causal"] = True                          # the padding is on the right, so no token sees it
     outputs, start = [], 0
     for rows, length in shapes:
         end = start + rows * length

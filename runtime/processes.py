@@ -5,7 +5,7 @@ In a run of one process, the functions by which processes communicate do nothing
 import os
 import shutil
 import signal
-import time
+import sys
 from collections import Counter
 from contextlib import contextmanager
 from datetime import timedelta
@@ -107,22 +107,13 @@ def print0(line):
         tqdm.write(line)
 
 
-def progress(items, what, total=None):
-    """Yield `items` one by one and show how many are done: on a terminal with a bar, which appears after
-    three seconds, elsewhere with a line every half minute."""
-    if total is None:
-        total = len(items)
-    if rank() != 0 or total == 1:
-        yield from items
-        return
-    bar = tqdm(items, what, total, leave=False, delay=3, **bar_options())
-    started = printed = time.perf_counter()
-    for done, item in enumerate(bar, 1):
-        yield item
-        now = time.perf_counter()
-        if bar.disable and now - printed > 30:
-            print0(f"{what}: {done} of {total} after {now - started:.0f} s")
-            printed = now
+def progress(items, what):
+    """Yield `items` one by one, with a bar that shows how many are done: on a terminal after three seconds,
+    elsewhere every half minute."""
+    interval = 0.1 if sys.stderr.isatty() else 30
+    options = {**bar_options(), "disable": rank() != 0 or len(items) == 1}
+    return tqdm(items, what, leave=False, delay=3, mininterval=interval, maxinterval=max(10, interval),
+                **options)
 
 
 def bar_options():
@@ -132,7 +123,7 @@ def bar_options():
 
 
 def of_rank_0(value):
-    """Rank 0's value, which all processes get."""
+    """Send rank 0's value to all processes and return it."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, group=meeting)
@@ -179,8 +170,8 @@ def raise_together(problem=None, where=""):
         try:
             dist.monitored_barrier(meeting, PATIENCE, wait_all_ranks=True)
         except RuntimeError as error:
-            raise OSError(f"rank {rank()} waited in vain at the end of {where} ({first_line(error)[-60:]}); "
-                          "--resume goes on from the last checkpoint") from None
+            raise OSError(f"rank {rank()} waited in vain for another process at the end of {where} "
+                          f"({first_line(error)[-60:]}); --resume goes on from the last checkpoint") from None
     for each in of_all(problem):
         if each is not None:
             raise InputError(each)
@@ -261,9 +252,9 @@ class StopSignals:
         self.exit_status = 130 if number == signal.SIGINT else 0
         for each in self.before:
             signal.signal(each, signal.SIG_DFL)
-        if rank() == 0:                                # not print: a signal may interrupt a print
+        if rank() == 0:                                # os.write: a signal may interrupt a print
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: saving after this step; again: ending at once, without saving\n".encode())
+            os.write(2, f"\n{name}: the run saves its steps and ends; a second signal ends it now\n".encode())
         if self.may_interrupt:
             raise Interrupted
 
@@ -289,7 +280,7 @@ def is_sharded(model):
 
 def shard(model, device="cpu", dtype="float32"):
     """Split a model over the processes (FSDP2), in place. Rank 0 has the model's weights, and the other
-    processes get their parts of them. Each process holds its part in float32."""
+    processes get their parts of them. The parts keep their dtype: float32, or bfloat16 if frozen."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
     weights = {}
     if rank() == 0:
@@ -299,7 +290,7 @@ def shard(model, device="cpu", dtype="float32"):
         model.to_empty(device=device)
     set_model_state_dict(model, weights, options=StateDictOptions(
         full_state_dict=True, broadcast_from_rank0=True))
-    for buffer in model.buffers():                       # also those that a state_dict leaves out
+    for buffer in model.buffers():                       # a state_dict leaves some buffers out
         dist.broadcast(buffer, 0)
 
 
@@ -331,7 +322,7 @@ def gathered(model):
     for part in parts:
         part.set_reshard_after_forward(False, recurse=False)
     if parts:
-        with torch.no_grad():                                   # all processes together: it gathers all parts
+        with torch.no_grad():                                   # run by all processes; it gathers all parts
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=False)
     try:
         yield
@@ -343,9 +334,9 @@ def gathered(model):
 
 def with_equal_counts(micro_batches, model):
     """Pair micro-batches with weights: [(pairs, weight)]. The weight is 1 for a model that is not sharded.
-    Every process must take part in each forward of a sharded model, so processes with fewer micro-batches
-    repeat one with weight 0; the others have the number of processes as their weight, because FSDP divides
-    gradients by it."""
+    Every process must take part in each forward of a sharded model, so a process with fewer micro-batches
+    repeats its first one with weight 0. All other micro-batches of a sharded model have the number of
+    processes as their weight, because FSDP divides gradients by it."""
     weighted = []
     if not is_sharded(model):
         for pairs in micro_batches:

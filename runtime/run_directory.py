@@ -17,7 +17,6 @@ import socket
 import time
 import warnings
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 import torch
@@ -37,11 +36,11 @@ PRINTED = ("loss margin accuracy label_sharpness reward kl response_length unfin
 
 
 def parse_json(text, **options):
-    """`json.loads`, which raises ValueError also where brackets are too deep for it."""
+    """Parse a JSON text. Raises ValueError also if its brackets are nested too deeply for json.loads."""
     try:
         return json.loads(text, **options)
     except RecursionError:
-        raise ValueError("too many brackets inside each other") from None
+        raise ValueError("brackets are nested too deeply") from None
 
 
 def read_json(path):
@@ -49,7 +48,7 @@ def read_json(path):
     try:
         return dict(parse_json(Path(path).read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error}); it was cut short, or edited") from None
+        raise InputError(f"{path}: is damaged ({error}); it was cut short, or edited") from None
 
 
 def write_bytes(path, content):
@@ -76,7 +75,7 @@ def free_name(path, ending):
 
 def write_text(path, text):
     """Write a text file as `write_bytes` does."""
-    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))  # a lone surrogate, as in JSON
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))  # a lone surrogate
 
 
 def write_json(path, value):
@@ -96,14 +95,14 @@ def refuse_output(path, is_own, *inputs, flag="--out"):
     whether such a command wrote the file."""
     path = Path(path)
     if path.exists() and not path.is_file():
-        raise InputError(f"{flag} {path} is a directory, or no regular file; want the name of a file")
+        raise InputError(f"{flag} {path} is a directory, or no regular file; give the name of a file")
     for name in inputs:
         if path.exists() and name and Path(name).exists() and path.samefile(name):
-            raise InputError(f"{flag} {path} is the file that is read; give another {flag}")
+            raise InputError(f"{flag} {path} is a file that this command reads; give another {flag}")
     earlier = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     if earlier and not is_own(earlier):
-        raise InputError(f"{flag} {path} is a file of something else, which would be lost; give another "
-                         f"{flag}")
+        raise InputError(f"{flag} {path} is a file that this command has not written and would overwrite; "
+                         f"give another {flag}")
     path.parent.mkdir(parents=True, exist_ok=True)
     trial = free_name(path, f".{os.getpid()}.writing")
     trial.write_bytes(b"")
@@ -111,7 +110,7 @@ def refuse_output(path, is_own, *inputs, flag="--out"):
 
 
 def has_columns(*names):
-    """A function that tells whether a text has rows as JSON lines, of which the first has these columns."""
+    """A function that tells whether a text is JSON lines whose first line has these columns."""
     def is_own(text):
         try:
             return {*names} <= {*parse_json(text[:text.find("\n")])}
@@ -161,14 +160,6 @@ def run_directory(source):
     return Path("runs", name or "data")
 
 
-def date_of(out, resume):
-    """The date that a run's chat template gets as today's: the date on which the run began if it is
-    continued, else today."""
-    if resume and (out / "args.json").is_file():
-        return read_json(out / "args.json").get("date")
-    return date.today().isoformat()
-
-
 def refuse_inputs_inside(out, inputs):
     """Raises InputError if an input, {flag: path, hub name, FILE.py:FUNCTION or None}, is OUT or lies in it,
     where a run deletes and replaces files."""
@@ -205,7 +196,7 @@ def write_token(out):
 
 
 def wait_for(path, seconds=10):
-    """Whether a file appears within so many seconds, since a network's file system may be a little late."""
+    """Whether a file appears within `seconds`, since a network's file system may be a little late."""
     end = time.monotonic() + seconds
     while not path.exists() and time.monotonic() < end:
         time.sleep(0.1)
@@ -217,7 +208,7 @@ def begin(out, args, recorded, progress, policy, optimizer, scheduler):
     """Begin a run in `out`, or with --resume continue it from its newest checkpoint: (lock, progress). Other
     runs are kept out for as long as the lock, a file, is open. Raises InputError if there is another run in
     `out`."""
-    lock = lock_directory(out, args)                                   # first, as all take part in the rest
+    lock = lock_directory(out, args)                                   # before what all processes do together
     refuse_unlike_directories(out)
     checkpoint = of_rank_0(newest_checkpoint(out))
     continued = checkpoint and args.resume
@@ -269,7 +260,7 @@ def refuse_foreign(out):
     for name in NAMES:
         path = out / name
         if path.exists() and not is_run:
-            raise InputError(f"{path} is there, and is no run's; move it away, or give another --out")
+            raise InputError(f"{path} exists and belongs to no run; move it away, or give another --out")
 
 
 def is_run_directory(out):
@@ -281,8 +272,8 @@ def is_run_directory(out):
 
 
 def run_that_held_out(run):
-    """The directory of the run that held out the pairs which this run was evaluated on: another one if its
-    eval_data is a run. Raises InputError if runs name each other in a circle."""
+    """The directory of the run that held out the pairs on which this run was evaluated. It is another run if
+    this run's eval_data is a run. Raises InputError if runs name each other in a circle."""
     passed = []
     while True:
         passed.append(os.path.realpath(run))
@@ -290,13 +281,15 @@ def run_that_held_out(run):
         if not isinstance(source, str) or not is_run_directory(Path(source)):
             return Path(run)
         if os.path.realpath(source) in passed:
-            raise InputError(f"{run}/args.json: its eval_data, {source}, is a run that takes them from this")
+            raise InputError(f"{run}/args.json: its eval_data, {source}, is a run whose pairs are from {run}")
         run = source
 
 
 def refuse_occupied(out, args):
-    """Raises InputError if `out` holds something that is no run's, or a run that the settings neither replace
-    nor continue."""
+    """Raises InputError if `out` holds something that is no run's, a run that the settings neither replace
+    nor continue, or a run to continue whose args.json is damaged."""
+    if args.resume and (out / "args.json").is_file():
+        read_json(out / "args.json")
     refuse_foreign(out)
     checkpoint = newest_checkpoint(out)
     if args.overwrite or checkpoint and args.resume or not (checkpoint or (out / "model").exists()):
@@ -313,13 +306,13 @@ def start_afresh(out, args):
     for name in ("model", "adapter", "checkpoints"):
         remove(out / name)
     if args.resume:
-        print0(f"--resume: {out} has no checkpoint, so this starts from the beginning")
+        print0(f"--resume: {out} has no checkpoint, so the run starts from the beginning")
     for name in LOGS:
         path = out / f"{name}.jsonl"
         if path.exists() and path.stat().st_size and not args.overwrite:
             old = free_name(path, ".old")
             path.rename(old)
-            print0(f"{path} of an earlier try stays as {old.name}")
+            print0(f"{path} of an earlier run is kept as {old.name}")
         write_bytes(path, b"")
 
 
@@ -351,8 +344,7 @@ def log_figures(out, step, figures, counts):
         row[f"{name}_interval"] = [low, high] if math.isfinite(low) else None
         fields.append(f"{name} {format_figure(value, low, high)}")
     write_line(out, "eval", row)
-    warning = few(counts["prompts"], figures)
-    print0(f"eval {step} | {' | '.join(fields)}{warning}")
+    print0(f"eval {step} | {' | '.join(fields)}{few(counts['prompts'])}")
 
 
 # --- read what was logged -----------------------------------------------------------------------------------
@@ -361,18 +353,20 @@ def log_figures(out, step, figures, counts):
 class Evaluation:
     """What a run has measured on held-out data after a step: a row of eval.jsonl."""
     step: int
+    prompts: int                                           # how many prompts were asked, or pairs scored
     figures: dict[str, tuple[float, float, float]]         # (value, low, high) of each that was measured
 
 
 def evaluation_of(row):
-    """The Evaluation in a row of eval.jsonl, {"step": 5, NAME: value, "NAME_interval": [low, high], …}, where
-    numbers and intervals may be null. Raises KeyError, TypeError or ValueError for another row."""
+    """The Evaluation in a row of eval.jsonl, {"step": 5, "prompts": 128, NAME: value, "NAME_interval": [low,
+    high], …}, where values and intervals may be null. Raises KeyError, TypeError or ValueError for another
+    row."""
     figures = {}
     for name, value in row.items():
-        if name != "step" and not name.endswith("_interval") and value is not None:
-            low, high = row.get(f"{name}_interval") or (None, None)
+        if f"{name}_interval" in row and value is not None:
+            low, high = row[f"{name}_interval"] or (None, None)
             figures[name] = float_of(value), float_of(low), float_of(high)
-    return Evaluation(operator.index(row["step"]), figures)
+    return Evaluation(operator.index(row["step"]), operator.index(row["prompts"]), figures)
 
 
 def float_of(value):
@@ -391,8 +385,8 @@ def whole_lines(path, size):
 
 
 def read_log(path, convert, size=None):
-    """The rows of a run's log, convert(object) for the JSON object on each line, or on each of its
-    `whole_lines`. Raises InputError for a line that no run has written."""
+    """Read the rows of a run's log: convert(object) of the JSON object on each line. If `size` is given, only
+    `whole_lines` are read. Raises InputError for a line that no run has written."""
     rows = []
     content = path.read_bytes() if size is None else whole_lines(path, size)
     for number, line in enumerate(content.split(b"\n"), 1):
@@ -401,7 +395,7 @@ def read_log(path, convert, size=None):
         try:
             rows.append(convert(dict(parse_json(line))))
         except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise InputError(f"{path}:{number}: a run has not written this ({error})") from None
+            raise InputError(f"{path}:{number}: no run has written this line ({error})") from None
     return rows
 
 
@@ -424,7 +418,7 @@ def fingerprint_files(name):
         directory = Path(name)
         if not directory.is_dir():
             from transformers.utils import cached_file
-            with foreign(f"{name}: no such directory, and no model of the hub"):
+            with foreign(f"{name}: no such directory, and not found on the hub"):
                 directory = Path(cached_file(name, "config.json")).parent
         files = [file for file in sorted(directory.iterdir()) if file.suffix in MODEL_FILES]
     digest = hashlib.sha256()
@@ -456,7 +450,7 @@ def state_of(policy, optimizer):
     options = StateDictOptions(ignore_frozen_params=True, flatten_optimizer_state_dict=True)
     weights, optimizer_state = get_state_dict(policy, optimizer, options=options)
     state = {}
-    for name, parameter in policy.named_parameters():                  # names each storage once
+    for name, parameter in policy.named_parameters():                  # tied parameters occur once
         if parameter.requires_grad:
             state[f"model.{name}"] = weights[name]
     for name, value in optimizer_state.items():
@@ -474,7 +468,7 @@ def save_checkpoint(out, policy, optimizer, progress):
         return
     make_empty(aside)
     state = state_of(policy, optimizer)
-    # In several files, because the writer holds a whole file in memory.
+    # The state goes into several files, because the writer holds a whole file in memory.
     files = {name: 1 + nth * 16 // len(state) for nth, name in enumerate(state)}
     try:
         with warnings.catch_warnings(action="ignore"):
@@ -534,7 +528,7 @@ def trained_weights(path):
                 if name.startswith("model."):
                     state[name] = torch.full(tensor.size, math.nan, dtype=tensor.properties.dtype)
             dcp.load(state, no_dist=True, storage_reader=reader)
-    except (Exception, dcp.CheckpointException) as error:              # the latter is no Exception
+    except (Exception, dcp.CheckpointException) as error:              # a CheckpointException is no Exception
         raise InputError(f"{path} cannot be read ({reason_of(error)})") from None
     weights = {}
     for name, value in state.items():
@@ -546,16 +540,16 @@ def trained_weights(path):
 
 def resume(path, recorded, policy, optimizer, scheduler):
     """Continue from the checkpoint `path`: restore weights, optimizer and scheduler, cut the logs to what
-    they were at the checkpoint, and return the progress. recorded: the settings and fingerprints of now, as
-    args.json holds them; its `may_change` names those that may differ from the run's own. Raises InputError
-    if any other differs, if the checkpoint cannot be read, or if a log has lost lines."""
+    they were at the checkpoint, and return the progress. recorded: the present settings and fingerprints, as
+    in args.json; its `may_change` names the settings that may differ from the run's args.json. Raises
+    InputError if another value differs, if the checkpoint cannot be read, or if a log has lost lines."""
     import torch.distributed.checkpoint as dcp
     out, progress = path.parents[1], read_progress(path)
     logs = progress.pop("logs")
     refuse_changes(read_json(out / "args.json"), recorded, path)
     for name, size in logs.items():
         if (out / f"{name}.jsonl").stat().st_size < size:
-            raise InputError(f"{out}/{name}.jsonl has lost lines since {path} was written; start afresh")
+            raise InputError(f"{out}/{name}.jsonl has lost lines since {path} was written; use --overwrite")
     read_log(out / "eval.jsonl", evaluation_of, logs["eval"])          # the model's card will read it
     refuse_unreadable(path)
     try:
@@ -563,7 +557,7 @@ def resume(path, recorded, policy, optimizer, scheduler):
             dcp.load(state_of(policy, optimizer), no_dist=not dist.is_initialized(),
                      storage_reader=dcp.HuggingFaceStorageReader(str(path)))
     except (dcp.CheckpointException, RuntimeError) as error:
-        raise InputError(f"{path} cannot be read ({reason_of(error)}); remove it, and --resume") from None
+        raise InputError(f"{path} cannot be read ({reason_of(error)}); remove it, then --resume") from None
     if rank() == 0:
         for name, size in logs.items():
             cut_log(out / f"{name}.jsonl", size)
@@ -575,9 +569,9 @@ def resume(path, recorded, policy, optimizer, scheduler):
 
 @fails_together
 def refuse_unreadable(path):
-    """Raises InputError if the heads of a checkpoint's files cannot be read; dcp.load shows a traceback."""
+    """Raises InputError if heads of a checkpoint's files cannot be read, where dcp.load shows a traceback."""
     import torch.distributed.checkpoint as dcp
-    with foreign(f"{path} cannot be read; remove it, and --resume"):
+    with foreign(f"{path} cannot be read; remove it, then --resume"):
         dcp.HuggingFaceStorageReader(str(path)).read_metadata()
 
 
@@ -601,7 +595,7 @@ def read_progress(path):
     is_sound = is_sound and type(evaluated) is int and "record" in progress
     is_sound = is_sound and (record is None or is_record(record, counts[0]))
     if not is_sound or str(counts[0]) != path.name or max(counts[1:]) > counts[0]:
-        raise InputError(f"{file}: no run has written this; remove {path}, and --resume")
+        raise InputError(f"{file}: no run has written this; remove {path}, then --resume")
     return progress
 
 
@@ -631,4 +625,4 @@ def refuse_changes(before, recorded, path):
         elif name.endswith("_sha256"):
             what = f"the files of --{name.removesuffix('_sha256')} have"
         raise InputError(f"--resume: {what} changed since {path} was written, from {before.get(name)} to "
-                         f"{value}; go back to that, or start afresh with another --out")
+                         f"{value}; undo the change, or start a new run with another --out")

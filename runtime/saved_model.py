@@ -1,5 +1,5 @@
-"""What a run leaves that can be used as a model: OUT/model, in the files that other tools read, and each of
-its checkpoints, which holds what was trained of a base model."""
+"""The results of a run that can be used as models: OUT/model, in the files that other tools read, and each
+checkpoint, which holds the trained parameters of a base model."""
 import shlex
 from dataclasses import fields
 from pathlib import Path
@@ -18,7 +18,7 @@ from runtime.settings import Settings, flag_of, read_settings
 LAYER_KINDS = ("gemma3_text", "gemma3n_text", "olmo3")
 
 
-@fails_together                                        # no process leaves before the model is there
+@fails_together                                        # no process ends before the model is written
 def save_model(policy, tokenizer, args, merge):
     """Write OUT/model, a whole model that any tool loads. For a policy with an adapter, this is the model
     that `merge` makes of {name: trained weight}, and the adapter itself is written to OUT/adapter. args: the
@@ -54,7 +54,7 @@ def add_keys_of_version_4(directory):
     Without them, version 4 takes its default rotary angles in silence, which makes another model, and it
     finds no tokenizer."""
     config = read_json(directory / "config.json")
-    for part in (config, *config.values()):                # a model of text and pictures has one for each
+    for part in (config, *config.values()):                # a multimodal model has several configs
         if isinstance(part, dict):
             add_rotary_keys(part)
             if "dtype" in part:
@@ -76,7 +76,7 @@ def add_rotary_keys(config):
     if config.get("model_type") in LAYER_KINDS:
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
         rope = rope["full_attention"]
-    if "rope_type" not in rope:                            # none, or in a form that version 4 has no keys for
+    if "rope_type" not in rope:                            # version 4 has no keys for other forms
         return
     scaling = {}
     for key, value in rope.items():
@@ -89,7 +89,7 @@ def add_rotary_keys(config):
         if "original_max_position_embeddings" in config:
             del scaling["original_max_position_embeddings"]
     config["rope_scaling"] = None if rope["rope_type"] == "default" else scaling
-    if config.get("model_type") == "gpt_neox":             # such as Pythia: it reads two names of its own
+    if config.get("model_type") == "gpt_neox":             # Pythia, for example, reads two other names
         config["rotary_emb_base"], config["rotary_pct"] = rope["rope_theta"], rope["partial_rotary_factor"]
 
 
@@ -104,7 +104,7 @@ def model_card(args):
     what, how = "A reward model", "Bradley-Terry's likelihood"
     if hasattr(args, "variant"):
         what = "A language model"
-        how = f"`--variant {args.variant}` of SAIL's implementation (arXiv 2406.15567)"
+        how = f"`--variant {args.variant}` of an implementation of SAIL (arXiv 2406.15567)"
     command, without_flag = command_of(args)
     return (f"---\n{front}library_name: transformers\n---\n\n# {Path(args.out).resolve().name}\n\n"
             f"{what}: `{args.model}`, trained with {how} on `{args.data}`:\n\n    {command}\n\n"
@@ -144,15 +144,13 @@ def command_of(args):
 
 def last_figures(out):
     """A sentence with the last figures in a run's eval.jsonl."""
-    rows = read_log(out / "eval.jsonl", lambda row: (row, evaluation_of(row).figures))
-    if not rows:
-        return "No pair was held out, so nothing was measured."
-    (row, measured), figures = rows[-1], []
-    for name, figure in measured.items():
-        if f"{name}_interval" in row:
-            figures.append(f"{name} {format_figure(*figure)}")
-    return (f"Held-out figures after step {row['step']}, on {row.get('prompts')} prompts, with 95 % "
-            f"intervals: {', '.join(figures)}.")
+    evaluations = read_log(out / "eval.jsonl", evaluation_of)
+    if not evaluations:
+        return "No pair was held out, so the model was not evaluated."
+    last = evaluations[-1]
+    figures = [f"{name} {format_figure(*figure)}" for name, figure in last.figures.items()]
+    return (f"Held-out figures after step {last.step}, on {last.prompts} prompts, with 95 % intervals: "
+            f"{', '.join(figures)}.")
 
 
 # --- adapters, and the base of a checkpoint -----------------------------------------------------------------
@@ -172,15 +170,15 @@ def save_adapter(policy, state, out):
 
 
 def base_of(name):
-    """The Settings of the run that wrote the checkpoint `name`: its model, lora and chat_template, all others
-    at their defaults. If `model` is a hub name, it becomes the directory of its files. None if `name` is no
-    checkpoint. Raises InputError if the run's args.json is no run's, if the base is not on this machine, or
-    if its files have changed since the run began."""
+    """The Settings model, lora and chat_template of the run that wrote the checkpoint `name`; every other
+    setting has its default. A hub name becomes the directory of its files. Returns None if `name` is no
+    checkpoint. Raises InputError if the run has no valid args.json, if the base is not on this machine, or
+    if the base's files have changed since the run began."""
     out = run_of_checkpoint(name)
     if out is None:
         return None
     if not is_run_directory(out):
-        raise InputError(f"{name} is a checkpoint, and {out}/args.json, which names its base, is no run's")
+        raise InputError(f"{name} is a checkpoint, but {out}/args.json, which names its base, is not a run's")
     settings = Settings(**read_settings(out / "args.json", Settings, "model", "lora", "chat_template"))
     base = settings.model
     if not Path(str(base)).is_dir():

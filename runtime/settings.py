@@ -7,7 +7,6 @@ text is no flag: a study sets it from Python, as in sail.main(flags, warmup_step
 import argparse
 import dataclasses
 import math
-import shlex
 import sys
 import typing
 from dataclasses import dataclass, fields
@@ -52,7 +51,7 @@ def is_finite(number):
 
 
 def converter(cls, field):
-    """A function from a text to the field's value; it raises ArgumentTypeError for one out of range."""
+    """A function that makes the field's value of a text, or raises ArgumentTypeError for a bad value."""
     kind, declared = kind_of(cls, field.name), field.metadata
 
     def convert(text):
@@ -122,12 +121,8 @@ def read_settings(file, cls, *names):
             continue
         try:
             settings[field.name] = converter(cls, field)(str(value))
-        except argparse.ArgumentTypeError as error:
+        except (argparse.ArgumentTypeError, ValueError) as error:
             raise InputError(f"{file}: argument {flag_of(field.name)}: {error}") from None
-        except ValueError:
-            kind = kind_of(cls, field.name).__name__
-            raise InputError(f"{file}: argument {flag_of(field.name)}: invalid {kind} value: "
-                             f"{value!r}") from None
     return settings
 
 
@@ -145,20 +140,6 @@ def settings_to_resume(given, cls, own_code=None):
             names.append(field.name)
     saved = read_settings(out / "args.json", cls, *names)
     return {name: value for name, value in saved.items() if ".py:" not in str(value) or value == own_code}
-
-
-def resume_command(script, args):
-    """The command line that continues a run with these settings. It gives only --resume, --out and what
-    --resume does not take over from the run: the switches that are on, and code, FILE.py:FUNCTION."""
-    words = ["python", *script.split(), "--resume", "--out", str(args.out)]
-    for field in fields(args):
-        value = getattr(args, field.name)
-        is_switch = value is True and field.name not in ("resume", "overwrite", "train")
-        if field.metadata["help"] and is_switch:
-            words.append(flag_of(field.name))
-        elif field.metadata["help"] and ".py:" in str(value):
-            words += [flag_of(field.name), value]
-    return shlex.join(words)
 
 
 def read_run(path, cls, *names):
@@ -181,7 +162,7 @@ def read_run(path, cls, *names):
 class Objective:
     """The objective reward − β·KL(π‖π_ref), for which a policy is trained and by which it is measured."""
     reward: str | None = setting(None, "FILE.py:FUNCTION, or a one-logit classifier")
-    reference: str | None = setting(None, "the model to which KL is measured (the model as training starts)")
+    reference: str | None = setting(None, "the model to which KL is measured (the model before training)")
     beta: float = setting(0.1, "weight of the KL penalty", low=1e-12)
 
 
@@ -199,17 +180,17 @@ class Settings:
     eval_data: str | None = setting(None, "held-out pairs, or a run, whose held-out pairs are used (one "
                                           "prompt in twenty of --data)")
     prefer: str = setting("better", "which label of PKU-SafeRLHF to use", choices=("better", "safer"))
-    score_scale: float | None = setting(None, "soft labels σ((score_chosen − score_rejected) / S)", low=1e-9,
-                                        metavar="S")
+    score_scale: float | None = setting(None, "use soft labels σ((score_chosen − score_rejected) / S)",
+                                        low=1e-9, metavar="S")
     chat_template: str | None = setting(None, "a file with a template to use in place of the tokenizer's, or "
                                               "none for no template", metavar="FILE")
-    max_prompt_length: int = setting(512, "tokens of a prompt; longer ones lose their oldest turns, or, "
-                                          "without turns, their start", **TOKENS)
+    max_prompt_length: int = setting(512, "tokens of a prompt; longer ones lose old turns or are dropped; "
+                                          "without a chat template, texts lose their start", **TOKENS)
     max_response_length: int = setting(512, "tokens of a response; longer ones are cut at the end", **TOKENS)
     seed: int = setting(0, "random seed", low=0, metavar="N")
     trust_remote_code: bool = setting(False, "run code that comes with a hub model")
     # optimisation
-    epochs: float = setting(1.0, "how many times each pair of the data is seen", low=1e-12)
+    epochs: float = setting(1.0, "passes over the data, to which sail.py --mix adds pairs", low=1e-12)
     steps: int | None = setting(None, "optimizer steps, instead of --epochs", low=1)
     batch_size: int = setting(32, "pairs per step, over all processes", low=1)
     learning_rate: float | None = setting(None, "after the warm-up, which is a tenth of all steps", low=1e-12)
@@ -217,17 +198,16 @@ class Settings:
                                 choices=("float32", "bfloat16"))
     sample_batch_size: int = setting(64, "prompts answered at a time", low=1, metavar="N")
     eval_every: int = setting(100, "steps between evaluations; 0: only one, at the end", low=0, metavar="N")
-    eval_limit: int = setting(128, "held-out pairs to evaluate on; if fewer, several answers to each", low=1,
-                              metavar="N")
+    eval_limit: int = setting(128, "held-out pairs to evaluate on; if fewer exist, each is answered several "
+                                   "times", low=1, metavar="N")
     optimizer: str = setting("adamw", choices=("adamw", "rmsprop"))
     schedule: str = setting("constant", choices=("constant", "cosine"))          # after the warm-up
     warmup_steps: int | None = setting(None, low=0)                              # None: a tenth of all steps
     max_grad_norm: float = setting(1.0, low=1e-12)
     limit: int | None = setting(None, low=1)                               # use only the data's first N pairs
-    date: str | None = setting(None)            # the date for chat templates that ask for it
     # memory, speed, output
     micro_batch_size: int | None = setting(None, low=1, may_change=True)         # None: what memory allows
-    gradient_checkpointing: bool = setting(False, "compute activations twice to keep fewer", may_change=True)
+    gradient_checkpointing: bool = setting(False, "recompute activations to save memory", may_change=True)
     shard: bool = setting(False, "split model and optimizer over the processes (FSDP2)", may_change=True)
     out: str | None = setting(None, "directory for logs and model", may_change=True)
     save_every: int | None = setting(None, "checkpoint every N steps; keep the last two", low=1, metavar="N",

@@ -1,7 +1,7 @@
 """The loop that every training run shares: its logs, evaluations, checkpoints, signals and errors.
 
-The order is train, log, evaluate, save, so that a step counts as done only when its outputs exist. A run that
-ends anywhere in between makes up what is missing when it is continued.
+The order is train, log, evaluate, save, so that a step counts as done only when its outputs exist. If a run
+ends anywhere in between, the missing work is done when the run is continued.
 """
 import time
 from collections import Counter
@@ -21,7 +21,7 @@ from runtime.processes import (
 from runtime.run_directory import (
     begin, log_figures, print_step, refuse_changed_settings, refuse_inputs_inside, refuse_occupied,
     save_checkpoint, write_line)
-from runtime.settings import flag_of, may_change, resume_command
+from runtime.settings import flag_of, may_change
 
 
 @dataclass
@@ -46,8 +46,8 @@ class Step:
 
 @fails_together
 def refuse_before_loading(out, args, *inputs):
-    """Refuse what would otherwise end the run after its models are loaded. Raises InputError if an input lies
-    in `out`, if `out` holds something that nobody asked to replace or to continue, or if a setting differs
+    """Raise errors that would otherwise end the run after its models are loaded: InputError if an input lies
+    in `out`, if `out` holds something that no flag allows to replace or continue, or if a setting differs
     that --resume must not change. inputs: the names of the settings that are files or directories."""
     if rank() != 0:
         return
@@ -88,7 +88,7 @@ def steps(loop, count, evaluate):
     held-out pairs; every process calls it. Raises InputError after ten steps in a row that are not finite,
     and SystemExit once a signal has stopped the run and it is saved."""
     progress, args = loop.progress, loop.args
-    if progress["record"] is not None:                       # the logging of this record had failed
+    if progress["record"] is not None:                       # its logging failed before the resume
         log_step(loop, count)
     first, evaluation, printed = progress["step"] + 1, None, 0.0
     bar = tqdm(desc=loop.name, total=count, initial=progress["step"], **bar_options())
@@ -122,7 +122,7 @@ def steps(loop, count, evaluate):
         if current.number == first:
             print_how_long(seconds, evaluation, count - first + 1, args, loop.model.device)
         if progress["in_a_row"] >= 10:
-            raise InputError(f"steps {step - 8} to {step + 1}: loss or gradient not finite; lower the rate")
+            raise InputError(f"steps {step - 8} to {step + 1} had no finite loss or gradient; lower the rate")
 
 
 def is_stopped(loop):
@@ -134,15 +134,11 @@ def is_stopped(loop):
 def end_early(loop):
     """Say how to go on, and end the process."""
     step = loop.progress["step"]
-    users, script = "evaluate.py and generate.py take it as a model", "sail.py"
-    if loop.name == "reward":
-        users, script = "sail.py and reward.py take it as a --reward", "reward.py --train"
     if step:
-        print0(f"to continue: {resume_command(script, loop.args)}")
-        print0(f"stopped after step {step}, which is saved in {loop.out}/checkpoints/{step}; --resume "
-               f"continues, and {users}")
+        print0(f"stopped after step {step}, which is saved in {loop.out}/checkpoints/{step}; the same "
+               "command with --resume continues, and the checkpoint works wherever a model does")
     else:
-        print0("stopped before the first step; the same command begins again")
+        print0("stopped before the first step; the same command starts the run again")
     raise SystemExit(loop.stop.exit_status or 0)
 
 
@@ -193,9 +189,9 @@ def evaluate_step(loop, evaluate):
     return result is not None
 
 
-NOT_MEASURED = ("no pair is held out, so nothing will be measured; --eval-data names pairs, or a run, whose "
-                "held-out pairs are taken")
-LOGITS = 3 * 2**24                     # the most logits of a forward on a CPU; they take 192 MB several times
+NOT_MEASURED = ("no pair is held out, so the model is not evaluated; --eval-data names pairs, or a run "
+                "whose held-out pairs are used")
+LOGITS = 3 * 2**24                     # the most logits of a forward on a CPU; one copy takes 192 MiB
 
 
 @lru_cache
@@ -240,17 +236,16 @@ def print_how_long(seconds, evaluation, steps_left, args, device):
         total += evaluation * evaluations
     left = f"{total:.0f} s" if total < 100 else f"{total / 60:.0f} min"
     if evaluation is None:
-        left += f", without {evaluations} evaluation{'s' if evaluations > 1 else ''}"
+        left += ", not counting evaluations,"
     print0(f"{took}: about {left} to go")
     if seconds > 60 or device.type == "cpu" and total > 1200:
         flags = []
-        for name in ("batch_size", "max_response_length", "max_prompt_length", "max_length", "eval_limit",
-                     "eval_every"):
+        for name in ("max_response_length", "max_prompt_length", "max_length", "eval_limit", "eval_every"):
             if getattr(args, name, None):
                 flags.append(f"{flag_of(name)} ({getattr(args, name)})")
         if has_fast_bfloat16(device) and args.dtype == "float32":
             flags.append("--dtype bfloat16")
-        print0(f"for a shorter run: {', '.join(flags)}, --steps, --lora")
+        print0(f"flags that shorten a run: {', '.join(flags)}, --steps, --lora")
 
 
 def has_fast_bfloat16(device):

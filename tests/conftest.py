@@ -98,13 +98,11 @@ def working_directory(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def signals():
-    """A run in this process takes the signals over, and tells templates its date; give both back."""
+    """A run in this process takes the signals over; give them back."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
-    from data import set_template_date
-    set_template_date(None)
 
 
 @pytest.fixture(scope="session")

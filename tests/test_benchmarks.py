@@ -99,7 +99,7 @@ def test_a_single_question_has_the_prompt_ids_that_training_has(template, limit,
 
 
 def test_a_question_that_does_not_fit_is_named(calls):
-    message = "none of 1 prompts or pairs can be used as tokens: 1 prompt longer than --max-prompt"
+    message = "none of 1 prompts or pairs can be encoded as tokens: 1 prompt longer than --max-prompt"
     with pytest.raises(InputError, match=message):
         answers([["a long question"]], byte_tokenizer(TEMPLATE), "AlpacaEval", 6)
 

@@ -152,7 +152,7 @@ def test_ties_and_non_text_parts_are_dropped(tmp_path):
     for row in (dict(question=dict(full_text="Q"), answer_0="a", answer_1="b", score_0=0, score_1=0),
                 dict(prompt="Q", response_0="a", response_1="b", better_response_id=-1, safer_response_id=0),
                 dict(chosen=picture, rejected=[USER, BAD])):
-        with pytest.raises(InputError, match="no usable pair in 1 rows"):
+        with pytest.raises(InputError, match="none of 1 rows can be used"):
             load_pairs(write(tmp_path / "x.jsonl", [row]))
 
 
@@ -312,7 +312,7 @@ def test_collation_gives_explicit_masks():
 
 def test_a_response_as_long_as_the_limit_is_not_longer():
     table = data.length_table(dict(prompt=[], chosen=[3, 4, 5, 6, 9]), "tokens", dict(chosen=5))
-    assert table == "   chosen: tokens median 5, 90 % 9, most 9; 2 of 5 longer than 5"
+    assert table == "   chosen: median 5 tokens, 90th percentile 9, longest 9; 2 of 5 longer than 5"
 
 
 def test_the_command_line_shows_format_counts_lengths_and_pairs(tmp_path, monkeypatch, capsys, checkpoint):

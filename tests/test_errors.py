@@ -37,13 +37,13 @@ FILES = {  # content of a data file, and what must be said about it
     "missing.jsonl": (None, "no such file"),
     "text.jsonl": ('{"prompt": "Q"}\nhello\n', "text.jsonl:2: not jsonl"),
     "cut.json": ('[{"prompt": "Q", "cho', "cut.json:1: not json"),
-    "empty.jsonl": ("", "empty, no rows"),
+    "empty.jsonl": ("", "empty.jsonl has no rows"),
     "list.json": ("[1, 2]", "a row is not an object"),
-    "column.jsonl": ('{"question": "Q", "chosen": "a"}\n', "columns chosen, question fit none of: conv"),
-    "nulls.jsonl": ('{"prompt": "Q", "chosen": null, "rejected": "b"}\n', "no usable pair in 1 rows (1 null"),
+    "column.jsonl": ('{"question": "Q", "chosen": "a"}\n', "question fit none of these formats: conv"),
+    "nulls.jsonl": ('{"prompt": "Q", "chosen": null, "rejected": "b"}\n', "1 rows can be used (1 null"),
     "same.jsonl": ('{"prompt": "Q", "chosen": "b", "rejected": "b"}\n', "1 chosen equals rejected"),
     "binary.parquet": ("hello", "binary.parquet: cannot be read as a data set"),
-    "notes.txt": ("hello", "want a .jsonl, .json, .csv, .parquet file or"),
+    "notes.txt": ("hello", "give a .jsonl, .json, .csv, .parquet file, a directory"),
     "latin.jsonl": (b'{"prompt": "\xe9"}', "not UTF-8"), "latin.csv": (b"prompt\n\xe9\n", "not UTF-8"),
     "deep.jsonl": ("[" * 100_000, "deep.jsonl:1: not jsonl"), "huge.jsonl": ("9" * 9000, "huge.jsonl:1: not"),
     "deep.json": ('{"a":' * 100_000, "deep.json:1: not json"),
@@ -100,15 +100,15 @@ def test_a_link_to_itself_is_named(main, argv, message, tmp_path, monkeypatch, c
     (["--variant", "ppo"], "invalid choice: 'ppo'"), (["--mix", "1.2"], "--mix: 1.2 is not in 0 … 1"),
     (["--seed", "-1"], "--seed: -1 is not in"), (["--eval-every", "-1"], "--eval-every: -1 is not in"),
     (["--response-coef", "nan"], "--response-coef: nan is not in"),
-    (["--resume", "--overwrite"], "--overwrite: deletes what --resume continues; give one of them"),
+    (["--resume", "--overwrite"], "--overwrite: deletes what --resume continues; give only one of"),
     (["--data", "x.jsonl", "--model", "m"], "--reward: pr needs one"),
-    (["--data", "x.jsonl"], "--model: want a directory or hub name"),
+    (["--data", "x.jsonl"], "--model: give a directory or hub name"),
     (["--steps", "9" * 400], "is not in 1 "),
     (["--batch-size", "0"], "--batch-size: 0 is not in 1"),
     (["--learning-rate", "nan"], "--learning-rate: nan is not in"),
     (["--steps", "many"], "invalid int value: 'many'"),
-    (["--variant", "dp", "--label", "sampled"], "label sampled: dp sums the policy's own label out"),
-    (["--variant", "pp", "--label", "sampled"], "label sampled: pp sums the policy's own label out"),
+    (["--variant", "dp", "--label", "sampled"], "label='sampled': dp sums out the policy's labels"),
+    (["--variant", "pp", "--label", "sampled"], "label='sampled': pp sums out the policy's labels"),
     (["--no-such-flag"], "unrecognized arguments")])
 def test_bad_flags_are_named(argv, message, monkeypatch, capsys):
     assert message in fails(sail.main, ["sail.py", *argv], monkeypatch, capsys)
@@ -122,15 +122,15 @@ def write(path):
 
 
 @pytest.mark.parametrize("break_it, message", [
-    (lambda path: (path / "model.safetensors").unlink(), "no model for CausalLM to load"),
+    (lambda path: (path / "model.safetensors").unlink(), "cannot be loaded as a CausalLM model"),
     (lambda path: (path / "model.safetensors").write_text("version https://git-lfs"),
-     "no model for CausalLM to load"),
+     "cannot be loaded as a CausalLM model"),
     (lambda path: set_in(path / "config.json", intermediate_size=8), "6 tensors of its files have other"),
     (lambda path: (path / "tokenizer.json").unlink(), "no tokenizer ("),
     (lambda path: set_in(path / "tokenizer_config.json", model_max_length="long"), "no tokenizer ("),
     (lambda path: set_in(path / "tokenizer_config.json", unk_token=""), "no tokenizer ("),
-    (lambda path: template_in(path, {"a": "{{ messages }}"}), "no chat template (This model has multiple"),
-    (lambda path: template_in(path, 5), "no chat template (it is of type int"),
+    (lambda path: template_in(path, {"a": "{{ messages }}"}), "cannot be used (This model has multiple"),
+    (lambda path: template_in(path, 5), "cannot be used (it is of type int"),
     (lambda path: shutil.rmtree(path), "no such directory"),
     (lambda path: byte_tokenizer_without_eos().save_pretrained(path), "no end-of-sequence token"),
     (lambda path: tiny_model(vocab_size=50).save_pretrained(path), "wrong tokenizer?"),
@@ -154,7 +154,7 @@ def test_lengths_beyond_the_models_positions_are_named(short, tmp_path, checkpoi
     argv = ["sail.py", "--variant", "dpo", "--model", str(names["model"]), "--reference",
             str(names["reference"]), "--data", write(tmp_path / "x.jsonl")]
     message = fails(sail.main, argv, monkeypatch, capsys)
-    assert f"{checkpoint} takes 256 tokens, --max-prompt-length 512" in message
+    assert f"{checkpoint} takes 256 tokens, fewer than --max-prompt-length 512" in message
 
 
 BASE = dict(vocab_size=IDS, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,

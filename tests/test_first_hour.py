@@ -1,7 +1,6 @@
 """What a new user meets in the first hour: what is said, how long it takes, what is kept."""
 import json
 import os
-import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +19,6 @@ import reward
 import sail
 from runtime.command_line import command_line
 from runtime.processes import StopSignals
-from runtime.settings import resume_command
 from runtime.training import print_how_long
 
 ROOT = Path(sail.__file__).parent
@@ -43,8 +41,8 @@ def test_resume_with_nothing_to_resume_says_so_and_keeps_the_old_logs(two_runs, 
     before = {name: (out / f"{name}.jsonl").read_bytes() for name in ("metrics", "eval", "samples")}
     sail_main(["--variant", "pr", "--model", base, *SHORT, "--out", str(out), "--resume"])
     said = capsys.readouterr().out
-    assert "has no checkpoint, so this starts from the beginning" in said
-    assert "metrics.jsonl of an earlier try stays as metrics.jsonl.old" in said
+    assert "has no checkpoint, so the run starts from the beginning" in said
+    assert "metrics.jsonl of an earlier run is kept as metrics.jsonl.old" in said
     assert {name: (out / f"{name}.jsonl.old").read_bytes() for name in before} == before
     assert len(rows_of(out)) == 2
 
@@ -67,15 +65,15 @@ def good(prompts, *responses):
 @pytest.mark.parametrize("script, more, message", [
     ("sail", ["--out", "RUN"], "holds a finished run"),
     ("reward", ["--out", "RUN"], "holds a finished run"),
-    ("sail", ["--out", "HERE"], "model is there, and is no run's"),
+    ("sail", ["--out", "HERE"], "model exists and belongs to no run"),
     ("sail", ["--variant", "pr", *SHORT, "--out", "RESUMED", "--resume", "--batch-size", "3"],
      "--batch-size has changed since"),
     ("sail", ["--reward", "FILE:fails"], "failed, as shown above"),
-    ("sail", ["--reward", "FILE:short"], "returned 1 scores for 2 responses"),
-    ("sail", ["--preference", "FILE:unsure"], r"want a finite one from 0 to 1 each"),
+    ("sail", ["--reward", "FILE:short"], "returned 1 scores for a batch of 2"),
+    ("sail", ["--preference", "FILE:unsure"], r"give a finite score from 0 to 1 for each"),
     ("sail", ["--preference", "FILE:missing"], "defines no function missing"),
-    ("evaluate", ["--reward", "FILE:short"], "returned 1 scores for 2 responses"),
-    ("evaluate", ["--preference", "FILE:unsure"], "from 0 to 1 each")])
+    ("evaluate", ["--reward", "FILE:short"], "returned 1 scores for a batch of 2"),
+    ("evaluate", ["--preference", "FILE:unsure"], "from 0 to 1 for each")])
 def test_what_cannot_work_is_refused_before_a_model_is_loaded(
         script, more, message, two_runs, base, tmp_path, monkeypatch, capfd):
     (tmp_path / "mine.py").write_text(SCORES)
@@ -129,7 +127,7 @@ def test_a_signal_is_acknowledged_at_once(capfd):
             os.kill(os.getpid(), number)
             assert stop.exit_status == status
         said = capfd.readouterr().err
-        assert f"{number.name}: saving after this step; again: ending at once, without saving" in said
+        assert f"{number.name}: the run saves its steps and ends; a second signal ends it now" in said
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
@@ -192,7 +190,7 @@ def test_a_long_run_says_which_flags_make_it_shorter(seconds, device, told, caps
     said = capsys.readouterr().out
     minutes = (40 * seconds + 4 * 30) / 60
     assert f"about {minutes:.0f} min to go" in said
-    assert ("--batch-size (31), --max-response-length (512)" in said) == told
+    assert ("--max-response-length (512), --max-prompt-length" in said) == told
 
 
 @pytest.mark.parametrize("features, dtype, told", [
@@ -251,9 +249,9 @@ def test_a_run_may_be_measured_on_the_pairs_that_another_has_held_out(base, tmp_
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     first, alone, second = (str(tmp_path / name) for name in ("first", "alone", "second"))
     sail_main([*flags, "--data", f"{tmp_path}/many.jsonl", "--out", first])
-    assert "so nothing will be measured" not in capsys.readouterr().out
+    assert "so the model is not evaluated" not in capsys.readouterr().out
     sail_main([*flags, "--data", f"{tmp_path}/few.jsonl", "--out", alone])
-    assert "no pair is held out, so nothing will be measured; --eval-data names" in capsys.readouterr().out
+    assert "no pair is held out, so the model is not evaluated; --eval-data names" in capsys.readouterr().out
     sail_main([*flags, "--data", f"{tmp_path}/few.jsonl", "--eval-data", first, "--out", second])
     asked = [[row["prompt"] for row in rows_of(Path(out), "samples")] for out in (first, second)]
     assert asked[0] == asked[1] and len({*asked[0]}) == 4
@@ -278,16 +276,17 @@ def test_generate_answers_the_held_out_prompts_of_a_run_with_another_model(two_r
 
 
 def test_models_are_set_beside_the_first_prompt_by_prompt(two_runs, base, monkeypatch, capsys):
-    """A model that is no run may stand first; the run says what both are measured on."""
+    """A model that is no run may stand first; the run says what both are measured on. Naming a model twice
+    changes nothing."""
     monkeypatch.setattr("sys.argv", ["evaluate.py", base, str(two_runs / "pr"), base, "--reward", TOY_REWARD,
                                      "--eval-limit", "6", "--out", str(two_runs / "beside.json")])
     evaluate.main()
     said = capsys.readouterr().out
     rows = json.loads((two_runs / "beside.json").read_text())
     objectives = [row["objective"]["value"] for row in rows.values()]
-    below = said[said.index(f"reward − β·KL beside {base}, prompt by prompt:"):].splitlines()[1:3]
-    assert f"{objectives[1] - objectives[0]:.3f}" in below[0]
-    assert below[1].endswith("0.000 ± 0.000: no difference seen")      # the same model, the same samples
+    assert [*rows] == [Path(base).name, "pr"]
+    below = said[said.index(f"reward − β·KL less that of {Path(base).name}, paired by prompt:"):].splitlines()[1]
+    assert below.startswith("  pr: ") and f"{objectives[1] - objectives[0]:.3f}" in below
 
 
 @pytest.mark.parametrize("first, second, verdict", [
@@ -303,7 +302,7 @@ def test_a_difference_is_paired_and_has_a_verdict(first, second, verdict, capsys
     assert capsys.readouterr().out == ""
     fewer = {"a": len(first), "b": len(first) - 1}
     evaluate.print_differences({**samples, "b": samples["b"][1:]}, fewer, 0.5)
-    assert f"b: was asked {len(first) - 1} prompts, not {len(first)}" in capsys.readouterr().out
+    assert f"since {len(first) - 1} prompts were asked, not {len(first)}" in capsys.readouterr().out
 
 
 # --- going on
@@ -320,11 +319,8 @@ def test_resume_needs_no_flag_but_the_directory_and_code(base, tmp_path, capsys)
     shutil.copytree(whole, stopped)
     shutil.rmtree(stopped / "checkpoints/3")
     shutil.rmtree(stopped / "model")
-    args = sail.parse_args(as_settings([*common, "--out", str(stopped)])[0])
-    words = shlex.split(resume_command("sail.py", args))
-    assert words == ["python", "sail.py", "--resume", "--out", str(stopped), "--reward",
-                     f"{tmp_path}/mine.py:score", "--gradient-checkpointing"]
-    sail.main(words[2:])
+    sail.main(["--resume", "--out", str(stopped), "--reward", f"{tmp_path}/mine.py:score",
+               "--gradient-checkpointing"])
     assert rows_of(stopped) == rows_of(whole)
 
 
@@ -335,7 +331,7 @@ def test_code_that_the_settings_of_a_run_name_is_not_taken_over(base, tmp_path, 
                *SHORT, "--max-prompt-length", "12", "--reward", f"{tmp_path}/mine.py:score", "--save-every",
                "1", "--out", str(tmp_path / "run")])
     message = fails(sail.main, ["sail.py", "--resume", "--out", str(tmp_path / "run")], monkeypatch, capsys)
-    assert "argument --reward: online-dpo needs one to label its samples" in message
+    assert "argument --reward: online-dpo needs one to label its pairs" in message
     message = fails(sail.main, ["sail.py", "--resume", "--beta", "9", "--reward", f"{tmp_path}/mine.py:score",
                                 "--out", str(tmp_path / "run")], monkeypatch, capsys)
     assert "--beta has changed since" in message

@@ -345,7 +345,7 @@ def test_what_is_cut_dropped_altered_or_unread_is_said_and_a_row_has_what_the_po
     assert [row["prompt"] for row in rows] == [turns[2:], "e"]
     said = capsys.readouterr().out
     assert "x.jsonl: prompts; 3 rows, 3 kept\n   unread: lang (1 rows)\n" in said
-    assert ("2 prompts asked\n  dropped: 1 (1 prompt longer than --max-prompt-length)\n"
+    assert ("2 prompts were asked\n  dropped: 1 (1 prompt longer than --max-prompt-length)\n"
             "      cut: 1 prompts longer than --max-prompt-length\n" in said)
 
 
@@ -388,13 +388,13 @@ def test_of_a_run_its_held_out_prompts_are_answered_with_its_lengths_and_templat
 
 
 def test_of_a_long_file_it_is_shown_how_far_it_is(monkeypatch, capsys):
-    """Off a terminal by a line every half minute; here each look at the clock finds it 20 s later."""
+    """Off a terminal every half minute; here each look at the clock finds it 20 s later."""
     model, tokenizer = three_token_model()
     clock = itertools.count(0, 20)
-    monkeypatch.setattr("time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
     sample(model, tokenizer, [[2]] * 6, 1, batch_size=2)
-    shown = capsys.readouterr().out
-    assert "responses to 6 prompts, batches: 2 of 3 after 40 s" in shown
+    shown = capsys.readouterr().err
+    assert "responses to 6 prompts, batches:  67%" in shown and " 2/3 [" in shown
 
 
 def test_a_response_is_called_finished_if_it_is(monkeypatch):

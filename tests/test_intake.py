@@ -86,7 +86,7 @@ def test_answers_that_repeat_their_prompt_are_counted_where_most_do_not(echoes, 
                                   dict(loss_weight=0.0), dict(train="false")])
 def test_an_answer_that_is_not_to_be_trained_drops_its_row(mark, tmp_path):
     name, = mark
-    reason = {f"answer that is not to be trained, by its {name}": 1}
+    reason = {f"answer that its {name} excludes from training": 1}
     for row in (answered(Q, **mark), dict(prompt="Q", chosen=dict(GOOD, **mark), rejected=BAD),
                 dict(conversations=[Q], chosen=dict(GOOD, **mark), rejected=BAD),
                 dict(messages=[Q, GOOD, Q, dict(GOOD, **mark)])):
@@ -145,12 +145,12 @@ ONCE = '{"prompt": "Q", "chosen": "a", "rejected": "b"}'
 
 
 @pytest.mark.parametrize("name, text, said", [
-    ("x.csv", "prompt,chosen,rejected,chosen\nQ,a,b,c\n", ":1: the name 'chosen' stands twice in the header"),
-    ("x.csv", "prompt,chosen,rejected,,\nQ,a,b,c,d\n", ":1: the name '' stands twice in the header"),
-    ("x.jsonl", f"{ONCE}\n\n{TWICE}\n", ":3: the name 'chosen' stands twice in an object"),
-    ("x.jsonl", f"{ONCE}\n{NESTED}\n", ":2: the name 'content' stands twice in an object"),
-    ("x.json", f"[{ONCE},\n {ONCE}, {ONCE},\n\n{TWICE}]", ":4: the name 'chosen' stands twice in an object"),
-    ("x.json", f"\n[\n{NESTED}]", ":3: the name 'content' stands twice in an object")])
+    ("x.csv", "prompt,chosen,rejected,chosen\nQ,a,b,c\n", ":1: the header has the name 'chosen' twice"),
+    ("x.csv", "prompt,chosen,rejected,,\nQ,a,b,c,d\n", ":1: the header has the name '' twice"),
+    ("x.jsonl", f"{ONCE}\n\n{TWICE}\n", ":3: an object has the name 'chosen' twice"),
+    ("x.jsonl", f"{ONCE}\n{NESTED}\n", ":2: an object has the name 'content' twice"),
+    ("x.json", f"[{ONCE},\n {ONCE}, {ONCE},\n\n{TWICE}]", ":4: an object has the name 'chosen' twice"),
+    ("x.json", f"\n[\n{NESTED}]", ":3: an object has the name 'content' twice")])
 def test_a_name_that_stands_twice_is_an_error(name, text, said, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(InputError) as error:
@@ -163,10 +163,10 @@ def test_a_name_that_stands_twice_in_a_parquet_file_or_a_message_in_a_string(tmp
     names = ["prompt", "chosen", "rejected", "chosen"]
     table = pyarrow.table([["Q"], ["a"], ["b"], ["c"]], names=names)
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
-    with pytest.raises(InputError, match="x.parquet: the name 'chosen' stands twice"):
+    with pytest.raises(InputError, match="x.parquet: two columns have the name 'chosen'"):
         load_pairs(str(tmp_path / "x.parquet"))
     row = dict(PLAIN, prompt='[{"role": "user", "content": "Q", "content": "R"}]')
-    assert load(tmp_path, row, PLAIN)[1].dropped == {"the name 'content' stands twice in an object": 1}
+    assert load(tmp_path, row, PLAIN)[1].dropped == {"an object has the name 'content' twice": 1}
 
 
 # --- text is recognised for what it is

@@ -268,11 +268,11 @@ def test_the_command_line_prints_win_rates_flips_and_unparsable_answers(host, tm
     assert len(lines_of(tmp_path / "verdicts.jsonl")) == len(lines_of(tmp_path / "mine.jsonl")) == 8
 
 
-ROW_1 = "ours.jsonl: row 1: want prompt and response, as generate.py writes them"
+ROW_1 = "ours.jsonl: row 1 needs prompt and response, as generate.py writes them"
 
 
 @pytest.mark.parametrize("ours, theirs, said", [
-    ([], [], "ours.jsonl: no rows; want prompt and response"),
+    ([], [], "ours.jsonl has no rows; each needs prompt and response"),
     ([("p", "a")], [("q", "b")], "theirs.jsonl: want answers to the prompts of ours.jsonl"),
     ([("p", "a")], [("p", "b")] * 2, "ours.jsonl has 1 lines, theirs.jsonl 2; want answers to the same"),
     ([("p", 1)], [("p", "b")], ROW_1), ([(None, "a")], [(None, "b")], ROW_1),

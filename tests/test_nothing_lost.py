@@ -130,8 +130,8 @@ def test_a_file_that_is_none_of_verdicts_is_not_emptied(text, tmp_path):
 
 
 @pytest.mark.parametrize("out, said", [
-    ("DATA", "is the file that is read"), ("MODEL/config.json", "is a file of something else"),
-    ("notes.txt", "is a file of something else"), (".", "is a directory"), ("/proc/no/file", "/proc/no"),
+    ("DATA", "this command reads"), ("MODEL/config.json", "command has not written"),
+    ("notes.txt", "command has not written"), (".", "is a directory"), ("/proc/no/file", "/proc/no"),
     ("/proc/no.jsonl", "/proc/no.jsonl")])
 def test_answers_are_not_written_over_other_files_and_this_is_said_before_sampling(
         out, said, checkpoint, held_out, tmp_path, monkeypatch, capsys):
@@ -155,13 +155,13 @@ def test_the_held_out_prompts_of_a_run_are_not_written_over(checkpoint, tmp_path
         asked = {"data": "other.jsonl", "eval_data": None, name: "mine.jsonl"}
         Path("run/args.json").write_text(json.dumps({**asked, "may_change": []}))
         argv = ["generate.py", "--model", "run", "--out", "mine.jsonl"]
-        assert "--out mine.jsonl is the file that is read" in fails(generate.main, argv, monkeypatch, capsys)
+        assert "is a file that this command reads" in fails(generate.main, argv, monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("out, said", [("fig.png", "want the name of a .json file"),
-                                       ("mine.json", "is a file of something else"),
-                                       ("deep.json", "is a file of something else"),
-                                       ("drawn.json", "drawn.png is there")])
+@pytest.mark.parametrize("out, said", [("fig.png", "give the name of a .json file"),
+                                       ("mine.json", "command has not written"),
+                                       ("deep.json", "command has not written"),
+                                       ("drawn.json", "drawn.png exists")])
 def test_figures_are_not_written_over_other_files(out, said, whole, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("mine.json").write_text('{"mine": 1}')

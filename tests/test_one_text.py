@@ -154,7 +154,7 @@ def test_a_prompt_that_is_templated_already_is_dropped_and_counted(family):
     examples, account, _ = encode(pairs, tokenizer, end_token_ids(tokenizer), 500, 500)
     assert [example.prompt for example in examples] == ["Q0"]
     refused = account.dropped["refused by the chat template: roles must alternate"]
-    counted = account.dropped["prompt that holds special tokens, as one that is templated already"]
+    counted = account.dropped["prompt with special tokens, as if already in a chat template"]
     assert counted == 4 - refused
     plain = byte_tokenizer()
     assert encode_one(TextPair(templated, "yes", "no"), plain)[0].prompt == templated     # without a template
@@ -281,7 +281,7 @@ def test_a_template_that_cannot_be_read_is_one_line(content, tmp_path, monkeypat
     path = tmp_path / "x.json"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(InputError, match=r"x.json: no chat template \("):
+    with pytest.raises(InputError, match=r"x.json: cannot be read as a chat template \("):
         load_tokenizer(saved(tmp_path, None), chat_template=str(path))
 
 
@@ -305,7 +305,7 @@ def test_the_report_says_what_is_left_and_which_labels_are_soft(tmp_path, monkey
         assert said in capsys.readouterr().out
     argv = ["data.py", str(tmp_path / "rows.jsonl"), "--chat-template", "none"]
     message = fails(data.main, argv, monkeypatch, capsys)
-    assert "--chat-template: it renders in the tokens of a --model" in message
+    assert "--chat-template: has no effect without --model" in message
 
 
 @every_family

@@ -45,7 +45,7 @@ LEFT = ["model.layers.0.self_attn.q_proj.bias", "model.layers.0.mlp.up_proj.weig
 def test_tensors_without_a_place_in_the_model_are_an_error_that_names_them(name, checkpoint, tmp_path):
     path = with_tensors(checkpoint, tmp_path / "model", name)
     with pytest.raises(InputError,
-                       match=f"hold 1 tensors for which its configuration has no place, as {name}"):
+                       match=f"hold 1 tensors for which its configuration has no place, such as {name}"):
         load_policy(path)
 
 
@@ -225,5 +225,5 @@ def test_a_model_without_data_is_an_error_unless_it_is_the_toys(
         variant, checkpoint, base, monkeypatch, capsys):
     argv = ["sail.py", "--variant", variant, "--model", str(checkpoint)]
     message = fails(sail.main, argv, monkeypatch, capsys)
-    assert f"argument --data: is needed; the toy's data are not for {checkpoint}" in message
+    assert f"argument --data: is needed; {checkpoint} cannot read the toy's data" in message
     assert sail_args(["--variant", variant, "--model", base]).model == base

@@ -146,10 +146,10 @@ def test_the_usual_spellings_of_roles_are_understood(spelling, role, tmp_path):
     (dict(PLAIN, prompt=[turn("user", "Q", tool_calls=[{"id": 1}])]), "message with tool_calls"),
     (dict(PLAIN, chosen=[turn("assistant", "good", reasoning_content="hm")], rejected=[BAD]),
      "message with reasoning_content"),
-    (dict(PLAIN, prompt=[turn("tool", "42")]), "message of the role 'tool'"),
+    (dict(PLAIN, prompt=[turn("tool", "42")]), "message with the role 'tool'"),
     (dict(PLAIN, prompt=[turn("user", [{"type": "image_url", "image_url": "x"}])]),
      "message part that is not text"),
-    (dict(PLAIN, system="other", prompt=[SYSTEM, Q]), "two system turns"),
+    (dict(PLAIN, system="other", prompt=[SYSTEM, Q]), "two different system turns"),
     (dict(PLAIN, system=3), NO_TEXT)])
 def test_what_cannot_be_rendered_drops_its_row_by_name(row, reason, tmp_path):
     assert dropped_of(tmp_path, row) == {reason: 1}

@@ -1,14 +1,11 @@
 """What people's checkpoints do: tied and unreached weights, missing rows, lengths, clocks, channels."""
 import json
 import shutil
-from datetime import date
-from functools import partial
 
 import pytest
 import torch
 from conftest import END, EOS, TEMPLATE, byte_tokenizer, sail_main, tiny_model
 from safetensors.torch import load_file
-from test_errors import fails
 from test_scale import largest_difference, rows_of
 
 import data
@@ -19,7 +16,7 @@ import sail
 from data import Pair, encode, load_tokenizer, render, response_text
 from formats import Account, BadRow
 from runtime.command_line import InputError
-from runtime import processes, run_directory
+from runtime import processes
 from runtime.processes import process_group
 from runtime.run_directory import state_of
 from generate import load_policy, positions_of, sample
@@ -172,11 +169,11 @@ def test_a_row_that_the_reward_models_template_refuses_is_dropped_and_said_befor
     pairs = [Pair(prompt, "good", None) for prompt in ("yes", "no", "yes")]
     kept, account = drop_unscorable(pairs, reward)
     assert [pair.prompt for pair in kept] == ["yes", "yes"]
-    assert account.dropped == {"for the reward model refused by the chat template: not that": 1}
+    assert account.dropped == {"reward model: refused by the chat template: not that": 1}
     assert drop_unscorable(pairs, None) == (pairs, Account()) and drop_unscorable([], reward)[0] == []
     with pytest.raises(InputError, match="^reward .*: a dialogue is refused by the chat template: not that$"):
         reward(["yes", "no"], ["good"] * 2)
-    with pytest.raises(InputError, match="none of 1 pairs: 1 for the reward model refused"):
+    with pytest.raises(InputError, match="none of 1 pairs: 1 reward model: refused"):
         drop_unscorable(pairs[1:2], reward)
     rows = [{"prompt": "no" if i % 4 == 0 else f"q {i}", "chosen": "the soup", "rejected": "the tea"}
             for i in range(40)]
@@ -185,7 +182,7 @@ def test_a_row_that_the_reward_models_template_refuses_is_dropped_and_said_befor
     sail_main(["--variant", "pr", "--model", base, "--data", write(tmp_path / "x.jsonl", rows), "--eval-data",
                held_out, "--reward", classifier, "--out", str(out), *SHORT, "--max-prompt-length", "40",
                "--eval-limit", "3"])
-    reason = "for the reward model refused by the chat template: not that"
+    reason = "reward model: refused by the chat template: not that"
     account = f"  dropped: 2 (1 beyond --eval-limit, 1 {reason})\n   unread: lang (4 rows)\n"
     said = capsys.readouterr().out
     assert f"x.jsonl: 30 pairs to train on\n  dropped: 10 (10 {reason})\n" in said
@@ -215,47 +212,18 @@ def test_dialogues_that_a_reward_model_cuts_are_counted(checkpoint, tmp_path):
 CLOCK = "{{ strftime_now('%d %b %Y') }}" + TEMPLATE
 
 
-def test_a_template_that_reads_the_clock_is_told_the_runs_date(tmp_path, checkpoint):
+def test_a_template_that_reads_the_clock_is_told_one_date_on_all_days(tmp_path, checkpoint):
     path = shutil.copytree(checkpoint, tmp_path / "model")
     byte_tokenizer(CLOCK).save_pretrained(path)
-    tokenizer = load_tokenizer(str(path))
-    assert render("Q", "A", tokenizer)[0].startswith(date.today().strftime("%d %b %Y"))
-    data.set_template_date("2001-02-03")
-    assert render("Q", "A", tokenizer)[0].startswith("03 Feb 2001<|user|>")
+    assert render("Q", "A", load_tokenizer(str(path)))[0].startswith("26 Jul 2024<|user|>")
 
 
-def test_a_run_keeps_its_date_and_is_continued_on_another_day(tmp_path, checkpoint, monkeypatch, capsys):
-    path = shutil.copytree(checkpoint, tmp_path / "model")
-    byte_tokenizer(CLOCK).save_pretrained(path)
-    rows = [{"prompt": f"q {i}", "chosen": "yes", "rejected": f"no {i}"} for i in range(60)]
-    argv = ["--variant", "dpo", "--model", str(path), "--data", write(tmp_path / "x.jsonl", rows), *SHORT,
-            "--max-prompt-length", "40"]
-
-    class Yesterday(date):
-        @classmethod
-        def today(cls):
-            return cls(2020, 1, 1)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run_directory, "date", Yesterday)
-        sail_main([*argv, "--out", str(tmp_path / "run")])
-    assert json.loads((tmp_path / "run/args.json").read_text())["date"] == "2020-01-01"
-    before = rows_of(tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/checkpoints/4")
-    sail_main([*argv, "--out", str(tmp_path / "run"), "--resume"])
-    assert rows_of(tmp_path / "run") == before
-    message = fails(sail.main, ["sail.py", *argv, "--out", str(tmp_path / "run"), "--resume", "--date",
-                                "2020-01-02"], monkeypatch, capsys)
-    assert "--date has changed" in message
-
-
-def test_each_script_tells_all_its_models_the_date_and_whether_their_code_may_run(
+def test_each_script_tells_all_its_models_whether_their_code_may_run(
         classifier, checkpoint, tmp_path, monkeypatch):
-    """The date that training is given, and of a run in evaluating it; elsewhere none, which is today."""
     seen, original = [], data.load_tokenizer
 
     def watched(name, trust_remote_code=False, **options):
-        seen.append((trust_remote_code, data.template_date))
+        seen.append(trust_remote_code)
         return original(name, trust_remote_code, **options)
 
     for module in (data, generate, reward):
@@ -264,23 +232,20 @@ def test_each_script_tells_all_its_models_the_date_and_whether_their_code_may_ru
     pairs, out = write(tmp_path / "x.jsonl", rows), str(tmp_path / "run")
     model, answers = ["--model", str(checkpoint)], str(tmp_path / "answers.jsonl")
     lengths = ["--max-prompt-length", "40", "--max-response-length", "6"]
-    day = "2001-02-03"
-    for main, dates, argv in (
-            (partial(sail.main, date=day), [day] * 2, [
+    for main, models, argv in (
+            (sail.main, 2, [
                 *model, "--data", pairs, "--eval-data", pairs, "--reward", classifier, *lengths,
                 "--steps", "1", "--batch-size", "2", "--out", out]),
-            (evaluate.main, [day] * 3, [out, "--out", str(tmp_path / "figures.json")]),
-            (evaluate.main, [day] * 2, [out, "--compare", "--frontier", "100", "--beta", "9"]),
-            (generate.main, [day], ["--model", out, "--out", answers]),
-            (generate.main, [None], [*model, "--data", pairs, *lengths, "--out", answers]),
-            (reward.main, [None], [
-                "--reward", classifier, "--responses", answers, "--out", f"{answers}.scored"]),
-            (partial(reward.main, date=day), [day], [
+            (evaluate.main, 3, [out, "--out", str(tmp_path / "figures.json")]),
+            (evaluate.main, 2, [out, "--compare", "--frontier", "100", "--beta", "9"]),
+            (generate.main, 1, ["--model", out, "--out", answers]),
+            (generate.main, 1, [*model, "--data", pairs, *lengths, "--out", answers]),
+            (reward.main, 1, ["--reward", classifier, "--responses", answers, "--out", f"{answers}.scored"]),
+            (reward.main, 1, [
                 "--train", *model, "--data", pairs, "--eval-data", pairs, "--out", str(tmp_path / "rm")])):
         monkeypatch.setattr("sys.argv", ["x.py", *argv, "--trust-remote-code"])
-        data.set_template_date(None)
         main()
-        assert seen == [(True, each) for each in dates], argv
+        assert seen == [True] * models, argv
         seen.clear()
 
 

@@ -9,7 +9,7 @@ import pytest
 import replicate
 import torch
 
-from runtime import intervals
+from runtime.intervals import student
 
 from sail import parse_args
 from toy import grammar_pairs, toy_reward, toy_settings
@@ -21,7 +21,7 @@ def finished_run(path, *evals, **more):
     """What sail.py leaves of a run, of which the report reads: (step, KL, reward) per evaluation; more
     figures."""
     (path / "model").mkdir(parents=True)
-    rows = [{"step": step, "kl": kl, "kl_interval": [kl - 1, kl + 1], "reward": reward,
+    rows = [{"step": step, "prompts": 4, "kl": kl, "kl_interval": [kl - 1, kl + 1], "reward": reward,
              "reward_interval": [reward - 0.5, reward + 0.5], **more} for step, kl, reward in evals]
     (path / "eval.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (path / "metrics.jsonl").write_text('{"seconds": 1.5}\n' * evals[-1][0])
@@ -89,15 +89,15 @@ def test_p_is_the_tail_of_students_t(degrees):
     scale = math.gamma((degrees + 1) / 2) / math.gamma(degrees / 2) / math.sqrt(degrees * math.pi)
     grid = torch.linspace(0, t, 20001, dtype=torch.float64)
     below = torch.trapezoid(scale * (1 + grid**2 / degrees) ** (-(degrees + 1) / 2), grid).item()
-    assert intervals.p_value(values) == pytest.approx(1 - 2 * below, abs=1e-6)
-    edge = intervals.student(degrees) * statistics.stdev(values) / math.sqrt(len(values))
+    assert replicate.p_value(values) == pytest.approx(1 - 2 * below, abs=1e-6)
+    edge = student(degrees) * statistics.stdev(values) / math.sqrt(len(values))
     shifted = [value - statistics.mean(values) + edge for value in values]
-    assert intervals.p_value(shifted) == pytest.approx(0.05, abs=3e-4)
+    assert replicate.p_value(shifted) == pytest.approx(0.05, abs=3e-4)
 
 
 def test_holm_adjusts_the_smallest_most_and_keeps_their_order():
-    assert intervals.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
-    assert intervals.holm([0.9, 0.8]) == [1.0, 1.0] and intervals.holm([]) == []
+    assert replicate.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert replicate.holm([0.9, 0.8]) == [1.0, 1.0] and replicate.holm([]) == []
 
 
 def test_what_is_compared_has_been_run():

@@ -146,7 +146,7 @@ def test_sigterm_saves_exits_cleanly_and_loses_nothing(base, tmp_path, monkeypat
         finished = on_two_ranks(base, out, *more)
         assert finished.returncode == 0 and "Traceback" not in finished.stderr, finished.stderr
         said = finished.stdout
-    assert f"stopped after step 3, which is saved in {out}/checkpoints/3; --resume continues" in said
+    assert f"stopped after step 3, which is saved in {out}/checkpoints/3; the same command with" in said
     assert len(rows_of(out)) == 3 and not (out / "model").exists() and checkpoints(out) == ["3"]
     if ranks == 1:                                                     # kill.py compares two ranks' runs
         monkeypatch.delenv("TERMINATE")
@@ -237,7 +237,7 @@ def failing_reward(tmp_path, harm, rank="1"):
 
 @pytest.mark.parametrize("harm, said", [
     ("raise ValueError('not yet mended')", "failed, as shown above"),
-    ("return [float('nan')] * len(responses)", "want a finite one each")], ids=["raises", "nan"])
+    ("return [float('nan')] * len(responses)", "give a finite score for each")], ids=["raises", "nan"])
 def test_a_reward_that_fails_stops_the_run_at_a_saved_step(base, tmp_path, monkeypatch, capsys, harm, said):
     more, sick = failing_reward(tmp_path, harm)
     monkeypatch.setattr("sys.argv", ["sail.py"])
@@ -292,7 +292,7 @@ def test_ten_losses_that_are_not_finite_stop_the_run_at_a_saved_step(base, tmp_p
     monkeypatch.setattr(sail, "accumulate_gradients",
                         lambda *inputs: Counter({**original(*inputs), "loss": math.inf}))
     message = fails_here(base, tmp_path, monkeypatch, capsys, "--steps", "20")
-    assert "steps 1 to 10: loss or gradient not finite; lower the rate" in message
+    assert "steps 1 to 10 had no finite loss or gradient; lower the rate" in message
     assert "(step 10 is saved; --resume continues)" in message and rows_of(tmp_path)[-1]["skipped"] == 10
     assert json.loads((tmp_path / "checkpoints/10/progress.json").read_text())["in_a_row"] == 10
 

@@ -21,13 +21,12 @@ from formats import load_pairs, read_rows
 from runtime.command_line import command_line, InputError, seeded
 from runtime.intervals import format_figure
 from evaluate import evaluate_policy
-from runtime.compare import COLOURS, compare, measured_on, read_runs, tables_of, track_of
-from runtime.intervals import length_controlled, scaled_lengths, win_figures
+from runtime.compare import COLOURS, compare, measured_on, read_runs, short_names, tables_of, track_of
 from runtime.run_directory import write_rows
 from runtime.settings import read_run
 from generate import sample
 from sail import pair_logps
-from reward import label_by_preference, label_by_reward, load_preference, load_reward
+from reward import Reward, label_by_preference, label_by_reward, load_preference, load_reward
 from runtime.intervals import mean_of, means_of_prompts, share_of
 from sail import dpo_loss
 from toy import grammar_pairs, toy_model, toy_pair, toy_reward
@@ -62,7 +61,7 @@ def by_length(prompts, responses):
 
 def test_fresh_pairs_are_put_into_the_rewards_order_and_ties_are_a_half():
     pairs = [fresh_pair("a", "bbb"), fresh_pair("ccc", "d"), fresh_pair("ee", "ff")]
-    label_by_reward(pairs, by_length)
+    label_by_reward(pairs, Reward("length", by_length))
     assert [(pair.chosen, pair.chosen_ids, pair.rejected, pair.rejected_ids) for pair in pairs] == [
         ("bbb", [3], "a", [1]), ("ccc", [3], "d", [1]), ("ee", [2], "ff", [2])]
     assert [pair.preference for pair in pairs] == [1.0, 1.0, 0.5]
@@ -72,7 +71,7 @@ def test_fresh_pairs_are_put_into_the_rewards_order_and_ties_are_a_half():
 
 def test_a_soft_preference_is_the_sigmoid_of_the_reward_difference():
     pairs = [fresh_pair("a", "bbb"), fresh_pair("ee", "ff")]
-    label_by_reward(pairs, by_length, "soft")
+    label_by_reward(pairs, Reward("length", by_length), "soft")
     assert [pair.preference for pair in pairs] == pytest.approx([1 / (1 + math.exp(-2)), 0.5])
 
 
@@ -125,15 +124,15 @@ def test_without_a_reward_the_preference_says_how_often_a_policy_wins(base, held
                                      "--preference", f"{source}:ended"])
     evaluate.main()
     said = capsys.readouterr().out
-    assert f"preference {source}:ended, which decides on wins" in said and "win rate" in said
+    assert f"preference {source}:ended decides on wins" in said and "win rate" in said
     assert measured_on(tmp_path / "run")["reward"].startswith("preference mine.py:ended (")
 
 
 @pytest.mark.parametrize("body, message", [
-    ("[0.5]", "preference .*returned 1 scores for 2 responses"),
-    ("[0.5, 1.01]", r"\[0.5, 1.01\]…; want a finite one from 0 to 1 each"),
-    ("[-0.01, 0.5]", r"\[-0.01, 0.5\]…; want a finite one from 0 to 1 each"),
-    ("[float('nan'), 0.5]", r"\[nan, 0.5\]…; want a finite one from 0 to 1 each")])
+    ("[0.5]", "preference .*returned 1 scores for a batch of 2"),
+    ("[0.5, 1.01]", r"\[0.5, 1.01\]…; give a finite score from 0 to 1 for each"),
+    ("[-0.01, 0.5]", r"\[-0.01, 0.5\]…; give a finite score from 0 to 1 for each"),
+    ("[float('nan'), 0.5]", r"\[nan, 0.5\]…; give a finite score from 0 to 1 for each")])
 def test_a_preference_that_is_no_probability_is_refused(tmp_path, body, message):
     (tmp_path / "bad.py").write_text(f"def prefer(prompts, firsts, seconds):\n    return {body}\n")
     with pytest.raises(InputError, match=message):
@@ -190,9 +189,9 @@ def test_a_function_of_a_file_is_a_reward(tmp_path):
 
 
 @pytest.mark.parametrize("body, message", [
-    ("[1.0]", "returned 1 scores for 2 responses"),
-    ("[1.0, float('nan')]", r"2 responses, \[1.0, nan\]…; want a finite one each"),
-    ("[1.0, float('inf')]", "want a finite one each")])
+    ("[1.0]", "returned 1 scores for a batch of 2"),
+    ("[1.0, float('nan')]", r"a batch of 2, \[1.0, nan\]…; give a finite score for each"),
+    ("[1.0, float('inf')]", "give a finite score for each")])
 def test_a_reward_that_is_not_one_finite_number_each_is_refused(tmp_path, body, message):
     path = tmp_path / "bad.py"
     path.write_text(f"def score(prompts, responses):\n    return {body}\n")
@@ -226,7 +225,7 @@ def test_a_file_that_fails_or_exits_at_import_shows_its_traceback_and_is_one_lin
         line, tmp_path, monkeypatch, capsys):
     above, last = complaint(tmp_path, monkeypatch, capsys, f"{line}\n")
     assert above.startswith("Traceback") and line in above
-    assert last == "reward.py: error: reward mine.py:score: mine.py does not import, as shown above"
+    assert last == "reward.py: error: reward mine.py:score: mine.py cannot be imported, as shown above"
 
 
 def test_a_reward_file_may_have_dataclasses_with_postponed_annotations(tmp_path):
@@ -247,8 +246,18 @@ def test_a_classifier_with_two_logits_is_refused(tmp_path):
         load_reward(str(tmp_path))
 
 
+def test_a_classifier_does_not_score_half_a_surrogate_pair(tmp_path):
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+    LlamaForSequenceClassification(LlamaConfig(
+        vocab_size=IDS, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=1)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="a dialogue is no text, for it holds half of a surrogate pair"):
+        load_reward(str(tmp_path))(["how was the soup ?"], ["\ud800 good"])
+
+
 def test_a_language_model_without_a_trained_head_is_no_reward(checkpoint):
-    with pytest.raises(InputError, match="SequenceClassification it lacks weights, score.weight"):
+    with pytest.raises(InputError, match="a SequenceClassification model needs, such as score.weight"):
         load_reward(str(checkpoint))
 
 
@@ -284,9 +293,9 @@ def test_the_best_and_the_worst_of_n_responses_become_pairs_to_train_on(tmp_path
     assert (pair.prompt, pair.finished) == (dialogue, (True, False))
     assert pair.preference == pytest.approx(1 / (1 + math.exp(-1)))
     message = fails(reward_module.main, [*argv, "answers.jsonl"], monkeypatch, capsys)
-    assert "--pairs answers.jsonl is the file that is read; give another --pairs" in message
+    assert "--pairs answers.jsonl is a file that this command reads; give another --pairs" in message
     message = fails(reward_module.main, [*argv, "same.jsonl", "--out", "same.jsonl"], monkeypatch, capsys)
-    assert "--pairs: is the file of --out" in message
+    assert "--pairs: names the same file as --out" in message
 
 
 def test_half_a_surrogate_pair_in_a_response_survives_the_scoring(tmp_path, monkeypatch):
@@ -300,7 +309,7 @@ def test_half_a_surrogate_pair_in_a_response_survives_the_scoring(tmp_path, monk
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--reward", "mine.py"], "reward mine.py: which of its functions? want mine.py:FUNCTION"),
+    (["--reward", "mine.py"], "reward mine.py: name one of its functions, as mine.py:FUNCTION"),
     (["--reward", "mine.py:f"], "no such file mine.py"),
     (["--reward", TOY_REWARD, "--out", "folder"], "--out folder is a directory")])
 def test_what_cannot_be_scored_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
@@ -320,29 +329,7 @@ def test_the_interval_of_a_mean_holds_the_true_mean_95_times_in_100_also_of_few(
     assert math.isnan(mean_of([1.0])[1])
 
 
-@pytest.mark.parametrize("n, at_least", [(16, 0), (32, 0.9)])
-def test_a_length_controlled_win_rate_is_left_out_where_its_interval_would_be_too_narrow(n, at_least):
-    """P(win) = σ(1 + scaled difference of lengths), of which the rate at equal lengths is σ(1) = 0.731."""
-    generator, held, tries = torch.Generator().manual_seed(n), 0, 100
-    for _ in range(tries):
-        difference = (50 * torch.randn(n, generator=generator)).round()
-        ours, theirs = opponents(500 + difference)
-        wins = torch.rand(n, generator=generator) < torch.sigmoid(1 + scaled_lengths(ours, theirs))
-        figures = win_figures(wins.double().tolist(), ours, theirs)
-        if at_least == 0:
-            assert list(figures) == ["win_rate"]
-            return
-        _, low, high = figures["lc_win_rate"]
-        held += low <= 0.731 <= high
-    assert held / tries >= at_least
-
-
 def test_several_responses_to_a_prompt_are_no_further_prompts():
-    """Their intervals are those over prompts: copies of the same verdicts add nothing."""
-    wins, (ours, theirs) = [1.0, 0.0] * 20, opponents(range(490, 530))
-    once, thrice = win_figures(wins, ours, theirs), win_figures(wins * 3, ours * 3, theirs * 3, 40)
-    for name in ("win_rate", "lc_win_rate"):
-        assert thrice[name] == pytest.approx(once[name], abs=0.01)
     assert means_of_prompts([1.0, 2.0, 3.0, 6.0], 2) == [2.0, 4.0]
 
 
@@ -374,60 +361,6 @@ def test_an_interval_is_shown_by_its_ends_unless_they_are_equally_far(figure, te
     assert format_figure(*figure) == text
 
 
-def opponents(lengths):
-    """Texts of these lengths, and as many of 500 characters."""
-    return ["x" * int(length) for length in lengths], ["y" * 500] * len(lengths)
-
-
-def test_on_equal_lengths_the_length_controlled_win_rate_is_the_raw_one():
-    figures = win_figures([1.0] * 26 + [0.5] * 6 + [0.0] * 8, *opponents([500] * 40))
-    assert figures["lc_win_rate"][0] == pytest.approx(29 / 40) and figures["win_rate"][0] == 29 / 40
-
-
-def test_a_model_that_only_pads_gains_nothing_under_length_control():
-    """The same model twice, one pads its answers; the judge loves length, softly or strictly."""
-    generator = torch.Generator().manual_seed(0)
-    for softness in (30.0, 1e-9):
-        for padding in (0, 60):
-            difference = (50 * torch.randn(400, generator=generator)).round() + padding
-            wins = torch.rand(400, generator=generator) < torch.sigmoid(difference / softness)
-            figures = win_figures(wins.double().tolist(), *opponents(500 + difference))
-            assert figures["lc_win_rate"][1] < 0.5 < figures["lc_win_rate"][2]
-            assert (figures["win_rate"][1] > 0.7) == (padding > 0)
-    always = win_figures([1.0] * 50, *opponents(torch.linspace(510, 600, 50)))      # every answer
-    assert always["win_rate"][0] == 1 and always["lc_win_rate"][0] < 0.55
-
-
-def test_quality_is_no_length():
-    """P(win) = σ(1 + Δ/50): at Δ 0 that is 0.731, whatever the padding."""
-    generator = torch.Generator().manual_seed(0)
-    difference = (50 * torch.randn(2000, generator=generator)).round() + 50
-    wins = torch.rand(2000, generator=generator) < torch.sigmoid(1 + difference / 50)
-    figures = win_figures(wins.double().tolist(), *opponents(500 + difference))
-    value, low, high = figures["lc_win_rate"]
-    assert value == pytest.approx(0.731, abs=0.05) and low < 0.731 < high and high - low < 0.2
-
-
-def test_the_length_model_is_fitted_to_its_maximum():
-    generator = torch.Generator().manual_seed(0)
-    lengths = scaled_lengths(*opponents(500 + 50 * torch.randn(60, generator=generator)))
-    wins = (torch.rand(60, generator=generator) < 0.6).double()
-    weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], lr=0.5, max_iter=200, tolerance_grad=1e-12,
-                                  tolerance_change=1e-14)
-
-    def loss():
-        optimizer.zero_grad()
-        margin = weights[0] + weights[1] * lengths.double()
-        value = torch.nn.functional.binary_cross_entropy_with_logits(margin, wins, reduction="sum")
-        value.backward()
-        return value
-
-    optimizer.step(loss)
-    assert length_controlled(wins[None], lengths.double()[None]).item() == pytest.approx(
-        torch.sigmoid(weights[0]).item(), abs=2e-3)
-
-
 @pytest.mark.parametrize("n, t", [(2, 12.706), (5, 2.776), (16, 2.131), (17, 2.120), (41, 2.021)])
 def test_the_interval_over_seeds_is_students(n, t):
     """t: the 97.5 % quantile of n − 1 degrees of freedom. The numbers 1 … n have the variance n(n + 1)/12."""
@@ -455,7 +388,8 @@ def evaluated():
                 else [1.0] * third + [0.0] * third + [-1.0] * third)
 
     win_on_first_half.calls = 0
-    figures, samples = evaluate_policy(policy, reference, tokenizer, examples, win_on_first_half, args)
+    reward = Reward("win on first half", win_on_first_half)
+    figures, samples = evaluate_policy(policy, reference, tokenizer, examples, reward, args)
     return policy, reference, examples, figures, samples
 
 
@@ -534,12 +468,12 @@ def test_a_run_is_evaluated_as_it_was_trained(tmp_path, base):
                str(tmp_path / "run"), *flags])
     saved = json.loads((tmp_path / "run/args.json").read_text())
     _, settings = evaluate.find_run(str(tmp_path / "run"), {"reward": saved["reward"]})
-    for name in ("data", "eval_data", "reference", "date", *asked):
+    for name in ("data", "eval_data", "reference", *asked):
         assert getattr(settings, name) == saved[name], name
         assert saved[name] == asked.get(name, saved[name])
     _, answered = read_run(tmp_path / "run", generate.Answers, *generate.OF_A_RUN)
     assert answered == {name: saved[name] for name in (
-        "data", "eval_data", "date", *{*asked} - {"beta", "prefer", "score_scale"})}
+        "data", "eval_data", *{*asked} - {"beta", "prefer", "score_scale"})}
 
 
 def test_the_held_out_loss_of_sft_is_over_all_tokens_and_its_interval_a_ratios(base):
@@ -575,19 +509,21 @@ def test_the_figures_count_all_responses_to_a_prompt(monkeypatch, base):
     policy, tokenizer = generate.load_policy(base)
     examples = [Pair(prompt, "the", "the", [5], [6, 1], [7, 1], finished=(prompt == "a", True))
                 for prompt in ("a", "b")]
-    drawn = [[[8, 1], [8] * 4], [[8] * 6, [8] * 8]]
-    monkeypatch.setattr(evaluate, "sample", lambda *_, **__: (drawn, [[True, False], [True, True]], None))
+    drawn = [[[8, 1]], [[8] * 6], [[8] * 4], [[8] * 8]]
+    monkeypatch.setattr(evaluate, "sample",
+                        lambda *_, **__: (drawn, [[True], [True], [False], [True]], None))
     rewards = []
 
     def reward(prompts, responses, finished):
         rewards.append((prompts, finished))
-        return [float(nth) for nth in range(len(prompts))]
+        return [0.0, 1.0, 2.0, 3.0] if len(rewards) == 1 else [0.0, 1.0, 0.0, 1.0]
 
     args = sail_args(["--variant", "dpo"])
-    figures, samples = evaluate_policy(policy, policy, tokenizer, examples, reward, args, num_responses=2)
+    figures, samples = evaluate_policy(policy, policy, tokenizer, examples, Reward("nth", reward), args,
+                                       num_responses=2)
     assert figures["length"] == mean_of([3.0, 7.0]) and figures["unfinished"] == share_of([0.5, 0.0])
     assert rewards[0] == (["a", "b", "a", "b"], [True, True, False, True])    # of which the rewards are 0 … 3
-    assert rewards[1] == (["a", "b"], [True, False])                   # of the data's chosen responses
+    assert rewards[1] == (["a", "b", "a", "b"], [True, False, True, False])   # of the data's chosen responses
     assert figures["reward"] == mean_of([1.0, 2.0])
     assert figures["win_rate"] == share_of([0.75, 0.75])               # 0, 2 against 0 and 1, 3 against 1
     assert [row["prompt"] for row in samples] == ["a", "b", "a", "b"]
@@ -642,7 +578,8 @@ def run_of(path, base, **settings):
 
 def test_figures_are_written_into_the_run_or_beside_it_and_nowhere_else(tmp_path, monkeypatch, base):
     run, here = run_of(tmp_path / "runs/pr", base), tmp_path / "here"
-    (tmp_path / "runs/pr/eval.jsonl").write_text('{"step": 1, "reward": 1.0}\n')
+    (tmp_path / "runs/pr/eval.jsonl").write_text(
+        '{"step": 1, "prompts": 4, "reward": 1.0, "reward_interval": null}\n')
     here.mkdir()
     monkeypatch.chdir(here)
     files = {"--eval-limit=2": ("pr/evaluated.json", "kl"), "--compare": ("results.json", "reward")}
@@ -655,8 +592,13 @@ def test_figures_are_written_into_the_run_or_beside_it_and_nowhere_else(tmp_path
 
 
 def test_models_have_the_last_parts_of_their_paths_as_names_unless_two_are_alike():
-    assert evaluate.names_of(["a/x", "b/y", "z"]) == ["x", "y", "z"]
-    assert evaluate.names_of(["a/x", "b/x"]) == ["a/x", "b/x"]
+    def names_of(*paths, length=1):
+        return short_names([Path(path) for path in paths], length)
+
+    assert names_of("a/x", "b/y", "z") == ["x", "y", "z"] and names_of(".") == ["."]
+    assert names_of("a/x", "b/x") == ["a/x", "b/x"]
+    assert names_of("a/x/checkpoints/4", "y", length=3) == ["x/checkpoints/4", "y"]
+    assert evaluate.parse_args(["a/x", "./a/x/", "./y"])[0] == ["./a/x/", "./y"]           # each once
 
 
 def test_figures_are_written_into_the_runs_and_those_of_other_models_where_one_is(tmp_path, monkeypatch):
@@ -700,7 +642,7 @@ def test_a_models_code_runs_on_the_command_lines_word_alone(tmp_path, monkeypatc
 @pytest.mark.parametrize("name, flags", [("args.json", []), ("eval.jsonl", ["--compare"])])
 def test_a_file_cut_short_or_of_another_kind_is_one_line(name, flags, tmp_path, monkeypatch, capsys, base):
     run = run_of(tmp_path / "run", base)
-    (tmp_path / "run/eval.jsonl").write_text('{"step": 0, "reward": 1.0}\n{"step": 5, "reward": 2.0}\n')
+    (tmp_path / "run/eval.jsonl").write_text('{"step": 0, "prompts": 4}\n{"step": 5, "prompts": 4}\n')
     whole = (tmp_path / "run" / name).read_text()
     for content in (whole[:-5], "[1]"):
         (tmp_path / "run" / name).write_text(content)
@@ -716,7 +658,7 @@ def test_a_run_without_an_evaluation_is_not_compared(tmp_path):
 def finished_run(path, *rows):
     """A directory as sail.py leaves it, with these evaluations: (step, KL, reward)."""
     (path / "model").mkdir(parents=True)
-    lines = [{"step": step, "kl": kl, "kl_interval": [kl - 0.1, kl + 0.1], "reward": reward,
+    lines = [{"step": step, "prompts": 4, "kl": kl, "kl_interval": [kl - 0.1, kl + 0.1], "reward": reward,
               "reward_interval": reward and [reward - 0.2, reward + 0.3]} for step, kl, reward in rows]
     (path / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
@@ -807,7 +749,8 @@ def table_of(text):
 def test_the_table_shows_what_may_hide_behind_a_reward(tmp_path, capsys):
     run = finished_run(tmp_path / "pr", (5, 1.0, 2.0))
     figures = {"unfinished": 0.25, "margin": 0.5, "accuracy": 0.75}
-    (run / "eval.jsonl").write_text(json.dumps({"step": 5, **figures}) + "\n")
+    intervals = {f"{name}_interval": None for name in figures}
+    (run / "eval.jsonl").write_text(json.dumps({"step": 5, "prompts": 4, **figures, **intervals}) + "\n")
     compare([run])
     assert table_of(capsys.readouterr().out)["pr"] == {
         "": "pr", "unfinished": "0.250", "margin": "0.500", "accuracy": "0.750"}
@@ -911,8 +854,7 @@ def test_a_model_with_another_vocabulary_than_the_reference_is_refused(monkeypat
 
 # --- wins
 
-def test_a_model_against_its_own_samples_wins_half_raw_and_length_controlled(tmp_path, monkeypatch, base,
-                                                                             held_out):
+def test_a_model_against_its_own_samples_wins_half(tmp_path, monkeypatch, base, held_out):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["generate.py", "--model", base, "--data", held_out, "--seed", "7",
                                      "--max-prompt-length", "8", "--max-response-length", "24"])
@@ -922,9 +864,8 @@ def test_a_model_against_its_own_samples_wins_half_raw_and_length_controlled(tmp
         {"prompt": row["prompt"], "chosen": row["response"], "rejected": "the"}) + "\n" for row in rows))
     figures, = run_evaluate(monkeypatch, base, "--eval-data", "pairs.jsonl", *SMALL, "--reward",
                             TOY_REWARD).values()
-    for name in ("win_rate", "lc_win_rate"):
-        value, low, high = figures[name].values()
-        assert low < 0.5 < high and high - low < 0.2 and value != 0.5          # other samples, so no draw
+    value, low, high = figures["win_rate"].values()
+    assert low < 0.5 < high and high - low < 0.2 and value != 0.5              # other samples, so no draw
 
 
 def test_wins_are_counted_against_the_chosen_responses_each_to_its_prompt(tmp_path, monkeypatch, checkpoint):
@@ -944,7 +885,7 @@ def test_wins_are_counted_against_the_chosen_responses_each_to_its_prompt(tmp_pa
 
 @pytest.mark.parametrize("argv", [[], ["--compare"], [__file__]])
 def test_nothing_to_evaluate_is_one_line(argv, monkeypatch, capsys):
-    assert "want the directory of a run or a model" in fails(
+    assert "give the directory of a run, or a model" in fails(
         evaluate.main, ["evaluate.py", *argv], monkeypatch, capsys)
 
 

@@ -219,7 +219,7 @@ def test_pairs_whose_difference_is_cut_off_are_dropped_and_counted(monkeypatch, 
     trained(monkeypatch, checkpoint, source, tmp_path / "out", "--max-length", "20", "--eval-data", source)
     said = capsys.readouterr().out
     account = ("  dropped: 30 (30 same tokens in both responses)\n"
-               "      cut: 60 dialogues, from the left\n")
+               "      cut: 60 dialogues longer than the model takes, from the left\n")
     assert f"10 pairs to train on\n{account}" in said
     assert f"10 pairs to evaluate on\n{account}" in said
 
@@ -251,13 +251,13 @@ def two_logits(path):
 
 
 @pytest.mark.parametrize("break_it, message", [
-    (remove_weight, "lacks weights, model.norm.weight; want"), (shutil.rmtree, "no such directory"),
-    (two_logits, "no model for SequenceClassification to load"),
+    (remove_weight, "model needs, such as model.norm.weight; give"), (shutil.rmtree, "no such directory"),
+    (two_logits, "cannot be loaded as a SequenceClassification model"),
     (lambda path: (path / "adapter_config.json").write_text('{"peft_type": "LORA"}'),
      "is an adapter; merge it"),
     (lambda path: tiny_model(vocab_size=50).save_pretrained(path), "and the model only 50 ids"),
     (lambda path: byte_tokenizer("{{ raise_exception('no') }}").save_pretrained(path),
-     "no pair of 112 can be told apart (112 refused by the chat template: no)")],
+     "none of 112 pairs can be used for training (112 refused by the chat template: no)")],
     ids=["missing weight", "no directory", "two logits", "adapter", "small vocabulary", "refusing template"])
 def test_a_start_that_cannot_be_trained_is_named(break_it, message, checkpoint, pairs, tmp_path, monkeypatch,
                                                  capsys):
@@ -283,7 +283,7 @@ def test_ten_losses_that_are_not_finite_stop_with_one_line_and_no_model(checkpoi
     argv = ["reward.py", "--train", "--model", str(checkpoint), "--data", pairs, "--out", str(tmp_path),
             "--batch-size", "4", "--limit", "60"]
     message = fails(reward.main, argv, monkeypatch, capsys)
-    assert "steps 1 to 10: loss or gradient not finite" in message
+    assert "steps 1 to 10 had no finite loss or gradient" in message
     assert message.endswith("(step 10 is saved; --resume continues)") and not (tmp_path / "model").exists()
 
 
@@ -309,7 +309,7 @@ def test_a_stopped_training_goes_on_as_if_unbroken(checkpoint, pairs, tmp_path, 
         del stop
         assert not (tmp_path / "stopped/model").exists()
         said = capsys.readouterr().out
-        assert "checkpoints/2; --resume continues, and sail.py and reward.py take it" in said
+        assert "checkpoints/2; the same command with --resume continues" in said
         gc.collect()                                       # the traceback holds the lock
         trained(monkeypatch, checkpoint, pairs, tmp_path / "stopped", *common, "--resume")
     finally:

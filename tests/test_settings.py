@@ -14,7 +14,7 @@ import sail
 from data import Pair, Reported
 from evaluate import Evaluated
 from generate import Answers
-from reward import RewardSettings, label_by_reward
+from reward import Reward, RewardSettings, label_by_reward
 from runtime.settings import (
     Parser, Settings, converter, flag_of, kind_of, may_change, read_run, read_settings, setting)
 from sail import VARIANTS, Arguments, Method, draw_pairs, parse_args, preference_losses, sft_losses
@@ -45,8 +45,8 @@ def gradient(variant, **changed):
     for side in declared.sampled:                          # as a rollout would replace them
         variant_pairs = [replace(pair, **{f"{side}_ids": [len(side), 9, 1]}) for pair in variant_pairs]
     if declared.label == "reward":
-        label_by_reward(variant_pairs, lambda _, responses: [len(each) / 9 for each in responses],
-                        method.preference)
+        by_length = Reward("length", lambda prompts, responses: [len(each) / 9 for each in responses])
+        label_by_reward(variant_pairs, by_length, method.preference)
     pairs = data_pairs + variant_pairs
     if declared.likelihood:
         losses, _ = sft_losses(policy, pairs)
@@ -104,15 +104,16 @@ def test_a_variant_that_labels_no_pair_needs_no_reward():
 
 
 @pytest.mark.parametrize("argv, said", [
-    (["--train", "--model", "m", "--data", "d", "--responses", "r"], "--responses: is not for training"),
-    (["--reward", "r", "--epochs", "2"], "--epochs: is not for scoring"),
+    (["--train", "--model", "m", "--data", "d", "--responses", "r"], "--responses: has no effect with "),
+    (["--reward", "r", "--epochs", "2"], "--epochs: has no effect without --train"),
     (["--reward", "r", "--sample-batch-size", "2"], "unrecognized arguments: --sample-batch-size")])
 def test_flags_of_the_other_half_of_reward_are_refused(argv, said, monkeypatch, capsys):
     assert said in fails(reward.main, ["reward.py", *argv], monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("name, value, said", [
-    ("beta", "warm", "--beta: invalid float value: 'warm'"), ("beta", -1, "--beta: -1 is not in"),
+    ("beta", "warm", "--beta: could not convert string to float: 'warm'"),
+    ("beta", -1, "--beta: -1 is not in"),
     ("dtype", "float8", "--dtype: invalid choice: 'float8'"),
     ("eval_limit", 0, "--eval-limit: 0 is not in 1")])
 def test_settings_of_a_run_are_read_back_by_the_same_declarations(name, value, said, tmp_path):

@@ -135,8 +135,8 @@ def test_ctrl_c_finishes_the_step_saves_says_how_to_go_on_and_exits_with_130(bas
     done = subprocess.run(interrupted(base, tmp_path / "run"), text=True, capture_output=True, timeout=100)
     assert done.returncode == 130 and "Traceback" not in done.stderr, done.stderr
     checkpoint = f"{tmp_path}/run/checkpoints/2"
-    assert done.stdout.endswith(f"stopped after step 2, which is saved in {checkpoint}; --resume continues, "
-                                "and evaluate.py and generate.py take it as a model\n")
+    assert done.stdout.endswith(f"stopped after step 2, which is saved in {checkpoint}; the same command "
+                                "with --resume continues, and the checkpoint works wherever a model does\n")
     assert load_policy(checkpoint)
     assert len(rows_of(tmp_path / "run")) == 2 and not (tmp_path / "run/model").exists()
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["2"]
@@ -208,7 +208,7 @@ def test_logits_that_are_nan_while_sampling_are_named_and_what_was_reached_is_sa
     out, argv = run
     poison(monkeypatch, 3)
     message = refused([*argv, "--overwrite", "--save-every", "100"], monkeypatch, capsys)
-    assert "the policy's logits are not finite; try a lower --learning-rate" in message
+    assert "the model's logits are not finite; train it at a lower --learning-rate" in message
     assert message.endswith("(step 2 is saved; --resume continues)")
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["2"] and len(rows_of(out)) == 2
 
@@ -217,7 +217,7 @@ def test_logits_that_are_nan_in_the_first_rollout_leave_no_checkpoint(run, monke
     out, argv = run
     poison(monkeypatch, 1)
     message = refused([*argv, "--overwrite"], monkeypatch, capsys)
-    assert message.endswith("logits are not finite; try a lower --learning-rate")
+    assert message.endswith("logits are not finite; train it at a lower --learning-rate")
     assert not (out / "checkpoints").exists()
 
 
@@ -267,7 +267,7 @@ def test_a_settings_file_cut_short_or_with_too_many_brackets_is_named_by_resume(
                                                                                capsys):
     out, argv = run
     (out / name).write_text(text)
-    assert f"{out / name}: damaged" in refused([*argv, "--resume"], monkeypatch, capsys)
+    assert f"{out / name}: is damaged" in refused([*argv, "--resume"], monkeypatch, capsys)
 
 
 def test_a_log_cut_short_is_named_by_resume(run, monkeypatch, capsys):
@@ -307,7 +307,7 @@ def test_without_torch_each_script_says_in_one_line_what_to_type(tmp_path):
         done = subprocess.run([sys.executable, ROOT / f"{name}.py", "--help"], text=True, capture_output=True,
                               env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=60)
         assert done.returncode == 2 and done.stderr == (
-            f"{name}.py: error: No module named 'torch': pip install -r requirements.txt, or run ./run.sh\n")
+            f"{name}.py: error: No module named 'torch'; pip install -r requirements.txt, or run ./run.sh\n")
 
 
 def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_model_is(base, tmp_path, capsys):
@@ -320,16 +320,17 @@ def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_mode
     assert lines.pop(2).startswith("  dropped: 1 (1 ")
     if lines[2].startswith("      cut: "):
         lines.pop(2)
-    assert lines[2] == "   prompt: tokens median 5, 90 % 6, most 6; 0 of 40 longer than 8"
-    assert lines[3].startswith("   chosen: tokens median ")
-    assert lines[4].startswith(" rejected: tokens median ")
+    assert lines[2] == "   prompt: median 5 tokens, 90th percentile 6, longest 6; 0 of 40 longer than 8"
+    assert lines[3].startswith("   chosen: median ")
+    assert lines[4].startswith(" rejected: median ")
     assert lines[5] == "runs/toy/world/held-out.jsonl: 4 pairs to evaluate on"
     assert lines.pop(6) == "  dropped: 1020 (1020 beyond --eval-limit)"
     assert re.fullmatch(r"      cut: \d responses longer than --max-response-length", lines.pop(6))
-    assert lines[6] == (f"pr: 2 pairs as in the data, 2 generated to its prompts; 1 steps of up to 4 -> "
+    assert lines[6] == (f"pr: 2 pairs from the data, 2 generated for the data's prompts; "
+                        f"1 steps of up to 4 pairs -> "
                         f"{tmp_path}/run")
     assert lines[7].startswith("step 1/1 | loss ")
-    assert re.fullmatch(r"the first step took [\d.]+ s: about 0 s, without 1 evaluation to go", lines[8])
+    assert re.fullmatch(r"the first step took [\d.]+ s: about 0 s, not counting evaluations, to go", lines[8])
     assert lines[9] == "evaluating: 4 responses of up to 6 tokens to 4 held-out prompts …"
     assert lines[-1].startswith(f"saved {tmp_path}/run/model; `python evaluate.py {tmp_path}/run --reward ")
 
@@ -340,7 +341,7 @@ def test_a_process_that_does_not_come_is_named_by_one_that_waited():
                            "2", ROOT / "tests/hang.py"], text=True, capture_output=True, timeout=120)
     lines = [line for line in done.stderr.splitlines() if line.startswith("hang.py: error:")]
     assert len(lines) == 1
-    assert "rank 0 waited in vain at the end of load_data" in lines[0] and "Ranks 1 failed" in lines[0]
+    assert "for another process at the end of load_data" in lines[0] and "Ranks 1 failed" in lines[0]
 
 
 @pytest.mark.parametrize("error", [dist.DistBackendError("closed"), RuntimeError("[gloo] closed by peer")])
