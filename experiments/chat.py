@@ -3,8 +3,8 @@
     python experiments/chat.py --model DIR --data FILE         # hh-rlhf's helpful-base, 2,354 pairs
 
 The pairs whose prompt has at most 256 tokens and whose responses have at most 128 are divided by prompt into
-three parts. A judge is trained on 800 pairs, once each, and tested on 512 of the others. The study stops there
-if it is right on fewer than 60 % of them, because such a judge cannot compare policies.
+three parts. A judge is trained on 800 pairs, once each, and tested on 512 of the others. The study stops
+there if it is right on fewer than 60 % of them, because such a judge cannot compare policies.
 
 Otherwise a reward model is trained in the same way on 800 other pairs. The rest is held out: nothing is
 trained on it. DPO, DPO with soft labels, and online DPO are trained for 50 steps of 16 pairs on the reward
@@ -132,8 +132,8 @@ def main():
         train_scorer("judge", args.model, args.runs)
     judge = next(row for row in recorded(ROWS) if row["name"] == "judge")
     if judge["accuracy"] < 0.6:
-        print(f"the judge is right on {judge['accuracy']:.3f} of pairs that it has not seen, which is too few "
-              "to compare policies; no policy is trained")
+        print(f"the judge is right on {judge['accuracy']:.3f} of pairs that it has not seen, which is too "
+              "few to compare policies; no policy is trained")
     else:
         if "reward" not in done:
             train_scorer("reward", args.model, args.runs)
