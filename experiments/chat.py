@@ -64,13 +64,16 @@ def divide(data, tokenizer, runs):
 
 
 def train_scorer(name, model, runs):
-    """Train the reward model or the judge, test it on pairs that it has not seen, and record its row."""
+    """Train the reward model or the judge, unless it is here, test it on pairs that it has not seen, and record
+    its row, unless that is there."""
     out = runs / name
     if not (out / "model").is_dir():
         again = ["--resume"] if (out / "args.json").is_file() else []
         run("reward", "--train", "--model", model, "--data", runs / f"{name}.jsonl", "--eval-data",
             runs / f"{name}-unseen.jsonl", "--eval-limit", TESTED, "--eval-every", 0,
             "--batch-size", BATCH, "--learning-rate", SCORER_RATE, "--save-every", 10, *again, "--out", out)
+    if name in {row["name"] for row in recorded(ROWS)}:
+        return
     figures = json.loads((out / "eval.jsonl").read_text().splitlines()[-1])
     record(ROWS, dict(what="scorer", name=name, pairs=len(read_rows(runs / f"{name}.jsonl")),
                       tested=figures["prompts"], accuracy=figures["accuracy"],
@@ -128,15 +131,13 @@ def main():
     args = parser.parse_args()
     divide(args.data, load_tokenizer(args.model), args.runs)
     done = {row["name"] for row in recorded(ROWS)}
-    if "judge" not in done:
-        train_scorer("judge", args.model, args.runs)
+    train_scorer("judge", args.model, args.runs)
     judge = next(row for row in recorded(ROWS) if row["name"] == "judge")
     if judge["accuracy"] < 0.6:
         print(f"the judge is right on {judge['accuracy']:.3f} of pairs that it has not seen, which is too "
               "few to compare policies; no policy is trained")
     else:
-        if "reward" not in done:
-            train_scorer("reward", args.model, args.runs)
+        train_scorer("reward", args.model, args.runs)
         for name in METHODS:
             if name not in done:
                 train_policy(name, args.model, args.runs)
