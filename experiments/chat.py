@@ -64,8 +64,8 @@ def divide(data, tokenizer, runs):
 
 
 def train_scorer(name, model, runs):
-    """Train the reward model or the judge, unless it is here, test it on pairs that it has not seen, and record
-    its row, unless that is there."""
+    """Train the reward model or the judge, unless it is here, test it on pairs that it has not seen, and
+    record its row, unless that is there."""
     out = runs / name
     if not (out / "model").is_dir():
         again = ["--resume"] if (out / "args.json").is_file() else []

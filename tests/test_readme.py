@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import bench
+import chat
 import first_runs
 import memory
 import noise
@@ -123,7 +124,7 @@ TABLES = [ANSWERS, terms_exact.table(rows_of("terms_exact")),
           memory.measured_table(rows_of("memory")), bench.beside_peer(rows_of("speed")),
           bench.overhead_table(rows_of("overheads")),
           first_runs.table(rows_of("first_run")), noise.table(rows_of("noise")),
-          sampler_gap.table(rows_of("sampler_gap")),
+          sampler_gap.table(rows_of("sampler_gap")), chat.table(rows_of("chat")),
           *tuned.tables(rows_of("tuned")).values()]
 
 
