@@ -94,8 +94,10 @@ def measured_on(path):
         return conditions
     args = texts_of_settings(path)
     conditions["pairs"] = f"up to {args['eval_limit']} pairs of {held_out_of(args)}"
-    if args["max_length"]:                                 # this is a reward model
-        conditions["lengths"] = f"dialogues of up to {args['max_length']} tokens"
+    if args["max_response_length"] is None:                # this is a reward model
+        conditions["lengths"] = f"dialogues of as many tokens as {args['model']} takes"
+        if args["max_length"]:
+            conditions["lengths"] = f"dialogues of up to {args['max_length']} tokens"
     else:
         conditions["lengths"] = (f"prompts of up to {args['max_prompt_length']} tokens, responses of up to "
                                  f"{args['max_response_length']}")

@@ -824,6 +824,19 @@ def run_measured_on(path, **other):
     return run
 
 
+def test_reward_models_are_compared_at_the_lengths_that_they_read(tmp_path, capsys):
+    """Without --max-length a reward model reads what its model takes."""
+    runs, args = [], dict(data="d", eval_data="e", eval_limit=4, model="base", max_length=None)
+    settings = dict(one={}, two={}, other=dict(model="other"), short=dict(max_length=9))
+    for name, more in settings.items():
+        runs.append(finished_run(tmp_path / name, (5, 1.0, 2.0)))
+        (runs[-1] / "args.json").write_text(json.dumps({**args, **more}))
+    compare(runs, tmp_path / "results.json")
+    shown = capsys.readouterr().out
+    assert shown.count("Measured on") == 3 and "dialogues of up to 9 tokens" in shown
+    assert "dialogues of as many tokens as base takes" in shown
+
+
 @pytest.mark.parametrize("other", [
     dict(reward="mine.py:other"), dict(reward_sha256="3" * 64), dict(eval_data="z"), dict(eval_data=None),
     dict(eval_limit=9), dict(max_prompt_length=9), dict(max_response_length=9), dict(reference="dpo/model"),
