@@ -193,11 +193,6 @@ def test_half_precision_models_are_summed_in_float32():
     torch.testing.assert_close(ours.double(), exact, rtol=0, atol=1e-3)
 
 
-def test_float64_models_stay_in_float64():
-    model = tiny_model().double()
-    assert sequence_logps(model, *collate(PROMPTS, RESPONSES)).dtype == torch.float64
-
-
 @pytest.mark.parametrize("family, dropouts", [
     ("gpt2", dict(resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)), ("llama", dict(attention_dropout=0.5))])
 def test_two_forwards_in_train_mode_are_identical(family, dropouts):

@@ -16,19 +16,19 @@ PAIRS = torch.tensor(list(itertools.product(range(K), range(K))))               
 TOKENS = torch.tensor([2, 1, 5, 3])                                                  # of each response
 
 
-def softmax_policy(n=K, seed=0):
+def softmax_policy():
     """(logits with grad, reference log-probs, P(i ≻ j) by some reward, data's pair distribution), float64."""
-    generator = torch.Generator().manual_seed(seed)
-    logits, reference, reward = (torch.randn(n, dtype=torch.float64, generator=generator) for _ in range(3))
+    generator = torch.Generator().manual_seed(0)
+    logits, reference, reward = (torch.randn(K, dtype=torch.float64, generator=generator) for _ in range(3))
     preference = torch.sigmoid(2 * (reward[:, None] - reward[None, :]))
-    data = torch.rand(n, n, dtype=torch.float64, generator=generator)
+    data = torch.rand(K, K, dtype=torch.float64, generator=generator)
     return logits.requires_grad_(), reference.log_softmax(0), preference, data / data.sum()
 
 
 def margins(ratio, loss_type="sigmoid"):
     """u of every pair, (K, K), of the responses' log-ratios."""
     if loss_type == "sigmoid_norm":
-        ratio = ratio / TOKENS[:len(ratio)]
+        ratio = ratio / TOKENS
     return BETA * (ratio[:, None] - ratio[None, :])
 
 
@@ -52,11 +52,11 @@ def call(route, logits, reference, preference, pairs=PAIRS, **options):
                      **{"beta": BETA, "response_coef": 1.0, "label_coef": 1.0, **options})
 
 
-def pair_weights(route, logits, data, pairs=PAIRS):
+def pair_weights(route, logits, data):
     """The probability of each pair, as numbers: the expectation is over samples, not differentiated."""
     probability = logits.detach().softmax(0)
     joint = probability[:, None] * probability[None, :] if ROUTES[route][0] else data
-    return joint[pairs[:, 0], pairs[:, 1]]
+    return joint[PAIRS[:, 0], PAIRS[:, 1]]
 
 
 def gradient(value, logits):
@@ -73,30 +73,6 @@ def test_the_expected_gradient_is_that_of_the_objective(route, baseline, loss_ty
     exact = gradient(exact_objective(route, logits, reference, preference, data, loss_type), logits)
     assert exact.norm() > 1e-3
     torch.testing.assert_close(estimate, exact, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("route", ["dpo", "pr"])
-def test_a_drawn_label_gives_the_same_gradient_on_average(route):
-    logits, reference, preference, data = softmax_policy(seed=1)
-    p, weights = preference[PAIRS[:, 0], PAIRS[:, 1]], pair_weights(route, logits, data)
-    total = 0
-    for label, chance in ((1.0, p), (0.0, 1 - p)):
-        losses, _ = call(route, logits, reference, torch.full_like(preference, label), baseline=-0.7)
-        total = total - (weights * chance * losses).sum()
-    exact = gradient(exact_objective(route, logits, reference, preference, data, "sigmoid"), logits)
-    torch.testing.assert_close(gradient(total, logits), exact, rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("route", ["pp", "pr"])
-def test_the_leave_one_out_baseline_leaves_the_expectation_alone(route):
-    logits, reference, preference, data = softmax_policy(n=3)
-    pairs = torch.tensor(list(itertools.product(range(3), range(3))))
-    weights, total = pair_weights(route, logits, data, pairs), 0
-    for first, second in itertools.product(range(9), range(9)):                  # all 81 batches of two pairs
-        losses, _ = call(route, logits, reference, preference, pairs[[first, second]])
-        total = total - weights[first] * weights[second] * losses.mean()
-    exact = gradient(exact_objective(route, logits, reference, preference, data, "sigmoid"), logits)
-    torch.testing.assert_close(gradient(total, logits), exact, rtol=0, atol=1e-10)
 
 
 def test_the_leave_one_out_baseline_is_the_mean_of_the_others():
@@ -121,16 +97,6 @@ def test_a_pair_worth_exactly_the_baseline_has_no_T2():
         plain = dpo_loss(chosen, *rest)
         torch.testing.assert_close(torch.autograd.grad(losses.sum(), chosen),
                                    torch.autograd.grad(plain.sum(), chosen))
-
-
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_a_single_on_policy_pair_has_the_indifferent_utility_as_baseline(loss_type):
-    logits, reference, preference, _ = softmax_policy()
-    alone, _ = call("pr", logits, reference, preference, PAIRS[1:2], loss_type=loss_type)
-    f_zero = {"sigmoid": -math.log(2), "sigmoid_norm": -math.log(2), "ipo": -1 / (4 * BETA**2),
-              "hinge": -1.0}[loss_type]
-    given, _ = call("pr", logits, reference, preference, PAIRS[1:2], loss_type=loss_type, baseline=f_zero)
-    torch.testing.assert_close(gradient(alone.sum(), logits), gradient(given.sum(), logits))
 
 
 @pytest.mark.parametrize("loss_type", LOSS_TYPES)
@@ -162,28 +128,16 @@ def test_the_utilities_have_their_published_values():
         utility(u, 0.1, "nonsense")
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-def test_without_flags_it_is_dpo_exactly(loss_type):
+def test_without_flags_it_is_dpo_exactly():
     torch.manual_seed(0)
     ours = [torch.randn(5, requires_grad=True) for _ in range(2)]
     theirs = [torch.randn(5) for _ in range(2)]
-    lengths = torch.randint(1, 9, (2, 5)) if loss_type == "sigmoid_norm" else torch.ones(2, 5)
-    plain = -utility(0.3 * ((ours[0] - theirs[0]) / lengths[0] - (ours[1] - theirs[1]) / lengths[1]), 0.3,
-                     loss_type)
-    if loss_type == "sigmoid":
-        plain = dpo_loss(*ours, *theirs, beta=0.3)
-    sail_losses, _ = sail_loss(*ours, *theirs, beta=0.3, loss_type=loss_type, lengths=lengths)
+    plain = dpo_loss(*ours, *theirs, beta=0.3)
+    sail_losses, _ = sail_loss(*ours, *theirs, beta=0.3)
     assert torch.equal(plain, sail_losses)
     for one, other in zip(torch.autograd.grad(plain.sum(), ours),
                           torch.autograd.grad(sail_losses.sum(), ours), strict=True):
         assert torch.equal(one, other)
-
-
-def test_dpo_equals_a_hand_computed_example():
-    logps = [torch.tensor([x]) for x in (-1.0, -2.0, -1.5, -1.8)]
-    margin = 0.1 * ((-1.0 - -1.5) - (-2.0 - -1.8))                   # 0.07
-    assert dpo_loss(*logps, beta=0.1).item() == pytest.approx(-math.log(1 / (1 + math.exp(-margin))),
-                                                              abs=1e-6)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -196,13 +150,6 @@ def test_swapping_the_pair_and_its_label_changes_nothing(route):
     torch.testing.assert_close(gradient(one.sum(), logits), gradient(other.sum(), logits))
     assert metrics["accuracy"] == pytest.approx(swapped_metrics["accuracy"])
     assert metrics["margin"] == pytest.approx(swapped_metrics["margin"])
-
-
-def test_a_self_labelled_pair_does_not_look_at_the_given_preference():
-    logits, reference, preference, _ = softmax_policy()
-    one, _ = call("dp", logits, reference, preference)
-    other, _ = call("dp", logits, reference, torch.ones_like(preference))
-    assert torch.equal(one, other)
 
 
 def test_the_corrections_are_exactly_zero_where_their_flag_is_off():
