@@ -260,12 +260,6 @@ def test_a_template_whose_generation_prompt_is_no_prefix_is_refused():
         encode([TextPair("Q", "good", "bad")], tokenizer, {1}, 90, 90)
 
 
-def test_a_row_that_the_template_refuses_is_dropped():
-    tokenizer = byte_tokenizer("{{ raise_exception('no system turns') }}")
-    with pytest.raises(InputError, match="no system turns"):
-        encode([TextPair("Q", "good", "bad")], tokenizer, {1}, 9, 9)
-
-
 @pytest.mark.parametrize("bos", [False, True])
 def test_bos_is_there_once_where_the_tokenizer_has_one_and_never_before_the_response(bos):
     """EOS, with which the tokenizer ends every text, is there once too, after the response."""

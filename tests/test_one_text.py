@@ -291,7 +291,7 @@ def test_the_template_that_is_used_is_said(own, beside, flag, used, said, tmp_pa
 
 
 @pytest.mark.parametrize("content", [None, "[]", '{"template": "x"}', "{"])
-def test_a_template_that_cannot_be_read_is_one_line(content, tmp_path, monkeypatch, capsys):
+def test_a_template_that_cannot_be_read_is_one_line(content, tmp_path):
     path = tmp_path / "x.json"
     if content is not None:
         path.write_text(content)

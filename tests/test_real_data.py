@@ -155,10 +155,6 @@ def test_what_cannot_be_rendered_drops_its_row_by_name(row, reason, tmp_path):
     assert dropped_of(tmp_path, row) == {reason: 1}
 
 
-def test_columns_that_nothing_reads_are_named(tmp_path):
-    assert load(tmp_path, dict(PLAIN, persona="pirate", lang="en"))[1].unread == {"lang": 1, "persona": 1}
-
-
 def test_a_column_that_only_another_format_reads_is_named(tmp_path):
     alpaca = dict(instruction="Add.", input="1 + 1", chosen="2", rejected="3")
     pairs, account = load(tmp_path, alpaca)
@@ -231,14 +227,6 @@ def test_a_prompt_that_ends_in_a_started_answer_is_continued():
 
 # --- white space
 
-@pytest.mark.parametrize("prompt", ["Q", [Q]])
-def test_white_space_around_a_response_is_content_under_a_template(prompt):
-    tokenizer = byte_tokenizer(TEMPLATE)
-    example, _ = encode_one(dict(prompt=prompt, chosen="good", rejected="  bad \n"), tokenizer)
-    assert tokenizer.decode(example.chosen_ids) == "good<|end|>"
-    assert tokenizer.decode(example.rejected_ids) == "  bad \n<|end|>"
-
-
 def test_a_plain_dialogue_has_one_space_before_each_answer():
     assert render([Q], "good")[1] == " good" and render([Q], "  good")[1] == "   good"
 
@@ -294,13 +282,6 @@ def test_a_file_that_was_replaced_under_its_name_and_time_is_read_anew(tmp_path)
         datasets.Dataset.from_list([dict(PLAIN, chosen=answer)]).to_parquet(str(tmp_path / "dir/x.parquet"))
         os.utime(tmp_path / "dir/x.parquet", (0, 0))
         assert load_pairs(str(tmp_path / "dir"))[0][0].chosen == answer
-
-
-def test_columns_of_pictures_are_not_opened(tmp_path):
-    import datasets
-    rows = datasets.Dataset.from_list([dict(PLAIN, portrait={"path": None, "bytes": b"no picture"})])
-    rows.cast_column("portrait", datasets.Image()).to_parquet(str(tmp_path / "x.parquet"))
-    assert load_pairs(str(tmp_path / "x.parquet"))[0] == [pair_of(PLAIN)]
 
 
 # --- the template of the real model has the shape of this one
