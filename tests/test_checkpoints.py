@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 from conftest import TEMPLATE, TOY_REWARD, sail_main, tiny_model
-from test_errors import fails
 from test_scale import largest_difference, rows_of, weights
 
 import evaluate
@@ -154,7 +153,7 @@ def test_a_checkpoint_that_cannot_be_used_says_why(harm, said, moved):
         load_policy(str(moved / "checkpoints/4"))
 
 
-def test_a_part_of_a_sharded_checkpoint_that_is_missing_is_noticed(run, moved):
+def test_a_part_of_a_sharded_checkpoint_that_is_missing_is_noticed(moved):
     from safetensors import safe_open
     from safetensors.torch import save_file
     file = min((moved / "checkpoints/4").glob("*.safetensors"))        # the weights come before the optimizer
@@ -182,9 +181,3 @@ def test_a_checkpoint_is_written_in_small_files(run):
     """The writer holds a whole file in memory."""
     sizes = [file.stat().st_size for file in (run / "checkpoints/4").glob("*.safetensors")]
     assert len(sizes) > 8 and max(sizes) < sum(sizes) / 2
-
-
-def test_a_run_in_training_is_evaluated_by_its_checkpoint(moved, tmp_path, monkeypatch, capsys):
-    shutil.rmtree(moved / "model")
-    message = fails(evaluate.main, ["evaluate.py", str(moved)], monkeypatch, capsys)
-    assert "has no model yet" in message and f"{moved}/checkpoints can be evaluated" in message

@@ -132,7 +132,7 @@ def test_a_signal_is_acknowledged_at_once(capfd):
     assert before == (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM))
 
 
-def test_the_held_out_loss_of_sft_is_that_of_its_training(two_runs, base, tmp_path):
+def test_the_held_out_loss_of_sft_is_that_of_its_training(base, tmp_path):
     """Nats per token of the held-out chosen responses: a run that evaluates on what it trains on, in one
     step, before the first update, sees its own loss."""
     rows = [dict(prompt=f"review the soup : {i}", chosen="the soup was good .", rejected="bad")
@@ -178,7 +178,6 @@ def test_an_adapter_directory_is_named_as_one(held_out, tmp_path, monkeypatch, c
     flags = ["--model", str(tmp_path), "--data", held_out]
     for main, argv in ((sail.main, ["sail.py", "--variant", "dpo", *flags]),
                        (generate.main, ["generate.py", *flags])):
-        monkeypatch.setattr("sys.argv", argv)
         assert "is an adapter; merge it into its base first" in fails(main, argv, monkeypatch, capsys)
 
 
@@ -324,7 +323,7 @@ def test_an_answer_is_shown_below_its_own_prompt(capsys):
 
 # --- going on
 
-def test_resume_needs_no_flag_but_the_directory_and_code(base, tmp_path, capsys):
+def test_resume_needs_no_flag_but_the_directory_and_code(base, tmp_path):
     (tmp_path / "mine.py").write_text("def score(p, r): return [float(len(x)) for x in r]\n")
     common = ["--variant", "online-dpo", "--mix", "0.5", "--model", base, "--reference", f"{base}/reference",
               "--data", f"{base}/toy-pairs.jsonl", *SHORT, "--learning-rate", "3e-4", "--max-prompt-length",

@@ -98,7 +98,7 @@ def test_what_cannot_be_removed_ends_a_run_before_it_starts(run, monkeypatch, ca
     assert f"{out / 'model'}: Permission denied" in message
 
 
-def test_logs_of_an_earlier_try_stay_unless_they_are_to_be_overwritten(tmp_path, capsys):
+def test_logs_of_an_earlier_try_stay_unless_they_are_to_be_overwritten(tmp_path):
     for overwrite, left in ((False, "mine"), (True, None)):
         out = tmp_path / str(overwrite)
         out.mkdir()
@@ -145,15 +145,11 @@ def test_a_directory_that_is_named_almost_like_a_checkpoint_is_none(name, run):
     assert {path.name for path in (out / "checkpoints").iterdir()} == {"1", "2", name}
 
 
-@pytest.mark.parametrize("more, said", [
-    (dict(dtype="float8"), "--dtype: invalid choice: 'float8'"),
-    (dict(max_response_length=-3), "--max-response-length: -3 is not in"),
-    (dict(beta="warm"), "--beta: could not convert string to float: 'warm'")])
-def test_settings_that_no_run_has_written_are_refused(more, said, run, monkeypatch, capsys):
+def test_settings_that_no_run_has_written_are_refused(run, monkeypatch, capsys):
     out, _ = run
-    change(out / "args.json", **more)
+    change(out / "args.json", dtype="float8")
     message = fails(evaluate.main, ["evaluate.py", str(out)], monkeypatch, capsys)
-    assert "args.json: argument " + said in message
+    assert "args.json: argument --dtype: invalid choice: 'float8'" in message
 
 
 FIGURE = dict(step=2, prompts=4, kl=0.1, kl_interval=None)
@@ -221,13 +217,14 @@ def test_a_run_in_training_is_called_that(run, monkeypatch, capsys):
     shutil.rmtree(out / "model")
     message = fails(evaluate.main, ["evaluate.py", str(out)], monkeypatch, capsys)
     assert f"{out} has no model yet; it is in training, or waits for --resume" in message
+    assert f"{out}/checkpoints can be evaluated" in message
     monkeypatch.setattr("sys.argv", ["evaluate.py", "--compare", str(out)])
     with pytest.raises(InputError, match="no finished run"):
         evaluate.main()
     assert f"{out} is left out" in capsys.readouterr().out
 
 
-def test_a_name_with_a_dollar_is_drawn_as_it_is(run, monkeypatch):
+def test_a_name_with_a_dollar_is_drawn_as_it_is(run):
     out, _ = run
     named = out.rename(out.with_name("lr$10^$x$"))
     link = named.parent / "results.png"
@@ -409,7 +406,7 @@ def test_a_reward_that_returns_no_list_is_named(scores):
         Reward("mine", lambda *_: scores)(["Q"], ["A"])
 
 
-def test_a_reward_that_raises_keyboard_interrupt_is_one_line_in_training(monkeypatch, capsys):
+def test_a_reward_that_raises_keyboard_interrupt_is_one_line_in_training(capsys):
     def score(*_):
         raise KeyboardInterrupt
 
