@@ -20,7 +20,7 @@ from runtime.command_line import InputError
 from runtime.run_directory import write_rows
 from data import end_token_ids
 from formats import read_rows, split_held_out
-from generate import load_policy, prepare, roll_out, sample
+from generate import prepare, roll_out, sample
 from reward import swap_responses
 from data import SIDES
 from sail import pair_logps, sequence_logps
@@ -402,11 +402,6 @@ def test_a_response_is_called_finished_if_it_is(monkeypatch):
     rows, _ = generate.answer(tiny_model(), byte_tokenizer(gap=True), ["a", "b"], 1.0, SimpleNamespace(
         max_prompt_length=8, max_response_length=2, sample_batch_size=2, dtype="float32"))
     assert [row["finished"] for row in rows] == [False, True]
-
-
-def test_a_policy_loads_as_float32_without_touching_the_network(checkpoint):
-    policy, tokenizer = load_policy(str(checkpoint))
-    assert next(policy.parameters()).dtype == torch.float32 and tokenizer.chat_template
 
 
 def test_at_temperature_0_the_likeliest_token_is_drawn_however_near_the_next():

@@ -27,7 +27,7 @@ from runtime.settings import read_run
 from generate import sample
 from sail import pair_logps
 from reward import Reward, label_by_preference, label_by_reward, load_preference, load_reward
-from runtime.intervals import mean_of, means_of_prompts, share_of
+from runtime.intervals import mean_of, share_of
 from sail import dpo_loss
 from toy import grammar_pairs, toy_model, toy_pair, toy_reward
 
@@ -182,14 +182,7 @@ def test_the_datas_pairs_are_relabelled_by_the_reward_with_the_probability_itsel
     assert row["ties"] == 0
 
 
-def test_a_function_of_a_file_is_a_reward(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text("def length(prompts, responses):\n    return [len(r) for r in responses]\n")
-    assert load_reward(f"{path}:length")(["p"] * 2, ["one", "three"]) == [3.0, 5.0]
-
-
 @pytest.mark.parametrize("body, message", [
-    ("[1.0]", "returned 1 scores for a batch of 2"),
     ("[1.0, float('nan')]", r"a batch of 2, \[1.0, nan\]…; give a finite score for each"),
     ("[1.0, float('inf')]", "give a finite score for each")])
 def test_a_reward_that_is_not_one_finite_number_each_is_refused(tmp_path, body, message):
@@ -337,10 +330,6 @@ def test_the_interval_of_a_mean_holds_the_true_mean_95_times_in_100_also_of_few(
     assert math.isnan(mean_of([1.0])[1])
 
 
-def test_several_responses_to_a_prompt_are_no_further_prompts():
-    assert means_of_prompts([1.0, 2.0, 3.0, 6.0], 2) == [2.0, 4.0]
-
-
 @pytest.mark.parametrize("values, expected", [                         # z² = 3.8416
     ([0.0] * 8, (0.0, 0.0, 3.8416 / 11.8416)), ([1.0] * 8, (1.0, 8 / 11.8416, 1.0)),
     ([1.0, 0.5, 0.5, 0.0], (0.5, 0.5 - 1.96 / 2 / 7.8416**0.5, 0.5 + 1.96 / 2 / 7.8416**0.5)),
@@ -413,15 +402,6 @@ def test_the_figures_on_pairs_are_those_of_the_loss(evaluated):
         losses = dpo_loss(*pair_logps(policy, examples), *pair_logps(reference, examples), beta=0.2)
     assert figures["loss"][0] == pytest.approx(losses.mean().item(), abs=1e-5)
     assert figures["accuracy"][0] == pytest.approx((losses < math.log(2)).float().mean().item())
-
-
-def test_kl_is_positive_and_zero_against_itself(evaluated):
-    policy, reference, examples, figures, _ = evaluated
-    assert figures["kl"][0] > figures["kl"][1] > 0
-    same, _ = evaluate_policy(policy, policy, toy_model()[1], examples[:8], None,
-                              sail_args(["--variant", "dpo"]))
-    assert (same["kl"][0] == 0 and same["loss"][0] == pytest.approx(math.log(2), abs=1e-6)
-            and "reward" not in same)
 
 
 def test_kl_and_loss_are_of_each_examples_own_rows_in_its_place(monkeypatch):
@@ -641,7 +621,7 @@ def test_another_file_of_the_name_evaluated_json_is_not_overwritten(base, tmp_pa
     assert Path("evaluated.json").read_text() == '{"mine": 1}'
 
 
-def test_compare_writes_where_it_has_looked_even_if_the_first_run_is_left_out(tmp_path, monkeypatch, capsys):
+def test_compare_writes_where_it_has_looked_even_if_the_first_run_is_left_out(tmp_path, monkeypatch):
     run = finished_run(tmp_path / "theirs/dpo", (5, 1.0, 2.0))
     (tmp_path / "theirs/results.json").write_text('{"theirs": 1}')
     (tmp_path / "mine/unfinished").mkdir(parents=True)
@@ -957,13 +937,3 @@ def test_a_row_of_the_toy_says_of_each_response_whether_it_ended():
         row = toy_pair(rng, "review the soup :", "the soup", "the tea", (done, done))
         assert [row.get("chosen_finished", True), row.get("rejected_finished", True)] == [done, done]
         assert ("chosen_finished" in row) == (not done)
-
-
-def test_a_reward_may_switch_gradients_off_for_itself(tmp_path):
-    (tmp_path / "mine.py").write_text("""import torch
-def score(prompts, responses):
-    torch.set_grad_enabled(False)
-    return [0.0] * len(responses)
-""")
-    load_reward(f"{tmp_path}/mine.py:score")(["p"], ["r"])
-    assert torch.is_grad_enabled()
