@@ -119,16 +119,14 @@ def test_an_interrupted_sft_of_the_toy_is_continued_by_the_run_that_needs_it(tmp
 
 # --- signals
 
-def interrupted(base, out, *more):
-    """sail.py in a process of its own, whose reward sends it SIGINT in its second call and, with TWICE set,
-    again."""
+def interrupted(base, out):
+    """sail.py in a process of its own, whose reward sends it SIGINT in its second call after the trial."""
     mine = out.parent / "mine.py"
     mine.write_text("import os, signal\ncalls = []\ndef score(prompts, responses):\n    calls.append(1)\n"
-                    "    for _ in range(1 + ('TWICE' in os.environ)):\n"
-                    "        if len(calls) == 3: os.kill(os.getpid(), signal.SIGINT)\n"
+                    "    if len(calls) == 3: os.kill(os.getpid(), signal.SIGINT)\n"
                     "    return [float(len(r)) for r in responses]\n")
     return [sys.executable, ROOT / "sail.py", "--model", base, *FLAGS, "--steps", "50", "--reward",
-            f"{mine}:score", "--out", str(out), *more]
+            f"{mine}:score", "--out", str(out)]
 
 
 def test_ctrl_c_finishes_the_step_saves_says_how_to_go_on_and_exits_with_130(base, tmp_path):
@@ -140,27 +138,6 @@ def test_ctrl_c_finishes_the_step_saves_says_how_to_go_on_and_exits_with_130(bas
     assert load_policy(checkpoint)
     assert len(rows_of(tmp_path / "run")) == 2 and not (tmp_path / "run/model").exists()
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["2"]
-
-
-def test_a_second_ctrl_c_ends_at_once(base, tmp_path):
-    done = subprocess.run(interrupted(base, tmp_path / "run"), text=True, capture_output=True, timeout=100,
-                          env={**os.environ, "TWICE": "1"})
-    assert done.returncode == -signal.SIGINT and "Traceback" not in done.stderr
-    assert len(rows_of(tmp_path / "run")) == 1 and not (tmp_path / "run/checkpoints").exists()
-
-
-def test_a_run_that_sigterm_stopped_exits_with_0(run, monkeypatch):
-    out, argv = run
-    original = sail.training_step
-
-    def step(*inputs):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return original(*inputs)
-
-    monkeypatch.setattr(sail, "training_step", step)
-    with pytest.raises(SystemExit) as stop:
-        sail_main([*argv, "--overwrite"])
-    assert stop.value.code == 0 and len(rows_of(out)) == 1 and (out / "checkpoints/1").is_dir()
 
 
 @pytest.mark.parametrize("patience, saved", [("2", False), ("100", True)])
@@ -276,14 +253,6 @@ def test_a_log_cut_short_is_named_by_resume(run, monkeypatch, capsys):
     assert f"{out}/metrics.jsonl has lost lines" in refused([*argv, "--resume"], monkeypatch, capsys)
 
 
-def test_half_a_line_past_the_checkpoint_is_cut_off(run, finished):
-    out, argv = run
-    with open(out / "metrics.jsonl", "a") as log:
-        log.write('{"step": 5, "lo')
-    sail_main([*argv, "--resume"])
-    assert (out / "metrics.jsonl").read_bytes() == (finished / "metrics.jsonl").read_bytes()
-
-
 def test_the_fingerprint_sees_prompts_chosen_and_rejected_ids():
     pairs = [[1], [2], [3]], [[9], [2], [3]], [[1], [9], [3]], [[1], [2], [9]]
     prints = {fingerprint([ids]) for ids in pairs}
@@ -292,11 +261,10 @@ def test_the_fingerprint_sees_prompts_chosen_and_rejected_ids():
 
 # --- longer, shorter
 
-@pytest.mark.parametrize("more", [["--steps", "6"], ["--schedule", "constant"], ["--epochs", "2"]])
-def test_another_length_or_schedule_is_refused(run, more, monkeypatch, capsys):
+def test_another_length_is_refused(run, monkeypatch, capsys):
     out, argv = run
-    message = refused([*argv, *more, "--resume"], monkeypatch, capsys)
-    assert f"--resume: {more[0]} has changed since {out}/checkpoints/4 was written" in message
+    message = refused([*argv, "--steps", "6", "--resume"], monkeypatch, capsys)
+    assert f"--resume: --steps has changed since {out}/checkpoints/4 was written" in message
 
 
 # --- first minutes
