@@ -112,7 +112,7 @@ def test_no_micro_batch_makes_the_cpu_wait(variant):
     assert list(syncs.values()) == [1] and "torch.stack" in list(syncs)[0]
 
 
-def test_log_probabilities_are_fetched_once(world):
+def test_log_probabilities_are_fetched_once():
     pairs, _ = pairs_of(6, "dpo")
     with accelerator() as device:
         model = tiny_model().to(device)

@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.mark.parametrize("variant", ["dpo", "dpo-again", "pr"])
-def test_a_row_runs_the_loop_and_reports_its_figures(variant, tmp_path):
+def test_a_row_runs_the_loop_and_reports_its_figures(variant):
     row = {"side": "sail", "name": "tiny", "model": bench.MODELS["tiny"], "variant": variant, "steps": 10,
            "batch": 2, "prompt": 8, "response": 6, "new_tokens": 6, "dtype": "float32", "data": None}
     child = subprocess.run([sys.executable, bench.__file__, "--row", json.dumps(row)],

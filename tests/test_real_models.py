@@ -119,10 +119,10 @@ def test_longrope_scores_what_was_sampled_within_its_limit_and_not_beyond():
     differences = []
     for length in (12, 30):                                            # 10 tokens of prompt, then
         torch.manual_seed(0)
-        logps, original = [], torch.Tensor.softmax
+        logps = []
         seen = model.lm_head.register_forward_hook(
             lambda _, __, logits, logps=logps: logps.append(logits[0, -1].log_softmax(-1)))
-        (response,), _ = sample(model, tokenizer, [[5] * 10], length)[0], original
+        (response,), *_ = sample(model, tokenizer, [[5] * 10], length)
         seen.remove()
         sampled = sum(each[token] for each, token in zip(logps, response[0], strict=True))
         ids = torch.tensor([[5] * 10 + response[0]])
