@@ -266,16 +266,6 @@ def test_rows_that_were_dropped_from_either_file_or_altered_are_counted_by_reaso
     assert account.altered == held_out_account.altered == altered
 
 
-def test_the_held_out_loss_of_sft_is_per_token(base):
-    policy, tokenizer = load_policy(base)
-    args = sail_args(["--variant", "sft", "--max-response-length", "4"])
-    pairs = [Pair("Q", "a", None, [5, 6], [7, 8, 9, 1]), Pair("Q", "b", None, [5, 6], [7])]
-    figures, _ = evaluate.evaluate_policy(policy, None, tokenizer, pairs, None, args)
-    with torch.no_grad():
-        losses, _ = sail.sft_losses(policy, pairs)
-    assert figures["loss"][0] == pytest.approx(losses.sum().item() / 5)
-
-
 def test_held_out_figures_are_what_their_names_say(base, monkeypatch):
     policy, tokenizer = load_policy(base)
     reference, _ = load_policy(base)
@@ -305,15 +295,6 @@ def test_held_out_figures_are_what_their_names_say(base, monkeypatch):
     assert value["objective"] == pytest.approx(value["reward"] - 0.7 * value["kl"], abs=1e-5)
 
 
-def test_a_run_is_evaluated_on_the_held_out_pairs(base, held_out, tmp_path):
-    train(base, tmp_path, "--variant", "dpo", "--steps", "1", "--data", f"{base}/toy-pairs.jsonl",
-          "--eval-data", held_out)
-    sampled = {json.loads(line)["prompt"] for line in (tmp_path / "samples.jsonl").read_text().splitlines()}
-    held = {json.loads(line)["prompt"] for line in Path(held_out).read_text().splitlines()}
-    trained = {json.loads(line)["prompt"] for line in Path(base, "toy-pairs.jsonl").read_text().splitlines()}
-    assert sampled <= held and not sampled & trained
-
-
 def test_other_held_out_pairs_are_other_data(base, held_out, tmp_path):
     rows = Path(held_out).read_text().splitlines(keepends=True)
     argv = ["--variant", "dpo", "--steps", "2", "--save-every", "1", "--data", f"{base}/toy-pairs.jsonl",
@@ -335,7 +316,7 @@ def test_every_step_draws_its_labels_anew():
     assert len({*draws[0], *draws[1]}) == 8
 
 
-def test_the_seed_is_that_of_the_held_out_samples(base, held_out):
+def test_the_seed_is_that_of_the_held_out_samples(base):
     policy, tokenizer = load_policy(base)
 
     def samples(seed):

@@ -280,12 +280,6 @@ def test_parameters_move_at_a_learning_rate_of_5e_7(base, tmp_path):
     assert sum(moved) / len(moved) > 0.5
 
 
-def test_the_warm_up_is_linear_and_then_constant(base, tmp_path):
-    rows = run(base, tmp_path, "--variant", "dpo", "--steps", "6", "--warmup-steps", "4",
-               "--learning-rate", "1e-4", "--schedule", "constant")
-    assert [row["learning_rate"] for row in rows] == pytest.approx([2.5e-5, 5e-5, 7.5e-5, 1e-4, 1e-4, 1e-4])
-
-
 def test_non_finite_gradients_are_skipped_counted_and_stop_the_run_after_ten(base, tmp_path, monkeypatch):
     def poisoned(*args, **options):
         losses, metrics = original(*args, **options)
