@@ -14,7 +14,6 @@ import torch
 from conftest import IDS, byte_tokenizer, run_of, sail_args, sail_main, tiny_model
 from memory import PeakBytes, estimate, estimate_frozen, estimate_reward_training, sizes_of
 from ranks import pairs_of
-from test_errors import fails
 from transformers import GenerationConfig
 
 import evaluate
@@ -314,19 +313,6 @@ def test_without_peft_one_line_says_what_to_install(base, held_out, monkeypatch)
         sail.load_run(args)
 
 
-def test_an_adapter_is_refused_as_a_model(adapted, tmp_path):
-    path = shutil.copytree(adapted[0] / "adapter", tmp_path / "adapter")
-    load_policy(adapted[0] / "model")[1].save_pretrained(path)
-    with pytest.raises(sail.InputError, match="is an adapter; merge it into its base first"):
-        load_policy(str(path))
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--lora", "0"], "--lora: 0 is not in 1")])
-def test_flags_of_an_adapter_that_make_no_sense_are_named(argv, message, monkeypatch, capsys):
-    assert message in fails(sail.main, ["sail.py", *argv], monkeypatch, capsys)
-
-
 # --- memory
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
@@ -490,11 +476,6 @@ def test_frozen_weights_in_bfloat16_score_as_autocast_does_in_fewer_bytes(family
     assert bytes_of(held) == bytes_of(model) - saved // 2
     generate.hold_frozen_in_bfloat16(model)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}    # it is trained
-
-
-def test_a_model_that_is_not_trained_is_loaded_frozen_and_so_in_fewer_bytes(base):
-    sizes = [bytes_of(generate.load_frozen(base, dtype)[0]) for dtype in ("float32", "bfloat16")]
-    assert sizes[1] < 0.8 * sizes[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "tied", "qwen2"])
