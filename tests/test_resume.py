@@ -185,12 +185,6 @@ def test_a_checkpoint_is_safetensors_and_json_and_nothing_is_unpickled(base, sto
     assert checkpoints(stopped) == ["8", "10"]
 
 
-def test_checkpoints_are_not_overwritten_by_a_new_run(base, unbroken, tmp_path, monkeypatch, capsys):
-    out = shutil.copytree(unbroken, tmp_path / "run")
-    assert "--resume continues it" in fails_here(base, out, monkeypatch, capsys)
-    assert same(out, unbroken) and checkpoints(out) == ["8", "10"]
-
-
 # --- faults
 
 def test_a_disk_that_is_full_while_saving_leaves_the_last_checkpoint(base, stopped, unbroken, monkeypatch,
