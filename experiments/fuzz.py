@@ -372,10 +372,10 @@ def trial(number, seed, world, here):
         outcome = "CHANGED FILES"
     elif status == 0:
         outcome = "success"
-    elif status == 2 and lines[1:] == [] and lines[0].startswith(f"{words[0]}: error: "):
+    elif status == 2 and len(lines) == 1 and lines[0].startswith(f"{words[0]}: error: "):
         outcome = "error"
     return name, outcome, (f"    {' '.join(words)}\n    {path}: {done}; status {status}, {seconds:.1f} s\n"
-                           f"    {lines[-1][:300]} {', '.join(changed[:5])}")
+                           f"    {''.join(lines[-1:])[:300]} {', '.join(changed[:5])}")
 
 
 def print_table(counts):
