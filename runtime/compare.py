@@ -306,9 +306,12 @@ def print_samples(samples, count):
         print(f"\nonly {len(first)} of the {count} prompts have answers")
     for nth, row in enumerate(first[:count]):
         prompt, rows = row["prompt"], [row]
-        for theirs in others:                              # its row in the same place, or of the same prompt
-            same = [each for each in theirs[nth:nth + 1] + theirs if each["prompt"] == prompt]
-            rows.append(same[0] if same else {"response": "(this model was not asked this prompt)"})
+        for theirs in others:
+            rows.append({"response": "(this model was not asked this prompt)"})
+            for candidate in theirs[nth:nth + 1] + theirs:             # the row in the same place comes first
+                if candidate["prompt"] == prompt:
+                    rows[-1] = candidate
+                    break
         if isinstance(prompt, list):                       # a dialogue is shown by its last message
             prompt = prompt[-1]["content"]
         print(f"\n>>> {printable(prompt)}")

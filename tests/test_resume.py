@@ -321,7 +321,10 @@ def test_data_that_changed_under_a_resume_are_named(flag, base, tmp_path, monkey
     run(base, tmp_path / "run", *more)
     assert len(json.loads((tmp_path / "run/args.json").read_text())["data_sha256"]) == 64
     other_label, other_column = {**rows[1], "preference": 0.75}, {**rows[1], "source": "somewhere"}
-    for changed in ([], [other_label], [other_column])[:3 if flag == "--data" else 2]:
+    changes = [[], [other_label]]                                      # a row is gone, or has another label
+    if flag == "--data":
+        changes.append([other_column])
+    for changed in changes:
         edited = rows[:1] + changed + rows[2:]
         file.write_text("".join(json.dumps(row) + "\n" for row in edited))
         message = fails_here(base, tmp_path / "run", monkeypatch, capsys, *more, "--resume")

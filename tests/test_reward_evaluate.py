@@ -229,22 +229,23 @@ def test_a_reward_file_may_have_dataclasses_with_postponed_annotations(tmp_path)
     assert load_reward(f"{path}:score")(["p"], ["r"]) == [2.0]
 
 
-def test_a_classifier_with_two_logits_is_refused(tmp_path):
+def save_classifier(path, num_labels):
+    """Write a small classifier with this number of logits."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
     LlamaForSequenceClassification(LlamaConfig(
         vocab_size=IDS, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_labels=2)).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+        num_labels=num_labels)).save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+
+
+def test_a_classifier_with_two_logits_is_refused(tmp_path):
+    save_classifier(tmp_path, num_labels=2)
     with pytest.raises(InputError, match="2 logits"):
         load_reward(str(tmp_path))
 
 
 def test_a_classifier_does_not_score_half_a_surrogate_pair(tmp_path):
-    from transformers import LlamaConfig, LlamaForSequenceClassification
-    LlamaForSequenceClassification(LlamaConfig(
-        vocab_size=IDS, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        num_labels=1)).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
+    save_classifier(tmp_path, num_labels=1)
     with pytest.raises(InputError, match="a dialogue is no text, for it holds half of a surrogate pair"):
         load_reward(str(tmp_path))(["how was the soup ?"], ["\ud800 good"])
 
