@@ -31,6 +31,7 @@ from runtime.run_directory import read_json, write_rows
 PROMPT, RESPONSE = 256, 128                # most tokens
 PAIRS, TESTED = 800, 512                   # that a reward model is trained on, and tested on
 STEPS, BATCH, RATE, SCORER_RATE, BETA = 50, 16, 2e-5, 5e-5, 0.1
+DTYPE = "bfloat16"                         # of the policies; the judge and the reward model are in float32
 SCORERS = {"reward": "the reward model", "judge": "the judge"}
 METHODS = {                                # name: (what it is, flags)
     "start": ("the model as it was", None),
@@ -87,14 +88,16 @@ def train_policy(name, model, runs):
         train((out, f"{METHODS[name][1]} --model {model} --data {runs}/reward.jsonl --eval-data "
                     f"{runs}/held-out.jsonl --reward {runs}/reward/model --eval-every 0 --eval-limit 1 "
                     f"--steps {STEPS} --batch-size {BATCH} --learning-rate {RATE} --beta {BETA} "
-                    f"--max-prompt-length {PROMPT} --max-response-length {RESPONSE} --save-every 10", {}))
+                    f"--max-prompt-length {PROMPT} --max-response-length {RESPONSE} --save-every 10 "
+                    f"--dtype {DTYPE}", {}))
         steps = [json.loads(line)["seconds"] for line in (out / "metrics.jsonl").read_text().splitlines()]
     row = dict(what="policy", name=name, seconds=median(steps) if steps else None)
     for scorer in SCORERS:
         measured = runs / f"{name}-{scorer}.json"
         run("evaluate", out if steps else model, "--reference", model, "--eval-data",
             runs / "held-out.jsonl", "--reward", runs / f"{scorer}/model", "--beta", BETA,
-            "--max-prompt-length", PROMPT, "--max-response-length", RESPONSE, "--out", measured)
+            "--max-prompt-length", PROMPT, "--max-response-length", RESPONSE, "--dtype", DTYPE,
+            "--out", measured)
         row[scorer] = next(iter(read_json(measured).values()))
     record(ROWS, row)
 

@@ -11,7 +11,8 @@ Openings and films of the held-out beginnings occur nowhere in training. Each le
 reward − β·KL on training beginnings, with a seed that no table uses: one for DPO with soft labels on the
 data, and one for online DPO, which SAIL-PR takes over. Then all run for 128 steps with six seeds. This number
 was fixed before: the reward of one model, on 768 samples, has a standard error of about 0.08, so that a
-difference over six seeds has a 95 % interval of about ±0.12, if seeds add no more.
+difference over six seeds has a 95 % interval of about ±0.12, if seeds add no more. All compute in bfloat16 on
+weights in float32.
 
 A row of a finished run is appended to experiments/sentiment_long.jsonl at once, and no run that has a row
 there is run again. So the study can be stopped and goes on, also in another place.
@@ -42,6 +43,7 @@ from reward import Reward
 from runtime.command_line import command_line, seeded
 from runtime.compare import COLOURS
 from runtime.intervals import mean_of
+from runtime.processes import computing_in
 from runtime.run_directory import write_rows
 from sentiment import BETA, FILMS, OPENINGS, TOKENS, continuations, plain_model, vader
 
@@ -51,7 +53,7 @@ METHODS = {                                # name: (what it is, flags)
     "pr": ("SAIL-PR, mix 1, T2 × 0.3", "--variant pr --mix 1")}
 RATES, TUNED, TUNING_SEED = (1e-5, 3e-5, 1e-4), ("dpo-soft", "online-dpo"), 100
 SEEDS = (0, 1, 2, 3, 4, 5)
-STEPS, BATCH, SAMPLES, START_SAMPLES, BEST_OF_N = 128, 16, 32, 96, (1, 2, 4, 8, 16, 32)
+STEPS, BATCH, SAMPLES, START_SAMPLES, BEST_OF_N = 128, 16, 32, 96, (1, 2, 4, 8, 16, 32, 64)
 START = "start"                            # the name of the initial model
 WORDS = {START: "the initial model", **{method: words for method, (words, _) in METHODS.items()}}
 COMPARED = (                               # (question, method, its control)
@@ -115,7 +117,8 @@ def draw_pairs(model, path, seed):
     policy, tokenizer = load_policy(str(model))
     texts, _ = beginnings()
     prompts = [texts[k % len(texts)] for k in range(STEPS * BATCH)]
-    drawn = continuations(policy, tokenizer, prompts, 2, seeded("pairs", seed))
+    with computing_in("bfloat16", policy):
+        drawn = continuations(policy, tokenizer, prompts, 2, seeded("pairs", seed))
     write_rows(path, [dict(prompt=prompt, chosen=pair[0], rejected=pair[1])
                       for prompt, pair in zip(prompts, drawn, strict=True)])
 
@@ -128,8 +131,8 @@ def measured(model, base, texts, samples, seed, judge):
     reference, _ = load_policy(str(base))
     examples, _, _ = encode([Pair(text, None, None) for text in texts], tokenizer,
                             end_token_ids(tokenizer, policy), 128, TOKENS)
-    args = argparse.Namespace(seed=seed, dtype="float32", beta=BETA, max_response_length=TOKENS,
-                              sample_batch_size=8)
+    args = argparse.Namespace(seed=seed, dtype="bfloat16", beta=BETA, max_response_length=TOKENS,
+                              sample_batch_size=128)
     found, rows = evaluate_policy(policy, reference, tokenizer, examples, Reward("vader", vader), args,
                                   samples)
     figures = {name: list(figure) for name, figure in found.items()}
@@ -145,8 +148,8 @@ def train_and_measure(job, runs, judge):
     base, out, pairs = runs / "base", runs / f"{world}/{method}-s{seed}", runs / f"pairs-s{seed}.jsonl"
     train((out, f"{METHODS[method][1]} --model {base} --data {pairs} --eval-data {pairs} --eval-every 0 "
                 f"--eval-limit 1 --seed {seed} --steps {STEPS} --batch-size {BATCH} --learning-rate {rate} "
-                f"--beta {BETA} --max-prompt-length 128 --max-response-length {TOKENS} --save-every 16 "
-                f"--reward {ROOT}/experiments/sentiment.py:vader", {}))
+                f"--beta {BETA} --max-prompt-length 128 --max-response-length {TOKENS} --save-every 32 "
+                f"--dtype bfloat16 --reward {ROOT}/experiments/sentiment.py:vader", {}))
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     with MEASURING:                        # which draws from torch's one random state
         found = measured(out / "model", base, texts, SAMPLES, seed, judge)
@@ -186,7 +189,10 @@ def measure_start(runs, judge):
     record(ROWS, dict(world="sentiment", method=START, seed=SEEDS[0], rate=0.0, steps=0, seconds=0.0,
                       **measured(base, base, held_out, START_SAMPLES, SEEDS[0], judge)))
     rewards, judged = [], []
-    for group in continuations(*load_policy(str(base)), held_out, START_SAMPLES, seeded("best of n")):
+    policy, tokenizer = load_policy(str(base))
+    with computing_in("bfloat16", policy):
+        groups = continuations(policy, tokenizer, held_out, START_SAMPLES, seeded("best of n"))
+    for group in groups:
         pairs = sorted((reward, judge(text)) for reward, text in zip(vader(group, group), group, strict=True))
         rewards.append([reward for reward, _ in pairs])
         judged.append([score for _, score in pairs])
