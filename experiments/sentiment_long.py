@@ -54,6 +54,7 @@ METHODS = {                                # name: (what it is, flags)
 RATES, TUNED, TUNING_SEED = (1e-5, 3e-5, 1e-4), ("dpo-soft", "online-dpo"), 100
 SEEDS = (0, 1, 2, 3, 4, 5)
 STEPS, BATCH, SAMPLES, START_SAMPLES, BEST_OF_N = 128, 16, 32, 96, (1, 2, 4, 8, 16, 32, 64)
+DTYPE = "bfloat16"                         # of all computation; weights are in float32
 START = "start"                            # the name of the initial model
 WORDS = {START: "the initial model", **{method: words for method, (words, _) in METHODS.items()}}
 COMPARED = (                               # (question, method, its control)
@@ -117,7 +118,7 @@ def draw_pairs(model, path, seed):
     policy, tokenizer = load_policy(str(model))
     texts, _ = beginnings()
     prompts = [texts[k % len(texts)] for k in range(STEPS * BATCH)]
-    with computing_in("bfloat16", policy):
+    with computing_in(DTYPE, policy):
         drawn = continuations(policy, tokenizer, prompts, 2, seeded("pairs", seed))
     write_rows(path, [dict(prompt=prompt, chosen=pair[0], rejected=pair[1])
                       for prompt, pair in zip(prompts, drawn, strict=True)])
@@ -131,7 +132,7 @@ def measured(model, base, texts, samples, seed, judge):
     reference, _ = load_policy(str(base))
     examples, _, _ = encode([Pair(text, None, None) for text in texts], tokenizer,
                             end_token_ids(tokenizer, policy), 128, TOKENS)
-    args = argparse.Namespace(seed=seed, dtype="bfloat16", beta=BETA, max_response_length=TOKENS,
+    args = argparse.Namespace(seed=seed, dtype=DTYPE, beta=BETA, max_response_length=TOKENS,
                               sample_batch_size=128)
     found, rows = evaluate_policy(policy, reference, tokenizer, examples, Reward("vader", vader), args,
                                   samples)
@@ -149,7 +150,7 @@ def train_and_measure(job, runs, judge):
     train((out, f"{METHODS[method][1]} --model {base} --data {pairs} --eval-data {pairs} --eval-every 0 "
                 f"--eval-limit 1 --seed {seed} --steps {STEPS} --batch-size {BATCH} --learning-rate {rate} "
                 f"--beta {BETA} --max-prompt-length 128 --max-response-length {TOKENS} --save-every 32 "
-                f"--dtype bfloat16 --reward {ROOT}/experiments/sentiment.py:vader", {}))
+                f"--dtype {DTYPE} --reward {ROOT}/experiments/sentiment.py:vader", {}))
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     with MEASURING:                        # which draws from torch's one random state
         found = measured(out / "model", base, texts, SAMPLES, seed, judge)
@@ -190,7 +191,7 @@ def measure_start(runs, judge):
                       **measured(base, base, held_out, START_SAMPLES, SEEDS[0], judge)))
     rewards, judged = [], []
     policy, tokenizer = load_policy(str(base))
-    with computing_in("bfloat16", policy):
+    with computing_in(DTYPE, policy):
         groups = continuations(policy, tokenizer, held_out, START_SAMPLES, seeded("best of n"))
     for group in groups:
         pairs = sorted((reward, judge(text)) for reward, text in zip(vader(group, group), group, strict=True))
