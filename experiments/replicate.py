@@ -177,11 +177,14 @@ def run(script, *flags, **chosen):
 
 
 def train(job):
-    """One run of sail.py, or of another script with its flags, unless it is there already."""
+    """One run of sail.py, or of another script with its flags, unless it is there already. A finished run
+    keeps its model and not its checkpoints, which take 3 GB for a model of 135M parameters."""
     out, flags, chosen, *script = job
     if not (out / "model").is_dir():                                   # which is the last that a run writes
         again = ["--resume"] if (out / "args.json").is_file() else []  # it was stopped
         run(*(script or ["sail"]), *flags.split(), *again, "--out", out, **chosen)
+        if (out / "checkpoints").is_dir():
+            shutil.rmtree(out / "checkpoints")
 
 
 def train_all(jobs, at_a_time, name):

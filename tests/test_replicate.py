@@ -161,6 +161,22 @@ def test_rounds_on_halves_see_each_pair_of_the_data_once(tmp_path, monkeypatch):
     assert last == tmp_path / "toy-clear-first/dpo-s5"
 
 
+def test_a_finished_run_is_not_run_again_and_keeps_its_model_alone(tmp_path, monkeypatch):
+    calls = []
+
+    def run(*command, **_):
+        calls.append(command)
+        for name in ("model", "checkpoints/8"):
+            (tmp_path / name).mkdir(parents=True)
+
+    monkeypatch.setattr(replicate, "run", run)
+    (tmp_path / "args.json").touch()                                   # it was stopped
+    for _ in range(2):
+        replicate.train((tmp_path, "--seed 3", {}))
+    assert calls == [("sail", "--seed", "3", "--resume", "--out", tmp_path)]
+    assert (tmp_path / "model").is_dir() and not (tmp_path / "checkpoints").exists()
+
+
 def test_the_toys_settings_that_are_spelled_out_are_those_of_the_toy():
     data = toy_settings("dpo", "runs/toy/M")["data"]
     flags = "--variant dpo --model runs/toy/M".split()
