@@ -178,7 +178,7 @@ def run(script, *flags, **chosen):
 
 def train(job):
     """One run of sail.py, or of another script with its flags, unless it is there already. A finished run
-    keeps its model and not its checkpoints, which take 3 GB for a model of 135M parameters."""
+    keeps its model and not its checkpoints, each of which holds the optimizer's state as well."""
     out, flags, chosen, *script = job
     if not (out / "model").is_dir():                                   # which is the last that a run writes
         again = ["--resume"] if (out / "args.json").is_file() else []  # it was stopped
