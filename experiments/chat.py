@@ -17,6 +17,7 @@ import json
 import random
 import sys
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -110,7 +111,7 @@ def table(rows):
             low, high = row["interval"]
             lines.append(f"| {SCORERS[row['name']]} | {row['pairs']} | {row['accuracy']:.3f} "
                          f"[{low:.3f}, {high:.3f}] of {row['tested']} |")
-    policies = [row for row in rows if row["what"] == "policy"]
+    policies = [row for name in METHODS for row in rows if (row["what"], row["name"]) == ("policy", name)]
     if policies:
         heads = ("reward", "KL", "margin", "accuracy", "win rate, reward model", "win rate, judge")
         lines += ["", "| | " + " | ".join(heads) + " | s a step |", "|---" * (len(heads) + 2) + "|"]
@@ -131,6 +132,7 @@ def main():
     parser.add_argument("--model", required=True, help="a directory or hub name; here SmolLM2-135M-Instruct")
     parser.add_argument("--data", required=True, help="pairs; here hh-rlhf's helpful-base, its test set")
     parser.add_argument("--runs", type=Path, default=Path("runs/chat"), help="where runs are kept")
+    parser.add_argument("--jobs", type=int, default=2, help="policies at a time, a thread each (default: 2)")
     args = parser.parse_args()
     divide(args.data, load_tokenizer(args.model), args.runs)
     done = {row["name"] for row in recorded(ROWS)}
@@ -141,9 +143,9 @@ def main():
               "few to compare policies; no policy is trained")
     else:
         train_scorer("reward", args.model, args.runs)
-        for name in METHODS:
-            if name not in done:
-                train_policy(name, args.model, args.runs)
+        with ThreadPoolExecutor(args.jobs) as pool:
+            left = [name for name in METHODS if name not in done]
+            list(pool.map(lambda name: train_policy(name, args.model, args.runs), left))
     print(table(recorded(ROWS)))
 
 
