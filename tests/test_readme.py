@@ -14,7 +14,6 @@ import pytest
 import replicate
 import sampler_gap
 import sentiment
-import sentiment_long
 import terms_exact
 import torch
 import tuned
@@ -117,12 +116,10 @@ def rows_of(study):
     return [json.loads(line) for line in text.splitlines()]
 
 
-ANSWERS = sentiment.answers(rows_of("sentiment"))
 FRONT = first_runs.table(rows_of("first_command"), columns=5)
-TABLES = [ANSWERS, terms_exact.table(rows_of("terms_exact")),
+TABLES = [terms_exact.table(rows_of("terms_exact")),
           *replicate.tables(rows_of("replication")).values(),
           *sentiment.tables(rows_of("sentiment")).values(),
-          sentiment_long.tables(rows_of("sentiment_long"))["Learning rates"],
           memory.measured_table(rows_of("memory")), bench.beside_peer(rows_of("speed")),
           bench.overhead_table(rows_of("overheads")),
           first_runs.table(rows_of("first_run")), noise.table(rows_of("noise")),

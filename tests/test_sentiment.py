@@ -1,75 +1,77 @@
-"""The sentiment study: its data and its figures, and its command with all that is slow left out."""
+"""The sentiment study: its texts, its judge, the rates that it chooses, best-of-n, its tables."""
 import itertools
-import json
 import math
 
 import pytest
 import sentiment
 
-from formats import read_rows
+RATED = [(2.0, "a superb and moving film"), (1.5, "superb acting"), (-2.0, "a dull film"),
+         (-1.0, "dull, flat")]
 
 
-def test_no_beginning_is_both_trained_on_and_held_out():
+def test_held_out_beginnings_share_no_opening_and_no_film_with_the_others():
     train, held_out = sentiment.beginnings()
-    assert len(train) == 136 and len(held_out) == 64 and len({*train, *held_out}) == 200
+    assert len(train) == 84 and len(held_out) == 24 and not {*train} & {*held_out}
+    films = [{film for film in sentiment.FILMS if any(f" {film}" in text for text in texts)}
+             for texts in (train, held_out)]
+    assert not films[0] & films[1] and len(films[0] | films[1]) == len(sentiment.FILMS)
+
+
+@pytest.fixture
+def judge(tmp_path, monkeypatch):
+    """A judge of sentences that repeat RATED, with a stand-in for VADER."""
+    lines = []
+    for place in range(2400):
+        rating, text = RATED[place % 4]
+        lines.append(f"{place}\t{rating}\t{text}")
+    (tmp_path / "ratings.txt").write_text("\n".join(lines))
+    monkeypatch.setattr(sentiment, "vader", lambda _, texts: [float("superb" in text) for text in texts])
+    return sentiment.Judge(tmp_path / "ratings.txt")
+
+
+def test_the_judge_has_learnt_which_words_people_rate_positive(judge):
+    assert judge("superb") > 0 > judge("dull") and judge("unheard of") == 0
+    assert judge.accuracy == judge.vader_accuracy == 1.0
+    assert judge("flat acting") == pytest.approx(judge("flat") + judge("acting"))
+
+
+def test_each_method_gets_its_best_rate_and_pr_that_of_online_dpo():
+    rows = [dict(world=f"rate-{rate:g}", method=method, rate=rate, figures={"objective": [value, None, None]})
+            for method, values in (("dpo-soft", (1.0, 3.0, 2.0)), ("online-dpo", (1.0, 2.0, 3.0)))
+            for rate, value in zip(sentiment.RATES, values, strict=True)]
+    assert sentiment.best_rates(rows) == {"dpo-soft": 3e-5, "online-dpo": 1e-4, "pr": 1e-4}
+    assert sentiment.best_rates([]) == {}
 
 
 def test_best_of_n_is_the_mean_of_the_best_over_all_ways_to_draw_n(monkeypatch):
-    rewards = {"a": -1.0, "b": 0.5, "c": 2.0, "d": 4.0}
-    judge = {"a": 3.0, "b": 1.0, "c": -2.0, "d": 0.0}
-    monkeypatch.setattr(sentiment, "BEST_OF", 4)
+    samples = [(-1.0, 3.0), (0.5, 1.0), (2.0, -2.0), (4.0, 0.0)]                   # (reward, judge)
     monkeypatch.setattr(sentiment, "BEST_OF_N", (1, 2, 4))
-    monkeypatch.setattr(sentiment, "continuations", lambda *_: [list("dbca")])
-    monkeypatch.setattr(sentiment, "vader", lambda _, responses: [rewards[each] for each in responses])
-    monkeypatch.setattr(sentiment, "afinn", lambda responses: [judge[each] for each in responses])
-    for row in sentiment.best_of(None, None):
-        drawn = [max(some, key=rewards.get) for some in itertools.combinations("abcd", row["n"])]
-        assert row["reward"] == pytest.approx(sum(map(rewards.get, drawn)) / len(drawn))
-        assert row["judge"] == pytest.approx(sum(map(judge.get, drawn)) / len(drawn))
+    rewards, judged = zip(*[samples[k] for k in (3, 1, 2, 0)], strict=True)
+    for row in sentiment.best_of_n([rewards, rewards], [judged, judged]):
+        drawn = [max(some) for some in itertools.combinations(samples, row["n"])]
+        assert row["reward"] == pytest.approx(sum(reward for reward, _ in drawn) / len(drawn))
+        assert row["judge"] == pytest.approx(sum(judge for _, judge in drawn) / len(drawn))
         assert row["kl"] == math.log(row["n"]) - (row["n"] - 1) / row["n"]
 
 
-def test_labels_of_the_pairs_are_drawn_from_bradley_terry(tmp_path, monkeypatch):
-    monkeypatch.setattr(sentiment, "load_policy", lambda _: (None, None))
-    monkeypatch.setattr(sentiment, "continuations", lambda *args: [["good", "bad"] for _ in args[2]])
-    monkeypatch.setattr(sentiment, "vader", lambda _, pair: [1.0 if each == "good" else 0.0 for each in pair])
-    monkeypatch.setattr(sentiment, "PAIRS", 4000)
-    sentiment.draw_pairs("model", tmp_path / "pairs.jsonl", seed=0)
-    share = sum(row["chosen"] == "good" for row in read_rows(tmp_path / "pairs.jsonl")) / 4000
-    assert share == pytest.approx(1 / (1 + math.exp(-1)), abs=0.03)
-
-
-def test_the_command_reports_what_is_finished_and_keeps_the_best_of_n(tmp_path, monkeypatch, capsys):
-    def train(jobs, at_a_time, name):
-        for out, flags, _ in jobs:
-            if "--variant pr" not in flags:                            # which was stopped
-                (out / "model").mkdir(parents=True, exist_ok=True)
-                (out / "metrics.jsonl").write_text('{"seconds": 1.5}\n' * 2)
-
-    def figures(model, base, seed, path):
-        reward = 1.0 + seed + (model != base)
-        found = {name: [reward, None, None] for name in ("reward", "kl", "objective", "judge", "length")}
-        return dict(figures=found, samples=[{"prompt": "It", "response": f"is {reward}"}] * 3)
-
-    asked = []
-    monkeypatch.setattr(sentiment, "ROOT", tmp_path)
-    monkeypatch.setattr(sentiment, "plain_model", lambda *_: None)
-    monkeypatch.setattr(sentiment, "draw_pairs", lambda *_: None)
-    monkeypatch.setattr(sentiment, "load_policy", lambda _: (None, None))
-    monkeypatch.setattr(sentiment, "vader", lambda *_: [])
-    monkeypatch.setattr(sentiment, "afinn", lambda *_: [])
-    monkeypatch.setattr(sentiment, "train_all", train)
-    monkeypatch.setattr(sentiment, "judged", figures)
-    monkeypatch.setattr(sentiment, "best_of", lambda *_: asked.append(1) or [
-        {"world": "best of n", "n": 1, "kl": 0.0, "reward": 0.5, "judge": 0.25}])
-    monkeypatch.setattr("sys.argv", f"sentiment.py --model M --runs {tmp_path}/runs --seeds 0 1".split())
-    (tmp_path / "experiments").mkdir()
-    (tmp_path / "runs").mkdir()
-    for _ in range(2):
-        sentiment.main()
-    printed = capsys.readouterr().out
-    rows = [json.loads(line) for line in (tmp_path / "experiments/sentiment.jsonl").read_text().splitlines()]
-    assert asked == [1] and [row.get("method") for row in rows[1:7]] == [
-        "start", "dpo", "dpo-soft", "dp", "pp", "online-dpo"] and len(rows) == 13
-    assert "| DPO | 2.50 ± 6.36 |" in printed and "| as it was | is 1.0 | is 1.0 | is 1.0 |" in printed
-    assert "SAIL-PR" not in printed and (tmp_path / "experiments/sentiment.png").is_file()
+def test_the_tables_have_each_run_beside_best_of_n_at_its_kl_and_the_picture_is_drawn(tmp_path):
+    rows = [dict(world="best of n", method="best of n", seed=0, n=n, kl=kl, reward=reward, judge=0.5)
+            for n, kl, reward in ((1, 0.0, 1.0), (2, 0.2, 2.0), (4, 0.6, 3.0))]
+    for seed in (0, 1):
+        for method, kl in (("start", 0.0), ("dpo-soft", 0.4), ("online-dpo", 0.1), ("pr", 0.7)):
+            figures = {name: [1.5 + seed, None, None]
+                       for name in ("reward", "objective", "judge", "positive", "length")}
+            rows.append(dict(world="sentiment", method=method, seed=seed, rate=1e-5,
+                             figures={**figures, "kl": [kl, None, None]},
+                             samples=[dict(prompt="It", response=f"is {method} {seed} | x")]))
+    tables = sentiment.tables(rows)
+    lines = [line.split(" | ") for line in tables["What each method reaches"].splitlines()]
+    of_method = {cells[0]: cells for cells in lines}
+    best = [of_method[f"| {sentiment.WORDS[method]}"][4]
+            for method in ("start", "dpo-soft", "online-dpo", "pr")]
+    assert best == ["1.00 ± 0.00", "2.50 ± 0.00", "1.50 ± 0.00", ""]               # 0.7 is beyond the last n
+    assert "| SAIL-PR, mix 1, T2 × 0.3 | is pr 0 \\| x |" in tables["Answers"]
+    assert "pr 1" not in tables["Answers"]
+    assert tables["Best of n"].splitlines()[2] == "| KL, at most | 0.00 | 0.20 | 0.60 |"
+    sentiment.draw(rows, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10000
