@@ -69,6 +69,7 @@ RATES, TUNED, TUNING_SEED = (1e-5, 3e-5, 1e-4), ("dpo-soft", "online-dpo"), 100
 SEEDS = (0, 1, 2, 3, 4, 5)
 BETA, TOKENS, STEPS, BATCH, SAMPLES, START_SAMPLES = 0.1, 24, 128, 16, 32, 96
 BEST_OF_N = (1, 2, 4, 8, 16, 32, 64)
+DTYPE = "bfloat16"                         # of all computation; weights are in float32
 START = "start"                            # the name of the initial model
 WORDS = {START: "the initial model", **{method: words for method, (words, _) in METHODS.items()}}
 COMPARED = (                               # (question, method, its control)
@@ -151,7 +152,7 @@ def continuations(policy, tokenizer, texts, n, seed):
     text."""
     torch.manual_seed(seed)
     prompts = [tokenizer(text)["input_ids"] for text in texts]
-    with computing_in("bfloat16", policy):
+    with computing_in(DTYPE, policy):
         responses, _, _ = sample(policy, tokenizer, prompts, TOKENS, n, batch_size=max(1, 256 // n))
     return [[tokenizer.decode(ids, skip_special_tokens=True) for ids in group] for group in responses]
 
@@ -175,7 +176,7 @@ def measured(model, base, texts, samples, seed, judge):
     reference, _ = load_policy(str(base))
     examples, _, _ = encode([Pair(text, None, None) for text in texts], tokenizer,
                             end_token_ids(tokenizer, policy), 128, TOKENS)
-    args = argparse.Namespace(seed=seed, dtype="bfloat16", beta=BETA, max_response_length=TOKENS,
+    args = argparse.Namespace(seed=seed, dtype=DTYPE, beta=BETA, max_response_length=TOKENS,
                               sample_batch_size=128)
     found, rows = evaluate_policy(policy, reference, tokenizer, examples, Reward("vader", vader), args,
                                   samples)
@@ -193,7 +194,7 @@ def train_and_measure(job, runs, judge):
     train((out, f"{METHODS[method][1]} --model {base} --data {pairs} --eval-data {pairs} --eval-every 0 "
                 f"--eval-limit 1 --seed {seed} --steps {STEPS} --batch-size {BATCH} --learning-rate {rate} "
                 f"--beta {BETA} --max-prompt-length 128 --max-response-length {TOKENS} --save-every 32 "
-                f"--dtype bfloat16 --reward {ROOT}/experiments/sentiment.py:vader", {}))
+                f"--dtype {DTYPE} --reward {ROOT}/experiments/sentiment.py:vader", {}))
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     with MEASURING:                        # which draws from torch's one random state
         found = measured(out / "model", base, texts, SAMPLES, seed, judge)
