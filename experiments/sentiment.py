@@ -261,17 +261,15 @@ def best_of_n(rewards, judged):
 # --- the report ---------------------------------------------------------------------------------------------
 
 def with_best_of_n(rows):
-    """The rows of runs, with the reward of best-of-n at a run's KL as figures["best"]. A KL beyond the
-    largest n has none."""
+    """The rows of runs, with figures["best"]: the KL at which the best of n samples has a run's reward, from
+    the two neighbouring n in proportion."""
     best = [row for row in rows if "n" in row]
     found = []
     for row in rows:
         if row["world"] == "sentiment":
-            figures, (kl, _, _) = dict(row["figures"]), row["figures"]["kl"]
-            if kl <= best[-1]["kl"]:
-                reward = np.interp(kl, [each["kl"] for each in best], [each["reward"] for each in best])
-                figures["best"] = [reward.item(), None, None]
-            found.append({**row, "figures": figures})
+            kl = np.interp(row["figures"]["reward"][0], [each["reward"] for each in best],
+                           [each["kl"] for each in best])
+            found.append({**row, "figures": {**row["figures"], "best": [kl.item(), None, None]}})
     return found
 
 
@@ -294,8 +292,9 @@ def tables(rows):
         if row["world"] == "judge":
             judges += [f"| the judge | {row['accuracy']:.2f} | {row['correlation']:.2f} |",
                        f"| VADER | {row['vader_accuracy']:.2f} | |"]
-    heads = {"reward": "reward", "KL": "kl", "reward − β·KL": "objective", "best of n at this KL": "best",
-             "judge": "judge", "judged positive": "positive", "tokens": "length"}
+    heads = {"reward": "reward", "KL": "kl", "KL of best of n with this reward": "best",
+             "reward − β·KL": "objective", "judge": "judge", "judged positive": "positive",
+             "tokens": "length"}
     gained = {"reward": "reward", "KL": "kl", "judge": "judge", "reward − β·KL": "objective"}
     return {"The judge": "\n".join(judges), "Learning rates": "\n".join(rates),
             "What each method reaches": table(with_best_of_n(rows), heads, "sentiment", WORDS),

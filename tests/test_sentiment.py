@@ -54,22 +54,22 @@ def test_best_of_n_is_the_mean_of_the_best_over_all_ways_to_draw_n(monkeypatch):
         assert row["kl"] == math.log(row["n"]) - (row["n"] - 1) / row["n"]
 
 
-def test_the_tables_have_each_run_beside_best_of_n_at_its_kl_and_the_picture_is_drawn(tmp_path):
+def test_the_tables_have_best_of_n_beside_each_run_and_the_picture_is_drawn(tmp_path):
     rows = [dict(world="best of n", method="best of n", seed=0, n=n, kl=kl, reward=reward, judge=0.5)
             for n, kl, reward in ((1, 0.0, 1.0), (2, 0.2, 2.0), (4, 0.6, 3.0))]
     for seed in (0, 1):
-        for method, kl in (("start", 0.0), ("dpo-soft", 0.4), ("online-dpo", 0.1), ("pr", 0.7)):
+        for method, reward in (("start", 1.0), ("dpo-soft", 2.5), ("online-dpo", 1.5), ("pr", 3.0)):
             figures = {name: [1.5 + seed, None, None]
-                       for name in ("reward", "objective", "judge", "positive", "length")}
+                       for name in ("kl", "objective", "judge", "positive", "length")}
             rows.append(dict(world="sentiment", method=method, seed=seed, rate=1e-5,
-                             figures={**figures, "kl": [kl, None, None]},
+                             figures={**figures, "reward": [reward, None, None]},
                              samples=[dict(prompt="It", response=f"is {method} {seed} | x")]))
     tables = sentiment.tables(rows)
     lines = [line.split(" | ") for line in tables["What each method reaches"].splitlines()]
     of_method = {cells[0]: cells for cells in lines}
-    best = [of_method[f"| {sentiment.WORDS[method]}"][4]
+    best = [of_method[f"| {sentiment.WORDS[method]}"][3]
             for method in ("start", "dpo-soft", "online-dpo", "pr")]
-    assert best == ["1.00 ± 0.00", "2.50 ± 0.00", "1.50 ± 0.00", ""]               # 0.7 is beyond the last n
+    assert best == ["0.00 ± 0.00", "0.40 ± 0.00", "0.10 ± 0.00", "0.60 ± 0.00"]
     assert "| SAIL-PR, mix 1, T2 × 0.3 | is pr 0 \\| x |" in tables["Answers"]
     assert "pr 1" not in tables["Answers"]
     assert tables["Best of n"].splitlines()[2] == "| KL, at most | 0.00 | 0.20 | 0.60 |"
