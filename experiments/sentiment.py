@@ -275,12 +275,12 @@ def with_best_of_n(rows):
 
 def tables(rows):
     """{title: markdown} of all tables, from the rows alone."""
-    rates = ["| reward − β·KL, seed 100 | " + " | ".join(f"{rate:g}" for rate in RATES) + " |",
+    rates = ["| reward − β·KL (reward, KL), seed 100 | " + " | ".join(f"{rate:g}" for rate in RATES) + " |",
              "|---" * (len(RATES) + 1) + "|"]
     for method in TUNED:
-        tried = {row["rate"]: row["figures"]["objective"][0] for row in rows
-                 if row["method"] == method and row["world"].startswith("rate-")}
-        cells = [f"{tried[rate]:.2f}" if rate in tried else "" for rate in RATES]
+        tried = {row["rate"]: [row["figures"][name][0] for name in ("objective", "reward", "kl")]
+                 for row in rows if row["method"] == method and row["world"].startswith("rate-")}
+        cells = ["{:.2f} ({:.2f}, {:.2f})".format(*tried[rate]) if rate in tried else "" for rate in RATES]
         rates.append(f"| {WORDS[method]} | {' | '.join(cells)} |")
     best = ["| n | " + " | ".join(str(row["n"]) for row in rows if "n" in row) + " |"]
     best.append("|---" * (best[0].count("|") - 1) + "|")
