@@ -97,8 +97,8 @@ def train_policy(name, model, runs):
         measured = runs / f"{name}-{scorer}.json"
         run("evaluate", out if steps else model, "--reference", model, "--eval-data",
             runs / "held-out.jsonl", "--reward", runs / f"{scorer}/model", "--beta", BETA,
-            "--max-prompt-length", PROMPT, "--max-response-length", RESPONSE, "--dtype", DTYPE,
-            "--out", measured)
+            "--eval-limit", len(read_rows(runs / "held-out.jsonl")), "--max-prompt-length", PROMPT,
+            "--max-response-length", RESPONSE, "--dtype", DTYPE, "--out", measured)
         row[scorer] = next(iter(read_json(measured).values()))
     record(ROWS, row)
 
