@@ -33,3 +33,19 @@ def test_the_tables_have_the_scorers_and_then_the_policies():
                for name in ("reward", "kl", "margin", "accuracy", "win_rate")}
     policy = dict(what="policy", name="dpo", seconds=12.4, reward=figures, judge=figures)
     assert chat.table([judge, policy]).endswith("| DPO |" + " 1.00 ± 0.50 |" * 6 + " 12 |")
+
+
+def test_a_policy_is_measured_on_all_held_out_prompts(tmp_path, monkeypatch):
+    (tmp_path / "held-out.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    monkeypatch.setattr(chat, "ROWS", tmp_path / "rows.jsonl")
+    measured = []
+
+    def run(script, *flags):
+        settings = dict(zip(flags[1::2], flags[2::2], strict=True))
+        measured.append((script, settings["--eval-limit"]))
+        settings["--out"].write_text('{"start": {"reward": 1}}')
+
+    monkeypatch.setattr(chat, "run", run)
+    chat.train_policy("start", "DIR", tmp_path)
+    assert measured == [("evaluate", 2), ("evaluate", 2)]
+    assert chat.recorded(chat.ROWS)[0]["judge"] == {"reward": 1}
