@@ -214,14 +214,19 @@ def measure_all(jobs, runs, judge, at_a_time):
         list(tqdm(pool.map(lambda job: train_and_measure(job, runs, judge), jobs), "runs", len(jobs)))
 
 
+def tried(rows, method):
+    """{learning rate: figures of the run that tried it} of a method."""
+    return {row["rate"]: row["figures"] for row in rows
+            if row["method"] == method and row["world"].startswith("rate-")}
+
+
 def best_rates(rows):
     """{method: the learning rate with the highest reward − β·KL}, of those that were tried."""
     found = {}
     for method in TUNED:
-        tried = {row["rate"]: row["figures"]["objective"][0] for row in rows
-                 if row["method"] == method and row["world"].startswith("rate-")}
-        if tried:
-            found[method] = max(tried, key=tried.get)
+        objectives = {rate: figures["objective"][0] for rate, figures in tried(rows, method).items()}
+        if objectives:
+            found[method] = max(objectives, key=objectives.get)
     return {**found, "pr": found["online-dpo"]} if "online-dpo" in found else found
 
 
@@ -278,9 +283,13 @@ def tables(rows):
     rates = ["| reward − β·KL (reward, KL), seed 100 | " + " | ".join(f"{rate:g}" for rate in RATES) + " |",
              "|---" * (len(RATES) + 1) + "|"]
     for method in TUNED:
-        tried = {row["rate"]: [row["figures"][name][0] for name in ("objective", "reward", "kl")]
-                 for row in rows if row["method"] == method and row["world"].startswith("rate-")}
-        cells = ["{:.2f} ({:.2f}, {:.2f})".format(*tried[rate]) if rate in tried else "" for rate in RATES]
+        runs, cells = tried(rows, method), []
+        for rate in RATES:
+            cell = ""                      # of a rate that has no row yet
+            if rate in runs:
+                objective, reward, kl = (runs[rate][name][0] for name in ("objective", "reward", "kl"))
+                cell = f"{objective:.2f} ({reward:.2f}, {kl:.2f})"
+            cells.append(cell)
         rates.append(f"| {WORDS[method]} | {' | '.join(cells)} |")
     best = ["| n | " + " | ".join(str(row["n"]) for row in rows if "n" in row) + " |"]
     best.append("|---" * (best[0].count("|") - 1) + "|")
