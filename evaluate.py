@@ -284,7 +284,7 @@ def evaluate_models(models, show, given):
     account.add(unscorable)
     print(f"\n{args.eval_data or args.data}: {len(examples)} held-out pairs\n{account}\n"
           f"{each * len(examples)} new samples of each model; reference {reference_name}; {judge} "
-          "over the chosen responses; 95 % intervals over prompts, as ± half or as [low, high]"
+          "over the chosen responses; 95 % intervals over held-out pairs, as ± half or as [low, high]"
           f"{few(len(examples))}\n")
     print_table(results)
     print_differences(samples, prompts, args.beta)

@@ -150,6 +150,9 @@ EXPLORED = (
      ("toy-quarter", "pp"), ("toy-quarter", "pp-control")),
     ("SAIL-PP minus DPO, both with RevKL 0.3, a fifth of the labels flipped",
      ("toy-flipped", "pp"), ("toy-flipped", "pp-control")),
+    ("SAIL-PR on a quarter of the pairs minus DPO on all", ("toy-quarter", "pr"), ("toy", "dpo")),
+    ("SAIL-PP on a quarter of the pairs minus DPO on all, both with RevKL 0.3",
+     ("toy-quarter", "pp"), ("toy", "pp-control")),
     ("Clear pairs first minus random halves", ("toy-clear-first", "dpo"), ("toy-halves", "dpo")),
     ("Close pairs first minus random halves", ("toy-close-first", "dpo"), ("toy-halves", "dpo")))
 GAINED = {"reward": "reward", "KL": "kl", "reward − β·KL": "objective"}

@@ -100,8 +100,9 @@ def entropies(out):
 
 
 def fit_of(out):
-    """Figures of DPO's margin, at the toy's β, on pairs that the run was trained on and on pairs of the same
-    SFT model that it has not seen: {name: [mean, low, high]}."""
+    """Figures of DPO's margin, at the toy's β, on the data's first pairs and on new pairs of the same SFT
+    model: {name: [mean, low, high]}. No method is trained on the new ones, and a method that writes all of its
+    pairs is not trained on the first ones either."""
     saved = read_json(out / "args.json")
     policy, tokenizer = load_policy(str(out / "model"))
     reference, _ = load_policy(saved["reference"])
@@ -247,7 +248,7 @@ def tables(rows):
         found[title] = table(rows, heads, world, WORDS)
         found[f"{title}, differences"] = compared(
             rows, [(question, (world, one), (world, control)) for question, one, control in COMPARED])
-    heads = {"on pairs it was trained on": "margin_trained", "on new pairs of the same model": "margin_new"}
+    heads = {"on the data's first pairs": "margin_trained", "on new pairs of the same model": "margin_new"}
     for world, title in (("steps", "Margins, equal steps"), ("time", "Margins, equal time")):
         found[title] = table(rows, heads, world, WORDS)
     lines = ["| entropy per token | first step | last step |", "|---|---|---|"]

@@ -219,7 +219,7 @@ def heading_of(table):
 # --- figures ------------------------------------------------------------------------------------------------
 
 def figure_of(name, evaluations):
-    """(value, low, high) of one figure. The interval of a single evaluation is over prompts. If there are
+    """(value, low, high) of one figure. The interval of a single evaluation is over pairs. If there are
     several evaluations, one for each seed, the interval is over seeds. None if an evaluation has not measured
     the figure."""
     figures = [evaluation.figures.get(name) for evaluation in evaluations]

@@ -1,4 +1,4 @@
-"""Figures with their 95 % intervals, as (value, low, high): over prompts, and over seeds."""
+"""Figures with their 95 % intervals, as (value, low, high): over held-out pairs, and over seeds."""
 import math
 
 import torch
@@ -28,8 +28,9 @@ def mean_of(values):
 
 def means_of_prompts(values, prompts):
     """The mean over the k responses to each prompt. values: k·prompts numbers, first for one response to
-    every prompt, then for a second response to every prompt, and so on. Intervals are over prompts, since
-    responses to the same prompt are alike."""
+    every prompt, then for a second response to every prompt, and so on. The interval of these means is over
+    prompts, since responses to the same prompt are alike. Two held-out pairs with the same text as prompt
+    count as two prompts."""
     return torch.tensor(values, dtype=torch.float64).view(-1, prompts).mean(0).tolist()
 
 
