@@ -101,8 +101,8 @@ def entropies(out):
 
 def fit_of(out):
     """Figures of DPO's margin, at the toy's β, on the data's first pairs and on new pairs of the same SFT
-    model: {name: [mean, low, high]}. No method is trained on the new ones. A method that writes all of its pairs
-    is not trained on the first ones either."""
+    model: {name: [mean, low, high]}. No method is trained on the new ones. A method that writes all of its
+    pairs is not trained on the first ones either."""
     saved = read_json(out / "args.json")
     policy, tokenizer = load_policy(str(out / "model"))
     reference, _ = load_policy(saved["reference"])
