@@ -113,14 +113,17 @@ def table(rows):
                          f"[{low:.3f}, {high:.3f}] of {row['tested']} |")
     policies = [row for name in METHODS for row in rows if (row["what"], row["name"]) == ("policy", name)]
     if policies:
-        heads = ("reward", "KL", "margin", "accuracy", "win rate, reward model", "win rate, judge")
+        heads = ("reward", "KL", "reward − β·KL", "margin", "accuracy", "win rate, reward model",
+                 "win rate, judge")
         lines += ["", "| | " + " | ".join(heads) + " | s a step |", "|---" * (len(heads) + 2) + "|"]
     for row in policies:
         cells = []
-        for scorer, name in (("reward", "reward"), ("reward", "kl"), ("reward", "margin"),
-                             ("reward", "accuracy"), ("reward", "win_rate"), ("judge", "win_rate")):
+        for scorer, name in (("reward", "reward"), ("reward", "kl"), ("reward", "objective"),
+                             ("reward", "margin"), ("reward", "accuracy"), ("reward", "win_rate"),
+                             ("judge", "win_rate")):
             figure = row[scorer][name]
-            cells.append(f"{figure['value']:.2f} ± {(figure['high'] - figure['low']) / 2:.2f}")
+            half = (figure["high"] - figure["low"]) / 2
+            cells.append(f"{figure['value']:.2f} ± {half:.2f}".replace("-", "−"))
         seconds = f"{row['seconds']:.0f}" if row["seconds"] else ""
         lines.append(f"| {METHODS[row['name']][0]} | {' | '.join(cells)} | {seconds} |")
     return "\n".join(lines)

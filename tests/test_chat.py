@@ -29,10 +29,10 @@ def test_the_tables_have_the_scorers_and_then_the_policies():
     judge = dict(what="scorer", name="judge", pairs=800, tested=512, accuracy=0.61, interval=[0.57, 0.65])
     text = chat.table([judge])
     assert text.endswith("| the judge | 800 | 0.610 [0.570, 0.650] of 512 |") and "win rate" not in text
-    figures = {name: dict(value=1.0, low=0.5, high=1.5)
-               for name in ("reward", "kl", "margin", "accuracy", "win_rate")}
+    figures = {name: dict(value=-1.0, low=-1.5, high=-0.5)
+               for name in ("reward", "kl", "objective", "margin", "accuracy", "win_rate")}
     policy = dict(what="policy", name="dpo", seconds=12.4, reward=figures, judge=figures)
-    assert chat.table([judge, policy]).endswith("| DPO |" + " 1.00 ± 0.50 |" * 6 + " 12 |")
+    assert chat.table([judge, policy]).endswith("| DPO |" + " −1.00 ± 0.50 |" * 7 + " 12 |")
 
 
 def test_a_policy_is_measured_on_all_held_out_prompts(tmp_path, monkeypatch):
