@@ -19,7 +19,7 @@ from runtime.command_line import InputError, command_line, seeded
 from runtime.compare import (
     are_figures, compare, frontier, print_samples, print_table, refuse_comparison, short_names, write_figures)
 from runtime.intervals import (
-    few, format_figure, mean_of, means_of_prompts, prefers_chosen, share_of)
+    agreement, few, format_figure, mean_of, means_of_prompts, prefers_chosen, share_of)
 from runtime.processes import (
     computing_in, default_dtype, divided, progress, rank, with_equal_counts)
 from runtime.run_directory import fingerprint_files, read_json, refuse_output, run_of_checkpoint
@@ -154,8 +154,9 @@ def responses_to_each(prompts, limit):
 
 
 def pair_columns(policy, reference, examples, args):
-    """Measure a policy on the data's responses: {name: a number per example}. It is empty if the data has no
-    responses that can be measured."""
+    """Measure a policy on the data's responses and labels: {name: a number per example}. It is empty if the
+    data has no responses that can be measured. loss, margin and accuracy follow the label's probability p, as
+    in `sail.sail_metrics`."""
     if examples[0].chosen is None:
         return {}
     chosen_ids = [example.chosen_ids for example in examples]
@@ -171,9 +172,10 @@ def pair_columns(policy, reference, examples, args):
     rejected_ids = [example.rejected_ids for example in examples]
     chosen = log_ratios(policy, reference, examples, chosen_ids, args.dtype)
     rejected = log_ratios(policy, reference, examples, rejected_ids, args.dtype)
-    margin = args.beta * (chosen - rejected)
-    return {"loss": (-F.logsigmoid(margin)).tolist(), "margin": margin.tolist(),
-            "accuracy": prefers_chosen(margin).tolist()}
+    u = args.beta * (chosen - rejected)
+    p = torch.tensor([example.preference for example in examples])
+    loss = -p * F.logsigmoid(u) - (1 - p) * F.logsigmoid(-u)
+    return {"loss": loss.tolist(), "margin": ((2 * p - 1) * u).tolist(), "accuracy": agreement(u, p).tolist()}
 
 
 def texts_of(examples, responses, tokenizer):

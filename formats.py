@@ -634,21 +634,34 @@ def read_text(path, kind):
         raise InputError(f"{path}:{nth}: {repeated}") from None
     except (ValueError, csv.Error) as error:
         line = nth + getattr(error, "lineno", 1) - 1
-        raise InputError(f"{path}:{line}: not {kind[1:]} ({first_line(error)}); "
-                         "write an object on each line, or an array of objects") from None
+        wanted = "write an object on each line, or an array of objects"
+        if kind == ".csv":
+            wanted = "in the row that begins here, close each quote, and double a quote inside of quotes"
+        raise InputError(f"{path}:{line}: not {kind[1:]} ({first_line(error)}); {wanted}") from None
     if not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: a row is not an object with columns")
     return rows
 
 
 def read_csv(text):
-    """The rows of a .csv file's text. Raises BadRow if its header has a name twice."""
+    """The rows of a .csv file's text. Raises BadRow if its header has a name twice, and csv.Error, with the
+    line on which the row begins as `lineno`, for a quote that is not closed or not doubled, which would make
+    one cell of several."""
     csv.field_size_limit(2**31 - 1)                         # by default, csv refuses a long text
-    rows = csv.DictReader(io.StringIO(text, newline=""), restkey=TOO_MANY_CELLS)
-    repeated = first_repeated(rows.fieldnames or [])
-    if repeated is not None:
-        raise BadRow(f"the header has the name {repeated!r} twice")
-    return list(rows)
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey=TOO_MANY_CELLS, strict=True)
+    rows, begins = [], 1
+    try:
+        repeated = first_repeated(reader.fieldnames or [])
+        if repeated is not None:
+            raise BadRow(f"the header has the name {repeated!r} twice")
+        begins = reader.line_num + 1
+        for row in reader:
+            rows.append(row)
+            begins = reader.line_num + 1
+    except csv.Error as error:
+        error.lineno = begins
+        raise
+    return rows
 
 
 def line_of_repeated(text):
@@ -777,10 +790,23 @@ def load_pairs(source, limit=None, prefer="better", score_scale=None):
             account.dropped[NO_TEXT] += 1
     if not pairs:
         raise InputError(f"{source}: none of {len(rows)} rows can be used ({format_counts(account.dropped)})")
-    account.altered = remove_repeated_prompts(pairs)
+    account.altered = remove_repeated_prompts(pairs) + exchange_responses(pairs)
     if form.name == "dialogues":
         account.altered += count_untrained_answers(pairs)
     return pairs, account
+
+
+def exchange_responses(pairs):
+    """Exchange the two responses, in place, of the pairs whose preference is below ½, so that the chosen
+    response is the preferred one in every pair. Returns a Counter with the number of such pairs, if there are
+    any."""
+    exchanged = 0
+    for pair in pairs:
+        if pair.preference < 0.5:
+            pair.chosen, pair.rejected = pair.rejected, pair.chosen
+            pair.finished, pair.preference = pair.finished[::-1], 1 - pair.preference
+            exchanged += 1
+    return +Counter({"pairs with a preference below 0.5, whose responses are exchanged": exchanged})
 
 
 def count_untrained_answers(pairs):

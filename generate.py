@@ -52,6 +52,8 @@ def load_policy(name, trust_remote_code=False, lengths=(0, 0), whole=True, chat_
     prepare(model, tokenizer, name)
     model.generation_config.eos_token_id = sorted(end_token_ids(tokenizer, model))      # saved with the model
     model.generation_config._from_model_config = False    # otherwise other tools take config.json's end token
+    # The rest is saved as it came, even if transformers finds it inconsistent, as a top_p without sampling.
+    model.generation_config._original_object_hash = hash(model.generation_config)
     positions = positions_of(model)
     if sum(lengths) > positions:
         raise InputError(f"{name} takes {positions} tokens, fewer than --max-prompt-length "

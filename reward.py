@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Callable
 
 from runtime.command_line import InputError, command_line, format_counts, seeded
-from runtime.intervals import mean_of, prefers_chosen, share_of
+from runtime.intervals import agreement, mean_of, share_of
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.processes import (
     all_sum, computing_in, default_dtype, divided, fails_together, own_device, print0, process_group,
@@ -431,9 +431,9 @@ def evaluate_reward(model, held_out, dtype):
     chosen = torch.tensor(divided(score, chosen_ids))
     rejected = torch.tensor(divided(score, rejected_ids))
     margin, preference = chosen - rejected, torch.tensor(preference)
-    figures = {"accuracy": share_of(prefers_chosen(margin).tolist()),
+    figures = {"accuracy": share_of(agreement(margin, preference).tolist()),
                "loss": mean_of(bradley_terry_loss(chosen, rejected, preference).tolist()),
-               "margin": mean_of(margin.tolist())}
+               "margin": mean_of(((2 * preference - 1) * margin).tolist())}
     return figures, {"prompts": len(held_out)}, []
 
 
@@ -448,12 +448,13 @@ def reward_step(model, pairs, optimizer, scheduler, args):
         chosen_ids, rejected_ids, preference = zip(*micro, strict=True)
         with computing_in(args.dtype, model):
             chosen, rejected = classifier_logits(model, chosen_ids + rejected_ids).chunk(2)
-        losses = bradley_terry_loss(chosen, rejected, torch.tensor(preference, device=chosen.device))
+        preference = torch.tensor(preference, device=chosen.device)
+        losses = bradley_terry_loss(chosen, rejected, preference)
         (weight * losses.sum() / total).backward()
         if weight:
             margins = (chosen - rejected).detach()
-            totals.update(loss=losses.sum().item(), accuracy=prefers_chosen(margins).sum().item(),
-                          margin=margins.sum().item())
+            totals.update(loss=losses.sum().item(), accuracy=agreement(margins, preference).sum().item(),
+                          margin=((2 * preference - 1) * margins).sum().item())
     sum_gradients(model)
     totals = all_sum(totals, model.device)
     figures = {name: totals[name] / total for name in ("loss", "accuracy", "margin")}

@@ -58,6 +58,13 @@ def prefers_chosen(margins):
     return (margins > 0) + 0.5 * (margins == 0)
 
 
+def agreement(margins, p):
+    """The probability that a margin, chosen less rejected, has the sign of a label that prefers the chosen
+    response with probability p: two tensors of one shape."""
+    ahead = prefers_chosen(margins)
+    return p * ahead + (1 - p) * (1 - ahead)
+
+
 def format_figure(value, low, high):
     """A figure as text: its value ± half its interval. If the value is far from the middle of the interval,
     the interval's ends follow the value instead. A figure without an interval is its value alone."""

@@ -230,7 +230,7 @@ def test_the_white_space_of_an_answer_is_kept(said, tmp_path):
 # --- soft labels
 
 @pytest.mark.parametrize("value, preference", [
-    (0.75, 0.75), (1, 1.0), (0, 0.0), ("0.25", 0.25), (0.5, 0.5), (1.5, None), (-0.1, None), (math.nan, None),
+    (0.75, 0.75), (1, 1.0), (0, 1.0), ("0.25", 0.75), (0.5, 0.5), (1.5, None), (-0.1, None), (math.nan, None),
     (None, None), ("chosen", None), ([0.5], None), (math.inf, None)])
 def test_a_column_preference_is_the_probability_that_chosen_is_preferred(value, preference, tmp_path):
     pairs, account = load(tmp_path, dict(PLAIN, preference=value), PLAIN)
@@ -240,7 +240,7 @@ def test_a_column_preference_is_the_probability_that_chosen_is_preferred(value, 
 
 
 @pytest.mark.parametrize("scores, scale, preference", [
-    ((8, 6), 2, 1 / (1 + math.exp(-1))), ((6, 8), 1, 1 / (1 + math.exp(2))), (("5", 5.0), 3, 0.5),
+    ((8, 6), 2, 1 / (1 + math.exp(-1))), ((6, 8), 1, 1 / (1 + math.exp(-2))), (("5", 5.0), 3, 0.5),
     ((1e300, -1e300), 1e-3, 1.0), ((None, 2), 1, None), ((math.nan, 2), 1, None)])
 def test_scores_are_soft_labels_in_units_of_their_scale(scores, scale, preference, tmp_path):
     row = dict(PLAIN, score_chosen=scores[0], score_rejected=scores[1])
@@ -251,6 +251,25 @@ def test_scores_are_soft_labels_in_units_of_their_scale(scores, scale, preferenc
     else:
         assert [pair.preference for pair in pairs] == [pytest.approx(preference), 1.0]
     assert account.unread == {}
+
+
+def test_the_chosen_response_is_the_preferred_one_in_every_pair(tmp_path):
+    pairs, account = load(tmp_path, dict(PLAIN, preference=0.2, chosen_finished=False), PLAIN)
+    assert pairs == [TextPair("Q0", "no", "yes", 0.8, (True, False)), TextPair("Q0", "yes", "no")]
+    assert account.altered == {"pairs with a preference below 0.5, whose responses are exchanged": 1}
+
+
+# --- a quote that is not closed would swallow the rows after it
+
+@pytest.mark.parametrize("row, reason", [
+    ('q,"not closed,bad', "unexpected end of data"), ('q,"not" doubled,bad', "',' expected after '\"'")])
+def test_a_csv_file_whose_quotes_do_not_fit_is_an_error_that_names_the_row(row, reason, tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_text(f'prompt,chosen,rejected\n"two\nlines",a b,c\n{row}\nq,yes,no\n')
+    with pytest.raises(InputError, match=rf"x.csv:4: not csv \({reason}\); in the row that begins here"):
+        load_pairs(str(path))
+    path.write_text('prompt,chosen,rejected\n"two\nlines","a ""b""",c\n')
+    assert load_pairs(str(path))[0] == [TextPair("two\nlines", 'a "b"', "c")]
 
 
 # --- packed files

@@ -493,6 +493,26 @@ def test_the_held_out_loss_of_sft_is_over_all_tokens_and_its_interval_a_ratios(b
     assert loss[0] - ratio == pytest.approx((sums[0] - 2 * ratio) / 3.5, abs=1e-5)
 
 
+@pytest.mark.parametrize("p", [1.0, 0.7, 0.5])
+def test_held_out_figures_follow_the_probability_of_the_label_as_in_training(p, base, held_out):
+    policy, tokenizer = generate.load_policy(base)
+    reference, _ = generate.load_policy(f"{base}/reference")
+    examples, _, _ = encode(load_pairs(held_out, 12)[0], tokenizer, [1], 8, 24)
+    examples = [replace(example, preference=p) for example in examples]
+    args = sail_args(["--beta", "0.5"])
+    found = evaluate.pair_columns(policy, reference, examples, args)
+    logps = []
+    for model in (policy, reference):
+        for side in ("chosen_ids", "rejected_ids"):
+            responses = [getattr(example, side) for example in examples]
+            logps.append(evaluate.response_logps(model, examples, responses, "float32"))
+    losses, metrics = sail.sail_loss(*logps, preference=torch.full((12,), p), beta=0.5)
+    assert found["loss"] == pytest.approx(losses.tolist())
+    for name in ("margin", "accuracy"):
+        assert sum(found[name]) / 12 == pytest.approx(metrics[name].item(), abs=1e-6)
+    assert p == 0.5 or abs(metrics["margin"]) > 0
+
+
 def test_of_few_held_out_prompts_each_is_answered_as_often_as_the_limit_allows(tmp_path, base, capsys):
     rows = grammar_pairs(held_out=True)[:3]
     write_rows(tmp_path / "held-out.jsonl", rows)

@@ -15,7 +15,7 @@ from test_scale import rows_of
 
 import reward
 from reward import load_classifier, load_reward
-from runtime.intervals import prefers_chosen
+from runtime.intervals import agreement, prefers_chosen
 from reward import bradley_terry_loss
 
 TRAINEE = dict(num_labels=1)                               # of a classifier that is to be trained
@@ -63,8 +63,24 @@ def test_the_loss_and_its_gradient_equal_hand_computed_values():
     assert rejected.grad.tolist() == pytest.approx([1 / (1 + math.e), 0.5])
 
 
-def test_a_tie_is_half_right():
-    assert prefers_chosen(torch.tensor([2.0, 0.0, -1.0])).tolist() == [1.0, 0.5, 0.0]
+def test_a_tie_is_half_right_and_a_soft_label_agrees_with_its_probability():
+    margins = torch.tensor([2.0, 0.0, -1.0])
+    assert prefers_chosen(margins).tolist() == [1.0, 0.5, 0.0]
+    assert agreement(margins, torch.tensor([0.75, 0.75, 0.75])).tolist() == [0.75, 0.5, 0.25]
+
+
+def test_a_file_with_its_responses_exchanged_and_a_preference_of_0_trains_the_same_model(
+        monkeypatch, checkpoint, tmp_path):
+    rows = [{"prompt": f"Q{i}", "chosen": "yes" + "!" * i, "rejected": "nope" + "." * i} for i in range(8)]
+    exchanged = [dict(row, chosen=row["rejected"], rejected=row["chosen"], preference=0) for row in rows]
+    logs = []
+    for name, source in (("as-it-is", rows), ("exchanged", exchanged)):
+        path = write(tmp_path / f"{name}.jsonl", source)
+        trained(monkeypatch, checkpoint, path, tmp_path / name, "--eval-data", path)
+        metrics = lines(tmp_path / name / "metrics.jsonl")
+        logs.append([[(row["loss"], row["accuracy"], row["margin"]) for row in metrics],
+                     lines(tmp_path / name / "eval.jsonl")])
+    assert logs[0] == logs[1]
 
 
 def test_training_learns_to_prefer_the_chosen_and_says_so(monkeypatch, checkpoint, pairs, tmp_path, capsys):

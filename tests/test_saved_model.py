@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import reward
 import sail
+from generate import load_policy
 from runtime import saved_model
 from runtime.saved_model import add_keys_of_version_4, last_figures, model_card
 from runtime.settings import Settings
@@ -113,6 +114,17 @@ def test_other_tools_stop_at_the_end_tokens_of_training(checkpoint, held_out, tm
     prompt = torch.tensor([[5, 6, 7]])
     answer = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=True, max_new_tokens=40)
     assert answer[0, -1] == END and len(answer[0]) < 40
+
+
+@pytest.mark.parametrize("words", [dict(do_sample=False, temperature=0.6, top_p=0.9), dict(pad_token_id=-1),
+                                   dict(top_k=0.5)])
+def test_a_generation_config_that_transformers_would_refuse_is_saved_as_it_came(words, checkpoint, tmp_path):
+    shutil.copytree(checkpoint, tmp_path / "base")
+    (tmp_path / "base/generation_config.json").write_text(json.dumps(words))
+    policy, _ = load_policy(str(tmp_path / "base"))
+    policy.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
+    assert saved == {**saved, **words}
 
 
 # --- its README.md
