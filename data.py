@@ -260,15 +260,12 @@ class Dialogue:
             raise BadRow("the chat template rewrites the answer")
         return answer + self.closing
 
-    def rewritten(self):
-        """Whether the template omits or changes the text of a turn of the prompt, as many do with thoughts in
-        earlier answers."""
+    def holds(self, part):
+        """Whether the prompt has part(the text of a turn), for each turn. Many templates omit the thoughts in
+        earlier answers, and others trim each turn."""
         if not self.template:
-            return False
-        for turn in self.messages:
-            if turn["content"].strip() not in self.head:
-                return True
-        return False
+            return True
+        return all(part(turn["content"]) in self.head for turn in self.messages)
 
 
 def plain_dialogue(messages):
@@ -376,8 +373,12 @@ def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length
     dialogue, uncut, prompt_ids = fitting_prompt(pair.prompt, tokenizer, max_prompt_length, lengths)
     cut, altered = Counter(), Counter()
     prompt_is_cut = lengths["prompt"][-1] > len(prompt_ids)
-    if dialogue.rewritten():
+    if not dialogue.holds(str.strip):
         altered["prompts with turns that the template rewrites"] += 1
+    elif not dialogue.holds(str):
+        altered["prompts whose outer white space the template strips"] += 1
+    if changes_text(tokenizer, uncut, dialogue.head):
+        altered["prompts whose text the tokenizer changes"] += 1
     ends = tokenizer.convert_ids_to_tokens(sorted(end_ids))
     encoded = Pair(pair.prompt, prompt_ids=prompt_ids, preference=pair.preference)
     if prompt_is_cut:
@@ -398,6 +399,8 @@ def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length
         else:                                            # a token would span prompt and response
             ids = tokenizer(text, add_special_tokens=False)["input_ids"]
             altered["responses whose first token would merge with the prompt"] += 1
+        if changes_text(tokenizer, ids, text):
+            altered["responses whose text the tokenizer changes"] += 1
         ids = up_to_end(ids, [tokenizer.eos_token_id] if ended else [], end_ids)
         lengths[side].append(len(ids))
         kept = ids[:max_response_length]
@@ -414,6 +417,13 @@ def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length
         raise BadRow("same tokens in both responses")
     encoded.finished = tuple(finished)
     return encoded, Account(cut=cut, altered=altered)
+
+
+def changes_text(tokenizer, ids, text):
+    """Whether the tokens of a text say something else than the text, apart from white space, because the
+    tokenizer does not know a character or writes it in another way, such as in lower case."""
+    said = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return "".join(text.split()) not in "".join(said.split())
 
 
 def prompt_left(prompt, dialogue, ids):

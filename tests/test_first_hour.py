@@ -210,7 +210,7 @@ def test_columns_that_nothing_reads_are_said_before_training(base, tmp_path, cap
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     sail_main(["--variant", "dpo", "--model", base, "--data", str(path), *SHORT, "--max-prompt-length", "9",
                "--out", str(tmp_path / "run")])
-    assert " pairs to train on\n   unread: persona (40 rows)\n" in capsys.readouterr().out
+    assert "changes\n   unread: persona (40 rows)\n" in capsys.readouterr().out
 
 
 def test_run_sh_gives_the_sft_flags_of_its_own(tmp_path):

@@ -15,6 +15,7 @@ from data import SIDES, encode, end_token_ids, load_tokenizer, render, response_
 from formats import TextPair
 from runtime.command_line import InputError
 from runtime.settings import Settings
+from toy import toy_model
 
 # --- stand-ins with the traits of seven families' templates
 
@@ -192,6 +193,8 @@ THOUGHT = turn("assistant", "<think>hm</think>\n\nA")
 def test_pairs_are_counted_in_which_the_template_rewrites_a_turn(family, prompt, count):
     _, account = encode_one(TextPair(prompt, "yes", "no"), tokenizer_of(family))
     assert account.altered["prompts with turns that the template rewrites"] == count
+    stripped = family == "llama-3"                                      # which trims every turn
+    assert account.altered["prompts whose outer white space the template strips"] == stripped
 
 
 def test_a_system_turn_that_the_template_leaves_out_is_counted():
@@ -311,8 +314,9 @@ def test_the_report_says_what_is_left_and_which_labels_are_soft(tmp_path, monkey
             dict(PLAIN, score_chosen=1, score_rejected=2)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     unread = "   unread: lang (1 rows), score_chosen (2 rows), score_rejected (2 rows)\n"
-    soft = ("   unread: lang (1 rows)\n"
-            "soft labels: 2 pairs, P(chosen ≻ rejected) from 0.378 to 0.731\n")
+    soft = ("  altered: 1 pairs with a preference below 0.5, whose responses are exchanged\n"
+            "   unread: lang (1 rows)\n"
+            "soft labels: 2 pairs, P(chosen ≻ rejected) from 0.622 to 0.731\n")
     for more, said in (([], unread), (["--score-scale", "2"], soft)):
         monkeypatch.setattr("sys.argv", ["data.py", str(tmp_path / "rows.jsonl"), *more])
         data.main()
@@ -333,3 +337,14 @@ def test_a_reward_sees_the_answer_of_a_sample_without_what_the_template_writes(f
     settings = Settings(max_response_length=50, dtype="float32")
     pair, = generate.roll_out(model, tokenizer, [replace(example, chosen="", rejected="")], SIDES, settings)
     assert (pair.chosen, pair.rejected) == ("It is 32.", "No.") == (example.chosen, example.rejected)
+
+
+# --- characters that the tokenizer does not know
+
+def test_texts_that_the_tokenizer_changes_are_counted():
+    _, tokenizer = toy_model()
+    known, other = "the soup was good .", "the soup was café good ."
+    pairs = [TextPair(known, known, "the tea"), TextPair(other, other, known), TextPair(known, "the tea", other)]
+    _, account, _ = encode(pairs, tokenizer, {tokenizer.eos_token_id}, 40, 40)
+    assert account.altered == {"prompts whose text the tokenizer changes": 1,
+                               "responses whose text the tokenizer changes": 2}

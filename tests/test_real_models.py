@@ -183,9 +183,12 @@ def test_a_row_that_the_reward_models_template_refuses_is_dropped_and_said_befor
                held_out, "--reward", classifier, "--out", str(out), *SHORT, "--max-prompt-length", "40",
                "--eval-limit", "3"])
     reason = "reward model: refused by the chat template: not that"
-    account = f"  dropped: 2 (1 beyond --eval-limit, 1 {reason})\n   unread: lang (4 rows)\n"
+    altered = ("  altered: {} prompts whose text the tokenizer changes, "                       # it has no "q"
+               "{} responses whose text the tokenizer changes\n")
+    account = (f"  dropped: 2 (1 beyond --eval-limit, 1 {reason})\n{altered.format(3, 6)}"
+               "   unread: lang (4 rows)\n")
     said = capsys.readouterr().out
-    assert f"x.jsonl: 30 pairs to train on\n  dropped: 10 (10 {reason})\n" in said
+    assert f"x.jsonl: 30 pairs to train on\n  dropped: 10 (10 {reason})\n{altered.format(40, 80)}" in said
     assert f"y.jsonl: 2 pairs to evaluate on\n{account}" in said
     monkeypatch.setattr("sys.argv", ["evaluate.py", str(out), "--eval-limit", "3"])
     evaluate.main()
