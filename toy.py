@@ -12,6 +12,7 @@ from pathlib import Path
 
 from runtime.command_line import InputError, seeded
 from runtime.run_directory import read_json, write_directory, write_rows
+from runtime.saved_model import base_of
 
 import torch
 
@@ -140,8 +141,12 @@ def toy_vocabulary():
 
 
 def is_toy_model(model):
-    """Whether a directory holds a model of the toy, which is recognised by its vocabulary. If the directory
-    does not exist: whether its name begins as those of the models that the toy writes."""
+    """Whether a directory holds a model of the toy, which is recognised by its vocabulary, or a checkpoint
+    whose base is one. If the directory does not exist: whether its name begins as those of the models that
+    the toy writes."""
+    run = base_of(model)
+    if run is not None:
+        return is_toy_model(run.model)
     file = Path(model, "tokenizer.json")
     if not Path(model).is_dir():
         return str(model).startswith(str(WORLD.parent))

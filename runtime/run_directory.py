@@ -638,5 +638,7 @@ def refuse_changes(before, recorded, path):
             what = "the data have"
         elif name.endswith("_sha256"):
             what = f"the files of --{name.removesuffix('_sha256')} have"
+        reference = f" --reference {before['reference']}" if before.get("reference") else ""
         raise InputError(f"--resume: {what} changed since {path} was written, from {before.get(name)} to "
-                         f"{value}; undo the change, or start a new run with another --out")
+                         f"{value}; undo the change, or go on in a new run: --model {path}{reference} "
+                         "--out ANOTHER")

@@ -77,8 +77,8 @@ def training(out, name, args, recorded, progress, model, optimizer, scheduler):
             if not progress["step"] or not others_know:
                 raise
             save_checkpoint(out, model, optimizer, progress)           # all processes take part
-            raise InputError(f"{one_line(error)} (step {progress['step']} is saved; --resume continues)"
-                             ) from None
+            raise InputError(f"{one_line(error)} (step {progress['step']} is saved; --resume continues with "
+                             "the same inputs)") from None
 
 
 def steps(loop, count, evaluate):
@@ -124,7 +124,8 @@ def steps(loop, count, evaluate):
         if current.number == first:
             print_how_long(seconds, evaluation, count - first + 1, args, loop.model.device)
         if progress["in_a_row"] >= 10:
-            raise InputError(f"steps {step - 8} to {step + 1} had no finite loss or gradient; lower the rate")
+            raise InputError(f"steps {step - 8} to {step + 1} had no finite loss or gradient; begin a "
+                             "new run with a lower rate")
 
 
 def is_stopped(loop):
@@ -137,8 +138,9 @@ def end_early(loop):
     """Say how to go on, and raise SystemExit with the status that belongs to the signal."""
     step = loop.progress["step"]
     if step:
+        place = " in place of --overwrite" if loop.args.overwrite else ""
         print0(f"stopped after step {step}, which is saved in {loop.out}/checkpoints/{step}; the same "
-               "command with --resume continues, and the checkpoint works wherever a model does")
+               f"command with --resume{place} continues, and the checkpoint works wherever a model does")
     else:
         print0("stopped before the first step; the same command starts the run again")
     raise SystemExit(loop.stop.exit_status or 0)

@@ -429,7 +429,7 @@ def test_a_closed_output_saves_what_was_reached(base, tmp_path, monkeypatch, cap
     monkeypatch.setattr("runtime.training.print_step", closed)
     argv = ["sail.py", "--model", base, *SHORT, "--steps", "4", "--out", str(tmp_path / "run")]
     message = fails(sail.main, argv, monkeypatch, capsys)
-    assert "standard output is closed (step 4 is saved; --resume continues)" in message
+    assert "standard output is closed (step 4 is saved; --resume continues with the same inputs)" in message
     assert (tmp_path / "run/checkpoints/4/progress.json").is_file()
 
 

@@ -194,7 +194,8 @@ def test_an_evaluation_that_failed_is_made_up(failing, base, whole, tmp_path, mo
     with monkeypatch.context() as patch:
         patch.setattr(sail, "evaluate_policy", evaluate_policy)
         message = fails(sail.main, ["sail.py", *arguments(base, tmp_path)], patch, capsys)
-    assert f"(step {failing} is saved; --resume continues)" in message and not (tmp_path / "model").exists()
+    assert f"(step {failing} is saved; --resume continues with the same inputs)" in message
+    assert not (tmp_path / "model").exists()
     sail_main(arguments(base, tmp_path, "--resume"))
     assert same(tmp_path, whole)
 
@@ -214,7 +215,7 @@ def test_a_line_that_was_half_written_is_cut_off_and_written_whole_by_the_run_th
     with monkeypatch.context() as patch:
         patch.setattr(training, "write_line", write_line)
         message = fails(sail.main, ["sail.py", *arguments(base, tmp_path)], patch, capsys)
-    assert "No space left on device (step 3 is saved; --resume continues)" in message
+    assert "No space left on device (step 3 is saved; --resume continues with the same inputs)" in message
     sail_main(arguments(base, tmp_path, "--resume"))
     assert same(tmp_path, whole)
 

@@ -344,7 +344,7 @@ def test_a_reward_sees_the_answer_of_a_sample_without_what_the_template_writes(f
 def test_texts_that_the_tokenizer_changes_are_counted():
     _, tokenizer = toy_model()
     known, other = "the soup was good .", "the soup was café good ."
-    pairs = [TextPair(known, known, "the tea"), TextPair(other, other, known), TextPair(known, "the tea", other)]
+    pairs = [TextPair(known, known, "good"), TextPair(other, other, known), TextPair(known, "good", other)]
     _, account, _ = encode(pairs, tokenizer, {tokenizer.eos_token_id}, 40, 40)
     assert account.altered == {"prompts whose text the tokenizer changes": 1,
                                "responses whose text the tokenizer changes": 2}

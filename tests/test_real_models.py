@@ -183,7 +183,7 @@ def test_a_row_that_the_reward_models_template_refuses_is_dropped_and_said_befor
                held_out, "--reward", classifier, "--out", str(out), *SHORT, "--max-prompt-length", "40",
                "--eval-limit", "3"])
     reason = "reward model: refused by the chat template: not that"
-    altered = ("  altered: {} prompts whose text the tokenizer changes, "                       # it has no "q"
+    altered = ("  altered: {} prompts whose text the tokenizer changes, "                 # it has no "q"
                "{} responses whose text the tokenizer changes\n")
     account = (f"  dropped: 2 (1 beyond --eval-limit, 1 {reason})\n{altered.format(3, 6)}"
                "   unread: lang (4 rows)\n")

@@ -258,7 +258,7 @@ def test_a_reward_that_fails_stops_the_run_at_a_saved_step(base, tmp_path, monke
         data.command_line(lambda: sail_main(arguments(base, tmp_path / "run", *more)))
     *above, message = capsys.readouterr().err.strip().split("\n")
     assert message.startswith("sail.py: error: reward ") and "mine.py:score: " in message and said in message
-    assert message.endswith("(step 4 is saved; --resume continues)")
+    assert message.endswith("(step 4 is saved; --resume continues with the same inputs)")
     assert ("ValueError: not yet mended" in above) == ("raise" in harm)
     sick.unlink()
     run(base, tmp_path / "run", *more, "--resume")
@@ -305,8 +305,9 @@ def test_ten_losses_that_are_not_finite_stop_the_run_at_a_saved_step(base, tmp_p
     monkeypatch.setattr(sail, "accumulate_gradients",
                         lambda *inputs: Counter({**original(*inputs), "loss": math.inf}))
     message = fails_here(base, tmp_path, monkeypatch, capsys, "--steps", "20")
-    assert "steps 1 to 10 had no finite loss or gradient; lower the rate" in message
-    assert "(step 10 is saved; --resume continues)" in message and rows_of(tmp_path)[-1]["skipped"] == 10
+    assert "steps 1 to 10 had no finite loss or gradient; begin a new run with a lower rate" in message
+    assert "(step 10 is saved; --resume continues with the same inputs)" in message
+    assert rows_of(tmp_path)[-1]["skipped"] == 10
     assert json.loads((tmp_path / "checkpoints/10/progress.json").read_text())["in_a_row"] == 10
 
 

@@ -297,7 +297,8 @@ def test_ten_losses_that_are_not_finite_stop_with_one_line_and_no_model(checkpoi
             "--batch-size", "4", "--limit", "60"]
     message = fails(reward.main, argv, monkeypatch, capsys)
     assert "steps 1 to 10 had no finite loss or gradient" in message
-    assert message.endswith("(step 10 is saved; --resume continues)") and not (tmp_path / "model").exists()
+    assert message.endswith("(step 10 is saved; --resume continues with the same inputs)")
+    assert not (tmp_path / "model").exists()
 
 
 def test_a_stopped_training_goes_on_as_if_unbroken(checkpoint, pairs, tmp_path, monkeypatch, capsys):

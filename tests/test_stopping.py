@@ -186,7 +186,7 @@ def test_logits_that_are_nan_while_sampling_are_named_and_what_was_reached_is_sa
     poison(monkeypatch, 3)
     message = refused([*argv, "--overwrite", "--save-every", "100"], monkeypatch, capsys)
     assert "the model's logits are not finite; train it at a lower --learning-rate" in message
-    assert message.endswith("(step 2 is saved; --resume continues)")
+    assert message.endswith("(step 2 is saved; --resume continues with the same inputs)")
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["2"] and len(rows_of(out)) == 2
 
 
