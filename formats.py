@@ -728,10 +728,12 @@ def stored_rows(rows):
 
 def read_answers(source):
     """The rows of a file of answers. Each row has a `prompt`, a text or messages, and a `response`, a text.
-    Raises InputError if there is no row, or if a row lacks one of them."""
+    Raises InputError if there is no row, or if a row lacks one of them. A text that holds messages, as in
+    .csv files, is no prompt."""
     rows = list(stored_rows(read_rows(source)))
     for nth, row in enumerate(rows, 1):
-        if not is_prompt(row.get("prompt")) or not isinstance(row.get("response"), str):
+        prompt = row.get("prompt")
+        if not is_prompt(prompt) or holds_messages(prompt) or not isinstance(row.get("response"), str):
             raise InputError(f"{source}: row {nth} needs prompt and response, as generate.py writes them")
     if not rows:
         raise InputError(f"{source} has no rows; each needs prompt and response, as generate.py writes them")

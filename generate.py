@@ -25,7 +25,7 @@ from runtime.packing import allow_packing, is_packed, packed_logits, register_pa
 from runtime.processes import (
     computing_in, default_dtype, divided, fails_together, gathered, of_rank_0, own_device, progress, rank,
     sent, shard, with_equal_counts)
-from runtime.run_directory import has_columns, is_run_directory, refuse_output, trained_weights, write_rows
+from runtime.run_directory import is_run_directory, refuse_output_of_rows, trained_weights, write_rows
 from runtime.saved_model import base_of
 from runtime.settings import Parser, Settings, read_run, same_as, setting
 from runtime.training import micro_batches
@@ -660,7 +660,7 @@ def main():
     args = Answers(**{**of_run, **given, "model": model})
     if args.data is None:
         parser.error("argument --data: give a file, a directory or a hub name")
-    refuse_output(args.out, has_columns("prompt", "response"), args.data, args.eval_data)
+    refuse_output_of_rows(args.out, ("prompt", "response"), args.data, args.eval_data)
     if "data" in given:
         prompts = load_prompts(args)
     else:

@@ -35,8 +35,7 @@ from runtime.processes import (
     all_sum, computing_in, default_dtype, divided, fails_together, own_device, print0, process_group,
     progress, share_of_process, sum_gradients, with_equal_counts, world_size)
 from runtime.run_directory import (
-    fingerprint, fingerprint_files, has_columns, refuse_output, run_directory, run_of_checkpoint,
-    write_rows)
+    fingerprint, fingerprint_files, refuse_output_of_rows, run_directory, run_of_checkpoint, write_rows)
 from runtime.saved_model import save_model
 from runtime.settings import Parser, Settings, flag_of, read_settings, setting, settings_to_resume
 from runtime.training import NOT_MEASURED, micro_batches, refuse_before_loading, steps, training
@@ -46,7 +45,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from data import apply_template, length_table, load_tokenizer, render
-from formats import BEYOND, Account, BadRow, best_and_worst, is_text, read_answers, train_and_held_out
+from formats import (
+    BEYOND, Account, BadRow, best_and_worst, finished_in, is_text, read_answers, train_and_held_out)
 from generate import (
     add_adapter, compute_in_float32, has_weights, heads_of, hold_frozen_in_bfloat16, load_model, place,
     switch_dropout_off, with_trained)
@@ -574,13 +574,11 @@ def score_file(args):
     rows = read_answers(args.responses)
     prompts = [row["prompt"] for row in rows]
     responses = [row["response"] for row in rows]
-    finished = [row.get("finished") is not False for row in rows]
-    refuse_output(args.out, has_columns("prompt", "response", "reward"), args.responses)
+    finished = [finished_in(row, "finished") for row in rows]
+    refuse_output_of_rows(args.out, ("prompt", "response", "reward"), args.responses)
     if args.pairs:
-        if Path(args.pairs).suffix != ".jsonl":
-            raise InputError(f"--pairs {args.pairs}: the name must end in .jsonl, to be read as --data")
-        refuse_output(args.pairs, has_columns("prompt", "chosen", "rejected", "score_chosen"),
-                      args.responses, args.out, flag="--pairs")
+        refuse_output_of_rows(args.pairs, ("prompt", "chosen", "rejected", "score_chosen"),
+                              args.responses, args.out, flag="--pairs")
     reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
     print(f"scoring {len(rows)} responses of {args.responses} …", flush=True)
     scores = reward(prompts, responses, finished)
@@ -589,6 +587,9 @@ def score_file(args):
     write_rows(args.out, rows)
     print(f"{len(rows)} responses scored in {args.out}: mean {sum(scores) / len(scores):.3f}, "
           f"min {min(scores):.3f}, max {max(scores):.3f}")
+    if any(reward.cut):
+        print(f"{sum(reward.cut)} dialogues were longer than {args.reward} takes, and were scored without "
+              "their beginning")
     if args.pairs:
         pairs, dropped = best_and_worst_pairs(rows)
         if not pairs:
@@ -612,7 +613,7 @@ def best_and_worst_pairs(rows):
         pair = {"prompt": prompt}
         for side, row in (("chosen", best), ("rejected", worst)):
             pair[side] = row["response"]
-            pair[f"{side}_finished"] = row.get("finished") is not False
+            pair[f"{side}_finished"] = finished_in(row, "finished")
             pair[f"score_{side}"] = row["reward"]
         pairs.append(pair)
     return pairs, dropped

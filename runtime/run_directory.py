@@ -121,6 +121,14 @@ def has_columns(*names):
     return is_own
 
 
+def refuse_output_of_rows(path, columns, *inputs, flag="--out"):
+    """Refuse an output file for rows with these columns, as `refuse_output` does. Raises InputError also if
+    the name does not end in .jsonl, which tells the commands that read the file what it holds."""
+    refuse_output(path, has_columns(*columns), *inputs, flag=flag)
+    if Path(path).suffix != ".jsonl":
+        raise InputError(f"{flag} {path}: the name must end in .jsonl, for the commands that read the file")
+
+
 def write_directory(directory, write):
     """Call write(path) on a new directory beside this one, then rename it: a directory appears under its
     final name only when it is complete. What had that name is removed. Raises InputError if the new directory

@@ -187,7 +187,7 @@ def test_a_reward_model_follows_soft_labels_of_the_file(checkpoint, tmp_path):
     reward.main(flags, **chosen)
     no, yes = load_reward(f"{tmp_path}/rm/model")(["7?"] * 2, ["no", "yes"])
     assert yes > no
-    assert rows_of(tmp_path / "rm/metrics.jsonl")[-1]["margin"] == pytest.approx(math.log(1 / 9), abs=1)
+    assert rows_of(tmp_path / "rm/metrics.jsonl")[-1]["margin"] == pytest.approx(0.8 * math.log(9), abs=1)
 
 
 def test_samples_that_a_classifier_cuts_are_counted(base, tmp_path):

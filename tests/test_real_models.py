@@ -198,16 +198,21 @@ def test_a_row_that_the_reward_models_template_refuses_is_dropped_and_said_befor
     assert rows_of(out, "eval")[-1]["prompts"] == 2
 
 
-def test_dialogues_that_a_reward_model_cuts_are_counted(checkpoint, tmp_path):
+def test_dialogues_that_a_reward_model_cuts_are_counted(checkpoint, tmp_path, monkeypatch, capsys):
     model, tokenizer, _ = load_classifier(str(checkpoint), num_labels=1, max_length=12)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path)
     pairs = [Pair("Q", "a" * n, "b" * m) for n, m in ((1, 1), (1, 30), (30, 1), (30, 30))]
-    reward = load_reward(str(tmp_path))
-    assert drop_unscorable(pairs, reward)[1].cut.total() == 3
+    judge = load_reward(str(tmp_path))
+    assert drop_unscorable(pairs, judge)[1].cut.total() == 3
     for lengths in ((30, 1), (1, 30), (1, 1)):                         # of the last call alone
-        reward(["Q"] * 2, ["a" * length for length in lengths])
-        assert reward.cut == [length == 30 for length in lengths]
+        judge(["Q"] * 2, ["a" * length for length in lengths])
+        assert judge.cut == [length == 30 for length in lengths]
+    write(tmp_path / "answers.jsonl", [dict(prompt="Q", response="a" * n) for n in (1, 30, 30)])
+    monkeypatch.setattr("sys.argv", ["reward.py", "--reward", str(tmp_path), "--responses",
+                                     f"{tmp_path}/answers.jsonl", "--out", f"{tmp_path}/scored.jsonl"])
+    reward.main()
+    assert f"2 dialogues were longer than {tmp_path} takes, and were scored" in capsys.readouterr().out
 
 
 # --- clocks
@@ -243,7 +248,8 @@ def test_each_script_tells_all_its_models_whether_their_code_may_run(
             (evaluate.main, 2, [out, "--compare", "--frontier", "100", "--beta", "9"]),
             (generate.main, 1, ["--model", out, "--out", answers]),
             (generate.main, 1, [*model, "--data", pairs, *lengths, "--out", answers]),
-            (reward.main, 1, ["--reward", classifier, "--responses", answers, "--out", f"{answers}.scored"]),
+            (reward.main, 1, ["--reward", classifier, "--responses", answers, "--out",
+                              f"{tmp_path}/scored.jsonl"]),
             (reward.main, 1, [
                 "--train", *model, "--data", pairs, "--eval-data", pairs, "--out", str(tmp_path / "rm")])):
         monkeypatch.setattr("sys.argv", ["x.py", *argv, "--trust-remote-code"])

@@ -17,7 +17,7 @@ import generate
 import reward as reward_module
 import sail
 from data import Pair, encode
-from formats import load_pairs, read_rows
+from formats import load_pairs, read_answers, read_rows
 from runtime.command_line import command_line, InputError, seeded
 from runtime.intervals import format_figure
 from evaluate import evaluate_policy
@@ -300,6 +300,25 @@ def test_answers_of_another_tool_that_say_not_whether_they_ended_become_pairs_th
     assert row["chosen_finished"] is row["rejected_finished"] is True
 
 
+@pytest.mark.parametrize("done", ["False", "false", 0, False])
+def test_an_answer_is_unfinished_in_each_spelling_that_the_data_may_have(done, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text("def score(prompts, responses, finished):\n    return list(finished)\n")
+    write_rows("answers.jsonl", [dict(prompt="q", response="a", finished=done),
+                                 dict(prompt="q", response="b", finished=True)])
+    monkeypatch.setattr("sys.argv", ["reward.py", "--reward", "mine.py:score", "--responses", "answers.jsonl",
+                                     "--pairs", "pairs.jsonl"])
+    reward_module.main()
+    assert [row["reward"] for row in read_rows("scored.jsonl")] == [0.0, 1.0]
+    assert read_rows("pairs.jsonl")[0]["rejected_finished"] is False
+
+
+def test_a_prompt_of_messages_in_a_text_is_no_prompt_of_answers(tmp_path):
+    write_rows(tmp_path / "x.jsonl", [dict(prompt='[{"role": "user", "content": "q"}]', response="a")])
+    with pytest.raises(InputError, match="row 1 needs prompt and response"):
+        read_answers(str(tmp_path / "x.jsonl"))
+
+
 def test_half_a_surrogate_pair_in_a_response_survives_the_scoring(tmp_path, monkeypatch):
     text = '{"prompt": "p", "response": "\\ud800 \\u00e9"}\n'
     (tmp_path / "responses.jsonl").write_text(text)
@@ -313,7 +332,9 @@ def test_half_a_surrogate_pair_in_a_response_survives_the_scoring(tmp_path, monk
 @pytest.mark.parametrize("argv, message", [
     (["--reward", "mine.py"], "reward mine.py: name one of its functions, as mine.py:FUNCTION"),
     (["--reward", "mine.py:f"], "no such file mine.py"),
-    (["--reward", TOY_REWARD, "--out", "folder"], "--out folder is a directory")])
+    (["--reward", TOY_REWARD, "--out", "folder"], "--out folder is a directory"),
+    (["--reward", TOY_REWARD, "--out", "x.csv"], "--out x.csv: the name must end in .jsonl"),
+    (["--reward", TOY_REWARD, "--pairs", "x.json"], "--pairs x.json: the name must end in .jsonl")])
 def test_what_cannot_be_scored_is_one_line(argv, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("folder").mkdir()
