@@ -23,7 +23,7 @@ from pathlib import Path
 from runtime.command_line import InputError, command_line, first_line, foreign, format_counts
 from runtime.run_directory import is_run_directory
 from runtime.saved_model import base_of
-from runtime.settings import Parser, Settings, setting
+from runtime.settings import Parser, Settings, flag_of, setting
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -588,8 +588,9 @@ def main(argv=None):
     given = vars(parser.parse_args(argv))
     source = given.pop("source")
     args = Reported(**given)
-    if args.chat_template and not args.model:
-        parser.error("argument --chat-template: has no effect without --model")
+    for name in ("chat_template", "max_prompt_length", "max_response_length"):
+        if name in given and not args.model:
+            parser.error(f"argument {flag_of(name)}: has no effect without --model")
     pairs, account = load_pairs(source, args.limit, args.prefer, args.score_scale)
     print_report(source, pairs, account)
     if args.model:

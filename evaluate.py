@@ -23,7 +23,7 @@ from runtime.intervals import (
 from runtime.processes import (
     computing_in, default_dtype, divided, progress, rank, with_equal_counts)
 from runtime.run_directory import fingerprint_files, read_json, refuse_output, run_of_checkpoint
-from runtime.settings import Objective, Parser, Settings, read_run, same_as, setting
+from runtime.settings import Objective, Parser, Settings, flag_of, read_run, same_as, setting
 from runtime.training import micro_batches
 
 import torch
@@ -420,6 +420,11 @@ def parse_args(argv=None):
     if not models:
         parser.error("give the directory of a run, or a model")
     task = Namespace(**{name: given.pop(name) for name in ("compare", "show", "frontier")})
+    unused = given.keys() - {"out"} if task.compare and not task.frontier else ()
+    for name in sorted(unused):
+        parser.error(f"argument {flag_of(name)}: has no effect with --compare")
+    if ".py:" not in given.get("preference", ".py:"):
+        parser.error(f"argument --preference: {given['preference']} is no FILE.py:FUNCTION")
     if task.show < 0 or task.frontier and not (task.compare and task.frontier >= 100):
         parser.error("argument --show: takes 0 or more; --frontier takes 100 or more, with --compare")
     return models, task, given

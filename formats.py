@@ -786,13 +786,17 @@ def load_pairs(source, limit=None, prefer="better", score_scale=None):
             row = Reader(values)
             pairs.append(pair_of(row, form, score_scale))
             account.unread.update(row.unread())
+            if score_scale is not None and SCORE_COLUMNS[0] not in row.names_read:
+                account.altered["pairs without the scores that --score-scale reads"] += 1
+            if prefer == "safer" and form.name != "PKU-SafeRLHF":
+                account.altered["pairs without the label that --prefer safer reads"] += 1
         except BadRow as reason:
             account.dropped[str(reason)] += 1
         except (KeyError, TypeError, AttributeError, IndexError, ValueError, OverflowError):
             account.dropped[NO_TEXT] += 1
     if not pairs:
         raise InputError(f"{source}: none of {len(rows)} rows can be used ({format_counts(account.dropped)})")
-    account.altered = remove_repeated_prompts(pairs) + exchange_responses(pairs)
+    account.altered += remove_repeated_prompts(pairs) + exchange_responses(pairs)
     if form.name == "dialogues":
         account.altered += count_untrained_answers(pairs)
     return pairs, account

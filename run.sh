@@ -32,6 +32,10 @@ fi
 
 source=toy previous=                        # of --data; sail.py names the run's directory after it
 for argument in "$@"; do
+    case $argument in --variant* | --out*)
+        echo "run.sh: error: ${argument%%=*} is what run.sh itself gives to each run; use sail.py for one run" >&2
+        exit 2 ;;
+    esac
     case $previous$argument in --data?*) source=${argument#--data}; source=${source#=} ;; esac
     previous=; if [ "$argument" = --data ]; then previous=--data; fi
 done

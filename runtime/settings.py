@@ -110,7 +110,10 @@ class Parser(argparse.ArgumentParser):
                 flag, equals, value = word.partition("=")
                 word = flag.replace("_", "-") + equals + value
             words.append(word)
-        return super().parse_known_args(words, namespace)
+        found, rest = super().parse_known_args(words, namespace)
+        if {"steps", "epochs"} <= vars(found).keys():
+            self.error("argument --epochs: has no effect with --steps")
+        return found, rest
 
 
 def read_settings(file, cls, *names):

@@ -227,6 +227,10 @@ def test_run_sh_gives_the_sft_flags_of_its_own(tmp_path):
              for line in calls}
     assert rates == {"sft": "3e-5", "dpo": "1e-6", "dp": "1e-6", "pp": "1e-6", "pr": "1e-6"}
     assert [line for line in calls if "--revkl-coef 0.3" in line] == [calls[3]]       # that of pp
+    for flag in ("--variant", "--out=mine"):
+        done = subprocess.run(["bash", ROOT / "run.sh", flag, "dpo"], cwd=tmp_path, env=environment,
+                              capture_output=True, text=True)
+        assert done.returncode == 2 and done.stderr.startswith(f"run.sh: error: {flag[:5]}")
 
 
 def test_what_a_person_reads_of_samples_has_no_end_token(two_runs):

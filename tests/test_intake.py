@@ -253,6 +253,13 @@ def test_scores_are_soft_labels_in_units_of_their_scale(scores, scale, preferenc
     assert account.unread == {}
 
 
+def test_pairs_that_lack_what_a_flag_reads_are_counted(tmp_path):
+    load(tmp_path, dict(PLAIN, score_chosen=8.0, score_rejected=2.0), PLAIN, PLAIN)
+    _, account = load_pairs(str(tmp_path / "x.jsonl"), prefer="safer", score_scale=2.0)
+    assert account.altered == {"pairs without the scores that --score-scale reads": 2,
+                               "pairs without the label that --prefer safer reads": 3}
+
+
 def test_the_chosen_response_is_the_preferred_one_in_every_pair(tmp_path):
     pairs, account = load(tmp_path, dict(PLAIN, preference=0.2, chosen_finished=False), PLAIN)
     assert pairs == [TextPair("Q0", "no", "yes", 0.8, (True, False)), TextPair("Q0", "yes", "no")]

@@ -9,6 +9,8 @@ import torch
 from conftest import sail_args, tiny_model
 from test_errors import fails
 
+import data
+import evaluate
 import reward
 import sail
 from data import Pair, Reported
@@ -94,6 +96,7 @@ def test_settings_that_are_no_flags_are_set_by_name(capsys):
 @pytest.mark.parametrize("more, said", [
     (["--overwrite", "--resume"], "--overwrite: deletes what --resume continues; give only one of"),
     (["--mix", "1", "--nll-coef", "1"], "--nll-coef: has no effect at mix 1"),
+    (["--steps", "2", "--epochs", "5"], "--epochs: has no effect with --steps"),
     (["--preference", "loud"], "--preference: loud is neither soft nor hard")])
 def test_settings_that_do_not_go_together_are_refused(more, said, monkeypatch, capsys):
     assert said in fails(sail.main, ["sail.py", *MINE, *more], monkeypatch, capsys)
@@ -109,6 +112,15 @@ def test_a_variant_that_labels_no_pair_needs_no_reward():
     (["--reward", "r", "--sample-batch-size", "2"], "unrecognized arguments: --sample-batch-size")])
 def test_flags_of_the_other_half_of_reward_are_refused(argv, said, monkeypatch, capsys):
     assert said in fails(reward.main, ["reward.py", *argv], monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("main, argv, said", [
+    (data.main, ["x.jsonl", "--max-response-length", "3"],
+     "--max-response-length: has no effect without --model"),
+    (evaluate.main, ["run", "--compare", "--beta", "9"], "--beta: has no effect with --compare"),
+    (evaluate.main, ["run", "--preference", "hard"], "--preference: hard is no FILE.py:FUNCTION")])
+def test_flags_without_an_effect_are_refused(main, argv, said, monkeypatch, capsys):
+    assert said in fails(main, ["x.py", *argv], monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("name, value, said", [
