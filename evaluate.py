@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from data import collate, encode, end_token_ids, print_report, response_text
 from formats import train_and_held_out
-from generate import load_frozen, sample, sequence_logps
+from generate import load_frozen, refuse_other_ids, sample, sequence_logps
 from reward import drop_unscorable, load_preference, load_reward, try_out
 
 # --- figures, each as (value, low, high) --------------------------------------------------------------------
@@ -269,8 +269,7 @@ def evaluate_models(models, show, given):
     names = short_names([Path(path) for path in models], parts)
     for name, (model, _) in zip(names, runs, strict=True):
         policy, tokenizer = load_frozen(model, args.dtype, **loading)
-        if tokenizer.get_vocab() != reference_tokenizer.get_vocab():
-            raise InputError(f"{model} has another vocabulary than the reference {reference_name}")
+        refuse_other_ids((model, policy, tokenizer), (reference_name, reference, reference_tokenizer))
         vocabulary = policy.get_input_embeddings().weight.shape[0]
         examples, changes, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths,
                                       vocabulary, args.eval_limit)

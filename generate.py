@@ -231,11 +231,21 @@ def load_parts(args):
     elif args.reference and args.reference != args.model:
         reference, other = load_policy(args.reference, **options)
         models.append(reference.requires_grad_(False))
-        if other.get_vocab() != tokenizer.get_vocab():
-            raise InputError(f"--reference {args.reference} has another vocabulary than --model {args.model}")
+        refuse_other_ids((args.model, policy, tokenizer), (args.reference, reference, other))
     if args.lora:
         add_adapter(policy, args.lora, args.seed)
     return models, tokenizer
+
+
+def refuse_other_ids(model, reference):
+    """Raises InputError if the reference has another vocabulary than the model, or no embeddings for ids of
+    its vocabulary for which the model has some. Both are (name, model, tokenizer)."""
+    vocabulary = model[2].get_vocab()
+    if reference[2].get_vocab() != vocabulary:
+        raise InputError(f"the reference {reference[0]} has another vocabulary than {model[0]}")
+    ours, theirs = (part[1].get_input_embeddings().weight.shape[0] for part in (model, reference))
+    if theirs < min(ours, max(vocabulary.values()) + 1):
+        raise InputError(f"the reference {reference[0]} has only {theirs} ids, and {model[0]} has {ours}")
 
 
 def has_weights(settings):

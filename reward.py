@@ -76,9 +76,9 @@ def scores_of(name, function, finished, prompts, *responses, low=-math.inf, high
     inputs, options = copy.deepcopy([prompts, *responses]), {}
     if finished is None:
         finished = [True] * len(prompts)
-    if "finished" in signature(function).parameters:
-        options["finished"] = copy.deepcopy(finished)
     with users_code(f"{name}: failed, as shown above"):
+        if "finished" in signature(function).parameters:
+            options["finished"] = copy.deepcopy(finished)
         scores = function(*inputs, **options)
         if scores is None or isinstance(scores, (dict, set, str, bytes, int, float)):
             raise InputError(f"{name}: returned a {type(scores).__name__}; it must return a list of floats, "

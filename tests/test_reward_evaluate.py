@@ -923,9 +923,21 @@ def test_a_model_with_another_vocabulary_than_the_reference_is_refused(monkeypat
     vocabulary = tokens["model"]["vocab"]
     vocabulary["soup"], vocabulary["tea"] = vocabulary["tea"], vocabulary["soup"]
     (other / "tokenizer.json").write_text(json.dumps(tokens))
-    with pytest.raises(InputError, match="another vocabulary than the reference"):
+    with pytest.raises(InputError, match="the reference .* has another vocabulary than "):
         run_evaluate(monkeypatch, base, other, "--eval-limit", "4", *SMALL, "--eval-data", held_out)
-    with pytest.raises(InputError, match="--reference .* has another vocabulary than --model"):
+    with pytest.raises(InputError, match="the reference .* has another vocabulary than "):
+        sail_main(["--variant", "dpo", "--model", base, "--reference", str(other)])
+
+
+def test_a_reference_that_lacks_ids_of_the_policy_is_refused(monkeypatch, base, held_out, tmp_path):
+    other = shutil.copytree(f"{base}/reference", tmp_path / "other")
+    reference, _ = generate.load_policy(str(other))
+    reference.resize_token_embeddings(30)
+    reference.save_pretrained(other)
+    with pytest.raises(InputError, match="the reference .* has only 30 ids, and "):
+        run_evaluate(monkeypatch, base, "--reference", other, "--eval-limit", "4", *SMALL, "--eval-data",
+                     held_out)
+    with pytest.raises(InputError, match="the reference .* has only 30 ids, and "):
         sail_main(["--variant", "dpo", "--model", base, "--reference", str(other)])
 
 
