@@ -215,17 +215,19 @@ def find_run(path, given):
         is_needed = name == "reward" or settings.reward is None
         if ".py:" in source and name not in given and is_needed:
             raise InputError(f"{path}: its {name}, {source}, is code; it runs only if --{name} names it")
-    if settings.reference and "reference" not in given:
-        refuse_replaced(run_of_checkpoint(path) or Path(path), settings.reference)
+    for name in ("reference", "reward"):
+        if getattr(settings, name) and name not in given:
+            refuse_replaced(run_of_checkpoint(path) or Path(path), name, getattr(settings, name))
     return model, settings
 
 
-def refuse_replaced(run, reference):
-    """Raises InputError if the reference's files have changed since the run in directory `run` started."""
-    then = read_json(run / "args.json").get("reference_sha256")
-    if then is not None and then != fingerprint_files(reference):
-        raise InputError(f"{run}: the files of its reference {reference} have changed since the run began; "
-                         f"--reference {reference} measures against the changed files")
+def refuse_replaced(run, what, name):
+    """Raises InputError if the files of the model `name`, which is `what`, the reference or the reward, have
+    changed since the run in directory `run` started."""
+    then = read_json(run / "args.json").get(f"{what}_sha256")
+    if then is not None and then != fingerprint_files(name):
+        raise InputError(f"{run}: the files of its {what} {name} have changed since the run began; "
+                         f"--{what} {name} measures with the changed files")
 
 
 def held_out_pairs(args):
@@ -264,7 +266,7 @@ def evaluate_models(models, show, given):
     lengths = args.max_prompt_length, args.max_response_length
     loading = dict(trust_remote_code=args.trust_remote_code, lengths=lengths)
     reference, reference_tokenizer = load_frozen(reference_name, args.dtype, **loading)
-    results, samples, prompts = {}, {}, {}
+    results, samples, prompts, templates = {}, {}, {}, {}
     parts = 3 if any(run_of_checkpoint(path) for path in models) else 1        # 3: as mine/checkpoints/40
     names = short_names([Path(path) for path in models], parts)
     for name, (model, _) in zip(names, runs, strict=True):
@@ -274,7 +276,8 @@ def evaluate_models(models, show, given):
         examples, changes, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, policy), *lengths,
                                       vocabulary, args.eval_limit)
         examples, unscorable = drop_unscorable(examples, reward)
-        prompts[name] = [example.prompt for example in examples]
+        templates[name] = tokenizer.chat_template, tokenizer.template_name
+        prompts[name] = [(tokenizer.chat_template, example.prompt) for example in examples]
         each = responses_to_each(len(examples), args.eval_limit)
         print(f"{name}: {each * len(examples)} responses of up to {args.max_response_length} tokens to "
               f"{len(examples)} prompts …", flush=True)
@@ -287,6 +290,9 @@ def evaluate_models(models, show, given):
           f"{each * len(examples)} new samples of each model; reference {reference_name}; {judge} "
           "over the chosen responses; 95 % intervals over held-out pairs, as ± half or as [low, high]"
           f"{few(len(examples))}\n")
+    if len({template for template, _ in templates.values()}) > 1:
+        named = "; ".join(f"{name}: {origin}" for name, (_, origin) in templates.items())
+        print(f"the prompts differ, since the models' chat templates do: {named}\n")
     print_table(results)
     print_differences(samples, prompts, args.beta)
     print_samples(samples, show)

@@ -527,7 +527,8 @@ def train_reward(args):
                          "processes; raise it, or --epochs")
     optimizer, scheduler = make_optimizer(model.parameters(), count, args)
     recorded = {**asdict(args), "data_sha256": fingerprint([pairs, held_out]),
-                "model_sha256": fingerprint_files(args.model)}
+                "model_sha256": fingerprint_files(args.model),
+                "chat_template_sha256": fingerprint_files(args.chat_template)}
     with training(out, "reward", args, recorded, {}, model, optimizer, scheduler) as loop:
         print0(f"chat template: {tokenizer.template_name}\n"
                f"{args.data}: {len(pairs)} pairs to train on\n{account}\n{length_table(lengths, 'tokens')}\n"

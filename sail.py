@@ -604,7 +604,7 @@ def fingerprints(run, args):
     for pair in run.examples + run.held_out:
         ids.append([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids, pair.preference])
     found = {"data_sha256": fingerprint(ids)}
-    for name in ("model", "reference", "reward"):
+    for name in ("model", "reference", "reward", "chat_template"):
         found[f"{name}_sha256"] = fingerprint_files(getattr(args, name))
     found["preference_sha256"] = None
     if run.preference_function:

@@ -425,14 +425,16 @@ def fingerprint(ids):
 
 
 def fingerprint_files(name):
-    """SHA-256 of the files that a model or a reward comes from, by its directory, hub name or
-    FILE.py:FUNCTION; None for None. Of a directory, these are the files with an ending in MODEL_FILES. Of a
-    file of more than 4 MiB it reads the size and some 64 samples. Raises InputError for a name that is not
-    found on the hub."""
-    if name is None:
+    """SHA-256 of the files that a model, a reward or a chat template comes from, by its directory, hub name,
+    FILE.py:FUNCTION or file; None for None and for "none". Of a directory, these are the files with an ending
+    in MODEL_FILES. Of a file of more than 4 MiB it reads the size and some 64 samples. Raises InputError for
+    a name that is not found on the hub."""
+    if name is None or name == "none":
         return None
     if ".py:" in name:
         files = [Path(name.rpartition(":")[0])]
+    elif Path(name).is_file():
+        files = [Path(name)]
     else:
         directory = Path(name)
         if not directory.is_dir():

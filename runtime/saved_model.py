@@ -177,7 +177,7 @@ def base_of(name):
     """Settings with the model (the base), lora and chat_template of the run that wrote the checkpoint `name`;
     the others have their defaults. A base that is a hub name becomes the directory of its files. Returns None
     if `name` is no checkpoint. Raises InputError if the run has no valid args.json, if the base is not on
-    this machine, or if the base's files have changed since the run began."""
+    this machine, or if the base's files or the chat template have changed since the run began."""
     out = run_of_checkpoint(name)
     if out is None:
         return None
@@ -189,6 +189,11 @@ def base_of(name):
         from transformers.utils import cached_file
         with foreign(f"{name}: its base {base} is not on this machine"):
             settings.model = str(Path(cached_file(base, "config.json", local_files_only=True)).parent)
-    if fingerprint_files(settings.model) != read_json(out / "args.json").get("model_sha256"):
+    recorded = read_json(out / "args.json")
+    if fingerprint_files(settings.model) != recorded.get("model_sha256"):
         raise InputError(f"{name}: the files of its base {base} have changed since the run began")
+    template = settings.chat_template
+    is_gone = template not in (None, "none") and not Path(template).is_file()
+    if is_gone or fingerprint_files(template) != recorded.get("chat_template_sha256"):
+        raise InputError(f"{name}: the run's chat template {template} has changed since it began, or is gone")
     return settings
