@@ -79,6 +79,30 @@ def test_a_checkpoint_keeps_the_chat_template_that_its_run_was_given(checkpoint,
     assert found.chat_template == load_tokenizer(tmp_path / "run/model").chat_template
     assert found.chat_template.endswith("{# mine #}")
     assert load_tokenizer(tmp_path / "run/checkpoints/4", chat_template="none").chat_template is None
+    (tmp_path / "mine.jinja").write_text(TEMPLATE)
+    with pytest.raises(sail.InputError, match="chat template .*mine.jinja has changed since it began"):
+        load_tokenizer(tmp_path / "run/checkpoints/4")
+    (tmp_path / "mine.jinja").unlink()
+    with pytest.raises(sail.InputError, match="chat template .*mine.jinja has changed .* or is gone"):
+        load_tokenizer(tmp_path / "run/checkpoints/4")
+
+
+def test_an_evaluation_says_that_chat_templates_differ_and_compares_no_prompts(
+        checkpoint, held_out, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.jinja").write_text(TEMPLATE + "{# mine #}")
+    lengths = ["--max-prompt-length", "60", "--max-response-length", "6"]
+    sail_main(["--model", str(checkpoint), "--data", held_out, *SHORT, *lengths, "--chat-template",
+               str(tmp_path / "mine.jinja"), "--out", str(tmp_path / "run")])
+    (tmp_path / "mine.py").write_text("def score(prompts, responses): return [0.0] * len(responses)")
+    for model, differ in ((checkpoint, True), (tmp_path / "run/model", False)):
+        capsys.readouterr()
+        argv = ["evaluate.py", str(model), str(tmp_path / "run"), "--eval-limit", "4", "--reward",
+                f"{tmp_path}/mine.py:score", "--out", f"{tmp_path}/figures.json"]
+        monkeypatch.setattr("sys.argv", argv)
+        evaluate.main()
+        said = capsys.readouterr().out
+        assert ("the prompts differ, since the models' chat templates do" in said) == differ
+        assert ("not compared, since its 4 prompts" in said) == differ
 
 
 @pytest.mark.parametrize("more", [FULL, LORA], ids=["full", "lora"])

@@ -18,7 +18,7 @@ import sail
 import toy
 from data import apply_template
 from formats import BadRow, load_pairs
-from reward import Reward
+from reward import Reward, load_classifier
 from runtime.command_line import InputError
 from runtime.compare import compare
 from runtime.run_directory import NAMES, fingerprint_files, remove, run_directory, start_afresh
@@ -327,6 +327,19 @@ def test_a_reference_that_was_replaced_is_not_measured_to(base, tmp_path, monkey
     monkeypatch.setattr("sys.argv", [*argv, "--reference", str(mine)])
     evaluate.main()
     assert (tmp_path / "run/evaluated.json").is_file()
+
+
+def test_a_reward_model_that_was_replaced_does_not_measure(base, tmp_path, monkeypatch, capsys):
+    model, tokenizer, _ = load_classifier(base, num_labels=1)
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path / "rm")
+    sail_main(["--model", base, *SHORT, "--reward", str(tmp_path / "rm"), "--out", str(tmp_path / "run")])
+    model.score.weight.data *= 2
+    model.save_pretrained(tmp_path / "rm")
+    argv = ["evaluate.py", str(tmp_path / "run"), "--eval-limit", "2"]
+    capsys.readouterr()
+    message = fails(evaluate.main, argv, monkeypatch, capsys)
+    assert f"the files of its reward {tmp_path / 'rm'} have changed since" in message
 
 
 # --- data
