@@ -101,12 +101,14 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
         columns["objective"] = (torch.tensor(columns["reward"]) - args.beta * kl).tolist()
     columns["length"] = [float(len(ids)) for ids in responses]
     columns["unfinished"] = [float(not answer["finished"]) for answer in answers]
+    if any(answer.get("cut") for answer in answers):
+        columns["cut_for_reward"] = [float(answer["cut"]) for answer in answers]
     if "win" in answers[0]:
         columns["win_rate"] = [answer["win"] for answer in answers]
     figures = {}
     for name, values in columns.items():
         values = means_of_prompts(values, len(examples))
-        if name in ("accuracy", "unfinished", "win_rate"):
+        if name in ("accuracy", "unfinished", "cut_for_reward", "win_rate"):
             figures[name] = share_of(values)
         else:
             figures[name] = mean_of(values)
@@ -121,8 +123,9 @@ def evaluate_policy(policy, reference, tokenizer, examples, reward, args, num_re
 
 def judged_answers(policy, tokenizer, examples, reward, preference, args):
     """Sample a response to each example's prompt and judge it: a list of {ids, text, finished}. With a
-    reward, each answer also has its `reward`. If a reward or a preference decides on wins over the data's
-    chosen response, each answer also has `win`: 1, ½ for a tie or 0, or the preference's probability."""
+    reward, each answer also has its `reward`, and `cut`, whether a classifier cut the dialogue on the left to
+    score it. If a reward or a preference decides on wins over the data's chosen response, each answer also
+    has `win`: 1, ½ for a tie or 0, or the preference's probability."""
     prompts = [example.prompt for example in examples]
     prompt_ids = [example.prompt_ids for example in examples]
     with computing_in(args.dtype, policy):
@@ -134,6 +137,7 @@ def judged_answers(policy, tokenizer, examples, reward, preference, args):
     columns = {"ids": responses, "text": texts, "finished": finished}
     if reward is not None:
         columns["reward"] = reward(prompts, texts, finished)
+        columns["cut"] = reward.cut or [False] * len(texts)
     if examples[0].chosen is not None and (reward is not None or preference is not None):
         opponents = [example.chosen for example in examples]
         opponents_finished = [example.finished[0] for example in examples]

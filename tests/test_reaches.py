@@ -200,6 +200,7 @@ def test_samples_that_a_classifier_cuts_are_counted(base, tmp_path):
                "--steps", "2", "--batch-size", "8", "--eval-limit", "2", "--eval-every", "0",
                "--out", tmp_path / "run"])
     assert [row["cut_for_reward"] for row in rows_of(tmp_path / "run/metrics.jsonl")] == [8, 8]
+    assert rows_of(tmp_path / "run/eval.jsonl")[-1]["cut_for_reward"] == 1.0
 
 
 @pytest.mark.parametrize("template, said", [("none", "chat template: none"), ("FILE", "chat template: ")])
