@@ -101,7 +101,7 @@ def test_compare_sets_runs_beside_the_best_possible(base, held_out, tmp_path, mo
 
 @pytest.mark.parametrize("lacking", ["reward", "reference"])
 def test_without_a_run_of_reference_and_reward_there_is_no_best_possible(lacking, base, tmp_path):
-    both = {"reward": base, "reference": base, "reference_sha256": None}
+    both = {"reward": base, "reference": base, "reference_sha256": None, "reward_sha256": None}
     run = run_measured_on(tmp_path / "run", **{**both, lacking: None})
     with pytest.raises(InputError, match="--frontier: no run has a reference and a reward"):
         evaluate.best_possible([str(run)], 100, {})
