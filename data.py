@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from runtime.command_line import InputError, command_line, first_line, foreign, format_counts
-from runtime.run_directory import is_run_directory
+from runtime.run_directory import is_run_directory, refuse_missing
 from runtime.saved_model import base_of
 from runtime.settings import Parser, Settings, flag_of, setting
 
@@ -75,8 +75,7 @@ def load_tokenizer(name, trust_remote_code=False, ends=True, chat_template=None)
     run = base_of(name)
     if run is not None:
         return load_tokenizer(run.model, trust_remote_code, ends, chat_template or run.chat_template)
-    if not Path(name).exists() and (str(name)[:1] in "/.~" or str(name).count("/") > 1):
-        raise InputError(f"{name}: no such directory")
+    refuse_missing(name)
     if is_run_directory(Path(name)):
         raise InputError(f"{name} is the directory of a run; give its model, {name}/model")
     if Path(name, "adapter_config.json").is_file():

@@ -20,9 +20,10 @@ factor, and ∇P = P ∇log P turns each term into an expectation again.
        + E[ f · ∇(log π_θ(y1|x) + log π_θ(y2|x)) ]    T2   because the responses come from the policy
        + E[ f · ∇log P(w ≻ l) ]                       T3   because the label comes from the policy; P = σ(u)
 
-DPO keeps T1 alone. SAIL-DP adds T3 (the data's responses, the policy's labels), SAIL-PR adds T2 (the policy's
-responses, a reward's labels), and SAIL-PP adds both, each on a share `mix` of the pairs and with a weight.
-The other pairs of a run are trained with plain DPO, on the data's responses and labels. `sail_loss` below
+DPO keeps T1 alone. On a share `mix` of a run's pairs, SAIL-PR adds T2 (the policy's responses, a reward's
+labels), SAIL-DP adds T3 (the data's responses, the policy's labels), and SAIL-PP adds both, each with a
+weight. Under the policy's labels T1 is 0 if f = log σ, because ∇f then averages to 0 over the labels. The
+other pairs of a run are trained with plain DPO, on the data's responses and labels. `sail_loss` below
 computes all three terms for a batch of pairs, `training_step` uses it, and `train` is the loop.
 experiments/terms_by_hand.py computes the terms of one prompt with torch.autograd.grad.
 
@@ -192,7 +193,7 @@ def sail_metrics(losses, chosen_logps, rejected_logps, reference_chosen_logps, r
     probability is p; a margin of 0 counts as half right. label_sharpness is |2p − 1|: 1 for a certain label,
     0 for a tie. label_reversed is the share of pairs that are self-labelled and in which T3 outweighs T1 for
     the less likely label. The argument label_weight, 1 + label_coef · f of that label, is negative there: for
-    f = log σ it is the factor on ∇log P(label) in the sum of T1 and T3."""
+    f = log σ it is the factor on ∇P(label) in the sum of T1 and T3."""
     q = 1 - p                                                         # P(rejected ≻ chosen)
     chosen_ahead = torch.where(u == 0, 0.5, (u > 0).to(p.dtype))
     label_reversed = self_labelled & (label_weight < 0)
@@ -590,8 +591,8 @@ def evaluate_run(run, args):
     run.policy.eval()
     n = len(run.held_out)
     each = responses_to_each(n, args.eval_limit)
-    print0(f"evaluating: {each * n} responses of up to {args.max_response_length} tokens to {n} held-out "
-           "prompts …")
+    print0(f"evaluating: {each * n} responses of up to {args.max_response_length} tokens to the prompts of "
+           f"{n} held-out pairs …")
     figures, samples = evaluate_policy(run.policy, run.reference, run.tokenizer, run.held_out, run.reward,
                                        args, each, run.progress["step"], run.preference_function)
     return figures, {"prompts": n, "responses": each * n}, samples[:min(8, n)]

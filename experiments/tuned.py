@@ -232,12 +232,13 @@ def tables(rows):
         if row["world"] == "steps" and steps[row["method"]] == STEPS:
             rows = [*rows, {**row, "world": "time", "figures": {**row["figures"]}}]
     give_gap(rows)
-    lines = ["| reward − β·KL | " + " | ".join(f"{rate:g}" for rate in BEYOND) + " | steps in equal time |",
-             "|---" * (len(BEYOND) + 2) + "|"]
+    tried = sorted({row["rate"] for row in rows if row["world"].startswith("rate")})
+    lines = ["| reward − β·KL | " + " | ".join(f"{rate:g}" for rate in tried) + " | steps in equal time |",
+             "|---" * (len(tried) + 2) + "|"]
     for method, words in WORDS.items():
         cells = []
         means = mean_objectives(rows, method)
-        for rate in BEYOND:
+        for rate in tried:
             text = f"{means[rate]:.2f}".replace("-", "−") if rate in means else ""
             cells.append(f"**{text}**" if rate == rates[method] else text)
         lines.append(f"| {words} | {' | '.join(cells)} | {steps[method]} |")

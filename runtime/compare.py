@@ -473,7 +473,7 @@ def compare(paths, out, show=0, best=None, curve=(), best_run=None):
     plot(tables, results, curve, best_run, picture)
     print("\nwins are over the data's chosen responses, as the reward or the preference decides\n"
           "95 % intervals, written ± half or [low, high], are over seeds if there are several, else over "
-          "prompts\n"
+          "held-out pairs\n"
           f"the figures are in {out}, the picture is in {picture}")
     if best:
         print(f"the best reward − β·KL at β {best['temperature']:g} is {best['best']:.3f} ± "

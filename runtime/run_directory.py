@@ -313,11 +313,13 @@ def refuse_occupied(out, args):
 
 
 def start_afresh(out, args):
-    """Remove the models and checkpoints that an earlier run left in `out`, and begin empty logs. Without
-    --overwrite, earlier logs that are not empty are kept, as NAME.jsonl.old or NAME.jsonl.2.old, and so
-    on."""
+    """Remove the models and checkpoints that an earlier run left in `out`, with --overwrite also the figures
+    that evaluate.py wrote there, and begin empty logs. Without --overwrite, earlier logs that are not empty
+    are kept, as NAME.jsonl.old or NAME.jsonl.2.old, and so on."""
     for name in ("model", "adapter", "checkpoints"):
         remove(out / name)
+    if args.overwrite:
+        (out / "evaluated.json").unlink(missing_ok=True)
     if args.resume:
         print0(f"--resume: {out} has no checkpoint, so the run starts from the beginning")
     for name in LOGS:
@@ -424,6 +426,12 @@ def fingerprint(ids):
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
+def refuse_missing(name):
+    """Raises InputError if `name` is neither there nor the name of a model on a hub, OWNER/NAME."""
+    if not Path(name).exists() and (str(name)[:1] in "/.~" or str(name).count("/") > 1):
+        raise InputError(f"{name}: no such directory here; a run's own paths start where the run was started")
+
+
 def fingerprint_files(name):
     """SHA-256 of the files that a model, a reward or a chat template comes from, by its directory, hub name,
     FILE.py:FUNCTION or file; None for None and for "none". Of a directory, these are the files with an ending
@@ -438,6 +446,7 @@ def fingerprint_files(name):
     else:
         directory = Path(name)
         if not directory.is_dir():
+            refuse_missing(name)
             from transformers.utils import cached_file
             with foreign(f"{name}: no such directory, and not found on the hub"):
                 directory = Path(cached_file(name, "config.json")).parent

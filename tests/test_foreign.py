@@ -327,6 +327,15 @@ def test_a_reference_that_was_replaced_is_not_measured_to(base, tmp_path, monkey
     monkeypatch.setattr("sys.argv", [*argv, "--reference", str(mine)])
     evaluate.main()
     assert (tmp_path / "run/evaluated.json").is_file()
+    sail_main(["--model", base, *SHORT, "--out", str(tmp_path / "run"), "--overwrite"])
+    assert not (tmp_path / "run/evaluated.json").exists()              # it was the earlier model's
+
+
+def test_a_path_that_is_not_here_is_no_name_on_the_hub(monkeypatch):
+    monkeypatch.setattr("transformers.utils.cached_file", None)
+    for name in ("no/such/model", "/no/such", "./no"):
+        with pytest.raises(InputError, match=f"^{name}: no such directory here; a run's own paths"):
+            fingerprint_files(name)
 
 
 def test_a_reward_model_that_was_replaced_does_not_measure(base, tmp_path, monkeypatch, capsys):

@@ -539,7 +539,8 @@ def test_of_few_held_out_prompts_each_is_answered_as_often_as_the_limit_allows(t
     write_rows(tmp_path / "held-out.jsonl", rows)
     argv = ["--eval-data", f"{tmp_path}/held-out.jsonl", "--eval-limit", "14"]
     sail_main(["--variant", "dpo", "--model", base, "--steps", "1", "--out", str(tmp_path / "run"), *argv])
-    assert "evaluating: 12 responses of up to 24 tokens to 3 held-out prompts" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "evaluating: 12 responses of up to 24 tokens to the prompts of 3 held-out pairs" in said
     row = json.loads((tmp_path / "run/eval.jsonl").read_text().splitlines()[0])
     assert (row["prompts"], row["responses"]) == (3, 12)
     assert row["unfinished"] * 12 == pytest.approx(round(row["unfinished"] * 12))

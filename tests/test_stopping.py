@@ -299,7 +299,7 @@ def test_the_first_lines_say_what_is_trained_on_what_and_the_last_where_the_mode
                         f"{tmp_path}/run")
     assert lines[7].startswith("step 1/1 | loss ")
     assert re.fullmatch(r"the first step took [\d.]+ s: about 0 s of steps to go", lines[8])
-    assert lines[9] == "evaluating: 4 responses of up to 6 tokens to 4 held-out prompts …"
+    assert lines[9] == "evaluating: 4 responses of up to 6 tokens to the prompts of 4 held-out pairs …"
     assert lines[-1].startswith(f"saved {tmp_path}/run/model; `python evaluate.py {tmp_path}/run --reward ")
 
 
