@@ -11,7 +11,7 @@ which is reward − β·KL, and the win rate against the data's chosen responses
 win.
 """
 from argparse import Namespace
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from runtime.training import micro_batches
 import torch
 import torch.nn.functional as F
 
-from data import collate, encode, end_token_ids, print_report, response_text
+from data import collate, encode, end_token_ids, load_tokenizer, print_report, response_text
 from formats import train_and_held_out
 from generate import load_frozen, refuse_other_ids, sample, sequence_logps
 from reward import drop_unscorable, load_preference, load_reward, try_out
@@ -367,34 +367,41 @@ def best_possible(models, samples, given):
     there is no such run or no row at β, as with too few samples, or as `find_run(path, given)` does."""
     runs = []
     for path in models:
-        _, run = find_run(path, given)
+        model, run = find_run(path, given)
         if run.reference and run.reward:
-            runs.append((Path(path), run))
+            runs.append((Path(path), model, run))
     if not runs:
         raise InputError("--frontier: no run has a reference and a reward")
-    path, args = runs[0]
+    path, model, args = runs[0]
     temperatures = [args.beta * 1.15 ** power for power in range(-12, 40)]
-    rows = frontier(reference_rewards(args, samples), temperatures)
+    then = read_json(path / "args.json").get("reward_sha256")
+    if then is not None and then != fingerprint_files(args.reward):
+        raise InputError(f"--frontier: {path} was measured with another reward than {args.reward} is now")
+    rewards, counts = reference_rewards(args, model, samples)
+    rows = frontier(rewards, temperatures, counts)
     for row in rows:
         if row["temperature"] == args.beta:
             return row, rows, path
     raise InputError(f"--frontier {samples}: too few samples at β {args.beta:g}; give more")
 
 
-def reference_rewards(args, count):
+def reference_rewards(args, model, count):
     """Sample `count` responses of a run's reference to each different prompt of its held-out pairs, at most
-    eval_limit pairs that can be encoded and scored, and return their rewards, a list for each prompt."""
+    eval_limit pairs that can be encoded and scored: (their rewards, a list for each prompt, the number of
+    pairs with each prompt). The tokenizer of `model`, the run's own, renders the prompts."""
     lengths = args.max_prompt_length, args.max_response_length
-    reference, tokenizer = load_frozen(args.reference, args.dtype, trust_remote_code=args.trust_remote_code,
-                                       lengths=lengths)
+    reference, _ = load_frozen(args.reference, args.dtype, trust_remote_code=args.trust_remote_code,
+                               lengths=lengths)
+    tokenizer = load_tokenizer(model, args.trust_remote_code)
     reward = load_reward(args.reward, args.trust_remote_code, args.dtype)
     held_out, _ = held_out_pairs(args)
     held_out, _, _ = encode(held_out, tokenizer, end_token_ids(tokenizer, reference), *lengths,
                             limit=args.eval_limit)
     held_out, _ = drop_unscorable(held_out, reward)
-    by_prompt = {}
+    by_prompt, counts = {}, Counter()
     for example in held_out:                    # every prompt is sampled once
         by_prompt[str(example.prompt)] = example
+        counts[str(example.prompt)] += 1
     examples = list(by_prompt.values())
     prompt_ids = [example.prompt_ids for example in examples]
     torch.manual_seed(seeded("frontier", args.seed))
@@ -405,7 +412,7 @@ def reference_rewards(args, count):
     for example, responses, done in zip(examples, drawn, finished, strict=True):
         texts = texts_of([example] * count, responses, tokenizer)
         rewards.append(reward([example.prompt] * count, texts, done))
-    return rewards
+    return rewards, [counts[prompt] for prompt in by_prompt]
 
 
 def parse_args(argv=None):
@@ -429,8 +436,10 @@ def parse_args(argv=None):
     if not models:
         parser.error("give the directory of a run, or a model")
     task = Namespace(**{name: given.pop(name) for name in ("compare", "show", "frontier")})
-    unused = given.keys() - {"out"} if task.compare and not task.frontier else ()
-    for name in sorted(unused):
+    used = {"out"}
+    if task.frontier:                           # which samples the reference under a run's own conditions
+        used |= {"reward", "seed", "dtype", "sample_batch_size", "trust_remote_code"}
+    for name in sorted(given.keys() - used if task.compare else ()):
         parser.error(f"argument {flag_of(name)}: has no effect with --compare")
     if ".py:" not in given.get("preference", ".py:"):
         parser.error(f"argument --preference: {given['preference']} is no FILE.py:FUNCTION")

@@ -612,7 +612,8 @@ def read_text(path, kind):
     rows, nth = [], 1
     opened = gzip.open if path.suffix == ".gz" else open
     try:
-        with opened(path, "rt", encoding="utf-8-sig") as file:
+        newline = "" if kind == ".csv" else None               # line ends inside a cell are kept
+        with opened(path, "rt", encoding="utf-8-sig", newline=newline) as file:
             text = file.read()
         if kind == ".csv":
             return read_csv(text)
@@ -629,14 +630,15 @@ def read_text(path, kind):
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path}: cannot be unpacked ({first_line(error)})") from None
     except BadRow as repeated:
-        if text.lstrip().startswith("["):
+        if kind != ".csv" and text.lstrip().startswith("["):
             nth = line_of_repeated(text)
         raise InputError(f"{path}:{nth}: {repeated}") from None
     except (ValueError, csv.Error) as error:
         line = nth + getattr(error, "lineno", 1) - 1
         wanted = "write an object on each line, or an array of objects"
         if kind == ".csv":
-            wanted = "in the row that begins here, close each quote, and double a quote inside of quotes"
+            wanted = ("in the row that begins here, divide the cells by commas, close each quote, and double "
+                      "a quote inside of quotes")
         raise InputError(f"{path}:{line}: not {kind[1:]} ({first_line(error)}); {wanted}") from None
     if not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{path}: a row is not an object with columns")
@@ -787,7 +789,7 @@ def load_pairs(source, limit=None, prefer="better", score_scale=None):
             pairs.append(pair_of(row, form, score_scale))
             account.unread.update(row.unread())
             if score_scale is not None and SCORE_COLUMNS[0] not in row.names_read:
-                account.altered["pairs without the scores that --score-scale reads"] += 1
+                account.altered["pairs whose label is not from the scores of --score-scale"] += 1
             if prefer == "safer" and form.name != "PKU-SafeRLHF":
                 account.altered["pairs without the label that --prefer safer reads"] += 1
         except BadRow as reason:
@@ -876,10 +878,10 @@ def train_and_held_out(data, eval_data=None, limit=None, prefer="better", score_
     pairs, account = load_pairs(data, limit, prefer, score_scale)
     if eval_data and is_run_directory(Path(eval_data)):
         file = run_that_held_out(eval_data) / "args.json"
-        run = read_settings(file, Settings, "data", "eval_data", "limit")
+        run = read_settings(file, Settings, "data", "eval_data", "limit", "prefer", "score_scale")
         if "data" not in run:
             raise InputError(f"{file}: this run names no data")
-        _, held_out, *_ = train_and_held_out(**run, prefer=prefer, score_scale=score_scale)
+        _, held_out, *_ = train_and_held_out(**run)
         prompts = {str(pair.prompt) for pair in held_out}
         train = [pair for pair in pairs if str(pair.prompt) not in prompts]
         if len(train) < len(pairs):

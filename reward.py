@@ -188,6 +188,7 @@ def load_function(what, name):
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(spec.name, module)            # dataclasses, for example, look their module up here
+    sys.path.append(str(Path(path).resolve().parent))    # for the modules beside it
     with users_code(f"{what} {name}: {path} cannot be imported, as shown above"):
         spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):

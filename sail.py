@@ -40,6 +40,7 @@ Where this code departs from the paper's text, on purpose:
   4. AdamW and full fine-tuning are the default; the authors used RMSprop and LoRA.
 """
 import math
+import shlex
 import time
 from collections import Counter
 from contextlib import contextmanager
@@ -561,11 +562,11 @@ def train(args):
             totals, step.finite, figures = training_step(run, data_pairs, variant_pairs, args)
             step.record = record_of(step.number, totals, args, figures)
         save_model(run.policy, run.tokenizer, args, lambda trained: merged(trained, args))
-    command = f"python evaluate.py {out}"
+    command = ["python", "evaluate.py", str(out)]
     for name in ("reward", "preference"):
         if ".py:" in (getattr(args, name) or ""):              # code runs only if the command line names it
-            command += f" --{name} {getattr(args, name)}"
-    print0(f"saved {out}/model; `{command}` samples from it and prints its held-out figures")
+            command += [flag_of(name), getattr(args, name)]
+    print0(f"saved {out}/model; `{shlex.join(command)}` samples from it and prints its held-out figures")
 
 
 def meets_data_again(total, run, args):

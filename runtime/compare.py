@@ -94,6 +94,9 @@ def measured_on(path):
         return conditions
     args = texts_of_settings(path)
     conditions["pairs"] = f"up to {args['eval_limit']} pairs of {held_out_of(args)}"
+    for name, default in (("prefer", "better"), ("score_scale", None), ("chat_template", None)):
+        if args[name] not in (None, default):
+            conditions["pairs"] += f" with --{name.replace('_', '-')} {args[name]}"
     if args["max_response_length"] is None:                # this is a reward model
         conditions["lengths"] = f"dialogues of as many tokens as {args['model']} takes"
         if args["max_length"]:
@@ -234,8 +237,8 @@ def figure_of(name, evaluations):
 
 # The figures of the tables, and their heads.
 COLUMNS = {"reward": "reward", "kl": "KL", "objective": "reward − β·KL", "gap": "below the best",
-           "win_rate": "win rate", "length": "length", "unfinished": "unfinished", "margin": "margin",
-           "accuracy": "accuracy"}
+           "win_rate": "win rate", "length": "length", "unfinished": "unfinished",
+           "cut_for_reward": "cut for the reward", "margin": "margin", "accuracy": "accuracy"}
 
 def printable(text):
     """The text without characters that control a terminal, except newline and tab, and without lone
@@ -324,10 +327,10 @@ def print_samples(samples, count):
 
 # --- the best possible --------------------------------------------------------------------------------------
 
-def frontier(rewards, temperatures):
+def frontier(rewards, temperatures, counts=None):
     """The best that any policy can do, from the rewards of samples of the reference, (P prompts, n samples).
-    For each temperature t this is the policy π_t ∝ π_ref·exp(r/t), which has the highest reward of all
-    policies with the same KL.
+    counts: how often each prompt is among the held-out pairs, once by default. For each temperature t this is
+    the policy π_t ∝ π_ref·exp(r/t), which has the highest reward of all policies with the same KL.
 
     The samples are weighted by exp(r/t), self-normalised importance sampling. Returns a list of rows, dicts:
     temperature, t; kl in nats per response; reward; best, the highest reward − t·KL, which is t·log E_ref
@@ -336,6 +339,8 @@ def frontier(rewards, temperatures):
     out."""
     rewards = torch.as_tensor(rewards, dtype=torch.float64)
     prompts, n = rewards.shape
+    shares = torch.as_tensor(counts or [1] * prompts, dtype=torch.float64)
+    shares = shares / shares.sum()
     rows = []
     for t in temperatures:
         scaled = rewards / t
@@ -347,9 +352,9 @@ def frontier(rewards, temperatures):
         reward = (weights * rewards).sum(-1)
         log_mean = scaled.logsumexp(-1) - math.log(n)          # the log of the mean of exp(r/t)
         variance = (1 / effective - 1 / n).clamp(min=0)        # rounding may leave it a little below 0
-        row = {"temperature": t, "reward": reward.mean().item(), "best": t * log_mean.mean().item()}
+        row = {"temperature": t, "reward": (shares @ reward).item(), "best": t * (shares @ log_mean).item()}
         row["kl"] = (row["reward"] - row["best"]) / t
-        row["error"] = 1.96 * t * variance.sum().sqrt().item() / prompts
+        row["error"] = 1.96 * t * (shares.square() @ variance).sqrt().item()
         row["effective"] = poorest
         rows.append(row)
     return rows

@@ -12,6 +12,7 @@ import math
 import operator
 import os
 import re
+import shlex
 import shutil
 import socket
 import time
@@ -656,8 +657,12 @@ def refuse_changes(before, recorded, path):
         if name in ("data_sha256", "data_counts"):
             what = "the data have"
         elif name.endswith("_sha256"):
-            what = f"the files of --{name.removesuffix('_sha256')} have"
-        reference = f" --reference {before['reference']}" if before.get("reference") else ""
+            what = f"the files of --{name.removesuffix('_sha256').replace('_', '-')} have"
+        advice = "undo the change"
+        if name not in ("model_sha256", "chat_template_sha256"):       # which the checkpoint itself needs
+            advice += f", or go on in a new run: --model {shlex.quote(str(path))}"
+            if before.get("reference"):
+                advice += f" --reference {shlex.quote(before['reference'])}"
+            advice += " --out ANOTHER"
         raise InputError(f"--resume: {what} changed since {path} was written, from {before.get(name)} to "
-                         f"{value}; undo the change, or go on in a new run: --model {path}{reference} "
-                         "--out ANOTHER")
+                         f"{value}; {advice}")

@@ -70,12 +70,24 @@ def test_temperatures_that_leave_fewer_than_thirty_samples_are_left_out():
         assert bool(frontier([[0.0] * (100 - high) + [1.0] * high], [0.01])) == enough
 
 
+def test_a_prompt_weighs_as_often_as_it_is_held_out():
+    torch.manual_seed(0)
+    rewards = torch.randn(3, 400) + torch.tensor([[0.0], [3.0], [6.0]])
+    counted = frontier(rewards, [1.0], [1, 3, 2])[0]
+    repeated = frontier(rewards[[0, 1, 1, 1, 2, 2]], [1.0])[0]
+    for name in ("reward", "best", "kl"):
+        assert counted[name] == pytest.approx(repeated[name])
+    alone = [frontier(row[None], [1.0])[0]["error"] for row in rewards]
+    shares = torch.tensor([1, 3, 2]) / 6
+    assert counted["error"] == pytest.approx((shares * torch.tensor(alone)).norm().item())
+
+
 def test_compare_sets_runs_beside_the_best_possible(base, held_out, tmp_path, monkeypatch, capsys):
     sail_main(["--model", base, "--variant", "dpo", "--data", "toy", "--limit", "48", "--steps", "1",
-               "--eval-limit", "32", "--beta", "4", "--out", str(tmp_path / "dpo")])
+               "--eval-data", held_out, "--eval-limit", "24", "--beta", "4", "--out", str(tmp_path / "dpo")])
     capsys.readouterr()
     monkeypatch.chdir(tmp_path)
-    code = ["--compare", "--reward", TOY_REWARD, "--eval-data", held_out, "--eval-limit", "24"]
+    code = ["--compare", "--reward", TOY_REWARD]
     asked, limits, sample = [], [], evaluate.sample
     monkeypatch.setattr(evaluate, "sample", lambda *inputs, **more: (
         asked.extend(map(tuple, inputs[2])), limits.append((*inputs[3:], torch.initial_seed())),
@@ -95,8 +107,15 @@ def test_compare_sets_runs_beside_the_best_possible(base, held_out, tmp_path, mo
     assert (tmp_path / "figures.png").is_file()
     run_evaluate(monkeypatch, "dpo", *code, "--frontier", "200", "--seed", "1")
     assert f"is {best:.3f} ±" not in capsys.readouterr().out           # drawn anew
+    with pytest.raises(InputError, match="--frontier: dpo was measured with another reward than .*other.py"):
+        (tmp_path / "other.py").write_text("def score(prompts, responses): return [0.0] * len(responses)")
+        run_evaluate(monkeypatch, "dpo", "--compare", "--reward", "other.py:score", "--frontier", "200")
+    monkeypatch.setattr("sys.argv", ["evaluate.py", "dpo", *code, "--frontier", "200", "--beta", "0.1"])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "--beta: has no effect with --compare" in capsys.readouterr().err
     with pytest.raises(InputError, match="--frontier 100: too few samples at β 0.1; give more"):
-        run_evaluate(monkeypatch, "dpo", *code, "--frontier", "100", "--beta", "0.1")
+        evaluate.best_possible(["dpo"], 100, {"beta": 0.1, "reward": TOY_REWARD})
 
 
 @pytest.mark.parametrize("lacking", ["reward", "reference"])

@@ -256,7 +256,7 @@ def test_scores_are_soft_labels_in_units_of_their_scale(scores, scale, preferenc
 def test_pairs_that_lack_what_a_flag_reads_are_counted(tmp_path):
     load(tmp_path, dict(PLAIN, score_chosen=8.0, score_rejected=2.0), PLAIN, PLAIN)
     _, account = load_pairs(str(tmp_path / "x.jsonl"), prefer="safer", score_scale=2.0)
-    assert account.altered == {"pairs without the scores that --score-scale reads": 2,
+    assert account.altered == {"pairs whose label is not from the scores of --score-scale": 2,
                                "pairs without the label that --prefer safer reads": 3}
 
 

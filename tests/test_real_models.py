@@ -243,9 +243,9 @@ def test_each_script_tells_all_its_models_whether_their_code_may_run(
     for main, models, argv in (
             (sail.main, 2, [
                 *model, "--data", pairs, "--eval-data", pairs, "--reward", classifier, *lengths,
-                "--steps", "1", "--batch-size", "2", "--out", out]),
+                "--steps", "1", "--batch-size", "2", "--beta", "9", "--out", out]),
             (evaluate.main, 3, [out, "--out", str(tmp_path / "figures.json")]),
-            (evaluate.main, 2, [out, "--compare", "--frontier", "100", "--beta", "9"]),
+            (evaluate.main, 3, [out, "--compare", "--frontier", "100"]),
             (generate.main, 1, ["--model", out, "--out", answers]),
             (generate.main, 1, [*model, "--data", pairs, *lengths, "--out", answers]),
             (reward.main, 1, ["--reward", classifier, "--responses", answers, "--out",

@@ -446,8 +446,8 @@ def test_so_does_every_forward_of_the_other_commands(dtype, base, held_out, tmp_
                     "1", "--eval-limit", "4", "--out", "rm") == {"load_classifier"}
     assert computed(generate.main, "--model", base, *data, *same) == {"load_answerer"}
     assert computed(reward.main, "--reward", scorer, "--dtype", dtype) == {"load_classifier"}
-    train(base, "run", "--variant", "dpo", "--steps", "1", "--reward", scorer, "--dtype", dtype)
+    train(base, "run", "--variant", "dpo", "--steps", "1", "--reward", scorer, "--dtype", dtype,
+          "--beta", "9", "--eval-limit", "2")
     both = {"load_frozen", "load_classifier"}
     assert computed(evaluate.main, "run", "--eval-limit", "4") == both
-    assert computed(evaluate.main, "run", "--compare", "--frontier", "100", "--eval-limit", "2",
-                    "--beta", "9") == both
+    assert computed(evaluate.main, "run", "--compare", "--frontier", "100") == both
