@@ -234,7 +234,7 @@ def test_each_script_tells_all_its_models_whether_their_code_may_run(
         seen.append(trust_remote_code)
         return original(name, trust_remote_code, **options)
 
-    for module in (data, generate, reward):
+    for module in (data, evaluate, generate, reward):
         monkeypatch.setattr(module, "load_tokenizer", watched)
     rows = [{"prompt": f"q {i // 2}", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(8)]
     pairs, out = write(tmp_path / "x.jsonl", rows), str(tmp_path / "run")
