@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from data import collate, encode, end_token_ids, load_tokenizer, print_report, response_text
-from formats import train_and_held_out
+from formats import load_held_out, train_and_held_out
 from generate import load_frozen, refuse_other_ids, sample, sequence_logps
 from reward import drop_unscorable, load_preference, load_reward, try_out
 
@@ -239,11 +239,15 @@ def held_out_pairs(args):
     on all of --data is printed. Raises InputError if no data is named, or if there is no held-out pair."""
     if args.data is None and args.eval_data is None:
         raise InputError("none of the models is a run of sail.py; name data with --data or --eval-data")
-    train, held_out, account, held_out_account = train_and_held_out(
-        args.data or args.eval_data, args.eval_data, None, args.prefer, args.score_scale)
+    if args.eval_data:
+        held_out, held_out_account = load_held_out(args.eval_data, args.prefer, args.score_scale)
+    else:
+        train, held_out, account, held_out_account = train_and_held_out(
+            args.data, None, None, args.prefer, args.score_scale)
     if not held_out:
-        raise InputError(f"{args.data}: no pair is held out; name held-out pairs with --eval-data")
-    if args.eval_data is None:
+        raise InputError(f"{args.eval_data or args.data}: no pair is held out; name held-out pairs with "
+                         "--eval-data")
+    if not args.eval_data:
         print_report(args.data, train + held_out, account)
     return held_out, held_out_account
 

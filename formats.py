@@ -868,6 +868,24 @@ def split_held_out(pairs):
     return train, held_out
 
 
+def load_held_out(eval_data, prefer="better", score_scale=None):
+    """Load (held-out pairs, their Account) of a file, a hub name or the directory of a run. From a run these
+    are the pairs that it held out, with the labels that they had there, and an empty Account. Raises
+    InputError as `load_pairs` does, or if the run names no data."""
+    if not is_run_directory(Path(eval_data)):
+        return load_pairs(eval_data, None, prefer, score_scale)
+    file = run_that_held_out(eval_data) / "args.json"
+    run = read_settings(file, Settings, "data", "eval_data", "limit", "prefer", "score_scale")
+    if "data" not in run:
+        raise InputError(f"{file}: this run names no data")
+    if "eval_data" in run:                                 # then the training data may be gone
+        labels = {name: run[name] for name in ("prefer", "score_scale") if name in run}
+        held_out, _ = load_held_out(run["eval_data"], **labels)
+    else:
+        _, held_out, *_ = train_and_held_out(**run)
+    return held_out, Account()
+
+
 def train_and_held_out(data, eval_data=None, limit=None, prefer="better", score_scale=None):
     """Load (training pairs, held-out pairs, Account of `data`, Account of the held-out pairs), for every
     script. If `eval_data` is a file or a hub name, its pairs are held out, and all pairs of `data` are for
@@ -876,22 +894,17 @@ def train_and_held_out(data, eval_data=None, limit=None, prefer="better", score_
     divides the pairs of `data`, and the Account of `data` covers both parts. `limit` is for `data` alone.
     Raises InputError as `load_pairs` does, or if no training pair is left."""
     pairs, account = load_pairs(data, limit, prefer, score_scale)
-    if eval_data and is_run_directory(Path(eval_data)):
-        file = run_that_held_out(eval_data) / "args.json"
-        run = read_settings(file, Settings, "data", "eval_data", "limit", "prefer", "score_scale")
-        if "data" not in run:
-            raise InputError(f"{file}: this run names no data")
-        _, held_out, *_ = train_and_held_out(**run)
+    if eval_data:
+        held_out, held_out_account = load_held_out(eval_data, prefer, score_scale)
+        if not is_run_directory(Path(eval_data)):
+            return pairs, held_out, account, held_out_account
         prompts = {str(pair.prompt) for pair in held_out}
         train = [pair for pair in pairs if str(pair.prompt) not in prompts]
         if len(train) < len(pairs):
             account.dropped[f"prompt that {eval_data} held out"] += len(pairs) - len(train)
         if not train:
             raise InputError(f"{data}: all {len(pairs)} pairs have prompts that {eval_data} held out")
-        return train, held_out, account, Account()
-    if eval_data:
-        held_out, held_out_account = load_pairs(eval_data, None, prefer, score_scale)
-        return pairs, held_out, account, held_out_account
+        return train, held_out, account, held_out_account
     train, held_out = split_held_out(pairs)
     if not train:
         raise InputError(f"{data}: all {len(pairs)} pairs are held out; give more pairs, or held-out pairs "

@@ -34,7 +34,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from data import SIDES, collate, encode, end_token_ids, load_tokenizer, print_report, response_text
-from formats import TextPair, load_pairs, train_and_held_out
+from formats import TextPair, load_held_out, load_pairs, train_and_held_out
 
 # --- load and adapt -----------------------------------------------------------------------------------------
 
@@ -616,10 +616,11 @@ def load_answerer(args):
 def load_held_out_prompts(run, args):
     """Load the first args.limit held-out prompts, or all, of a run with these settings, and print a report.
     Raises InputError if there are none."""
-    train, held_out, account, held_out_account = train_and_held_out(args.data, args.eval_data)
     if args.eval_data:
-        print_report(args.eval_data, held_out, held_out_account)
+        held_out, account = load_held_out(args.eval_data)
+        print_report(args.eval_data, held_out, account)
     else:
+        train, held_out, account, _ = train_and_held_out(args.data)
         print_report(args.data, train + held_out, account)
     if not held_out:
         raise InputError(f"{run}: no prompt of {args.data} is held out; name prompts with --data")

@@ -383,6 +383,17 @@ def test_the_held_out_pairs_of_a_run_are_those_within_its_limit(tmp_path):
         train_and_held_out(source, str(tmp_path / "run"))
 
 
+def test_the_held_out_pairs_of_a_run_keep_the_labels_that_the_run_gave_them(tmp_path):
+    rows = [dict(prompt=f"question {i}", chosen="yes", rejected="no", score_chosen=1, score_rejected=3)
+            for i in range(60)]
+    source = write(tmp_path / "x.jsonl", rows)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/args.json").write_text(json.dumps(dict(data=source, score_scale=2.0, may_change=[])))
+    _, expected, *_ = train_and_held_out(source, score_scale=2.0)
+    _, held_out, *_ = train_and_held_out(source, str(tmp_path / "run"))
+    assert held_out == expected and {pair.chosen for pair in held_out} == {"no"}       # the preferred one
+
+
 def test_accounts_add_up_kind_by_kind():
     account = Account("prompts", 9, *(Counter(a=1) for _ in range(4)))
     account.add(Account("", 0, *(Counter(a=nth, b=1) for nth in range(4))))

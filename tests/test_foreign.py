@@ -310,6 +310,7 @@ def test_what_was_replaced_under_its_name_is_not_continued(name, run, base, tmp_
     capsys.readouterr()
     message = fails(sail.main, [*argv, "--resume"], monkeypatch, capsys)
     assert f"the files of --{name} have changed since" in message
+    assert ("or go on in a new run: --model " in message) == (name != "model")         # its base has changed
 
 
 def test_a_reference_that_was_replaced_is_not_measured_to(base, tmp_path, monkeypatch, capsys):

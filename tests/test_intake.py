@@ -269,6 +269,7 @@ def test_the_chosen_response_is_the_preferred_one_in_every_pair(tmp_path):
 # --- a quote that is not closed would swallow the rows after it
 
 @pytest.mark.parametrize("row, reason", [
+    ('"q";"good";"bad"', "',' expected after '\"'"),
     ('q,"not closed,bad', "unexpected end of data"), ('q,"not" doubled,bad', "',' expected after '\"'")])
 def test_a_csv_file_whose_quotes_do_not_fit_is_an_error_that_names_the_row(row, reason, tmp_path):
     path = tmp_path / "x.csv"
@@ -277,6 +278,11 @@ def test_a_csv_file_whose_quotes_do_not_fit_is_an_error_that_names_the_row(row, 
         load_pairs(str(path))
     path.write_text('prompt,chosen,rejected\n"two\nlines","a ""b""",c\n')
     assert load_pairs(str(path))[0] == [TextPair("two\nlines", 'a "b"', "c")]
+    path.write_text('prompt,chosen,rejected\r\n"two\r\nlines",a,b\r\n', newline="")
+    assert load_pairs(str(path))[0] == [TextPair("two\r\nlines", "a", "b")]
+    path.write_text("[a,[a\n")
+    with pytest.raises(InputError, match="x.csv:1: the header has the name '.a' twice|fit none of these"):
+        load_pairs(str(path))
 
 
 # --- packed files

@@ -3,6 +3,7 @@ import json
 import math
 import random
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -311,6 +312,14 @@ def test_an_answer_is_unfinished_in_each_spelling_that_the_data_may_have(done, t
     reward_module.main()
     assert [row["reward"] for row in read_rows("scored.jsonl")] == [0.0, 1.0]
     assert read_rows("pairs.jsonl")[0]["rejected_finished"] is False
+
+
+def test_a_reward_may_import_a_file_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "beside_it.py").write_text("def words(text):\n    return float(len(text.split()))\n")
+    (tmp_path / "mine.py").write_text("from beside_it import words\n\n"
+                                      "def score(prompts, responses):\n    return [*map(words, responses)]\n")
+    assert load_reward(f"{tmp_path}/mine.py:score")(["q"], ["a b"]) == [2.0]
 
 
 def test_a_prompt_of_messages_in_a_text_is_no_prompt_of_answers(tmp_path):
@@ -928,6 +937,22 @@ def test_a_model_with_another_vocabulary_than_the_reference_is_refused(monkeypat
         run_evaluate(monkeypatch, base, other, "--eval-limit", "4", *SMALL, "--eval-data", held_out)
     with pytest.raises(InputError, match="the reference .* has another vocabulary than "):
         sail_main(["--variant", "dpo", "--model", base, "--reference", str(other)])
+
+
+def test_held_out_pairs_need_no_training_data(monkeypatch, base, held_out, tmp_path, capsys):
+    data = shutil.copy(f"{base}/toy-pairs.jsonl", tmp_path / "train.jsonl")
+    short = ["--variant", "dpo", "--model", base, "--steps", "1", "--batch-size", "2", "--eval-limit", "4"]
+    sail_main([*short, *SMALL, "--data", str(data), "--eval-data", held_out, "--out", str(tmp_path / "run")])
+    data.unlink()
+    monkeypatch.chdir(tmp_path)
+    of_run = run_evaluate(monkeypatch, "run")["run"]
+    of_model = run_evaluate(monkeypatch, "run/model", "--eval-data", held_out, "--eval-limit", "4", *SMALL)
+    assert of_run["length"] == next(iter(of_model.values()))["length"]
+    monkeypatch.setattr("sys.argv", ["generate.py", "--model", "run", "--limit", "2", "--out", "a.jsonl"])
+    generate.main()
+    assert len(read_rows("a.jsonl")) == 2
+    found = run_evaluate(monkeypatch, "run/model", "--eval-data", "run", "--eval-limit", "4", *SMALL)
+    assert next(iter(found.values()))["length"] == of_run["length"]
 
 
 def test_a_reference_that_lacks_ids_of_the_policy_is_refused(monkeypatch, base, held_out, tmp_path):
