@@ -868,6 +868,18 @@ def split_held_out(pairs):
     return train, held_out
 
 
+def shortened(prompt):
+    """The texts of a prompt and of what cutting may leave of it: a dialogue may lose its oldest turns, except
+    the system's, up to any turn of the user (see `data.fitting_prompt`)."""
+    texts = {str(prompt)}
+    if not isinstance(prompt, str):
+        system, turns = split_system(prompt)
+        for first, turn in enumerate(turns):
+            if turn["role"] == "user":
+                texts.add(str(system + turns[first:]))
+    return texts
+
+
 def load_held_out(eval_data, prefer="better", score_scale=None):
     """Load (held-out pairs, their Account) of a file, a hub name or the directory of a run. From a run these
     are the pairs that it held out, with the labels that they had there, and an empty Account. Raises
@@ -890,15 +902,15 @@ def train_and_held_out(data, eval_data=None, limit=None, prefer="better", score_
     """Load (training pairs, held-out pairs, Account of `data`, Account of the held-out pairs), for every
     script. If `eval_data` is a file or a hub name, its pairs are held out, and all pairs of `data` are for
     training. If it is the directory of a run, the pairs that the run held out are held out here too, with an
-    empty Account, and pairs of `data` with one of their prompts are dropped. Otherwise `split_held_out`
-    divides the pairs of `data`, and the Account of `data` covers both parts. `limit` is for `data` alone.
-    Raises InputError as `load_pairs` does, or if no training pair is left."""
+    empty Account, and pairs of `data` with one of their prompts, or with a `shortened` one, are dropped.
+    Otherwise `split_held_out` divides the pairs of `data`, and the Account of `data` covers both parts.
+    `limit` is for `data` alone. Raises InputError as `load_pairs` does, or if no training pair is left."""
     pairs, account = load_pairs(data, limit, prefer, score_scale)
     if eval_data:
         held_out, held_out_account = load_held_out(eval_data, prefer, score_scale)
         if not is_run_directory(Path(eval_data)):
             return pairs, held_out, account, held_out_account
-        prompts = {str(pair.prompt) for pair in held_out}
+        prompts = set().union(*(shortened(pair.prompt) for pair in held_out))
         train = [pair for pair in pairs if str(pair.prompt) not in prompts]
         if len(train) < len(pairs):
             account.dropped[f"prompt that {eval_data} held out"] += len(pairs) - len(train)

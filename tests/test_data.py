@@ -394,6 +394,21 @@ def test_the_held_out_pairs_of_a_run_keep_the_labels_that_the_run_gave_them(tmp_
     assert held_out == expected and {pair.chosen for pair in held_out} == {"no"}       # the preferred one
 
 
+def test_a_held_out_prompt_is_not_trained_on_after_its_oldest_turns_were_cut(tmp_path):
+    turns = [dict(role="system", content="S"), dict(role="user", content="a"),
+             dict(role="assistant", content="b")]
+    rows = [dict(prompt=[*turns, dict(role="user", content=f"question {i}")], chosen="yes", rejected="no")
+            for i in range(60)]
+    source = write(tmp_path / "x.jsonl", rows)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/args.json").write_text(json.dumps(dict(data=source, may_change=[])))
+    cut = write(tmp_path / "y.jsonl", [dict(row, prompt=row["prompt"][::3]) for row in rows])
+    train, held_out, account, _ = train_and_held_out(cut, str(tmp_path / "run"))
+    questions = [{pair.prompt[-1]["content"] for pair in pairs} for pairs in (train, held_out)]
+    assert held_out and not questions[0] & questions[1]
+    assert account.dropped == {f"prompt that {tmp_path}/run held out": len(held_out)}
+
+
 def test_accounts_add_up_kind_by_kind():
     account = Account("prompts", 9, *(Counter(a=1) for _ in range(4)))
     account.add(Account("", 0, *(Counter(a=nth, b=1) for nth in range(4))))
