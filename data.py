@@ -259,12 +259,18 @@ class Dialogue:
             raise BadRow("the chat template rewrites the answer")
         return answer + self.closing
 
-    def holds(self, part):
-        """Whether the prompt has part(the text of a turn), for each turn. Many templates omit the thoughts in
-        earlier answers, and others trim each turn."""
+    def keeps_turns(self, outer_white_space):
+        """Whether the prompt has the text of each of its turns, with or without the outer white space of the
+        turn. Many templates omit the thoughts in earlier answers, and others trim each turn."""
         if not self.template:
             return True
-        return all(part(turn["content"]) in self.head for turn in self.messages)
+        for turn in self.messages:
+            text = turn["content"]
+            if not outer_white_space:
+                text = text.strip()
+            if text not in self.head:
+                return False
+        return True
 
 
 def plain_dialogue(messages):
@@ -372,9 +378,9 @@ def encode_pair(pair, tokenizer, end_ids, max_prompt_length, max_response_length
     dialogue, uncut, prompt_ids = fitting_prompt(pair.prompt, tokenizer, max_prompt_length, lengths)
     cut, altered = Counter(), Counter()
     prompt_is_cut = lengths["prompt"][-1] > len(prompt_ids)
-    if not dialogue.holds(str.strip):
+    if not dialogue.keeps_turns(outer_white_space=False):
         altered["prompts with turns that the template rewrites"] += 1
-    elif not dialogue.holds(str):
+    elif not dialogue.keeps_turns(outer_white_space=True):
         altered["prompts whose outer white space the template strips"] += 1
     if changes_text(tokenizer, uncut, dialogue.head):
         altered["prompts whose text the tokenizer changes"] += 1

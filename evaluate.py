@@ -19,7 +19,7 @@ from runtime.command_line import InputError, command_line, seeded
 from runtime.compare import (
     are_figures, compare, frontier, print_samples, print_table, refuse_comparison, short_names, write_figures)
 from runtime.intervals import (
-    agreement, few, format_figure, mean_of, means_of_prompts, prefers_chosen, share_of)
+    along_label, few, format_figure, mean_of, means_of_prompts, prefers_chosen, share_of)
 from runtime.processes import (
     computing_in, default_dtype, divided, progress, rank, with_equal_counts)
 from runtime.run_directory import fingerprint_files, read_json, refuse_output, run_of_checkpoint
@@ -27,12 +27,11 @@ from runtime.settings import Objective, Parser, Settings, flag_of, read_run, sam
 from runtime.training import micro_batches
 
 import torch
-import torch.nn.functional as F
 
 from data import collate, encode, end_token_ids, load_tokenizer, print_report, response_text
 from formats import load_held_out, train_and_held_out
 from generate import load_frozen, refuse_other_ids, sample, sequence_logps
-from reward import drop_unscorable, load_preference, load_reward, try_out
+from reward import bradley_terry_loss, drop_unscorable, load_preference, load_reward, try_out
 
 # --- figures, each as (value, low, high) --------------------------------------------------------------------
 
@@ -178,8 +177,9 @@ def pair_columns(policy, reference, examples, args):
     rejected = log_ratios(policy, reference, examples, rejected_ids, args.dtype)
     u = args.beta * (chosen - rejected)
     p = torch.tensor([example.preference for example in examples])
-    loss = -p * F.logsigmoid(u) - (1 - p) * F.logsigmoid(-u)
-    return {"loss": loss.tolist(), "margin": ((2 * p - 1) * u).tolist(), "accuracy": agreement(u, p).tolist()}
+    loss = bradley_terry_loss(u, 0, p)                      # DPO's loss, since u is the difference of rewards
+    margin, accuracy = along_label(u, p)
+    return {"loss": loss.tolist(), "margin": margin.tolist(), "accuracy": accuracy.tolist()}
 
 
 def texts_of(examples, responses, tokenizer):
@@ -211,7 +211,8 @@ def find_run(path, given):
     """Find a model and its settings: (model directory or name, settings). The path names a run of sail.py,
     one of its checkpoints, or any other model, which has the default settings. Settings that are `given` on
     the command line take precedence. Code that a run's args.json names is never executed: this raises
-    InputError if the command line does not name code that is needed, or as `refuse_replaced` does."""
+    InputError if the command line does not name code that is needed, or if the reference or the reward has
+    changed since the run began."""
     model, saved = read_run(path, Evaluated, *OF_A_RUN)
     settings = Evaluated(**{"dtype": default_dtype(), **saved, **given})
     for name in ("reward", "preference"):
@@ -219,19 +220,20 @@ def find_run(path, given):
         is_needed = name == "reward" or settings.reward is None
         if ".py:" in source and name not in given and is_needed:
             raise InputError(f"{path}: its {name}, {source}, is code; it runs only if --{name} names it")
-    for name in ("reference", "reward"):
-        if getattr(settings, name) and name not in given:
-            refuse_replaced(run_of_checkpoint(path) or Path(path), name, getattr(settings, name))
+    run = run_of_checkpoint(path) or Path(path)
+    for what in ("reference", "reward"):
+        name = getattr(settings, what)
+        if name and what not in given and is_another(run, what, name):
+            raise InputError(f"{run}: the files of its {what} {name} have changed since the run began; "
+                             f"--{what} {name} measures with the changed files")
     return model, settings
 
 
-def refuse_replaced(run, what, name):
-    """Raises InputError if the files of the model `name`, which is `what`, the reference or the reward, have
-    changed since the run in directory `run` started."""
+def is_another(run, what, name):
+    """Whether the files of the model or function `name` are known to differ from those that the run in the
+    directory `run` had as its `what`, the reference or the reward."""
     then = read_json(run / "args.json").get(f"{what}_sha256")
-    if then is not None and then != fingerprint_files(name):
-        raise InputError(f"{run}: the files of its {what} {name} have changed since the run began; "
-                         f"--{what} {name} measures with the changed files")
+    return then is not None and then != fingerprint_files(name)
 
 
 def held_out_pairs(args):
@@ -368,7 +370,8 @@ def file_of_figures(path, model, out):
 def best_possible(models, samples, given):
     """Compute the `frontier` of the first of the paths `models` whose run has a reference and a reward: (the
     row at the run's β, all rows, the path). samples: how many to draw to each prompt. Raises InputError if
-    there is no such run or no row at β, as with too few samples, or as `find_run(path, given)` does."""
+    there is no such run or no row at β, as with too few samples, if the run was measured with another reward,
+    or as `find_run(path, given)` does."""
     runs = []
     for path in models:
         model, run = find_run(path, given)
@@ -378,8 +381,7 @@ def best_possible(models, samples, given):
         raise InputError("--frontier: no run has a reference and a reward")
     path, model, args = runs[0]
     temperatures = [args.beta * 1.15 ** power for power in range(-12, 40)]
-    then = read_json(path / "args.json").get("reward_sha256")
-    if then is not None and then != fingerprint_files(args.reward):
+    if is_another(path, "reward", args.reward):
         raise InputError(f"--frontier: {path} was measured with another reward than {args.reward} is now")
     rewards, counts = reference_rewards(args, model, samples)
     rows = frontier(rewards, temperatures, counts)
@@ -441,7 +443,7 @@ def parse_args(argv=None):
         parser.error("give the directory of a run, or a model")
     task = Namespace(**{name: given.pop(name) for name in ("compare", "show", "frontier")})
     used = {"out"}
-    if task.frontier:                           # which samples the reference under a run's own conditions
+    if task.frontier:                           # it samples the reference under the run's own conditions
         used |= {"reward", "seed", "dtype", "sample_batch_size", "trust_remote_code"}
     for name in sorted(given.keys() - used if task.compare else ()):
         parser.error(f"argument {flag_of(name)}: has no effect with --compare")

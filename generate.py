@@ -220,7 +220,7 @@ def load_models(args):
 def load_parts(args):
     """Load ([policy], tokenizer) on the CPU, or ([policy, reference], tokenizer) if the reference needs a
     model of its own. With --shard only rank 0 loads weights, and the other ranks get models on the meta
-    device. Raises InputError as `load_policy` does, or if the two models have unlike vocabularies."""
+    device. Raises InputError as `load_policy` and `refuse_other_ids` do."""
     options = dict(trust_remote_code=args.trust_remote_code, whole=has_weights(args),
                    chat_template=args.chat_template,
                    lengths=(args.max_prompt_length, args.max_response_length))

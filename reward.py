@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Callable
 
 from runtime.command_line import InputError, command_line, format_counts, seeded
-from runtime.intervals import agreement, mean_of, share_of
+from runtime.intervals import along_label, mean_of, share_of
 from runtime.optimizer import make_optimizer, optimizer_step
 from runtime.processes import (
     all_sum, computing_in, default_dtype, divided, fails_together, own_device, print0, process_group,
@@ -179,9 +179,9 @@ def users_code(problem):
 
 
 def load_function(what, name):
-    """Load the function of FILE.py:FUNCTION. The file's code runs, so name only files that you trust. what:
-    what the function is, for error messages. Raises InputError if the file or the function is missing, or if
-    the file's code fails, after printing the traceback."""
+    """Load the function of FILE.py:FUNCTION. The file's code runs, so name only files that you trust. It may
+    import modules that lie beside it. what: what the function is, for error messages. Raises InputError if
+    the file or the function is missing, or if the file's code fails, after printing the traceback."""
     path, _, function = name.rpartition(":")
     if not Path(path).is_file():
         raise InputError(f"{what} {name}: no such file {path}")
@@ -431,10 +431,11 @@ def evaluate_reward(model, held_out, dtype):
 
     chosen = torch.tensor(divided(score, chosen_ids))
     rejected = torch.tensor(divided(score, rejected_ids))
-    margin, preference = chosen - rejected, torch.tensor(preference)
-    figures = {"accuracy": share_of(agreement(margin, preference).tolist()),
+    preference = torch.tensor(preference)
+    margin, accuracy = along_label(chosen - rejected, preference)
+    figures = {"accuracy": share_of(accuracy.tolist()),
                "loss": mean_of(bradley_terry_loss(chosen, rejected, preference).tolist()),
-               "margin": mean_of(((2 * preference - 1) * margin).tolist())}
+               "margin": mean_of(margin.tolist())}
     return figures, {"prompts": len(held_out)}, []
 
 
@@ -453,9 +454,9 @@ def reward_step(model, pairs, optimizer, scheduler, args):
         losses = bradley_terry_loss(chosen, rejected, preference)
         (weight * losses.sum() / total).backward()
         if weight:
-            margins = (chosen - rejected).detach()
-            totals.update(loss=losses.sum().item(), accuracy=agreement(margins, preference).sum().item(),
-                          margin=((2 * preference - 1) * margins).sum().item())
+            margins, accuracies = along_label((chosen - rejected).detach(), preference)
+            totals.update(loss=losses.sum().item(), accuracy=accuracies.sum().item(),
+                          margin=margins.sum().item())
     sum_gradients(model)
     totals = all_sum(totals, model.device)
     figures = {name: totals[name] / total for name in ("loss", "accuracy", "margin")}

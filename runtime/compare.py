@@ -25,6 +25,7 @@ from runtime.intervals import format_figure, mean_of
 from runtime.run_directory import (
     evaluation_of, float_of, is_run_directory, parse_json, read_json, read_log, refuse_output,
     run_that_held_out, write_bytes, write_text)
+from runtime.settings import Settings, flag_of
 
 # --- what finished runs have measured -----------------------------------------------------------------------
 
@@ -94,9 +95,9 @@ def measured_on(path):
         return conditions
     args = texts_of_settings(path)
     conditions["pairs"] = f"up to {args['eval_limit']} pairs of {held_out_of(args)}"
-    for name, default in (("prefer", "better"), ("score_scale", None), ("chat_template", None)):
-        if args[name] not in (None, default):
-            conditions["pairs"] += f" with --{name.replace('_', '-')} {args[name]}"
+    for name in ("prefer", "score_scale", "chat_template"):
+        if args[name] not in (None, getattr(Settings, name)):
+            conditions["pairs"] += f" with {flag_of(name)} {args[name]}"
     if args["max_response_length"] is None:                # this is a reward model
         conditions["lengths"] = f"dialogues of as many tokens as {args['model']} takes"
         if args["max_length"]:

@@ -58,11 +58,12 @@ def prefers_chosen(margins):
     return (margins > 0) + 0.5 * (margins == 0)
 
 
-def agreement(margins, p):
-    """The probability that a margin, chosen less rejected, has the sign of a label that prefers the chosen
-    response with probability p: two tensors of one shape."""
+def along_label(margins, p):
+    """What margins, chosen less rejected, are for labels that prefer the chosen response with probability p,
+    two tensors of one shape: (the margins in the direction of the label, the probability that each margin
+    has the sign of the label)."""
     ahead = prefers_chosen(margins)
-    return p * ahead + (1 - p) * (1 - ahead)
+    return (2 * p - 1) * margins, p * ahead + (1 - p) * (1 - ahead)
 
 
 def format_figure(value, low, high):

@@ -430,7 +430,8 @@ def fingerprint(ids):
 def refuse_missing(name):
     """Raises InputError if `name` is neither there nor the name of a model on a hub, OWNER/NAME."""
     if not Path(name).exists() and (str(name)[:1] in "/.~" or str(name).count("/") > 1):
-        raise InputError(f"{name}: no such directory here; a run's own paths start where the run was started")
+        raise InputError(f"{name}: no such directory here; the paths in a run's args.json are relative to "
+                         "the directory in which the run was started")
 
 
 def fingerprint_files(name):

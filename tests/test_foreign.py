@@ -335,7 +335,7 @@ def test_a_reference_that_was_replaced_is_not_measured_to(base, tmp_path, monkey
 def test_a_path_that_is_not_here_is_no_name_on_the_hub(monkeypatch):
     monkeypatch.setattr("transformers.utils.cached_file", None)
     for name in ("no/such/model", "/no/such", "./no"):
-        with pytest.raises(InputError, match=f"^{name}: no such directory here; a run's own paths"):
+        with pytest.raises(InputError, match=f"^{name}: no such directory here; the paths in a run"):
             fingerprint_files(name)
 
 

@@ -281,7 +281,7 @@ def test_a_csv_file_whose_quotes_do_not_fit_is_an_error_that_names_the_row(row, 
     path.write_text('prompt,chosen,rejected\r\n"two\r\nlines",a,b\r\n', newline="")
     assert load_pairs(str(path))[0] == [TextPair("two\r\nlines", "a", "b")]
     path.write_text("[a,[a\n")
-    with pytest.raises(InputError, match="x.csv:1: the header has the name '.a' twice|fit none of these"):
+    with pytest.raises(InputError, match=r"x.csv:1: the header has the name '\[a' twice"):
         load_pairs(str(path))
 
 

@@ -264,3 +264,18 @@ def test_the_loss_can_be_pasted(loss_type):
     pasted, pasted_metrics = namespace["sail_loss"](*columns, None, *flags, **options)
     assert torch.equal(ours, pasted) and metrics == pasted_metrics
     assert torch.equal(gradient(ours.sum(), logits), gradient(pasted.sum(), logits))
+
+
+@pytest.mark.parametrize("loss_type, is_zero", [("sigmoid", True), ("hinge", False)])
+def test_under_the_policys_labels_t1_vanishes_for_log_sigma_alone(loss_type, is_zero):
+    policy = [torch.tensor([-1.0, -4.0, -2.0], dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    reference = [torch.tensor([-3.0, -3.5, -2.5], dtype=torch.float64),
+                 torch.tensor([-1.5, -2.0, -4.0], dtype=torch.float64)]
+    labelled = torch.ones(3, dtype=torch.bool)
+    losses, _ = sail_loss(*policy, *reference, self_labelled=labelled, beta=0.5, label_coef=0,
+                          loss_type=loss_type)
+    losses.sum().backward()
+    assert (policy[0].grad.abs().max() < 1e-12) == is_zero
+    losses, _ = sail_loss(*policy, *reference, self_labelled=labelled, beta=0.5, loss_type=loss_type)
+    (gradient,) = torch.autograd.grad(losses.sum(), policy[0])
+    assert gradient.abs().min() > 1e-3                                 # T3's

@@ -15,7 +15,7 @@ from test_scale import rows_of
 
 import reward
 from reward import load_classifier, load_reward
-from runtime.intervals import agreement, prefers_chosen
+from runtime.intervals import along_label, prefers_chosen
 from reward import bradley_terry_loss
 
 TRAINEE = dict(num_labels=1)                               # of a classifier that is to be trained
@@ -66,7 +66,8 @@ def test_the_loss_and_its_gradient_equal_hand_computed_values():
 def test_a_tie_is_half_right_and_a_soft_label_agrees_with_its_probability():
     margins = torch.tensor([2.0, 0.0, -1.0])
     assert prefers_chosen(margins).tolist() == [1.0, 0.5, 0.0]
-    assert agreement(margins, torch.tensor([0.75, 0.75, 0.75])).tolist() == [0.75, 0.5, 0.25]
+    along, agreeing = along_label(margins, torch.full((3,), 0.75))
+    assert along.tolist() == [1.0, 0.0, -0.5] and agreeing.tolist() == [0.75, 0.5, 0.25]
 
 
 def test_a_file_with_its_responses_exchanged_and_a_preference_of_0_trains_the_same_model(
